@@ -1,0 +1,320 @@
+"""The nouns of wamrl: what a World Action Model, a planner, a policy and an environment promise each other.
+
+A World Action Model (WAM) is one set of weights that answers three questions about a context: what would happen
+if I did these actions (`imagine`), what would I do (`propose`), and how good is this (`value`).
+
+Letters: B environments, R leading rows (environments or tree nodes), N candidates, M sampled futures (for an
+ensemble: its members), H actions, T frames, K denoising steps, E value heads, A action dims, D latent dims.
+
+Units: actions are normalised to [-1, 1] everywhere inside the library; time is in control steps of `control_dt_s`
+seconds; rewards are the task's own per control step; success and uncertainty are stated where they are defined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from wamrl.noise import NoiseKey
+
+# What a model may be asked. A model lists those it answers in `Spec.provides`.
+QUERIES = (
+    "rollout",  # imagine(state, actions): what would happen if
+    "video",  # imagine(state, None): what would happen anyway
+    "policy",  # propose(state)
+    "inverse",  # propose(state, future=...)
+    "log_prob",  # log_prob(state, proposal)
+    "value",  # value(state)
+    "decode",  # decode(state | imagined)
+    "observe",  # observe(state, action, observation): state carried across calls
+    "reward",  # Imagined.reward is predicted
+    "success",  # Imagined.success is predicted
+    "uncertainty",  # Imagined.uncertainty is predicted
+)
+
+State = TensorDict
+"""Batch [R]: a model's latents, caches and suffixes. Indexing its rows is forking."""
+
+PlanState = TensorDict
+"""Batch [B]: what a planner carries from one plan to the next; `warm` [B] is False for a fresh row."""
+
+PolicyState = TensorDict
+"""Batch [B]: what a policy carries from one act to the next; rows can be indexed and dropped."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The four axes on which WAMs differ (arXiv 2606.20781)."""
+
+    substrate: str
+    backbone: str
+    coupling: str
+    deployment: str
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a model was trained for; stored in the checkpoint and checked against the environment.
+
+    observation: key -> shape of one frame, without batch; e.g. {"state": (39,)}.
+    action_dim: A. For `action_kind="discrete"` actions are one-hot of that length.
+    tasks: the names a model knows, e.g. "metaworld/push-v3"; observations carry `task_id(name)`.
+    chunk_length: H of `propose`. max_horizon: the longest H that `imagine` was trained for.
+    frame_stride: control steps between imagined frames. history: frames of context.
+    discount: per control step. control_dt_s: seconds per control step.
+    provides: the queries of `QUERIES` that the model answers.
+    """
+
+    observation: Mapping[str, tuple[int, ...]]
+    action_dim: int
+    tasks: tuple[str, ...]
+    chunk_length: int
+    max_horizon: int
+    discount: float
+    control_dt_s: float
+    provides: frozenset[str]
+    anatomy: Anatomy
+    action_kind: str = "continuous"
+    frame_stride: int = 1
+    history: int = 1
+    ensemble_size: int = 1
+
+    def require(self, *queries: str) -> None:
+        """Raise ValueError when the model does not answer one of `queries`, naming a model that does."""
+        for query in queries:
+            if query not in QUERIES:
+                raise ValueError(f"unknown query '{query}'; the queries are {', '.join(QUERIES)}")
+            if query not in self.provides:
+                raise ValueError(
+                    f"this model ({self.anatomy.backbone}, {self.anatomy.coupling}) does not answer '{query}'; "
+                    f"it provides {', '.join(sorted(self.provides))}. Use wam=reference, which answers "
+                    "rollout, policy, value, decode, reward, success and uncertainty"
+                )
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a model is told before it is asked.
+
+    observation: batch [B, T], one entry per observation key, oldest frame first.
+    past_actions: [B, T-1, A]. valid: [B, T] bool, False where the history is padding.
+    task: [B] int64 `task_id`. goal: None, or batch [B] of goal observation keys.
+    """
+
+    observation: TensorDict
+    past_actions: Tensor
+    valid: Tensor
+    task: Tensor
+    goal: TensorDict | None = None
+
+    @staticmethod
+    def from_observation(observation: TensorDict) -> Context:
+        """A context of one frame: `observation` has batch [B] and a `task` key [B]."""
+        frame = observation.exclude("task").unsqueeze(1)
+        rows = observation.batch_size[0]
+        device = observation["task"].device
+        return Context(
+            observation=frame,
+            past_actions=torch.empty(rows, 0, 0, device=device),
+            valid=torch.ones(rows, 1, dtype=torch.bool, device=device),
+            task=observation["task"],
+        )
+
+
+@dataclass(frozen=True)
+class Imagined:
+    """Futures that a model imagined for R rows x N candidates x M sampled futures.
+
+    leaf: batch [R, N, M], the state after the last action, so that a search can go on from it.
+    frames: [R, N, M, H, D] latents after each action, or None when not asked for; `WAM.decode` reads them.
+    reward: [R, N, M, H] the task's reward per step. success: [R, N, M, H] probability of the task's success flag.
+    alive: [R, N, M, H] probability in [0, 1] that the episode has not ended before that step.
+    uncertainty: [R, N, M, H], >= 0, how far the futures of a candidate disagree (the same for all M).
+    evaluations: candidate-transitions per row that were spent, counted once per ensemble member: N * M * H.
+    A head that a model lacks is None.
+    """
+
+    leaf: State
+    evaluations: int
+    reward: Tensor | None = None
+    success: Tensor | None = None
+    alive: Tensor | None = None
+    uncertainty: Tensor | None = None
+    frames: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Action chunks that a policy (or a proposer around it) suggests.
+
+    actions: [R, N, H, A] inside [-1, 1]: what a simulator may receive.
+    chain: [R, N, K+1, H, A] the sampler's steps, not clamped; log-probs are computed on it, never on `actions`.
+    times: [K+1] noise times of the chain, 0 = noise, 1 = data. A Gaussian policy has K = 1.
+    log_prob: [R, N, K]. imagined: the futures of these actions when sampling had to imagine them anyway.
+    """
+
+    actions: Tensor
+    chain: Tensor
+    times: Tensor
+    log_prob: Tensor
+    imagined: Imagined | None = None
+
+
+class WAM(torch.nn.Module):
+    """A World Action Model. Subclasses implement the queries that their `spec.provides` lists."""
+
+    spec: Spec
+
+    def encode(self, context: Context) -> State:
+        """State [B] of the context. Called once per plan."""
+        raise NotImplementedError
+
+    def observe(self, state: State, action: Tensor, observation: TensorDict, reset: Tensor) -> State:
+        """State [R] after `action` [R, A] was executed and `observation` [R] measured; `reset` [R] rows start anew."""
+        return self._refuse("observe")
+
+    def imagine(
+        self,
+        state: State,
+        actions: Tensor | None,
+        *,
+        futures: int | None = None,
+        noise: NoiseKey | None = None,
+        with_frames: bool = False,
+    ) -> Imagined:
+        """Futures of `actions` [R, N, H, A] from `state` [R]; None asks what would happen anyway (video).
+
+        futures: how many futures M to sample per candidate; None is the model's own number (its ensemble).
+        """
+        return self._refuse("rollout")
+
+    def propose(
+        self,
+        state: State,
+        num: int,
+        *,
+        mode: str = "sde",
+        future: State | None = None,
+        noise: NoiseKey | None = None,
+        perturbation: Tensor | None = None,
+    ) -> Proposal:
+        """`num` action chunks from the policy; `mode="ode"` is deterministic, `"sde"` samples with `noise`.
+
+        future: with it, the chunk that leads there (inverse dynamics).
+        perturbation: [R, N, H, A] added to the policy's action at each step; the policy reacts to its consequences.
+        """
+        return self._refuse("policy")
+
+    def log_prob(self, state: State, proposal: Proposal) -> Tensor:
+        """[R, N, K] log-probs of the stored chain under the present weights, differentiable."""
+        return self._refuse("log_prob")
+
+    def value(self, state: State) -> Tensor:
+        """[*state.batch, E] estimates of the discounted return to go, in the units of `Imagined.reward`."""
+        return self._refuse("value")
+
+    def decode(self, state: State | Imagined, keys: tuple[str, ...] | None = None) -> TensorDict:
+        """Observation keys read off a state [R] or the frames of an Imagined [R, N, M, H], by a probe."""
+        return self._refuse("decode")
+
+    def loss(self, batch: TensorDict, *, noise: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Named scalars; the entry "loss" is the one to minimise."""
+        raise NotImplementedError
+
+    def _refuse(self, query: str) -> Any:
+        self.spec.require(query)
+        raise NotImplementedError(f"{type(self).__name__} lists '{query}' in spec.provides but does not implement it")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Hard limits of one plan. evaluations: per row, counted as in `Imagined`. deadline_s: wall-clock seconds."""
+
+    evaluations: int | None = None
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a planner decided.
+
+    actions: [B, H, A] chosen chunk, inside the action bounds, never NaN.
+    value: [B] predicted score of the chunk (NaN where the gate skipped the search).
+    weights: [B, N] candidate weights of the last iteration, summing to one; targets for the policy.
+    candidates: [B, N, H, A] the candidates of the last iteration. scores: [B, N].
+    evaluations: [B] int64 model evaluations spent. searched: [B] bool, False where the gate skipped the search.
+    seconds: wall time of the search, by part.
+    """
+
+    actions: Tensor
+    value: Tensor
+    weights: Tensor
+    candidates: Tensor
+    scores: Tensor
+    evaluations: Tensor
+    searched: Tensor
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Proposer(Protocol):
+    """Where candidates come from: policy samples and noise in normalised chunk space."""
+
+    def __call__(self, model: WAM, state: State, plan_state: PlanState, num: int, noise: NoiseKey) -> Proposal: ...
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """How good each candidate's futures are. `needs`: the queries that the model must answer."""
+
+    needs: frozenset[str]
+
+    def __call__(self, model: WAM, state: State, imagined: Imagined) -> Tensor:
+        """[R, N], higher is better."""
+        ...
+
+
+@runtime_checkable
+class Gate(Protocol):
+    """Whether a row is worth searching: [B] bool."""
+
+    def __call__(self, model: WAM, state: State, plan_state: PlanState) -> Tensor: ...
+
+
+@runtime_checkable
+class Planner(Protocol):
+    """Pure: the same arguments give the same plan, and rows do not influence each other."""
+
+    def initial_state(self, model: WAM, rows: int) -> PlanState: ...
+
+    def plan(
+        self, model: WAM, state: State, plan_state: PlanState, noise: NoiseKey, budget: Budget
+    ) -> tuple[Plan, PlanState]: ...
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Anything that acts: experts, WAM + controller, planner + controller. Evaluation knows nothing else."""
+
+    def initial_state(self, rows: int) -> PolicyState: ...
+
+    def act(
+        self, observation: TensorDict, policy_state: PolicyState, is_init: Tensor
+    ) -> tuple[Tensor, PolicyState]:
+        """Actions [B, A] in [-1, 1] for `observation` [B]; rows where `is_init` [B] start a new episode."""
+        ...
+
+
+def task_id(name: str) -> int:
+    """A stable number for a task name such as "metaworld/push-v3": what the observation key `task` holds.
+
+    The first 63 bits of the name's SHA-256, so that environments, datasets and checkpoints agree without a registry.
+    """
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1

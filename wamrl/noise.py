@@ -1,0 +1,72 @@
+"""Counter-based random numbers with one key per row, so that batched equals looped and rows are independent.
+
+A number depends on (seed, row, step, draw, position) alone: SplitMix64 (Steele, Lea and Flood, 2014) of those
+counters. Nothing here reads or writes torch's global generator.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    # torch's >> keeps the sign; the mask makes it the logical shift that SplitMix64 needs.
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """One key per row. row: [B] int64 identity of the episode; step: [B] int64 control step; seed: of the run."""
+
+    row: Tensor
+    step: Tensor
+    seed: int = 0
+    draw: int = 0
+
+    @staticmethod
+    def for_rows(rows: int, *, seed: int = 0, step: int = 0, device: torch.device | str = "cpu") -> NoiseKey:
+        """Keys for rows 0..rows-1 at one step."""
+        row = torch.arange(rows, device=device)
+        return NoiseKey(row=row, step=torch.full_like(row, step), seed=seed)
+
+    def fold(self, draw: int) -> NoiseKey:
+        """An independent key for the draw of that number; fold again for sub-draws."""
+        return replace(self, draw=(self.draw * 1000003 + draw + 1) % (1 << 62))
+
+    def __getitem__(self, rows: Tensor) -> NoiseKey:
+        return replace(self, row=self.row[rows], step=self.step[rows])
+
+    def _bits(self, count: int) -> Tensor:
+        key = _mix(self.row * _GOLDEN + (self.seed * 2 + 1))
+        key = _mix(key ^ (self.step * _MIX_1 + self.draw))
+        position = torch.arange(1, count + 1, device=self.row.device) * _GOLDEN
+        return _mix(key[:, None] + position)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """[B, *shape] float32 in (0, 1)."""
+        bits = _shift_right(self._bits(math.prod(shape)), 40)
+        return ((bits.to(torch.float32) + 0.5) * 2.0**-24).reshape(-1, *shape)
+
+    def normal(self, *shape: int) -> Tensor:
+        """[B, *shape] float32 standard normal (Box and Muller, 1958)."""
+        count = math.prod(shape)
+        half = (count + 1) // 2
+        uniform = self.uniform(2 * half)
+        radius = torch.sqrt(-2.0 * torch.log(uniform[:, :half]))
+        angle = (2.0 * math.pi) * uniform[:, half:]
+        normal = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)
+        return normal[:, :count].reshape(-1, *shape)
