@@ -14,7 +14,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, hint: str = "") 
     """The error for `name` that is not one of `known` things of this `kind`."""
     known = sorted(set(known))
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    meant = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    meant = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
     shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
     text = f"unknown {kind} '{name}'{meant} Known: {shown or 'none'}."
     return UnknownNameError(f"{text} {hint}".strip())

@@ -1,0 +1,475 @@
+"""What every command shares: composing its config, help, run directories, and errors that a user can act on.
+
+A command is a function of a resolved config and a fresh run directory:
+
+    @command("plan", help="Plan inside a World Action Model and compare with its own policy.")
+    def main(config: DictConfig, run_dir: Path) -> None: ...
+
+    if __name__ == "__main__":
+        main()
+
+Its config is configs/<name>.yaml, composed by Hydra from the groups beside it (configs/env, configs/planner, ...).
+Exit codes: 0 done, 2 a mistake in the input (one message on stderr), 130 interrupted, 1 a defect (a traceback).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import (
+    CompactHydraException,
+    ConfigCompositionException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from wamrl import files, provenance
+from wamrl.naming import unknown_name
+
+CONFIGS = "wamrl.configs"
+OUTPUTS = Path("outputs")
+
+# Mistakes in what the user gave. Anything else is a defect of ours and keeps its traceback.
+_USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+Main = Callable[[DictConfig, Path], Any]
+
+
+def command(name: str, *, help: str, examples: Sequence[str] = ()) -> Callable[[Main], Callable[..., None]]:
+    """Turn `main(config, run_dir)` into the command `python -m wamrl.<name>`.
+
+    help: what it does, in plain words, for somebody who never saw it. examples: overrides worth showing, each as
+    one string such as "env=metaworld/push-v3 planner.horizon=8".
+
+    The result takes an optional list of arguments (default: those of the process). It returns after success and
+    raises SystemExit otherwise. `run_dir` exists and holds config.yaml. A config key `run_dir`, when the command's
+    YAML has one and it is not null, names the directory instead of outputs/<name>/<date>_<time>. A KeyboardInterrupt
+    that the command raises with a text says how to resume; the text is printed. In a multirun the value returned by
+    `main` goes to Hydra's sweeper. The undecorated function is `main.__wrapped__`.
+    """
+
+    def decorate(main: Main) -> Callable[..., None]:
+        @functools.wraps(main)
+        def run(arguments: Sequence[str] | None = None) -> None:
+            given = list(sys.argv[1:] if arguments is None else arguments)
+            if "--help" in given or "-h" in given:
+                print(_help(name, help, examples, _config_folders(given)))
+                return
+            if "--version" in given:
+                print("\n".join(f"{key} {value or '-'}" for key, value in provenance.versions().items()))
+                return
+            code = _guarded(name, given, lambda: _run(name, main, given))
+            if code:
+                raise SystemExit(code)
+
+        return run
+
+    return decorate
+
+
+def compose(name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The config of a command with `overrides`, as the command itself would get it. Raises ValueError with the reason."""
+    overrides = _checkpoint_paths(name, list(overrides), ())
+    try:
+        return _composed(name, overrides, ())
+    except (CompactHydraException, OmegaConfBaseException) as error:
+        raise _explain(name, overrides, (), error) or error from error
+
+
+def _composed(name: str, overrides: Sequence[str], folders: Sequence[str]) -> DictConfig:
+    home = next((Path(folder).resolve() for folder in folders if (Path(folder) / f"{name}.yaml").is_file()), None)
+    start = (
+        hydra.initialize_config_dir(str(home), version_base="1.3")
+        if home
+        else hydra.initialize_config_module(CONFIGS, version_base="1.3")
+    )
+    places = [f"file://{Path(folder).resolve()}" for folder in folders] + [f"pkg://{CONFIGS}"]
+    with start:
+        return hydra.compose(name, overrides=[*overrides, f"hydra.searchpath=[{','.join(places)}]"])
+
+
+# ---------------------------------------------------------------------------------------------- run directories
+
+
+def new_run_dir(name: str, root: str | os.PathLike[str] = OUTPUTS) -> Path:
+    """Make root/<name>/<date>_<time>, with _2, _3, ... when two runs start within one second."""
+    folder = Path(root) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    number = 1
+    while True:
+        path = folder / (stamp if number == 1 else f"{stamp}_{number}")
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+
+
+def link_latest(run_dir: Path) -> None:
+    """Point `latest` beside the run directory at it; at no moment is there no link."""
+    latest = run_dir.parent / "latest"
+    if latest.exists() and not latest.is_symlink():
+        raise FileExistsError(f"{latest} is not a link, so it cannot be pointed at {run_dir.name}; move it away")
+    temporary = run_dir.parent / f".latest.{os.getpid()}.{run_dir.name}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(run_dir.name)
+    temporary.replace(latest)
+
+
+def _is_bare(run_dir: Path) -> bool:
+    """Whether nothing but a description of the run is in there."""
+    return {path.name for path in run_dir.iterdir()} <= {"config.yaml", "multirun.yaml"}
+
+
+def _discard(run_dir: Path) -> None:
+    """Remove a directory that a run left without results, and point `latest` at the newest one that has some."""
+    if not run_dir.is_dir() or not _is_bare(run_dir):
+        return
+    latest = run_dir.parent / "latest"
+    linked = latest.is_symlink() and os.readlink(latest) == run_dir.name
+    for path in run_dir.iterdir():
+        path.unlink()
+    run_dir.rmdir()
+    if linked:
+        others = [path for path in run_dir.parent.iterdir() if path.is_dir() and not path.is_symlink()]
+        if others:
+            link_latest(max(others, key=lambda path: path.stat().st_mtime))
+        else:
+            latest.unlink()
+
+
+# ---------------------------------------------------------------------------------------------- running
+
+
+class _JobFailed(BaseException):
+    """Carries a command's error past Hydra, which would print its own report of any Exception."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _run(name: str, main: Main, given: Sequence[str]) -> None:
+    arguments = _checkpoint_paths(name, list(given), _config_folders(given))
+    sweep = any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in arguments)
+    sweep_dir = new_run_dir(name) if sweep else None
+    ours = {
+        "hydra.run.dir": ".",
+        "hydra.output_subdir": "null",
+        "hydra.job.name": name,
+        "hydra.job.chdir": "false",
+        "hydra/job_logging": "none",
+    }
+    if sweep_dir is not None:
+        ours |= {"hydra.sweep.dir": str(sweep_dir), "hydra.sweep.subdir": r"${hydra.job.num}"}
+    taken = {word.partition("=")[0] for word in arguments}
+    arguments += [f"{key}={value}" for key, value in ours.items() if key not in taken]
+
+    def job(config: DictConfig) -> Any:
+        try:
+            return _job(name, main, config)
+        except Exception as error:
+            raise _JobFailed(error) from error
+
+    try:
+        with _process_arguments(name, arguments):
+            hydra.main(config_path=f"pkg://{CONFIGS}", config_name=name, version_base="1.3")(job)()
+    except _JobFailed as failed:
+        raise failed.error from failed.error.__cause__
+    finally:
+        if sweep_dir is not None:
+            _discard(sweep_dir)
+            if sweep_dir.exists():
+                link_latest(sweep_dir)
+    if sweep_dir is not None:
+        _say_where(sweep_dir)
+
+
+def _job(name: str, main: Main, config: DictConfig) -> Any:
+    asked = config.get("run_dir") if "run_dir" in config else None
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        if asked:
+            raise ValueError(
+                "run_dir is given, but the jobs of a multirun each need a directory of their own; leave it out"
+            )
+        run_dir, made = Path(HydraConfig.get().runtime.output_dir), True
+        if run_dir.is_absolute() and run_dir.is_relative_to(Path.cwd()):
+            run_dir = run_dir.relative_to(Path.cwd())
+        run_dir.mkdir(parents=True, exist_ok=True)
+    elif asked:
+        run_dir, made = Path(asked), False
+        run_dir.mkdir(parents=True, exist_ok=True)
+    else:
+        run_dir, made = new_run_dir(name), True
+        link_latest(run_dir)
+    try:
+        # Resolved here, once: a missing value or a dangling reference is an error before any work is done.
+        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        files.write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
+        value = main(config, run_dir)
+    except BaseException as error:
+        if made:
+            _discard(run_dir)
+        if run_dir.exists() and not _is_bare(run_dir):
+            error.add_note(f"what was done so far is in {run_dir}")
+        raise
+    _say_where(run_dir)
+    return value
+
+
+def _say_where(run_dir: Path) -> None:
+    print(f"outputs in {run_dir}", flush=True)
+
+
+@contextmanager
+def _process_arguments(name: str, arguments: Sequence[str]) -> Iterator[None]:
+    """Hydra reads the process's arguments, and prints and exits by itself unless told to let errors through."""
+    argv, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [f"python -m wamrl.{name}", *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        if full is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full
+
+
+def _guarded(name: str, given: Sequence[str], work: Callable[[], None]) -> int:
+    """The exit code of `work`, with its error told on stderr."""
+    try:
+        work()
+        return 0
+    except KeyboardInterrupt as error:
+        print("\n".join(["interrupted", *filter(None, [str(error)]), *_notes(error)]), file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("WAMRL_DEBUG") == "1":
+            raise
+        folders = _config_folders(given)
+        reason = _explain(name, [word for word in given if "=" in word or word[:1] in "+~"], folders, error)
+        if reason is None:
+            raise
+        text = textwrap.dedent(str(reason)).strip()
+        print("\n".join([f"error: {text}", *_notes(error)]), file=sys.stderr)
+        print(f"(python -m wamrl.{name} --help explains; WAMRL_DEBUG=1 shows the traceback)", file=sys.stderr)
+        return 2
+
+
+def _notes(error: BaseException) -> list[str]:
+    return list(getattr(error, "__notes__", []))
+
+
+# ---------------------------------------------------------------------------------------------- errors of input
+
+
+def _explain(name: str, overrides: Sequence[str], folders: Sequence[str], error: BaseException) -> Exception | None:
+    """What to tell the user about `error`; None when it is not the user's to mend."""
+    if isinstance(error, MissingConfigException):
+        return _unknown_option(name, folders, error)
+    if isinstance(error, OverrideParseException):
+        text = f"cannot read '{error.override}'"
+        return ValueError(
+            f"{text}; settings are written key=value, with values that hold spaces, commas or = in quotes"
+        )
+    if isinstance(error, InstantiationException):
+        return _unbuilt(error)
+    if isinstance(error, MissingMandatoryValue):
+        key = getattr(error, "full_key", None) or "?"
+        return ValueError(f"the setting '{key}' has no value; give it as {key}=<value>")
+    if isinstance(error, ConfigCompositionException):
+        found = re.search(r"Could not (?:override|delete from config\.) '([^']+)'", str(error))
+        if found:
+            return _unknown_setting(name, overrides, folders, found[1])
+        cause = f": {error.__cause__}" if error.__cause__ else ""
+        return ValueError(f"{error}{cause}")
+    if isinstance(error, (CompactHydraException, OmegaConfBaseException)):
+        return ValueError(str(error))
+    return error if isinstance(error, _USER_ERRORS) else None
+
+
+def _unknown_option(name: str, folders: Sequence[str], error: MissingConfigException) -> Exception:
+    missing = error.missing_cfg_file or ""
+    group, _, option = missing.partition("/")
+    if not option:
+        return ValueError(f"there is no configs/{missing or name}.yaml")
+    known = options(group, folders)
+    if group == "wam":
+        known += _shipped()
+    hint = "A checkpoint is named by its path as well." if group == "wam" else ""
+    return unknown_name(group, option.removesuffix(".yaml"), known, hint=hint)
+
+
+def _unknown_setting(name: str, overrides: Sequence[str], folders: Sequence[str], key: str) -> Exception:
+    kept = [word for word in overrides if word.lstrip("+~").partition("=")[0].partition("@")[0] != key]
+    try:
+        config = _composed(name, [word for word in kept if not word.startswith("hydra")], folders)
+    except (CompactHydraException, OmegaConfBaseException):
+        return ValueError(f"unknown setting '{key}'")
+    known = list(_keys(config))
+    parent = key.rpartition(".")[0]
+    beside = [other for other in known if parent and other.startswith(f"{parent}.")]
+    new = f"To add a setting that the defaults do not have, write +{key}=<value>."
+    return unknown_name("setting", key, beside or [k for k in known if "." not in k] or known, hint=new)
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    for key in node if isinstance(node, DictConfig) and not node._is_none() else ():
+        yield f"{prefix}{key}"
+        if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
+            yield from _keys(node[key], f"{prefix}{key}.")
+
+
+def _unbuilt(error: InstantiationException) -> Exception | None:
+    """The reason why a `_target_` refused its arguments, in its own words, with the config key it belongs to."""
+    cause = error.__cause__
+    found = re.search(r"full_key: (\S+)", str(error))
+    where = f"{found[1]}: " if found else ""
+    if isinstance(cause, (ImportError, TypeError, *_USER_ERRORS)):
+        return ValueError(f"{where}{cause}")
+    return ValueError(str(error)) if cause is None else None
+
+
+# ---------------------------------------------------------------------------------------------- groups and help
+
+
+def _config_folders(given: Sequence[str]) -> list[str]:
+    """The folders that the user adds to the shipped configs with --config-dir / -cd."""
+    folders = []
+    for position, word in enumerate(given):
+        flag, equals, value = word.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            folders += [value] if equals else list(given[position + 1 : position + 2])
+    return folders
+
+
+def options(group: str, folders: Sequence[str] = ()) -> list[str]:
+    """The choices of a config group, shipped and in the user's `folders`: "metaworld/push-v3" of group "env"."""
+    found = set()
+    for root in (resources.files(CONFIGS) / group, *(Path(folder) / group for folder in folders)):
+        base = Path(str(root))
+        found |= {str(path.relative_to(base).with_suffix("").as_posix()) for path in base.rglob("*.yaml")}
+    return sorted(found)
+
+
+def _shipped() -> list[str]:
+    return sorted(path.stem for path in (Path(__file__).parent / "checkpoints").glob("*.safetensors"))
+
+
+def _default_groups(name: str, folders: Sequence[str]) -> dict[str, str]:
+    """Group -> default choice, as configs/<name>.yaml lists them."""
+    groups: dict[str, str] = {}
+    for entry in _primary(name, folders).get("defaults") or []:
+        if isinstance(entry, dict):
+            for key, choice in entry.items():
+                key = key.removeprefix("optional ").removeprefix("override ").partition("@")[0].strip().lstrip("/")
+                if not key.startswith("hydra"):
+                    groups[key] = "none" if choice is None else str(choice)
+    return groups
+
+
+def _primary_text(name: str, folders: Sequence[str]) -> str:
+    places = [*(Path(folder) for folder in folders), Path(str(resources.files(CONFIGS)))]
+    for place in places:
+        if (place / f"{name}.yaml").is_file():
+            return (place / f"{name}.yaml").read_text(encoding="utf-8")
+    raise FileNotFoundError(f"configs/{name}.yaml is missing")
+
+
+def _primary(name: str, folders: Sequence[str]) -> dict[str, Any]:
+    return yaml.safe_load(_primary_text(name, folders)) or {}
+
+
+def _checkpoint_paths(name: str, words: list[str], folders: Sequence[str]) -> list[str]:
+    """Let `wam=` take a checkpoint where a group is expected: wam=runs/x.safetensors -> wam=checkpoint wam.checkpoint=...
+
+    Only for commands whose config has a group `wam` with an option `checkpoint`.
+    """
+    if not any(word.startswith("wam=") for word in words):
+        return words
+    known = options("wam", folders)
+    if "checkpoint" not in known or "wam" not in _default_groups(name, folders):
+        return words
+    written: list[str] = []
+    for word in words:
+        value = word.removeprefix("wam=")
+        parts = value.split(",")
+        if word.startswith("wam=") and all(
+            part not in known and (part in _shipped() or part.endswith(".safetensors") or Path(part).exists())
+            for part in parts
+        ):
+            plain = re.fullmatch(r"[\w./\-,+@:~ ]+", value)
+            quoted = value if plain else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+            written += ["wam=checkpoint", f"wam.checkpoint={quoted}"]
+        else:
+            written.append(word)
+    return written
+
+
+def _help(name: str, purpose: str, examples: Sequence[str], folders: Sequence[str]) -> str:
+    start = f"python -m wamrl.{name}"
+    lines = [textwrap.fill(" ".join(purpose.split()), 100), "", "usage:", f"  {start} [setting=value ...]", ""]
+    lines += ["examples:", f"  {start}", *(f"  {start} {example}" for example in examples), ""]
+    groups = _default_groups(name, folders)
+    if groups:
+        lines.append("choices (group=choice; each is a file configs/<group>/<choice>.yaml with its own settings):")
+        width = max(map(len, groups)) + 1
+        for group, default in groups.items():
+            shown = textwrap.wrap(", ".join(options(group, folders)), 100 - width - 4, break_on_hyphens=False)
+            shown = [*(shown or ["(none)"]), f"default: {default}"]
+            lines += [f"  {group + '=' if i == 0 else '':<{width}} {text}" for i, text in enumerate(shown)]
+        lines += ["  A setting of a choice is changed by its path, as in planner.horizon=8.", ""]
+    settings = _own_settings(_primary_text(name, folders))
+    if settings:
+        lines += ["settings of this command and their defaults:", textwrap.indent(settings, "  "), ""]
+    lines += [
+        "flags:",
+        "  --cfg job            print the whole resulting config and stop",
+        "  --multirun, -m       run every combination: planner.horizon=4,8,12",
+        "  --config-dir DIR     add your own folder of choices to the shipped ones",
+        "  --version            print the versions of everything that matters",
+        "",
+        f"outputs: outputs/{name}/<date>_<time>/ in the present folder; outputs/{name}/latest points at the newest.",
+        "A message that starts with 'error:' is about the input; WAMRL_DEBUG=1 adds the traceback.",
+    ]
+    return "\n".join(lines)
+
+
+def _own_settings(text: str) -> str:
+    """The command's YAML with its comments, without the defaults list and the hydra section."""
+    kept, skipping = [], False
+    for line in text.splitlines():
+        if re.match(r"(defaults|hydra)\s*:", line):
+            skipping = True
+        elif skipping and (not line.strip() or line[:1] in " -#"):
+            skipping = bool(line.strip())
+        else:
+            skipping = False
+        if not skipping and not line.startswith(("# @package", "---")):
+            kept.append(line)
+    return "\n".join(kept).strip("\n")
+
+
+def plain(config: DictConfig | ListConfig) -> Any:
+    """The config as resolved dicts, lists and scalars, to be stored in results and checkpoints."""
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
