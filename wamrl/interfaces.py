@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from tensordict import TensorDict
@@ -37,13 +37,14 @@ QUERIES = (
     "uncertainty",  # Imagined.uncertainty is predicted
 )
 
-State = TensorDict
+State: TypeAlias = TensorDict
 """Batch [R]: a model's latents, caches and suffixes. Indexing its rows is forking."""
 
-PlanState = TensorDict
-"""Batch [B]: what a planner carries from one plan to the next; `warm` [B] is False for a fresh row."""
+PlanState: TypeAlias = TensorDict
+"""Batch [B]: what a planner carries from one plan to the next; `warm` [B] bool is False for a fresh row, `shift` [B]
+int64 is how many control steps were executed since: planners set 1, a controller that executes more sets its own."""
 
-PolicyState = TensorDict
+PolicyState: TypeAlias = TensorDict
 """Batch [B]: what a policy carries from one act to the next; rows can be indexed and dropped."""
 
 
@@ -156,12 +157,13 @@ class Proposal:
     chain: [R, N, K+1, H, A] the sampler's steps, not clamped; log-probs are computed on it, never on `actions`.
     times: [K+1] noise times of the chain, 0 = noise, 1 = data. A Gaussian policy has K = 1.
     log_prob: [R, N, K]. imagined: the futures of these actions when sampling had to imagine them anyway.
+    chain, times and log_prob are None for a planner's own noise, which no policy sampled.
     """
 
     actions: Tensor
-    chain: Tensor
-    times: Tensor
-    log_prob: Tensor
+    chain: Tensor | None = None
+    times: Tensor | None = None
+    log_prob: Tensor | None = None
     imagined: Imagined | None = None
 
 

@@ -1,0 +1,145 @@
+"""Model-predictive path integral control (Williams et al., 2015, arXiv:1509.01149).
+
+The refit rule: the mean of the candidates, weighted by the exponential of their scores. With `proposal="policy"` the
+first candidates follow the model's policy with small correlated perturbations, so that the search stays where the
+model has data.
+
+Shapes: R rows, N candidates, H steps, A action dims.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from wamrl.interfaces import Gate, Proposer
+from wamrl.naming import unknown_name
+from wamrl.planners.gates import Always, Uncertainty
+from wamrl.planners.proposers import NoiseProposer, PolicyProposer, check_sigma, noise_basis
+from wamrl.planners.scorers import ReturnScorer
+from wamrl.planners.shooting import Refit, ShootingPlanner
+
+PROPOSALS = ("policy", "noise")
+
+
+def mppi_refit(*, temperature: float = 0.5, standardise: bool = True, num_elites: int | None = None) -> Refit:
+    """The rule mean = sum_n w_n u_n with w = softmax(score / temperature) over the elites; sigma stays as it is.
+
+    temperature: above 0; higher averages more candidates. standardise: subtract the mean of a row's finite scores and
+    divide by their standard deviation first, so that neither the rewards' scale nor their zero matters.
+    num_elites: only that many best candidates have weight; None is all of them.
+    """
+    if not math.isfinite(temperature) or temperature <= 0:
+        raise ValueError(f"planner.temperature is {temperature}, but must be above 0; 0.5 is usual")
+    if num_elites is not None and num_elites < 1:
+        raise ValueError(f"planner.num_elites is {num_elites}, but must be at least 1, or null for all candidates")
+
+    def refit(actions: Tensor, scores: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weights = mppi_weights(scores, temperature, standardise, num_elites)
+        rows, num, horizon, action_dim = actions.shape
+        mean = torch.bmm(weights[:, None], actions.reshape(rows, num, -1)).view(rows, horizon, action_dim)
+        return mean, sigma, weights
+
+    return refit
+
+
+def mppi_weights(scores: Tensor, temperature: float, standardise: bool, num_elites: int | None) -> Tensor:
+    """[R, N] weights that sum to one, for `scores` [R, N] where -inf means no weight."""
+    # Subtract the max first: exp overflows once returns exceed about 88 in float32.
+    gap = scores - scores.amax(dim=1, keepdim=True)
+    if standardise:
+        valid = gap.isfinite()
+        count = valid.sum(dim=1, keepdim=True)
+        known = gap.where(valid, 0.0)
+        centred = (known - known.sum(dim=1, keepdim=True) / count).where(valid, 0.0)
+        deviation = (centred.square().sum(dim=1, keepdim=True) / count).sqrt()
+        gap = gap / deviation.where(deviation > 0, 1.0)
+    if num_elites is not None and num_elites < scores.shape[1]:
+        elites = gap.topk(num_elites, dim=1).indices
+        gap = torch.full_like(gap, -math.inf).scatter(1, elites, gap.gather(1, elites))
+    return torch.softmax(gap / temperature, dim=1)
+
+
+def make_mppi(
+    *,
+    horizon: int = 8,
+    num_candidates: int = 128,
+    iterations: int = 1,
+    temperature: float = 0.5,
+    standardise: bool = True,
+    num_elites: int | None = None,
+    proposal: str = "policy",
+    sigma: float | Sequence[float] = 0.1,
+    correlation: float = 0.7,
+    warm_share: float = 0.0,
+    refine_sigma: float | Sequence[float] | None = None,
+    value_weight: float = 1.0,
+    reward_weight: float = 1.0,
+    success_weight: float = 0.0,
+    uncertainty_penalty: float = 0.0,
+    uncertainty_reduce: str = "sum",
+    discount: float | None = None,
+    risk: str = "mean",
+    risk_weight: float = 1.0,
+    gate_threshold: float | None = None,
+    choose: str = "mean",
+    shuffle_scores: bool = False,
+    compile: bool = False,
+    on_failure: str = "raise",
+) -> ShootingPlanner:
+    """MPPI as `configs/planner/mppi.yaml` builds it.
+
+    horizon: H model steps. num_candidates: N per iteration. temperature, standardise, num_elites: see `mppi_refit`.
+    proposal: "policy" (candidates follow the policy, `PolicyProposer`) or "noise" (plain MPPI, `NoiseProposer`).
+    sigma: standard deviation of the noise on normalised actions, one number or one per action dim.
+    correlation: of the noise of neighbouring steps, in [0, 1). warm_share: see `PolicyProposer`.
+    refine_sigma: sigma of the iterations after the first; None is `sigma`.
+    value_weight ... risk_weight: see `ReturnScorer`. gate_threshold: None searches always, else see `Uncertainty`.
+    choose, shuffle_scores, compile, on_failure: see `ShootingPlanner`.
+    """
+    spread = check_sigma(sigma)
+    _check_horizon(horizon)
+    if not 0.0 <= warm_share <= 1.0:
+        raise ValueError(f"planner.warm_share is {warm_share}, but must be in [0, 1]")
+    basis = noise_basis(horizon, correlation)
+    proposer: Proposer
+    if proposal == "policy":
+        proposer = PolicyProposer(horizon=horizon, sigma=spread, basis=basis, warm_share=warm_share)
+    elif proposal == "noise":
+        proposer = NoiseProposer(horizon=horizon, sigma=spread, basis=basis)
+    else:
+        raise unknown_name("planner.proposal", str(proposal), PROPOSALS)
+    gate: Gate = Always() if gate_threshold is None else Uncertainty(threshold=gate_threshold)
+    return ShootingPlanner(
+        proposer=proposer,
+        scorer=ReturnScorer(
+            value_weight=value_weight,
+            reward_weight=reward_weight,
+            success_weight=success_weight,
+            uncertainty_penalty=uncertainty_penalty,
+            uncertainty_reduce=uncertainty_reduce,
+            discount=discount,
+            risk=risk,
+            risk_weight=risk_weight,
+        ),
+        gate=gate,
+        refit=mppi_refit(temperature=temperature, standardise=standardise, num_elites=num_elites),
+        horizon=horizon,
+        num_candidates=num_candidates,
+        iterations=iterations,
+        sigma=spread if refine_sigma is None else check_sigma(refine_sigma, "refine_sigma"),
+        basis=basis,
+        choose=choose,
+        shuffle_scores=shuffle_scores,
+        compile=compile,
+        on_failure=on_failure,
+    )
+
+
+def _check_horizon(horizon: int) -> None:
+    # noise_basis needs it before ShootingPlanner can check it.
+    if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
+        raise ValueError(f"planner.horizon is {horizon!r}, but must be a whole number of at least 1")

@@ -1,0 +1,153 @@
+"""Where candidates come from: action chunks around the policy, or around the previous plan.
+
+Shapes: R rows, N candidates, M sampled futures, H steps, A action dims. Actions are normalised to [-1, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from wamrl.interfaces import WAM, Imagined, PlanState, Proposal, State
+from wamrl.noise import NoiseKey
+
+
+def noise_basis(horizon: int, correlation: float = 0.0) -> Tensor:
+    """[H, H] matrix that colours white noise over time: row h gives step h; every step has unit variance.
+
+    correlation is that of two neighbouring steps, in [0, 1): a stationary AR(1) process,
+    x_0 = e_0 and x_h = c x_(h-1) + sqrt(1 - c^2) e_h; 0 leaves the noise white.
+    """
+    if not 0.0 <= correlation < 1.0:
+        raise ValueError(f"correlation is {correlation}, but must be in [0, 1): 0 is white noise")
+    step = torch.arange(horizon, dtype=torch.float64)
+    lag = step[:, None] - step[None, :]
+    basis = torch.where(lag >= 0, torch.pow(torch.tensor(correlation, dtype=torch.float64), lag.clamp_min(0)), 0.0)
+    basis[:, 1:] *= math.sqrt(1.0 - correlation**2)
+    return basis.to(torch.float32)
+
+
+def coloured_noise(noise: NoiseKey, basis: Tensor, *shape: int, action_dim: int) -> Tensor:
+    """[R, *shape, H, A] noise of unit variance, coloured over time by `basis` [H, H]."""
+    white = noise.normal(*shape, action_dim, basis.shape[1])
+    if basis.shape[0] > 1 and basis[1, 0] != 0:
+        white = white @ basis.T
+    return white.transpose(-1, -2)
+
+
+def check_sigma(sigma: float | Sequence[float], name: str = "sigma") -> Tensor:
+    """[1] or [A] standard deviations in units of the action range's half; ValueError unless finite and > 0."""
+    value = torch.as_tensor(sigma, dtype=torch.float32).reshape(-1)
+    if value.numel() == 0 or not torch.isfinite(value).all() or not (value > 0).all():
+        raise ValueError(f"{name} is {sigma}, but must be above 0 (actions span [-1, 1]); 0.1 is a small one")
+    return value
+
+
+def match_sigma(sigma: Tensor, action_dim: int, name: str = "sigma") -> Tensor:
+    """`sigma` [1] or [A], checked against the model's action dims."""
+    if sigma.numel() not in (1, action_dim):
+        raise ValueError(f"{name} has {sigma.numel()} entries, but the model's actions have {action_dim} dims")
+    return sigma
+
+
+def shifted(chunk: Tensor, steps: Tensor) -> Tensor:
+    """`chunk` [R, H, A] moved forward by `steps` [R] executed steps; its last action fills the end."""
+    horizon = chunk.shape[1]
+    index = torch.arange(horizon, device=chunk.device) + steps[:, None]
+    index = index.clamp(0, horizon - 1)
+    return chunk.gather(1, index[:, :, None].expand(-1, -1, chunk.shape[2]))
+
+
+def join_imagined(first: Imagined, second: Imagined) -> Imagined:
+    """The futures of two sets of candidates of the same rows, one after the other along N."""
+    joined = {}
+    for field in fields(Imagined):
+        a, b = getattr(first, field.name), getattr(second, field.name)
+        if field.name == "evaluations":
+            joined[field.name] = a + b
+        elif a is None or b is None:
+            joined[field.name] = None
+        else:
+            joined[field.name] = torch.cat([a, b], dim=1)
+    return Imagined(**joined)
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyProposer:
+    """Candidates that follow the policy inside the imagination, with small correlated perturbations.
+
+    Candidate 0 is the unperturbed policy. The policy reacts to what each perturbation causes, so candidates
+    stay near the data. The model imagines while it proposes, so the first iteration costs one pass.
+
+    horizon: H steps. sigma: standard deviation of the perturbation, one number or one per action dim.
+    correlation: of neighbouring steps (AR(1)), in [0, 1).
+    warm_share: share of the candidates drawn around the shifted previous plan instead (around the unperturbed
+    policy's chunk in rows that have none), open loop.
+    """
+
+    horizon: int
+    sigma: Tensor
+    basis: Tensor
+    warm_share: float = 0.0
+
+    needs = frozenset({"policy", "rollout"})
+
+    def __call__(self, model: WAM, state: State, plan_state: PlanState, num: int, noise: NoiseKey) -> Proposal:
+        """`num` candidates [R, N, H, A], imagined when the model imagines while proposing."""
+        action_dim = model.spec.action_dim
+        sigma = match_sigma(self.sigma, action_dim).to(noise.row.device)
+        perturbation = coloured_noise(
+            noise.fold(0), self.basis.to(noise.row.device), num, action_dim=action_dim
+        ) * sigma
+        num_warm = min(round(self.warm_share * num), num - 1)
+        num_policy = num - num_warm
+        followed = perturbation[:, :num_policy].clone()
+        followed[:, 0] = 0.0
+        proposal = model.propose(state, num_policy, mode="ode", noise=noise.fold(1), perturbation=followed)
+        if proposal.actions.shape[2] != self.horizon:
+            raise ValueError(
+                f"the planner's horizon is {self.horizon}, but the model proposes chunks of "
+                f"{proposal.actions.shape[2]} steps; set planner.horizon={proposal.actions.shape[2]}"
+            )
+        if num_warm == 0:
+            return proposal
+        centre = torch.where(
+            plan_state["warm"][:, None, None],
+            shifted(plan_state["mean"], plan_state["shift"]),
+            proposal.actions[:, 0].nan_to_num(),
+        )
+        warm_noise = perturbation[:, num_policy:].clone()
+        warm_noise[:, 0] = 0.0
+        around = (centre[:, None] + warm_noise).clamp(-1.0, 1.0)
+        actions = torch.cat([proposal.actions, around], dim=1)
+        if proposal.imagined is None:
+            return Proposal(actions=actions)
+        imagined = join_imagined(proposal.imagined, model.imagine(state, around, noise=noise.fold(2)))
+        return Proposal(actions=actions, imagined=imagined)
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseProposer:
+    """Candidates around the shifted previous plan, or around zero in rows that have none; candidate 0 is the centre.
+
+    Knows nothing of the policy: plain MPPI. horizon, sigma, correlation: as in `PolicyProposer`.
+    """
+
+    horizon: int
+    sigma: Tensor
+    basis: Tensor
+
+    needs = frozenset({"rollout"})
+
+    def __call__(self, model: WAM, state: State, plan_state: PlanState, num: int, noise: NoiseKey) -> Proposal:
+        """`num` candidates [R, N, H, A], not yet imagined."""
+        sigma = match_sigma(self.sigma, model.spec.action_dim).to(noise.row.device)
+        basis = self.basis.to(noise.row.device)
+        offset = coloured_noise(noise.fold(0), basis, num, action_dim=model.spec.action_dim) * sigma
+        offset[:, 0] = 0.0
+        centre = shifted(plan_state["mean"], plan_state["shift"]) * plan_state["warm"][:, None, None]
+        return Proposal(actions=(centre[:, None] + offset).clamp_(-1.0, 1.0))

@@ -1,0 +1,130 @@
+"""How good imagined futures are: [R, N], higher is better.
+
+Shapes: R rows, N candidates, M sampled futures, H steps, E value heads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from wamrl.interfaces import WAM, Imagined, State
+from wamrl.naming import unknown_name
+from wamrl.noise import NoiseKey
+
+RISKS = ("mean", "lower_bound", "worst")
+REDUCTIONS = ("sum", "mean")
+
+
+@dataclass(frozen=True)
+class ReturnScorer:
+    """Discounted return of the imagined steps, plus the value of where they end, minus the futures' disagreement.
+
+    score = risk over M of  sum_h d^h alive_h (reward_weight reward_h + success_weight success_h)
+                            + value_weight d^H alive_(H-1) mean_E value(leaf)
+            - uncertainty_penalty * (sum or mean over h of d^h uncertainty_h)
+
+    Steps after an episode's end count for nothing (`alive` is 0 there); without an alive head all steps count.
+
+    discount: d per step; None is the model's own. Units: those of the reward.
+    risk: over the M futures: "mean"; "lower_bound" = mean - risk_weight * standard deviation; "worst" = minimum.
+    uncertainty_reduce: "sum" or "mean" over the steps (the mean divides by sum_h d^h).
+    needs: the queries that the chosen weights ask of a model; a weight of 0 asks for nothing.
+    """
+
+    value_weight: float = 1.0
+    reward_weight: float = 1.0
+    success_weight: float = 0.0
+    uncertainty_penalty: float = 0.0
+    uncertainty_reduce: str = "sum"
+    discount: float | None = None
+    risk: str = "mean"
+    risk_weight: float = 1.0
+    needs: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Check the ranges, and work out what a model must answer."""
+        for name in ("value_weight", "reward_weight", "success_weight", "uncertainty_penalty", "risk_weight"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name} is {value}, but must be a finite number of at least 0")
+        if self.discount is not None and not 0.0 < self.discount <= 1.0:
+            raise ValueError(f"discount is {self.discount}, but must be in (0, 1], or null for the model's own")
+        if self.risk not in RISKS:
+            raise unknown_name("risk", str(self.risk), RISKS)
+        if self.uncertainty_reduce not in REDUCTIONS:
+            raise unknown_name("uncertainty_reduce", str(self.uncertainty_reduce), REDUCTIONS)
+        weighted = {
+            "value": self.value_weight,
+            "reward": self.reward_weight,
+            "success": self.success_weight,
+            "uncertainty": self.uncertainty_penalty,
+        }
+        needs = frozenset(query for query, weight in weighted.items() if weight > 0)
+        if not needs - {"uncertainty"}:
+            raise ValueError("value_weight, reward_weight and success_weight are all 0: no candidate could win")
+        object.__setattr__(self, "needs", needs)
+
+    def __call__(self, model: WAM, state: State, imagined: Imagined) -> Tensor:
+        """[R, N] scores of the candidates in `imagined`."""
+        discount = model.spec.discount if self.discount is None else self.discount
+        total = None  # [R, N, M]
+        horizon = 0
+        gain = None  # [R, N, M, H]
+        if self.reward_weight > 0:
+            gain = _head(imagined, "reward")
+            gain = gain if self.reward_weight == 1.0 else gain * self.reward_weight
+        if self.success_weight > 0:
+            success = _head(imagined, "success") * self.success_weight
+            gain = success if gain is None else gain + success
+        if gain is not None:
+            horizon = gain.shape[-1]
+            if imagined.alive is not None:
+                gain = gain * imagined.alive
+            total = gain @ _discounts(discount, horizon, gain)
+        if self.value_weight > 0:
+            horizon = horizon or _steps(imagined)
+            value = model.value(imagined.leaf).mean(dim=-1) * (self.value_weight * discount**horizon)
+            if imagined.alive is not None:
+                value = value * imagined.alive[..., -1]
+            total = value if total is None else total + value
+        assert total is not None  # __post_init__ refuses weights that leave nothing to sum
+        if total.shape[-1] == 1:
+            score = total[..., 0]
+        elif self.risk == "mean":
+            score = total.mean(dim=-1)
+        elif self.risk == "lower_bound":
+            score = total.mean(dim=-1) - self.risk_weight * total.std(dim=-1, correction=0)
+        else:
+            score = total.amin(dim=-1)
+        if self.uncertainty_penalty > 0:
+            uncertainty = _head(imagined, "uncertainty").mean(dim=2)
+            weights = _discounts(discount, uncertainty.shape[-1], uncertainty)
+            if self.uncertainty_reduce == "mean":
+                weights = weights / weights.sum()
+            score = score - self.uncertainty_penalty * (uncertainty @ weights)
+        return score
+
+
+def permutation(noise: NoiseKey, num: int) -> Tensor:
+    """[R, N] a permutation of 0..N-1 per row, from its own noise key: the null control permutes scores by it."""
+    return noise.uniform(num).argsort(dim=1)
+
+
+def _discounts(discount: float, horizon: int, like: Tensor) -> Tensor:
+    return torch.pow(discount, torch.arange(horizon, dtype=like.dtype, device=like.device))
+
+
+def _head(imagined: Imagined, name: str) -> Tensor:
+    value: Tensor | None = getattr(imagined, name)
+    if value is None:
+        raise ValueError(f"the model lists '{name}' in spec.provides, but its imagined futures have no {name}")
+    return value
+
+
+def _steps(imagined: Imagined) -> int:
+    batch = imagined.leaf.batch_size
+    return imagined.evaluations // (batch[1] * batch[2])

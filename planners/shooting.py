@@ -1,0 +1,426 @@
+"""Shooting: imagine many action chunks, score them, fit a chunk to the scores, repeat.
+
+A planner of this family fills four holes: `proposer` (where the first candidates come from), `scorer` (how good
+their futures are), `refit` (which chunk the scores call for: MPPI, CEM, ...) and `gate` (which rows to search).
+
+Shapes: B rows, R rows that are searched, N candidates, M sampled futures, H steps, A action dims.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from wamrl.interfaces import WAM, Budget, Gate, Imagined, Plan, PlanState, Proposal, Proposer, Scorer, State
+from wamrl.naming import unknown_name
+from wamrl.noise import NoiseKey
+from wamrl.planners.gates import Always
+from wamrl.planners.proposers import coloured_noise, match_sigma
+from wamrl.planners.scorers import permutation
+
+CHOICES = ("mean", "best")
+FAILURES = ("raise", "hold")
+
+
+class Refit(Protocol):
+    """Which distribution of chunks the scores call for."""
+
+    def __call__(self, actions: Tensor, scores: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """mean [R, H, A], sigma [R or 1, H or 1, A or 1] and weights [R, N] (summing to one).
+
+        actions: [R, N, H, A], finite. scores: [R, N], -inf for a candidate that must have no weight; every row has
+        at least one finite score. sigma: the standard deviation that the candidates were drawn with.
+        """
+        ...
+
+
+class NonFinitePlanError(ValueError):
+    """Every candidate of some row had a score or an action that is not finite. rows: their indices."""
+
+    def __init__(self, rows: list[int], candidates: int) -> None:
+        self.rows = rows
+        super().__init__(
+            f"all {candidates} candidates of row(s) {rows} have a score or action that is NaN or infinite: the model "
+            "is broken for these observations (diverged training, or inputs far outside of its data?). "
+            "Check the checkpoint; planner.on_failure=hold sends zero actions in such rows instead of stopping"
+        )
+
+
+@dataclass(eq=False)
+class ShootingPlanner:
+    """Sampling-based search over action chunks; the template behind `make_mppi`.
+
+    The first iteration scores the proposer's candidates. Each further one draws `num_candidates` chunks around the
+    refitted mean, open loop, candidate 0 being that mean; neighbouring steps are correlated through `basis`.
+
+    horizon: H model steps. num_candidates: N. iterations: the most that a plan may take. sigma: [1] or [A] standard
+    deviation of the refinement. choose: "mean" returns the last refitted mean chunk, "best" the best-scored candidate
+    of all iterations. shuffle_scores: the null control; scores are permuted across the candidates of a row before
+    anything reads them. compile: one refinement iteration as a single compiled function.
+    on_failure: what happens to a row none of whose candidates is finite: "raise" NonFinitePlanError, or "hold":
+    a chunk of zeros (for delta actions: stay), value NaN, a RuntimeWarning, and weights that stay uniform.
+    """
+
+    proposer: Proposer
+    scorer: Scorer
+    gate: Gate
+    refit: Refit
+    horizon: int
+    num_candidates: int
+    iterations: int
+    sigma: Tensor
+    basis: Tensor
+    choose: str = "mean"
+    shuffle_scores: bool = False
+    compile: bool = False
+    on_failure: str = "raise"
+    _compiled: Any = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse values that no plan could be made with."""
+        for name in ("horizon", "num_candidates", "iterations"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"planner.{name} is {value!r}, but must be a whole number of at least 1")
+        if self.choose not in CHOICES:
+            raise unknown_name("choose", str(self.choose), CHOICES)
+        if self.on_failure not in FAILURES:
+            raise unknown_name("on_failure", str(self.on_failure), FAILURES)
+        if self.compile and not _has_cpp_compiler():
+            raise ValueError(
+                "planner.compile=true needs a C++ compiler, and none was found (looked for $CXX, g++, clang++, c++); "
+                "install one, or set planner.compile=false"
+            )
+
+    def check(self, model: WAM) -> None:
+        """ValueError when `model` does not answer what this planner asks, or not as far ahead."""
+        needs = {"rollout"}.union(*(getattr(part, "needs", ()) for part in (self.proposer, self.scorer, self.gate)))
+        if not isinstance(self.gate, Always):
+            needs.add("policy")
+        model.spec.require(*sorted(needs))
+        if self.horizon > model.spec.max_horizon:
+            raise ValueError(
+                f"planner.horizon is {self.horizon}, but the model was trained to imagine {model.spec.max_horizon} "
+                f"steps; set planner.horizon={model.spec.max_horizon} or less"
+            )
+        if model.spec.action_kind != "continuous":
+            raise ValueError(f"this planner searches continuous actions, but the model's are {model.spec.action_kind}")
+        match_sigma(self.sigma, model.spec.action_dim)
+
+    def initial_state(self, model: WAM, rows: int) -> PlanState:
+        """Fresh plan state: `mean` [B, H, A] of the last plan, `warm` [B], `shift` [B] steps executed since."""
+        self.check(model)
+        device = _device(model)
+        return TensorDict(
+            {
+                "mean": torch.zeros(rows, self.horizon, model.spec.action_dim, device=device),
+                "warm": torch.zeros(rows, dtype=torch.bool, device=device),
+                "shift": torch.zeros(rows, dtype=torch.int64, device=device),
+            },
+            batch_size=[rows],
+            device=device,
+        )
+
+    @torch.no_grad()
+    def plan(
+        self, model: WAM, state: State, plan_state: PlanState, noise: NoiseKey, budget: Budget
+    ) -> tuple[Plan, PlanState]:
+        """Search every row of `state` [B] that the gate lets through; the others follow the policy.
+
+        budget.evaluations is hard: candidates and iterations shrink until they fit, and ValueError when not even one
+        candidate does. budget.deadline_s: no iteration starts that would end after it (judged by the slowest so far);
+        the first one always runs. The plan state returned has `shift` 1: one step is expected to be executed.
+        `Plan.seconds`: "imagine" is the time inside the model, "search" the rest; a compiled iteration counts as
+        the former as a whole.
+        """
+        started = time.perf_counter()
+        self.check(model)
+        num, iterations, gated = self._fit(model, budget)
+        clock = _Clock(model)
+        limits = _Limits(num, iterations, started, budget.deadline_s)
+        if isinstance(self.gate, Always):
+            rows = state.batch_size[0]
+            searched = torch.ones(rows, dtype=torch.bool, device=noise.row.device)
+            found = self._search(clock, state, plan_state, noise, limits)
+        else:
+            searched = self.gate(cast(WAM, clock), state, plan_state)
+            found = self._search_some(clock, state, plan_state, noise, limits, searched)
+            found.evaluations += gated
+        next_state = TensorDict(
+            {"mean": found.mean, "warm": torch.ones_like(searched), "shift": torch.ones_like(found.evaluations)},
+            batch_size=[searched.shape[0]],
+        )
+        plan = Plan(
+            actions=found.actions,
+            value=found.value,
+            weights=found.weights,
+            candidates=found.candidates,
+            scores=found.scores,
+            evaluations=found.evaluations,
+            searched=searched,
+            seconds={"imagine": clock.seconds, "search": time.perf_counter() - started - clock.seconds},
+        )
+        return plan, next_state
+
+    def _fit(self, model: WAM, budget: Budget) -> tuple[int, int, int]:
+        """Candidates and iterations that fit the budget, and the evaluations per row that the gate takes."""
+        if budget.deadline_s is not None and not budget.deadline_s > 0:
+            raise ValueError(f"budget.deadline_s is {budget.deadline_s}, but must be above 0 seconds")
+        members = model.spec.ensemble_size
+        gated = getattr(self.gate, "candidates", 0) * members * model.spec.chunk_length
+        if budget.evaluations is None:
+            return self.num_candidates, self.iterations, gated
+        each = members * self.horizon
+        affordable = (budget.evaluations - gated) // each
+        if affordable < 1:
+            raise ValueError(
+                f"budget.evaluations is {budget.evaluations} per row, but one candidate of {self.horizon} steps costs "
+                f"{each}" + (f" and the gate {gated}" if gated else "") + f"; allow at least {each + gated}"
+            )
+        iterations = min(self.iterations, math.ceil(affordable / self.num_candidates))
+        return min(self.num_candidates, affordable // iterations), iterations, gated
+
+    def _search(self, clock: _Clock, state: State, plan_state: PlanState, noise: NoiseKey, limits: _Limits) -> _Found:
+        """Search every row of `state`."""
+        model = cast(WAM, clock)
+        proposal = self.proposer(model, state, plan_state, limits.num_candidates, noise.fold(0))
+        imagined = proposal.imagined
+        if imagined is None:
+            imagined = model.imagine(state, proposal.actions, noise=noise.fold(1).fold(0))
+        finite = proposal.actions.isfinite().all(dim=-1).all(dim=-1)
+        actions = proposal.actions.nan_to_num().clamp_(-1.0, 1.0)
+        scores = self.scorer(model, state, imagined).where(finite, -math.inf)
+        now, failed = self._refit(actions, scores, self.sigma.to(actions.device), self._order(noise, 0, scores))
+        if failed.any():
+            self._report(failed, limits.num_candidates)
+        spent = imagined.evaluations
+        best_score, best = _best(now)
+        if limits.iterations > 1:
+            offsets = coloured_noise(
+                noise.fold(2),
+                self.basis.to(actions.device),
+                limits.iterations - 1,
+                limits.num_candidates,
+                action_dim=actions.shape[-1],
+            )
+            step = self._step(clock)
+            slowest = time.perf_counter() - limits.started
+            for i in range(1, limits.iterations):
+                begun = time.perf_counter()
+                if limits.deadline_s is not None and begun - limits.started + slowest > limits.deadline_s:
+                    break
+                key = noise.fold(1).fold(i)
+                order = self._order(noise, i, scores)
+                then, dead, cost = step(state, now.mean, now.sigma, offsets[:, i - 1], key, order)
+                now = _where(dead, now, then) if dead.any() else then
+                spent += cost
+                if self.choose == "best":
+                    score, chunk = _best(now)
+                    better = score > best_score
+                    best_score = torch.where(better, score, best_score)
+                    best = torch.where(better[:, None, None], chunk, best)
+                slowest = max(slowest, time.perf_counter() - begun)
+        if self.choose == "best":
+            value, chosen = best_score, best
+        else:
+            value = (now.weights * now.scores.where(now.weights > 0, 0.0)).sum(dim=1)
+            chosen = now.mean
+        if failed.any():
+            chosen = chosen.masked_fill(failed[:, None, None], 0.0)
+            value = value.masked_fill(failed, math.nan)
+        return _Found(
+            actions=chosen,
+            mean=now.mean if self.choose == "mean" else chosen,
+            value=value,
+            weights=now.weights,
+            candidates=now.actions,
+            scores=now.scores,
+            evaluations=torch.full((state.batch_size[0],), spent, dtype=torch.int64, device=actions.device),
+        )
+
+    def _search_some(
+        self,
+        clock: _Clock,
+        state: State,
+        plan_state: PlanState,
+        noise: NoiseKey,
+        limits: _Limits,
+        searched: Tensor,
+    ) -> _Found:
+        """Search the rows where `searched` [B]; the others get the policy's own chunk, and a value of NaN."""
+        rows, action_dim, num = searched.shape[0], clock.spec.action_dim, limits.num_candidates
+        parts: list[tuple[Tensor, _Found]] = []
+        chosen = searched.nonzero()[:, 0]
+        if chosen.numel():
+            parts.append((chosen, self._search(clock, state[chosen], plan_state[chosen], noise[chosen], limits)))
+        skipped = (~searched).nonzero()[:, 0]
+        if skipped.numel():
+            calm = torch.zeros(skipped.numel(), 1, self.horizon, action_dim, device=searched.device)
+            proposal = clock.propose(state[skipped], 1, mode="ode", perturbation=calm)
+            chunk = proposal.actions[:, 0]
+            broken = ~chunk.isfinite().all(dim=-1).all(dim=-1)
+            if broken.any():
+                self._report(broken, 1)
+            chunk = chunk.nan_to_num().clamp_(-1.0, 1.0).masked_fill(broken[:, None, None], 0.0)
+            ones = torch.ones(skipped.numel(), device=searched.device)
+            spent = 0 if proposal.imagined is None else proposal.imagined.evaluations
+            policy = _Found(
+                actions=chunk,
+                mean=chunk,
+                value=ones * math.nan,
+                weights=ones[:, None].expand(-1, num) / num,
+                candidates=chunk[:, None].expand(-1, num, -1, -1),
+                scores=ones[:, None].expand(-1, num) * math.nan,
+                evaluations=(ones * spent).to(torch.int64),
+            )
+            parts.append((skipped, policy))
+        joined = {}
+        for name in (f.name for f in fields(_Found)):
+            sample = getattr(parts[0][1], name)
+            whole = sample.new_empty(rows, *sample.shape[1:])
+            for index, part in parts:
+                whole[index] = getattr(part, name)
+            joined[name] = whole
+        return _Found(**joined)
+
+    def _refit(
+        self, actions: Tensor, scores: Tensor, sigma: Tensor, order: Tensor | None
+    ) -> tuple[_Iterate, Tensor]:
+        """What the scores make of the candidates, and the rows [R] none of whose scores is finite."""
+        scores = scores.where(scores.isfinite(), -math.inf)
+        if order is not None:
+            scores = scores.gather(1, order)
+        dead = torch.isneginf(scores).all(dim=1)
+        mean, sigma, weights = self.refit(actions, scores.masked_fill(dead[:, None], 0.0), sigma)
+        return _Iterate(actions, scores, mean.clamp(-1.0, 1.0), sigma, weights), dead
+
+    def _iterate(
+        self,
+        model: WAM,
+        state: State,
+        mean: Tensor,
+        sigma: Tensor,
+        offset: Tensor,
+        key: NoiseKey,
+        order: Tensor | None,
+    ) -> tuple[_Iterate, Tensor, int]:
+        """One refinement: candidates around `mean`, their futures, their scores, the refit. The hot path."""
+        actions = torch.addcmul(mean[:, None], offset, sigma[:, None] if sigma.dim() == 3 else sigma)
+        actions[:, 0] = mean
+        actions = actions.clamp(-1.0, 1.0)
+        imagined = model.imagine(state, actions, noise=key)
+        iterate, dead = self._refit(actions, self.scorer(model, state, imagined), sigma, order)
+        return iterate, dead, imagined.evaluations
+
+    def _step(self, clock: _Clock) -> Callable[..., tuple[_Iterate, Tensor, int]]:
+        """`_iterate` bound to the model, compiled where asked for."""
+        if not self.compile:
+            return lambda *arguments: self._iterate(cast(WAM, clock), *arguments)
+        if self._compiled is None:
+            self._compiled = torch.compile(self._iterate, fullgraph=True, dynamic=False)
+        return lambda *arguments: clock.timed(self._compiled, clock.model, *arguments)
+
+    def _order(self, noise: NoiseKey, iteration: int, scores: Tensor) -> Tensor | None:
+        return permutation(noise.fold(3).fold(iteration), scores.shape[1]) if self.shuffle_scores else None
+
+    def _report(self, failed: Tensor, candidates: int) -> None:
+        error = NonFinitePlanError(failed.nonzero()[:, 0].tolist(), candidates)
+        if self.on_failure == "raise":
+            raise error
+        warnings.warn(f"zero actions in {len(error.rows)} row(s): {error}", RuntimeWarning, stacklevel=3)
+
+
+@dataclass(frozen=True)
+class _Limits:
+    num_candidates: int
+    iterations: int
+    started: float
+    deadline_s: float | None
+
+
+class _Iterate(NamedTuple):
+    """One iteration: candidates [R, N, H, A], scores [R, N], the refitted mean, sigma and weights."""
+
+    actions: Tensor
+    scores: Tensor
+    mean: Tensor
+    sigma: Tensor
+    weights: Tensor
+
+
+@dataclass
+class _Found:
+    """What a search brings back per row; the fields are those of `Plan`, and `mean` for the next warm start."""
+
+    actions: Tensor
+    mean: Tensor
+    value: Tensor
+    weights: Tensor
+    candidates: Tensor
+    scores: Tensor
+    evaluations: Tensor
+
+
+class _Clock:
+    """A model whose queries are timed; `seconds` is the time spent inside it."""
+
+    def __init__(self, model: WAM) -> None:
+        self.model = model
+        self.spec = model.spec
+        self.seconds = 0.0
+
+    def timed(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        begun = time.perf_counter()
+        result = call(*arguments, **options)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - begun
+        return result
+
+    def imagine(self, *arguments: Any, **options: Any) -> Imagined:
+        return cast(Imagined, self.timed(self.model.imagine, *arguments, **options))
+
+    def propose(self, *arguments: Any, **options: Any) -> Proposal:
+        return cast(Proposal, self.timed(self.model.propose, *arguments, **options))
+
+    def value(self, *arguments: Any, **options: Any) -> Tensor:
+        return cast(Tensor, self.timed(self.model.value, *arguments, **options))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+def _best(iterate: _Iterate) -> tuple[Tensor, Tensor]:
+    """Score [R] and chunk [R, H, A] of the best candidate."""
+    score, index = iterate.scores.max(dim=1)
+    return score, iterate.actions[torch.arange(index.shape[0], device=index.device), index]
+
+
+def _where(rows: Tensor, first: _Iterate, second: _Iterate) -> _Iterate:
+    """`first` in the rows [R] that are True, `second` elsewhere."""
+    parts = []
+    for a, b in zip(first, second, strict=True):
+        a, b = (x.expand(rows.shape[0], *x.shape[1:]) if x.dim() > 1 else x for x in (a, b))
+        parts.append(torch.where(rows.reshape(-1, *[1] * (b.dim() - 1)), a, b) if b.dim() > 1 else b)
+    return _Iterate(*parts)
+
+
+def _has_cpp_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "c++"))
+
+
+def _device(model: WAM) -> torch.device:
+    parameter = next(model.parameters(), None)
+    buffer = next(model.buffers(), None)
+    found = parameter if parameter is not None else buffer
+    return torch.device("cpu") if found is None else found.device

@@ -1,0 +1,233 @@
+"""Small World Action Models whose answers are known by hand.
+
+All are real subclasses of `wamrl.interfaces.WAM`. Letters as in `wamrl.interfaces`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Proposal, Spec, State, task_id
+from wamrl.noise import NoiseKey
+
+TASKS = ("toy/left-v0", "toy/right-v0")
+
+
+class ToyWAM(WAM):
+    """Exact dynamics z' = transition(z, a) and reward(z, a, z'), `members` copies of the same future.
+
+    The latent is the observation `state` [D]; the policy is `gain` z, clamped. counts: calls per query.
+    """
+
+    def __init__(
+        self,
+        transition: Callable[[Tensor, Tensor], Tensor],
+        reward: Callable[[Tensor, Tensor, Tensor], Tensor],
+        value: Callable[[Tensor], Tensor],
+        *,
+        state_dim: int,
+        action_dim: int,
+        members: int = 1,
+        max_horizon: int = 32,
+        chunk_length: int = 4,
+        discount: float = 1.0,
+        gain: Tensor | None = None,
+        leave_out: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__()
+        provides = {"rollout", "policy", "value", "reward", "uncertainty", "success"} - set(leave_out)
+        self.spec = Spec(
+            observation={"state": (state_dim,)},
+            action_dim=action_dim,
+            tasks=TASKS,
+            chunk_length=chunk_length,
+            max_horizon=max_horizon,
+            discount=discount,
+            control_dt_s=0.1,
+            provides=frozenset(provides),
+            anatomy=Anatomy("state", "toy", "separate", "offline"),
+            ensemble_size=members,
+        )
+        self.transition, self.reward_of, self.value_of = transition, reward, value
+        self.register_buffer("gain", torch.zeros(action_dim, state_dim) if gain is None else gain)
+        self.counts = {"encode": 0, "imagine": 0, "propose": 0, "value": 0}
+
+    def encode(self, context: Context) -> State:
+        """The last frame's state is the latent."""
+        self.counts["encode"] += 1
+        z = context.observation["state"][:, -1]
+        return TensorDict({"z": z}, batch_size=[z.shape[0]])
+
+    def state(self, z: Tensor) -> State:
+        """The state [R] of latents [R, D]."""
+        return TensorDict({"z": z}, batch_size=[z.shape[0]])
+
+    def roll(
+        self, state: State, num: int, act: Callable[[int, Tensor], Tensor], horizon: int
+    ) -> tuple[Tensor, Imagined]:
+        """Follow `act(step, z [R, N, D]) -> [R, N, A]`; the actions taken, and their futures."""
+        z = state["z"][:, None].expand(-1, num, -1)
+        frames, rewards, actions = [], [], []
+        for h in range(horizon):
+            a = act(h, z)
+            new = self.transition(z, a)
+            rewards.append(self.reward_of(z, a, new))
+            actions.append(a)
+            frames.append(new)
+            z = new
+        members = self.spec.ensemble_size
+        reward = torch.stack(rewards, dim=-1)[:, :, None].expand(-1, -1, members, -1)
+        frames_RNMHD = torch.stack(frames, dim=2)[:, :, None].expand(-1, -1, members, -1, -1)
+        leaf = TensorDict({"z": frames_RNMHD[..., -1, :]}, batch_size=reward.shape[:3])
+        imagined = Imagined(
+            leaf=leaf,
+            evaluations=num * members * horizon,
+            reward=reward,
+            success=torch.zeros_like(reward),
+            uncertainty=self.uncertainty(frames_RNMHD),
+            alive=self.alive(frames_RNMHD),
+            frames=frames_RNMHD,
+        )
+        return torch.stack(actions, dim=2), imagined
+
+    def uncertainty(self, frames: Tensor) -> Tensor:
+        """[R, N, M, H] of the frames [R, N, M, H, D]: none, the model is exact."""
+        return torch.zeros(frames.shape[:-1])
+
+    def alive(self, frames: Tensor) -> Tensor | None:
+        """[R, N, M, H]: None, no episode of this toy ends."""
+        return None
+
+    def imagine(
+        self,
+        state: State,
+        actions: Tensor | None,
+        *,
+        futures: int | None = None,
+        noise: NoiseKey | None = None,
+        with_frames: bool = False,
+    ) -> Imagined:
+        """Exact futures of `actions` [R, N, H, A]."""
+        assert actions is not None
+        self.counts["imagine"] += 1
+        return self.roll(state, actions.shape[1], lambda h, z: actions[:, :, h], actions.shape[2])[1]
+
+    def propose(
+        self,
+        state: State,
+        num: int,
+        *,
+        mode: str = "sde",
+        future: State | None = None,
+        noise: NoiseKey | None = None,
+        perturbation: Tensor | None = None,
+    ) -> Proposal:
+        """The linear policy's chunk, closed loop in the exact model."""
+        self.counts["propose"] += 1
+        horizon = self.spec.chunk_length if perturbation is None else perturbation.shape[2]
+
+        def act(h: int, z: Tensor) -> Tensor:
+            a = z @ self.gain.T
+            if perturbation is not None:
+                a = a + perturbation[:, :, h]
+            return a.clamp(-1.0, 1.0)
+
+        actions, imagined = self.roll(state, num, act, horizon)
+        return Proposal(actions=actions, imagined=imagined)
+
+    def value(self, state: State) -> Tensor:
+        """[*batch, 2]: both heads say the same."""
+        self.counts["value"] += 1
+        return self.value_of(state["z"])[..., None].expand(*state.batch_size, 2)
+
+
+def quadratic(target: Tensor, *, scale: float = 1.0, shift: float = 0.0, **options: object) -> ToyWAM:
+    """Reward -scale |a - target|^2 + shift at every step, whatever the state: the optimum is a = target."""
+    action_dim = target.shape[-1]
+    return ToyWAM(
+        lambda z, a: z,
+        lambda z, a, new: shift - scale * (a - target).square().sum(dim=-1),
+        lambda z: torch.zeros(z.shape[:-1]),
+        state_dim=1,
+        action_dim=action_dim,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def linear_quadratic(a: Tensor, b: Tensor, q: Tensor, r: Tensor, p: Tensor, **options: object) -> ToyWAM:
+    """z' = A z + B u, reward -(z' Q z' + u R u), terminal value -z P z; no discount."""
+    return ToyWAM(
+        lambda z, u: z @ a.T + u @ b.T,
+        lambda z, u, new: -((new @ q) * new).sum(dim=-1) - ((u @ r) * u).sum(dim=-1),
+        lambda z: -((z @ p) * z).sum(dim=-1),
+        state_dim=a.shape[0],
+        action_dim=b.shape[1],
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def riccati(a: Tensor, b: Tensor, q: Tensor, r: Tensor, horizon: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Gains K_0..K_(H-1) (u = -K z) and cost matrices P_0..P_H of `linear_quadratic` with P_H = 0.
+
+    The cost to go z P z counts the costs after z: z' Q z' + u R u + z' P' z'.
+    """
+    cost = [torch.zeros_like(q)]
+    gains = []
+    for _ in range(horizon):
+        s = q + cost[0]
+        k = torch.linalg.solve(r + b.T @ s @ b, b.T @ s @ a)
+        closed = a - b @ k
+        cost.insert(0, closed.T @ s @ closed + k.T @ r @ k)
+        gains.insert(0, k)
+    return gains, cost
+
+
+class BrokenWAM(ToyWAM):
+    """A quadratic whose reward is `broken` (NaN or infinity) where `where(z, a)` says so."""
+
+    def __init__(self, target: Tensor, where: Callable[[Tensor, Tensor], Tensor], broken: float, **options: object):
+        super().__init__(
+            lambda z, a: z,
+            lambda z, a, new: torch.where(where(z, a), broken, -(a - target).square().sum(dim=-1)),
+            lambda z: torch.zeros(z.shape[:-1]),
+            state_dim=1,
+            action_dim=target.shape[-1],
+            **options,  # type: ignore[arg-type]
+        )
+
+
+class UncertainWAM(ToyWAM):
+    """A quadratic that is unsure in proportion to the state's first entry."""
+
+    def uncertainty(self, frames: Tensor) -> Tensor:
+        """The first latent entry's size."""
+        return frames[..., 0].abs()
+
+
+class MortalWAM(ToyWAM):
+    """z counts up by the action; the episode ends once z exceeds 1, and later steps pay an (unreachable) 100."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(
+            lambda z, a: z + a,
+            lambda z, a, new: torch.where(z[..., 0] > 1.0, 100.0, new[..., 0]),
+            lambda z: torch.full(z.shape[:-1], 1000.0),
+            state_dim=1,
+            action_dim=1,
+            **options,  # type: ignore[arg-type]
+        )
+
+    def alive(self, frames: Tensor) -> Tensor:
+        """1 until z exceeds 1, and 0 in the steps after that."""
+        ended = (frames[..., 0] > 1.0).cumsum(dim=-1) > 0
+        return (~torch.cat([torch.zeros_like(ended[..., :1]), ended[..., :-1]], dim=-1)).float()
+
+
+def observation(z: Tensor, task: str = TASKS[0]) -> TensorDict:
+    """An observation [B] whose state is `z` [B, D]."""
+    rows = z.shape[0]
+    return TensorDict({"state": z, "task": torch.full((rows,), task_id(task))}, batch_size=[rows])

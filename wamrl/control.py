@@ -1,0 +1,301 @@
+"""Policies for closed-loop control: a model's own policy, a planner inside a model, and a random one.
+
+All are `wamrl.interfaces.Policy`. The policy state carries `row` [B] int64 (identity of the episode, set by the
+caller; it keys the noise), `step` [B] int64 (control steps since the episode began) and, where actions come in
+chunks, the chunk and how much of it was executed.
+
+Shapes: B rows, H steps, A action dims.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from wamrl.interfaces import (
+    WAM,
+    Budget,
+    Context,
+    Plan,
+    Planner,
+    PlanState,
+    PolicyState,
+    State,
+    task_id,
+)
+from wamrl.noise import NoiseKey
+
+OnPlan = Callable[[Tensor, State, Plan], None]
+"""Called after every plan with the rows [R] of the batch that were planned, their encoded state [R] and the plan."""
+
+
+class ObservationChecker:
+    """Refuses observations that a model was not made for, naming the key and the row."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], tasks: tuple[str, ...]) -> None:
+        self.shapes = {key: tuple(shape) for key, shape in shapes.items()}
+        self.tasks = tasks
+        self._ids = torch.tensor([task_id(name) for name in tasks], dtype=torch.int64)
+
+    def __call__(self, observation: TensorDict) -> TensorDict:
+        """The keys that the model reads, and `task`; ValueError for a missing key, another shape, NaN or task."""
+        if observation.batch_dims != 1:
+            raise ValueError(
+                f"observation has batch {list(observation.batch_size)}, but a policy takes one batch dim [B]; "
+                "for a single environment add it with observation.unsqueeze(0)"
+            )
+        rows = observation.batch_size[0]
+        present = sorted(str(key) for key in observation.keys())
+        for key, shape in self.shapes.items():
+            if key not in observation.keys():
+                raise ValueError(f"the model reads the observation key '{key}', but the observation has {present}")
+            value = observation[key]
+            if tuple(value.shape) != (rows, *shape):
+                raise ValueError(
+                    f"observation '{key}' has shape {list(value.shape[1:])} per row, but the model was trained on "
+                    f"{list(shape)}; was the checkpoint trained on another environment?"
+                )
+            if value.is_floating_point():
+                # A sum is finite only if all its terms are; a finite row that overflows is looked at again.
+                if not math.isfinite(float(value.sum())):
+                    bad = (~value.isfinite()).flatten(1).any(dim=1).nonzero()[:, 0].tolist()
+                    if bad:
+                        raise ValueError(
+                            f"observation '{key}' has NaN or infinite numbers in row(s) {bad}; "
+                            "no action can be chosen from it. Check the sensor or the simulator"
+                        )
+        if "task" not in observation.keys():
+            raise ValueError(f"the observation needs the key 'task' (int64 task_id per row); it has {present}")
+        task = observation["task"]
+        if tuple(task.shape) != (rows,):
+            raise ValueError(f"observation 'task' has shape {list(task.shape)}, but must be [{rows}]: one id per row")
+        known = torch.isin(task, self._ids.to(task.device))
+        if not known.all():
+            bad = (~known).nonzero()[:, 0].tolist()
+            raise ValueError(
+                f"observation 'task' in row(s) {bad} is not a task that the model knows; "
+                f"it was trained on {', '.join(self.tasks)}. Ids come from wamrl.interfaces.task_id(name)"
+            )
+        return observation.select(*self.shapes, "task")
+
+
+class _ChunkPolicy:
+    """Executes chunks: decides anew in rows that start an episode or have used up `replan_every` actions."""
+
+    replan_every: int
+    seed: int
+
+    def __init__(self, model: WAM, *, replan_every: int, seed: int, longest: int) -> None:
+        if isinstance(replan_every, bool) or not isinstance(replan_every, int) or not 1 <= replan_every <= longest:
+            raise ValueError(
+                f"replan_every is {replan_every!r}, but must be a whole number from 1 to {longest}, "
+                "the steps of one chunk"
+            )
+        self.model = model
+        self.replan_every = replan_every
+        self.seed = seed
+        if model.spec.history != 1:
+            raise ValueError(
+                f"the model wants {model.spec.history} frames of history, but this controller passes 1; "
+                "use a model with spec.history=1"
+            )
+        self._check = ObservationChecker(model.spec.observation, model.spec.tasks)
+
+    def initial_state(self, rows: int) -> PolicyState:
+        """Fresh policy state of `rows` episodes, whose `row` is 0..rows-1 until the caller sets it."""
+        index = torch.arange(rows, device=self._device())
+        return TensorDict(
+            {
+                "row": index,
+                "step": torch.zeros_like(index),
+                "used": torch.zeros_like(index),
+                "chunk": torch.zeros(rows, self.replan_every, self.model.spec.action_dim, device=index.device),
+            },
+            batch_size=[rows],
+        )
+
+    @torch.no_grad()
+    def act(
+        self, observation: TensorDict, policy_state: PolicyState, is_init: Tensor
+    ) -> tuple[Tensor, PolicyState]:
+        """Actions [B, A] in [-1, 1]; decides only in the rows that need it. See `wamrl.interfaces.Policy`."""
+        rows = observation.batch_size[0]
+        is_init = _flags(is_init, rows)
+        if policy_state.batch_size[0] != rows:
+            raise ValueError(
+                f"policy_state has {policy_state.batch_size[0]} rows, but the observation {rows}; "
+                "index both with the same rows when episodes are dropped"
+            )
+        observation = self._check(observation)
+        policy_state = policy_state.copy()
+        step = policy_state["step"].masked_fill(is_init, 0)
+        used = policy_state["used"]
+        due = is_init | (used >= self.replan_every) | (step == 0)
+        chunk = policy_state["chunk"]
+        if bool(due.any()):
+            index = due.nonzero()[:, 0]
+            everyone = index.numel() == rows
+            some = observation if everyone else observation[index]
+            key = NoiseKey(row=policy_state["row"][index], step=step[index], seed=self.seed)
+            decided = self._decide(some, policy_state, index, is_init[index], key)[:, : self.replan_every]
+            chunk = chunk.clone()
+            chunk[index] = decided.to(chunk.dtype)
+            used = used.masked_fill(due, 0)
+        action = chunk[torch.arange(rows, device=chunk.device), used]
+        policy_state["chunk"] = chunk
+        policy_state["used"] = used + 1
+        policy_state["step"] = step + 1
+        return action, policy_state
+
+    def _decide(
+        self, observation: TensorDict, policy_state: PolicyState, index: Tensor, is_init: Tensor, key: NoiseKey
+    ) -> Tensor:
+        """Chunks [R, >=replan_every, A] for the rows `index` [R] of the batch; may write to `policy_state`."""
+        raise NotImplementedError
+
+    def _device(self) -> torch.device:
+        parameter = next(self.model.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+
+class ModelPolicy(_ChunkPolicy):
+    """The model's own policy: `propose` one chunk, execute `replan_every` actions of it.
+
+    mode: "ode" is deterministic, "sde" samples, keyed by row and step and `seed`.
+    """
+
+    def __init__(self, model: WAM, mode: str = "ode", *, replan_every: int = 1, seed: int = 0) -> None:
+        model.spec.require("policy")
+        if mode not in ("ode", "sde"):
+            raise ValueError(f"mode is '{mode}', but must be 'ode' (deterministic) or 'sde' (samples)")
+        super().__init__(model, replan_every=replan_every, seed=seed, longest=model.spec.chunk_length)
+        self.mode = mode
+
+    def _decide(
+        self, observation: TensorDict, policy_state: PolicyState, index: Tensor, is_init: Tensor, key: NoiseKey
+    ) -> Tensor:
+        state = self.model.encode(Context.from_observation(observation))
+        chunk = self.model.propose(state, 1, mode=self.mode, noise=key).actions[:, 0]
+        if not chunk.isfinite().all():
+            bad = index[(~chunk.isfinite()).flatten(1).any(dim=1)].tolist()
+            raise ValueError(
+                f"the model's policy gave NaN or infinite actions in row(s) {bad}; the checkpoint is broken"
+            )
+        return chunk.clamp(-1.0, 1.0)
+
+
+class PlannerPolicy(_ChunkPolicy):
+    """A planner inside a model: encode, plan, execute `replan_every` actions of the plan, plan again.
+
+    Only the rows that need a plan are encoded and planned, all of them in one call.
+
+    replan_every: K control steps per plan, 1 for a single-step controller. evaluations, deadline_s: the budget of one
+    plan (see `wamrl.interfaces.Budget`). seed: of the planner's noise. on_plan: called after every plan.
+
+    log: one dict per plan: encode_s, imagine_s, search_s, plan_s (their sum; seconds for all rows together),
+    evaluations (of all rows together), rows (how many were planned), searched (how many the gate let through).
+    last_plan, last_state, last_rows: the latest plan, the encoded state it started from, and the rows of the batch.
+    """
+
+    def __init__(
+        self,
+        model: WAM,
+        planner: Planner,
+        *,
+        replan_every: int = 1,
+        evaluations: int | None = None,
+        deadline_s: float | None = None,
+        seed: int = 0,
+        on_plan: OnPlan | None = None,
+    ) -> None:
+        horizon = getattr(planner, "horizon", model.spec.max_horizon)
+        super().__init__(model, replan_every=replan_every, seed=seed, longest=horizon)
+        self.planner = planner
+        self.budget = Budget(evaluations=evaluations, deadline_s=deadline_s)
+        self.on_plan = on_plan
+        self.log: list[dict[str, Any]] = []
+        self.last_plan: Plan | None = None
+        self.last_state: State | None = None
+        self.last_rows: Tensor | None = None
+
+    def initial_state(self, rows: int) -> PolicyState:
+        """Fresh policy state; the planner's own is its entry `plan`."""
+        policy_state = super().initial_state(rows)
+        policy_state["plan"] = self.planner.initial_state(self.model, rows)
+        return policy_state
+
+    def _decide(
+        self, observation: TensorDict, policy_state: PolicyState, index: Tensor, is_init: Tensor, key: NoiseKey
+    ) -> Tensor:
+        begun = time.perf_counter()
+        state = self.model.encode(Context.from_observation(observation))
+        _synchronise(state)
+        encoded = time.perf_counter()
+        plan_state: PlanState = policy_state["plan"][index]
+        plan_state["warm"] = plan_state["warm"] & ~is_init
+        if "shift" in plan_state.keys():
+            plan_state["shift"] = policy_state["used"][index]
+        plan, next_state = self.planner.plan(self.model, state, plan_state, key, self.budget)
+        planned = time.perf_counter()
+        whole = policy_state["plan"].clone()
+        whole[index] = next_state
+        policy_state["plan"] = whole
+        imagine_s = float(plan.seconds.get("imagine", 0.0))
+        self.log.append(
+            {
+                "encode_s": encoded - begun,
+                "imagine_s": imagine_s,
+                "search_s": planned - encoded - imagine_s,
+                "plan_s": planned - begun,
+                "evaluations": int(plan.evaluations.sum()),
+                "rows": int(index.numel()),
+                "searched": int(plan.searched.sum()),
+            }
+        )
+        self.last_plan, self.last_state, self.last_rows = plan, state, index
+        if self.on_plan is not None:
+            self.on_plan(index, state, plan)
+        return plan.actions
+
+
+class RandomPolicy:
+    """Uniform actions in [-1, 1], independent in every step and dim, keyed by the row, its step and `seed`."""
+
+    def __init__(self, action_dim: int, *, seed: int = 0) -> None:
+        if isinstance(action_dim, bool) or not isinstance(action_dim, int) or action_dim < 1:
+            raise ValueError(f"action_dim is {action_dim!r}, but must be a whole number of at least 1")
+        self.action_dim = action_dim
+        self.seed = seed
+
+    def initial_state(self, rows: int) -> PolicyState:
+        """Row identities 0..rows-1 and step 0."""
+        index = torch.arange(rows)
+        return TensorDict({"row": index, "step": torch.zeros_like(index)}, batch_size=[rows])
+
+    def act(
+        self, observation: TensorDict, policy_state: PolicyState, is_init: Tensor
+    ) -> tuple[Tensor, PolicyState]:
+        """Actions [B, A]; the observation is not read."""
+        step = policy_state["step"].masked_fill(_flags(is_init, observation.batch_size[0]), 0)
+        key = NoiseKey(row=policy_state["row"], step=step, seed=self.seed)
+        policy_state = policy_state.copy()
+        policy_state["step"] = step + 1
+        return key.uniform(self.action_dim) * 2.0 - 1.0, policy_state
+
+
+def _flags(is_init: Tensor, rows: int) -> Tensor:
+    flags = is_init.reshape(is_init.shape[0], -1) if is_init.dim() > 1 else is_init[:, None]
+    if flags.shape != (rows, 1):
+        raise ValueError(f"is_init has shape {list(is_init.shape)}, but must be [{rows}]: one flag per row")
+    return flags[:, 0].to(torch.bool)
+
+
+def _synchronise(state: State) -> None:
+    if state.device is not None and state.device.type == "cuda":
+        torch.cuda.synchronize(state.device)
