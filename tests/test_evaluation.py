@@ -1,0 +1,226 @@
+"""Intervals against hand-worked cases and scipy; episodes that do not depend on how they are batched."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from wamrl.evaluation import (
+    Episode,
+    FailureTags,
+    Start,
+    compare,
+    mcnemar,
+    paired,
+    percentiles,
+    protocol_hash,
+    read_episodes,
+    run_episodes,
+    summarise,
+    wilson,
+    write_episodes,
+)
+
+PUSH, REACH = "metaworld/push-v3", "metaworld/reach-v3"
+
+
+def test_wilson_worked_by_hand():
+    # n = 10, k = 5, z = 2: centre = (0.5 + 0.2) / 1.4 = 0.5, half = 2 / 1.4 * sqrt(0.025 + 0.01) = 0.267261.
+    low, high = wilson(5, 10, z=2.0)
+    assert low == pytest.approx(0.5 - 0.2672612, abs=1e-6)
+    assert high == pytest.approx(0.5 + 0.2672612, abs=1e-6)
+    # k = 0: low is 0 and high is z^2 / (n + z^2) = 4 / 14.
+    assert wilson(0, 10, z=2.0) == (0.0, pytest.approx(4 / 14))
+    assert wilson(10, 10, z=2.0) == (pytest.approx(10 / 14), 1.0)
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 1), (1, 1), (7, 10), (49, 50), (297, 300)])
+def test_wilson_agrees_with_scipy(successes, trials):
+    stats = pytest.importorskip("scipy.stats")
+    theirs = stats.binomtest(successes, trials).proportion_ci(0.95, method="wilson")
+    assert wilson(successes, trials) == (pytest.approx(theirs.low, abs=1e-12), pytest.approx(theirs.high, abs=1e-12))
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(1, 0), (3, 2), (-1, 5)])
+def test_wilson_refuses_impossible_counts(successes, trials):
+    with pytest.raises(ValueError, match="successes <= trials"):
+        wilson(successes, trials)
+
+
+def test_mcnemar_worked_by_hand_and_against_scipy():
+    # Five starts differ, all in favour of the first: 2 * (1/2)^5 = 0.0625.
+    assert mcnemar(5, 0) == pytest.approx(0.0625)
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(3, 3) == 1.0
+    stats = pytest.importorskip("scipy.stats")
+    assert mcnemar(2, 9) == pytest.approx(stats.binomtest(2, 11).pvalue)
+
+
+def test_paired_without_correlation_is_newcombes_square_and_add():
+    # An empty diagonal has phi = 0 after the continuity correction, so the interval is the unpaired method 10:
+    # p1 = p2 = 1/2, Wilson half-width w on each side, so the bounds are -+ sqrt(2) w.
+    first, second = [True, True, False, False], [True, False, True, False]
+    result = paired(first, second)
+    half = wilson(2, 4)[1] - 0.5
+    assert result.difference == 0.0
+    assert (result.only_first, result.only_second) == (1, 1)
+    assert result.high == pytest.approx(math.sqrt(2) * half)
+    assert result.low == pytest.approx(-math.sqrt(2) * half)
+
+
+def test_pairing_narrows_the_interval_when_methods_agree():
+    agree = paired([True] * 8 + [False] * 8, [True] * 8 + [False] * 8)
+    mixed = paired([True] * 8 + [False] * 8, [True, False] * 8)
+    assert agree.high - agree.low < mixed.high - mixed.low
+    assert agree.p_value == 1.0
+
+
+def test_paired_is_antisymmetric():
+    first, second = [True, True, True, False, True], [False, True, False, False, True]
+    one, other = paired(first, second), paired(second, first)
+    assert one.difference == -other.difference
+    assert one.low == pytest.approx(-other.high)
+    assert one.p_value == other.p_value
+
+
+def test_paired_refuses_different_starts():
+    with pytest.raises(ValueError, match="same starts"):
+        paired([True], [True, False])
+
+
+def test_percentiles():
+    assert percentiles([1.0, 2.0, 3.0], (50,)) == {"p50": 2.0}
+    assert percentiles([]) == {}
+
+
+def _episode(method: str, start: int, success: bool, length: int = 10) -> Episode:
+    return Episode(
+        task=PUSH, start=start, split="test", seed=0, method=method, success=success,
+        first_success_step=length if success else None, episode_return=1 / 3, length=length, tag="" if success else "slip",
+    )  # fmt: skip
+
+
+def test_episodes_survive_the_file_exactly(tmp_path: Path):
+    episodes = [_episode("a", 0, True), _episode("a", 1, False)]
+    write_episodes(tmp_path / "episodes.csv", episodes)
+    assert read_episodes(tmp_path / "episodes.csv") == episodes
+
+
+def test_a_malformed_episodes_file_is_named(tmp_path: Path):
+    path = tmp_path / "episodes.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="lacks the columns"):
+        read_episodes(path)
+
+
+def test_summary_counts_and_steps():
+    summary = summarise([_episode("a", 0, True, 10), _episode("a", 1, True, 20), _episode("a", 2, False, 30)])
+    assert (summary.n, summary.successes, summary.steps) == (3, 2, 15.0)
+    assert summary.reward == pytest.approx(1 / 60)
+    assert summary.tags == {"slip": 1}
+
+
+def test_compare_uses_the_common_starts_only():
+    episodes = [_episode("a", 0, True), _episode("a", 1, True), _episode("b", 1, False)]
+    result = compare(episodes, "a", "b")
+    assert result is not None and result.n == 1 and result.difference == 1.0
+    assert compare(episodes, "a", "c") is None
+
+
+def test_protocol_hash_sees_every_part():
+    base = dict(
+        starts={PUSH: {"split": "test", "indices": [0], "rand_vec": [[0.1, 0.2]]}},
+        seeds=[0], max_steps=100, action_repeat=2, versions={"mujoco": "3.3.0"},
+    )  # fmt: skip
+    changed = [
+        base | {"starts": {PUSH: {"split": "dev", "indices": [0], "rand_vec": [[0.1, 0.2]]}}},
+        base | {"starts": {PUSH: {"split": "test", "indices": [0], "rand_vec": [[0.1, math.nextafter(0.2, 1)]]}}},
+        base | {"seeds": [1]},
+        base | {"max_steps": 99},
+        base | {"action_repeat": 1},
+        base | {"versions": {"mujoco": "3.3.1"}},
+    ]
+    hashes = {protocol_hash(**kwargs) for kwargs in [base, *changed]}
+    assert len(hashes) == 1 + len(changed)
+    assert protocol_hash(**base) == protocol_hash(**base)
+
+
+def _state(hand, thing, goal) -> torch.Tensor:
+    state = torch.zeros(39)
+    state[0:3], state[4:7], state[36:39] = torch.tensor(hand), torch.tensor(thing), torch.tensor(goal)
+    return state
+
+
+def test_failure_tags_from_what_happened():
+    goal, thing = [0.0, 0.8, 0.0], [0.0, 0.6, 0.0]
+    tags = FailureTags(_state([0.3, 0.4, 0.3], thing, goal), PUSH)
+    assert tags.tag() == "no_approach"
+    tags.see(_state([0.0, 0.6, 0.03], thing, goal))
+    assert tags.tag() == "no_motion"
+    tags.see(_state([0.0, 0.72, 0.03], [0.0, 0.72, 0.0], goal))
+    assert tags.tag() == "wrong_place"
+    tags.see(_state([0.0, 0.8, 0.03], [0.0, 0.62, 0.0], goal))
+    assert tags.tag() == "slip"
+    assert FailureTags(None, PUSH).tag() == "timeout"
+
+
+class _Random:
+    """Uniform actions whose numbers depend on the episode's identity and step alone."""
+
+    def initial_state(self, rows: int) -> TensorDict:
+        zeros = torch.zeros(rows, dtype=torch.int64)
+        return TensorDict({"row": zeros, "step": zeros.clone()}, batch_size=[rows])
+
+    def act(self, observation, policy_state, is_init):
+        from wamrl.noise import NoiseKey
+
+        step = torch.where(is_init, 0, policy_state["step"])
+        action = NoiseKey(row=policy_state["row"], step=step).uniform(4) * 2 - 1
+        policy_state["step"] = step + 1
+        return action, policy_state
+
+
+class _Nan(_Random):
+    def act(self, observation, policy_state, is_init):
+        action, policy_state = super().act(observation, policy_state, is_init)
+        return action * math.nan, policy_state
+
+
+def _run(num_envs: int, policy, starts: list[Start], max_steps: int = 60, **kwargs) -> list[Episode]:
+    metaworld = pytest.importorskip("wamrl.envs.metaworld")
+    env = metaworld.MetaWorldEnv([REACH, PUSH], num_envs=num_envs, split="dev", max_steps=max_steps)
+    try:
+        return run_episodes(env, policy, starts, method="m", split="dev", seed=0, max_steps=max_steps, **kwargs)
+    finally:
+        env.close()
+
+
+def test_outcomes_do_not_depend_on_batching():
+    metaworld = pytest.importorskip("wamrl.envs.metaworld")
+    starts = [Start(REACH, 0), Start(PUSH, 0), Start(REACH, 1), Start(PUSH, 3), Start(REACH, 2)]
+    for policy in (_Random(), metaworld.ExpertPolicy([REACH, PUSH])):
+        one_at_a_time = _run(2, policy, starts)
+        side_by_side = _run(5, policy, starts)
+        assert one_at_a_time == side_by_side
+        assert [(e.task, e.start) for e in side_by_side] == [(s.task, s.index) for s in starts]
+    assert all(e.success for e in side_by_side)
+
+
+def test_an_episode_is_the_same_alone():
+    starts = [Start(REACH, 4), Start(REACH, 5), Start(PUSH, 1)]
+    together = _run(3, _Random(), starts, max_steps=20)
+    assert together == [_run(2, _Random(), [start], max_steps=20)[0] for start in starts]
+
+
+def test_an_action_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="not finite at step 0"):
+        _run(2, _Nan(), [Start(REACH, 0)])
+
+
+def test_a_task_without_a_row_is_refused():
+    with pytest.raises(ValueError, match="no row of the environment runs"):
+        _run(2, _Random(), [Start("metaworld/door-open-v3", 0)])

@@ -1,0 +1,485 @@
+"""Measuring policies: episodes on restored start states, intervals, paired comparisons and the protocol's hash.
+
+Nothing here knows what a planner or a model is: a `Policy` acts, an environment answers, an `Episode` is kept.
+Success is the task's own flag at any step of an episode; an episode stops at its first success, when the
+environment ends it, or after `max_steps` control steps.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torchrl.envs import EnvBase
+
+from wamrl.files import write_text
+from wamrl.interfaces import Policy, task_id
+
+
+def wilson(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """The Wilson score interval of a proportion (Wilson, 1927); 95 % with the default `z`.
+
+    Raises ValueError unless 0 <= successes <= trials and trials > 0.
+    """
+    if trials <= 0 or not 0 <= successes <= trials:
+        raise ValueError(f"wilson got {successes} successes of {trials} trials; it needs 0 <= successes <= trials, trials > 0")
+    p, z2 = successes / trials, z * z
+    centre = (p + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = z / (1 + z2 / trials) * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials * trials))
+    # The bounds at 0 and at n are exactly 0 and 1; rounding would leave them at 1e-17 beside it.
+    low = 0.0 if successes == 0 else centre - half
+    high = 1.0 if successes == trials else centre + half
+    return low, high
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two methods on the same starts, first minus second.
+
+    difference: of the success rates. low, high: 95 % interval, Newcombe (1998), method 10.
+    only_first, only_second: starts that one method solved and the other did not. p_value: McNemar's exact test.
+    """
+
+    first: str
+    second: str
+    n: int
+    difference: float
+    low: float
+    high: float
+    only_first: int
+    only_second: int
+    p_value: float
+
+
+def paired(first: Sequence[bool], second: Sequence[bool], *, names: tuple[str, str] = ("first", "second")) -> Paired:
+    """Compare two methods, whose outcomes stand in the same order of starts.
+
+    Raises ValueError when the lengths differ or are zero: a comparison needs the same starts.
+    """
+    if len(first) != len(second) or not first:
+        raise ValueError(
+            f"a paired comparison needs the same starts: {names[0]} has {len(first)} episodes, {names[1]} has {len(second)}"
+        )
+    n = len(first)
+    both = sum(1 for a, b in zip(first, second, strict=True) if a and b)
+    only_first = sum(1 for a, b in zip(first, second, strict=True) if a and not b)
+    only_second = sum(1 for a, b in zip(first, second, strict=True) if b and not a)
+    neither = n - both - only_first - only_second
+    low, high = _newcombe(both, only_first, only_second, neither)
+    return Paired(
+        first=names[0],
+        second=names[1],
+        n=n,
+        difference=(only_first - only_second) / n,
+        low=low,
+        high=high,
+        only_first=only_first,
+        only_second=only_second,
+        p_value=mcnemar(only_first, only_second),
+    )
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """McNemar's exact two-sided p-value: a fair coin on the starts where the two methods differ."""
+    differ = only_first + only_second
+    tail = sum(math.comb(differ, i) for i in range(min(only_first, only_second) + 1))
+    return min(1.0, 2.0 * tail / 2**differ)
+
+
+def _newcombe(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float]:
+    # Newcombe (1998), Statistics in Medicine 17, 2635-2650, method 10: Wilson bounds joined with the phi
+    # coefficient of the two-by-two table, whose numerator gets a continuity correction when positive.
+    n = both + only_first + only_second + neither
+    first, second = both + only_first, both + only_second
+    p1, p2 = first / n, second / n
+    (low1, high1), (low2, high2) = wilson(first, n), wilson(second, n)
+    margins = first * (n - first) * second * (n - second)
+    phi = 0.0
+    if margins > 0:
+        cross = both * neither - only_first * only_second
+        phi = (max(cross - n / 2, 0.0) if cross > 0 else float(cross)) / math.sqrt(margins)
+    down = (p1 - low1) ** 2 - 2 * phi * (p1 - low1) * (high2 - p2) + (high2 - p2) ** 2
+    up = (p2 - low2) ** 2 - 2 * phi * (p2 - low2) * (high1 - p1) + (high1 - p1) ** 2
+    difference = p1 - p2
+    return max(-1.0, difference - math.sqrt(max(down, 0.0))), min(1.0, difference + math.sqrt(max(up, 0.0)))
+
+
+def percentiles(values: Sequence[float], at: Sequence[float] = (50, 95, 99)) -> dict[str, float]:
+    """{"p50": ..., "p95": ..., "p99": ...} with linear interpolation; empty when there are no values."""
+    if not len(values):
+        return {}
+    return {f"p{q:g}": float(np.percentile(np.asarray(values, dtype=np.float64), q)) for q in at}
+
+
+@dataclass(frozen=True)
+class Start:
+    """A start state to restore: the `index`-th of its task in the environment's split."""
+
+    task: str
+    index: int
+
+    @property
+    def row(self) -> int:
+        """The episode's identity for noise keys: the same for every method and for every way of batching."""
+        return (task_id(self.task) + self.index * 0x9E3779B1) % (1 << 62)
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One finished episode.
+
+    first_success_step: control steps until the task's flag first came up, None without success.
+    episode_return: sum of the task's rewards until the episode stopped (so a quick success has a small one).
+    length: control steps. tag: why it failed, "" for a success; see `FailureTags`.
+    """
+
+    task: str
+    start: int
+    split: str
+    seed: int
+    method: str
+    success: bool
+    first_success_step: int | None
+    episode_return: float
+    length: int
+    tag: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """(method, task, start): what a resumed run skips."""
+        return (self.method, self.task, self.start)
+
+
+EPISODE_FIELDS = tuple(f.name for f in fields(Episode))
+
+
+def write_episodes(path: str | Path, episodes: Iterable[Episode]) -> None:
+    """Write episodes.csv, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, EPISODE_FIELDS, lineterminator="\n")
+    writer.writeheader()
+    for episode in episodes:
+        row = asdict(episode)
+        row["success"] = int(episode.success)
+        row["first_success_step"] = "" if episode.first_success_step is None else episode.first_success_step
+        row["episode_return"] = repr(episode.episode_return)
+        writer.writerow(row)
+    write_text(path, text.getvalue())
+
+
+def read_episodes(path: str | Path) -> list[Episode]:
+    """Read what `write_episodes` wrote. Raises ValueError naming the file when a column is missing or malformed."""
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        missing = set(EPISODE_FIELDS) - set(reader.fieldnames or ())
+        if missing:
+            raise ValueError(f"{path} lacks the columns {', '.join(sorted(missing))}; is it an episodes.csv of a plan run?")
+        try:
+            return [
+                Episode(
+                    task=row["task"],
+                    start=int(row["start"]),
+                    split=row["split"],
+                    seed=int(row["seed"]),
+                    method=row["method"],
+                    success=row["success"] == "1",
+                    first_success_step=int(row["first_success_step"]) if row["first_success_step"] else None,
+                    episode_return=float(row["episode_return"]),
+                    length=int(row["length"]),
+                    tag=row["tag"],
+                )
+                for row in reader
+            ]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} has a malformed line ({error}); remove the file or start a new run") from error
+
+
+class FailureTags:
+    """Why an episode failed, from what the robot did: one short word that points to a cause.
+
+    "no_approach": the hand never came within 6 cm of the object (for reach: of the goal).
+    "no_motion": it came near, but the object moved less than 2 cm. "slip": the object came at least 5 cm nearer to
+    its goal and then lost at least half of that. "wrong_place": the object moved, not to the goal.
+    Uses Meta-World's state layout (hand 0:3, object 4:7, goal 36:39, metres); without it, every failure is "timeout".
+    """
+
+    NEAR_M, MOVED_M, PROGRESS_M = 0.06, 0.02, 0.05
+
+    def __init__(self, state: Tensor | None, task: str) -> None:
+        self._reach = task.endswith("reach-v3")
+        self._first = None if state is None or state.shape[-1] != 39 else state.double().clone()
+        self._nearest = self._moved = 0.0
+        self._goal_now = self._goal_best = self._goal_first = 0.0
+        if self._first is not None:
+            self._nearest = math.inf
+            self._goal_first = self._goal_best = self._distance_to_goal(self._first)
+            self.see(self._first)
+
+    def _distance_to_goal(self, state: Tensor) -> float:
+        return float((state[4:7] - state[36:39]).norm())
+
+    def see(self, state: Tensor | None) -> None:
+        """Take in the state [39] after a step."""
+        if self._first is None or state is None:
+            return
+        state = state.double()
+        target = state[36:39] if self._reach else state[4:7]
+        self._nearest = min(self._nearest, float((state[0:3] - target).norm()))
+        self._moved = max(self._moved, float((state[4:7] - self._first[4:7]).norm()))
+        self._goal_now = self._distance_to_goal(state)
+        self._goal_best = min(self._goal_best, self._goal_now)
+
+    def tag(self) -> str:
+        """The tag of a failed episode."""
+        if self._first is None:
+            return "timeout"
+        if self._nearest > self.NEAR_M:
+            return "no_approach"
+        if self._reach:
+            return "timeout"
+        if self._moved < self.MOVED_M:
+            return "no_motion"
+        gained, lost = self._goal_first - self._goal_best, self._goal_now - self._goal_best
+        if gained >= self.PROGRESS_M and lost >= 0.5 * gained:
+            return "slip"
+        return "wrong_place"
+
+
+@dataclass
+class StepRecord:
+    """What `on_step` is told after every control step; row k of each entry belongs to `starts[k]`.
+
+    rows: [L] environment rows that acted. observation: batch [L], before the action. action: [L, A].
+    after: batch [L], the environment's answer (observation keys, reward, success, ...).
+    step: control steps done before this one, per row. starts: the episodes' starts.
+    """
+
+    rows: Tensor
+    observation: TensorDict
+    action: Tensor
+    after: TensorDict
+    step: list[int]
+    starts: list[Start]
+
+
+@dataclass
+class _Running:
+    start: Start
+    tags: FailureTags
+    length: int = 0
+    total: float = 0.0
+
+
+_NOT_OBSERVED = ("reward", "done", "terminated", "truncated", "success", "snapshot", "contact", "start", "_reset", "action", "next")
+
+
+def run_episodes(
+    env: EnvBase,
+    policy: Policy,
+    starts: Sequence[Start],
+    *,
+    method: str,
+    split: str,
+    seed: int,
+    max_steps: int,
+    on_step: Callable[[StepRecord], None] | None = None,
+    on_episode: Callable[[Episode], None] | None = None,
+    keep_snapshot: bool = False,
+) -> list[Episode]:
+    """Run one episode per start, side by side in the rows of `env`; the order of the result is that of `starts`.
+
+    Row b of `env` serves the starts of its own task (`env.row_tasks[b]`). A row whose episode is over takes the next
+    start of its task; when there is none it leaves the policy's batch. `policy_state["row"]` is `Start.row`, so an
+    episode's random numbers do not depend on `num_envs` or on the order. on_step may not change what it is given.
+
+    Raises ValueError when a start names a task that no row runs, or when an action is not finite or has the wrong shape.
+    """
+    row_tasks = tuple(env.row_tasks)
+    unknown = {start.task for start in starts} - set(row_tasks)
+    if unknown:
+        raise ValueError(f"no row of the environment runs {', '.join(sorted(unknown))}; its rows run {', '.join(sorted(set(row_tasks)))}")
+    queues: dict[str, deque[Start]] = {task: deque() for task in row_tasks}
+    for start in starts:
+        queues[start.task].append(start)
+    dropped = tuple(k for k in _NOT_OBSERVED if not (keep_snapshot and k == "snapshot"))
+    running: dict[int, _Running] = {}
+    finished: dict[Start, Episode] = {}
+    observation: TensorDict | None = None  # batch [num_envs], the environment's present answer
+
+    def begin(rows: list[int]) -> None:
+        nonlocal observation
+        taken = [(row, queues[row_tasks[row]].popleft()) for row in rows if queues[row_tasks[row]]]
+        if not taken:
+            return
+        # The first reset covers every row, also those that will find no start and stand still.
+        reset = torch.full((len(row_tasks), 1), observation is None)
+        index = torch.zeros(len(row_tasks), dtype=torch.int64)
+        for row, start in taken:
+            reset[row], index[row] = True, start.index
+        request = TensorDict({"_reset": reset, "start": index}, batch_size=[len(row_tasks)])
+        if observation is not None:  # TorchRL wants to see what becomes of the rows that go on
+            request.update(observation.select("done", "terminated", "truncated", strict=False))
+        fresh = env.reset(request)
+        if observation is None:
+            observation = fresh.exclude("_reset", "start").clone()
+        else:
+            observation = torch.where(reset[:, 0], fresh.select(*observation.keys()), observation)
+        for row, start in taken:
+            state = observation["state"][row] if "state" in observation.keys() else None
+            running[row] = _Running(start=start, tags=FailureTags(state, start.task))
+
+    begin(list(range(len(row_tasks))))
+    live = sorted(running)
+    policy_state = policy.initial_state(len(live))
+    is_init = torch.ones(len(live), dtype=torch.bool)
+    action_shape = tuple(env.action_spec.shape[1:])
+    while live:
+        assert observation is not None
+        rows = torch.tensor(live)
+        policy_state["row"] = torch.tensor([running[row].start.row for row in live], dtype=torch.int64)
+        seen = observation[rows].exclude(*dropped)
+        action, policy_state = policy.act(seen, policy_state, is_init)
+        if tuple(action.shape) != (len(live), *action_shape):
+            raise ValueError(f"{method} returned actions of shape {list(action.shape)} for {len(live)} rows; the environment takes {list(action_shape)} per row")
+        if not bool(torch.isfinite(action).all()):
+            bad = running[live[int((~torch.isfinite(action)).flatten(1).any(1).nonzero()[0])]]
+            raise ValueError(f"{method} returned an action that is not finite at step {bad.length} of {bad.start.task} start {bad.start.index}; nothing was sent to the simulator")
+        full = torch.zeros(len(row_tasks), *action_shape, dtype=action.dtype)
+        full[rows] = action
+        request = observation.clone()
+        request["action"] = full
+        if len(live) < len(row_tasks):
+            # Rows without an episode stand still; an environment that honours `_step` spends no time on them.
+            step = torch.zeros(len(row_tasks), 1, dtype=torch.bool)
+            step[rows] = True
+            request["_step"] = step
+        after = env.step(request)["next"]
+        if on_step is not None:
+            lengths = [running[row].length for row in live]
+            on_step(StepRecord(rows, seen, action, after[rows], lengths, [running[row].start for row in live]))
+        observation = after.select(*observation.keys()).clone()
+        over: list[int] = []
+        for row in live:
+            episode = running[row]
+            episode.length += 1
+            episode.total += float(after["reward"][row])
+            if "state" in after.keys():
+                episode.tags.see(after["state"][row])
+            success = bool(after["success"][row])
+            if success or bool(after["done"][row]) or episode.length >= max_steps:
+                finished[episode.start] = Episode(
+                    task=episode.start.task,
+                    start=episode.start.index,
+                    split=split,
+                    seed=seed,
+                    method=method,
+                    success=success,
+                    first_success_step=episode.length if success else None,
+                    episode_return=episode.total,
+                    length=episode.length,
+                    tag="" if success else episode.tags.tag(),
+                )
+                if on_episode is not None:
+                    on_episode(finished[episode.start])
+                over.append(row)
+                del running[row]
+        begin(over)
+        keep = torch.tensor([row in running for row in live])
+        is_init = torch.tensor([row in over for row in live])[keep]
+        policy_state = policy_state[keep]
+        live = [row for row in live if row in running]
+    return [finished[start] for start in starts]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A method on one task, or pooled over the tasks.
+
+    success: rate with its Wilson 95 % bounds `low` and `high`. steps: mean control steps to success among successes
+    (None without one). reward: mean task reward per control step. episode_return: mean return. tags: count of failures.
+    """
+
+    n: int
+    successes: int
+    success: float
+    low: float
+    high: float
+    steps: float | None
+    reward: float
+    episode_return: float
+    tags: Mapping[str, int] = field(default_factory=dict)
+
+
+def summarise(episodes: Sequence[Episode]) -> Summary:
+    """Pool episodes of one method. Raises ValueError when there are none."""
+    if not episodes:
+        raise ValueError("there are no episodes to summarise")
+    n, k = len(episodes), sum(e.success for e in episodes)
+    low, high = wilson(k, n)
+    steps = [e.first_success_step for e in episodes if e.first_success_step is not None]
+    tags: dict[str, int] = {}
+    for episode in episodes:
+        if episode.tag:
+            tags[episode.tag] = tags.get(episode.tag, 0) + 1
+    return Summary(
+        n=n,
+        successes=k,
+        success=k / n,
+        low=low,
+        high=high,
+        steps=float(np.mean(steps)) if steps else None,
+        reward=sum(e.episode_return for e in episodes) / sum(e.length for e in episodes),
+        episode_return=float(np.mean([e.episode_return for e in episodes])),
+        tags=dict(sorted(tags.items())),
+    )
+
+
+def compare(episodes: Sequence[Episode], first: str, second: str) -> Paired | None:
+    """`paired` over the starts that both methods finished; None when there is no such start."""
+    outcome = {m: {(e.task, e.start): e.success for e in episodes if e.method == m} for m in (first, second)}
+    common = sorted(outcome[first].keys() & outcome[second].keys())
+    if not common:
+        return None
+    return paired([outcome[first][k] for k in common], [outcome[second][k] for k in common], names=(first, second))
+
+
+def protocol_hash(
+    *,
+    starts: Mapping[str, Mapping[str, Any]],
+    seeds: Sequence[int],
+    max_steps: int,
+    action_repeat: int,
+    versions: Mapping[str, str],
+) -> str:
+    """16 hex digits over everything that makes two success rates comparable.
+
+    starts: task -> {"split": ..., "indices": [...], "rand_vec": [[...], ...]}: the numbers themselves, not their seed,
+    so that a changed generator of start states changes the hash. versions: of the simulator and of its tasks.
+    """
+    protocol = {
+        "starts": {
+            task: {
+                "split": str(entry["split"]),
+                "indices": [int(i) for i in entry["indices"]],
+                "rand_vec": [[float(x).hex() for x in row] for row in entry["rand_vec"]],
+            }
+            for task, entry in starts.items()
+        },
+        "seeds": [int(s) for s in seeds],
+        "max_steps": int(max_steps),
+        "action_repeat": int(action_repeat),
+        "versions": {str(k): str(v) for k, v in versions.items()},
+    }
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
