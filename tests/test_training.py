@@ -156,10 +156,8 @@ def test_a_run_survives_kills_at_any_moment_and_ends_bit_for_bit_equal(tmp_path)
         """
     )
     for after in (23, 15):
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(Path(__file__).parent), str(parts), str(after), str(torch.get_num_threads())],
-            capture_output=True, text=True, timeout=100,
-        )  # fmt: skip
+        arguments = [str(Path(__file__).parent), str(parts), str(after), str(torch.get_num_threads())]
+        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=100)
         assert done.returncode == -signal.SIGKILL, done.stderr
     assert json.loads((parts / "checkpoints/last/state.json").read_text())["step"] == 30
     train(parts)

@@ -29,7 +29,8 @@ def load(name: str, *, mode: str = "ode", device: str = "cpu") -> LoadedPolicy:
         FileNotFoundError, ValueError: the file is missing, damaged, of a newer format or not a checkpoint.
     """
     # Imported here so that `import wamrl` costs nothing: torch alone takes seconds.
-    from wamrl import checkpoint, control
+    from wamrl import checkpoint
+    from wamrl.control import ModelPolicy
 
     model = checkpoint.load(name, device=device)
-    return checkpoint.LoadedPolicy(model, control.ModelPolicy(model, mode=mode))
+    return checkpoint.LoadedPolicy(model, ModelPolicy(model, mode=mode))

@@ -126,7 +126,8 @@ def save(
         "provenance": {**_plain(provenance or {}), "versions": versions()},
         "storage": {"dtype": dtype, "state": "inference" if reduced else "full"},
     }
-    header = {key: json.dumps(value, sort_keys=True, allow_nan=False) for key, value in entries.items()}
+    # Keys keep their order: a model may lay out its features in the order of its observation keys.
+    header = {key: json.dumps(value, allow_nan=False) for key, value in entries.items()}
     header["content_sha256"] = json.dumps(_content_hash(header, tensors))
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata=header)
@@ -485,7 +486,7 @@ def _content_hash(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> s
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
