@@ -468,8 +468,9 @@ class MetaWorldEnv(EnvBase):
 
     A row never terminates: it goes on after success and is truncated at `max_steps`. `reset` reads three optional
     keys: `_reset` bool [B, 1]; `start` int64 [B], indices into the split's start states; `snapshot` [B, S] to restore
-    (an elapsed count is restored too). Without the latter two each row takes the next of its task's starts, in an
-    order that the env's seed decides. `start_index` [B] holds the starts in use (-1 after a restore).
+    (an elapsed count is restored too; `start` wins where both are given). Without the latter two each row takes the
+    next of its task's starts, in an order that the env's seed decides. For a partial reset hand in the whole last
+    TensorDict, as TorchRL asks: rows that are not reset keep what it holds. `start_index` [B] holds the starts in use (-1 after a restore).
     `step` honours TorchRL's `_step` mask: rows left out repeat their last observation at no cost.
 
     Args:
@@ -595,9 +596,8 @@ class MetaWorldEnv(EnvBase):
                 raise RuntimeError("the first reset has to reset every row, but `_reset` leaves some out")
             self._rows = self.observation_spec.zero().update(self.full_done_spec.zero()).cpu()
         snapshot, start = given.get("snapshot", None), given.get("start", None)
-        if snapshot is not None and start is not None:
-            raise ValueError("reset was given both `snapshot` and `start`; give the one to start from")
         if start is not None:
+            snapshot = None  # the one that an earlier step left in the same TensorDict
             start = start.reshape(rows).cpu()
             if (start[chosen] < 0).any():
                 raise ValueError(f"`start` holds {int(start[chosen].min())}, but indices of start states begin at 0")
@@ -672,15 +672,17 @@ class MetaWorldEnv(EnvBase):
             self._renderers[key] = SceneRenderer(self.simulators[row].raw.model, height, width)
         return self._renderers[key]
 
-    def render_rgb(self, row: int = 0, size: int | tuple[int, int] = 256) -> NDArray[np.uint8]:
-        """[H, W, 3] upright image of a row.
+    def render_rgb(
+        self, row: int = 0, size: int | tuple[int, int] = 256, camera: Camera | None = None
+    ) -> NDArray[np.uint8]:
+        """[H, W, 3] upright image of a row, seen by `camera` or by the environment's own.
 
         Raises:
             RenderingUnavailable: when the machine has neither EGL nor OSMesa; it says how to get one.
         """
         height, width = (size, size) if isinstance(size, int) else size
         raw = self.simulators[row].raw
-        return self._renderer(row, height, width).render(raw.model, raw.data, self.camera)
+        return self._renderer(row, height, width).render(raw.model, raw.data, camera or self.camera)
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Free the renderers; the simulators go with the object."""
