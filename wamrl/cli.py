@@ -85,7 +85,7 @@ def command(name: str, *, help: str, examples: Sequence[str] = ()) -> Callable[[
 
 
 def compose(name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """The config of a command with `overrides`, as the command itself would get it. Raises ValueError with the reason."""
+    """The config of a command with `overrides`, as the command itself gets it; ValueError says why there is none."""
     overrides = _checkpoint_paths(name, list(overrides), ())
     try:
         return _composed(name, overrides, ())
@@ -207,9 +207,7 @@ def _job(name: str, main: Main, config: DictConfig) -> Any:
     asked = config.get("run_dir") if "run_dir" in config else None
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         if asked:
-            raise ValueError(
-                "run_dir is given, but the jobs of a multirun each need a directory of their own; leave it out"
-            )
+            raise ValueError("run_dir is given, but each job of a multirun needs a directory of its own; leave it out")
         run_dir, made = Path(HydraConfig.get().runtime.output_dir), True
         if run_dir.is_absolute() and run_dir.is_relative_to(Path.cwd()):
             run_dir = run_dir.relative_to(Path.cwd())
@@ -289,9 +287,7 @@ def _explain(name: str, overrides: Sequence[str], folders: Sequence[str], error:
         return _unknown_option(name, folders, error)
     if isinstance(error, OverrideParseException):
         text = f"cannot read '{error.override}'"
-        return ValueError(
-            f"{text}; settings are written key=value, with values that hold spaces, commas or = in quotes"
-        )
+        return ValueError(f"{text}; settings are written key=value, values with spaces, commas or = in quotes")
     if isinstance(error, InstantiationException):
         return _unbuilt(error)
     if isinstance(error, MissingMandatoryValue):
@@ -334,7 +330,9 @@ def _unknown_setting(name: str, overrides: Sequence[str], folders: Sequence[str]
 
 
 def _keys(node: Any, prefix: str = "") -> Iterator[str]:
-    for key in node if isinstance(node, DictConfig) and not node._is_none() else ():
+    if not isinstance(node, DictConfig) or node._is_none():
+        return
+    for key in map(str, node):
         yield f"{prefix}{key}"
         if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
             yield from _keys(node[key], f"{prefix}{key}.")
@@ -401,7 +399,7 @@ def _primary(name: str, folders: Sequence[str]) -> dict[str, Any]:
 
 
 def _checkpoint_paths(name: str, words: list[str], folders: Sequence[str]) -> list[str]:
-    """Let `wam=` take a checkpoint where a group is expected: wam=runs/x.safetensors -> wam=checkpoint wam.checkpoint=...
+    """Let `wam=` take a checkpoint where a group is expected: wam=x.safetensors -> wam=checkpoint wam.checkpoint=x....
 
     Only for commands whose config has a group `wam` with an option `checkpoint`.
     """

@@ -1,0 +1,87 @@
+# Everything runs from .venv, which the first target that needs it sets up; `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+# TORCH=cpu or TORCH=cuda; remembered, so that only `make setup` needs it.
+TORCH ?= $(shell cat $(VENV)/.torch 2>/dev/null || echo cpu)
+STAMP := $(VENV)/.stamp-$(TORCH)
+CONSTRAINTS := constraints/default.txt
+EXTRAS := metaworld,minari,dev
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+BENCHMARKS ?= plan_metaworld planner_overhead
+ARGS ?=
+
+.PHONY: help setup plan test checkpoint lint bench tables clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@echo
+	@echo "  ARGS=\"...\" goes to the command: make plan ARGS=\"env=metaworld/push-v3 planner.horizon=8\""
+
+setup: $(STAMP) ## make .venv with pinned versions (TORCH=cuda for a GPU build of torch, PYTHON=... for another Python)
+
+plan: $(STAMP) ## plan inside the shipped World Action Model on a simulated robot arm; writes outputs/plan/latest
+	@$(BIN)/python -m wamrl.plan $(ARGS)
+
+test: $(STAMP) ## run the tests (ARGS="-k name" for some of them)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+
+lint: $(STAMP) ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+checkpoint: $(STAMP) ## collect, train and write the shipped checkpoint again
+	@$(BIN)/python benchmarks/make_checkpoint.py $(ARGS)
+
+bench: $(STAMP) ## run the benchmarks (BENCHMARKS="planner_overhead" for some); writes benchmarks/results
+	@$(BIN)/python -m pip install -q -c $(CONSTRAINTS) --no-build-isolation -e ".[$(EXTRAS),bench]"
+	@for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py $(ARGS); done
+
+tables: $(STAMP) ## write the tables of the README and the docs from benchmarks/results
+	@$(BIN)/python benchmarks/tables.py $(ARGS)
+
+clean: ## remove caches and build products; .venv and outputs stay
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	@find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@case "$(TORCH)" in cpu|cuda) ;; *) echo "TORCH=$(TORCH) is not known; use TORCH=cpu or TORCH=cuda" >&2; exit 2;; esac
+	@python="$(PYTHON)"; \
+	if [ -z "$$python" ]; then \
+		echo "wamrl needs Python 3.11 or 3.12, and none was found as python3.11, python3.12, python3 or python." >&2; \
+		echo "Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; \
+		exit 2; \
+	fi; \
+	if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		echo "making $(VENV) with $$python ($$($$python --version))"; \
+		$$python -m venv --clear $(VENV) || \
+			{ echo "$$python cannot make a virtual environment; on Debian or Ubuntu: sudo apt-get install python3-venv" >&2; exit 2; }; \
+	fi
+	@rm -f $(VENV)/.stamp-* $(VENV)/.torch
+	@pip="$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-input"; \
+	$$pip -c $(CONSTRAINTS) setuptools wheel; \
+	version=$$(sed -n 's/^torch==//p' $(CONSTRAINTS)); \
+	echo "installing torch $$version ($(TORCH))"; \
+	if [ "$(TORCH)" = cuda ]; then \
+		$$pip --no-deps "torch===$$version"; \
+	elif ! $$pip --no-deps "torch==$$version+cpu" 2>/dev/null && \
+	     ! $$pip --no-deps --retries 1 --timeout 30 --index-url $(CPU_WHEELS) "torch==$$version" 2>/dev/null; then \
+		echo "$(CPU_WHEELS) has no torch $$version for this machine or cannot be reached;" >&2; \
+		echo "taking torch from the default package index instead, which on Linux brings several GB of CUDA libraries" >&2; \
+		$$pip --no-deps "torch==$$version"; \
+	fi; \
+	echo "installing wamrl[$(EXTRAS)] and what it needs, at the versions of $(CONSTRAINTS)"; \
+	$$pip -c $(CONSTRAINTS) --no-build-isolation -e ".[$(EXTRAS)]"
+	@$(BIN)/python -m pip --disable-pip-version-check check
+	@if [ "$(TORCH)" = cuda ]; then $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None and \
+		f"torch {torch.__version__} was installed, which is no CUDA build; does this platform have one?")'; fi
+	@$(BIN)/python -c 'from ctypes.util import find_library as f; f("EGL") or f("OSMesa") or print("neither EGL nor OSMesa \
+	was found, so runs go on without videos; on Debian or Ubuntu: sudo apt-get install libegl1 libosmesa6")'
+	@echo $(TORCH) > $(VENV)/.torch
+	@touch $(STAMP)
