@@ -33,10 +33,10 @@ def noise_basis(horizon: int, correlation: float = 0.0) -> Tensor:
 
 def coloured_noise(noise: NoiseKey, basis: Tensor, *shape: int, action_dim: int) -> Tensor:
     """[R, *shape, H, A] noise of unit variance, coloured over time by `basis` [H, H]."""
-    white = noise.normal(*shape, action_dim, basis.shape[1])
-    if basis.shape[0] > 1 and basis[1, 0] != 0:
-        white = white @ basis.T
-    return white.transpose(-1, -2)
+    horizon = basis.shape[0]
+    if horizon == 1 or basis[1, 0] == 0:
+        return noise.normal(*shape, horizon, action_dim)
+    return (noise.normal(*shape, action_dim, horizon) @ basis.T).transpose(-1, -2)
 
 
 def check_sigma(sigma: float | Sequence[float], name: str = "sigma") -> Tensor:

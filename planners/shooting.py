@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -194,34 +195,36 @@ class ShootingPlanner:
         """Search every row of `state`."""
         model = cast(WAM, clock)
         proposal = self.proposer(model, state, plan_state, limits.num_candidates, noise.fold(0))
-        imagined = proposal.imagined
-        if imagined is None:
-            imagined = model.imagine(state, proposal.actions, noise=noise.fold(1).fold(0))
-        finite = proposal.actions.isfinite().all(dim=-1).all(dim=-1)
+        sigma = self.sigma.to(noise.row.device)
+        order, key = self._order(noise, 0, limits.num_candidates), noise.fold(1).fold(0)
+        finite = proposal.actions.isfinite().flatten(2).all(dim=2)
         actions = proposal.actions.nan_to_num().clamp_(-1.0, 1.0)
-        scores = self.scorer(model, state, imagined).where(finite, -math.inf)
-        now, failed = self._refit(actions, scores, self.sigma.to(actions.device), self._order(noise, 0, scores))
-        if failed.any():
+        evaluate = self._evaluator(clock)
+        if proposal.imagined is None:
+            now, failed, spent = evaluate(state, actions, finite, sigma, key, order)
+        else:
+            scores = self.scorer(model, state, proposal.imagined)
+            now, failed = self._refit(actions, scores, finite, sigma, order)
+            spent = proposal.imagined.evaluations
+        any_failed = bool(failed.any())
+        if any_failed:
             self._report(failed, limits.num_candidates)
-        spent = imagined.evaluations
         best_score, best = _best(now)
         if limits.iterations > 1:
-            offsets = coloured_noise(
-                noise.fold(2),
-                self.basis.to(actions.device),
-                limits.iterations - 1,
-                limits.num_candidates,
-                action_dim=actions.shape[-1],
-            )
-            step = self._step(clock)
+            basis, action_dim = self.basis.to(noise.row.device), actions.shape[-1]
+            ahead = limits.iterations - 1
+            offsets = coloured_noise(noise.fold(2), basis, ahead, limits.num_candidates, action_dim=action_dim)
+            finite = torch.ones_like(finite)
             slowest = time.perf_counter() - limits.started
             for i in range(1, limits.iterations):
                 begun = time.perf_counter()
                 if limits.deadline_s is not None and begun - limits.started + slowest > limits.deadline_s:
                     break
-                key = noise.fold(1).fold(i)
-                order = self._order(noise, i, scores)
-                then, dead, cost = step(state, now.mean, now.sigma, offsets[:, i - 1], key, order)
+                order, key = self._order(noise, i, limits.num_candidates), noise.fold(1).fold(i)
+                spread = now.sigma[:, None] if now.sigma.dim() == 3 else now.sigma
+                actions = (offsets[:, i - 1] * spread).add_(now.mean[:, None])
+                actions[:, 0] = now.mean
+                then, dead, cost = evaluate(state, actions.clamp_(-1.0, 1.0), finite, now.sigma, key, order)
                 now = _where(dead, now, then) if dead.any() else then
                 spent += cost
                 if self.choose == "best":
@@ -235,7 +238,7 @@ class ShootingPlanner:
         else:
             value = (now.weights * now.scores.where(now.weights > 0, 0.0)).sum(dim=1)
             chosen = now.mean
-        if failed.any():
+        if any_failed:
             chosen = chosen.masked_fill(failed[:, None, None], 0.0)
             value = value.masked_fill(failed, math.nan)
         return _Found(
@@ -293,45 +296,43 @@ class ShootingPlanner:
             joined[name] = whole
         return _Found(**joined)
 
-    def _refit(
-        self, actions: Tensor, scores: Tensor, sigma: Tensor, order: Tensor | None
-    ) -> tuple[_Iterate, Tensor]:
-        """What the scores make of the candidates, and the rows [R] none of whose scores is finite."""
-        scores = scores.where(scores.isfinite(), -math.inf)
-        if order is not None:
-            scores = scores.gather(1, order)
-        dead = torch.isneginf(scores).all(dim=1)
-        mean, sigma, weights = self.refit(actions, scores.masked_fill(dead[:, None], 0.0), sigma)
-        return _Iterate(actions, scores, mean.clamp(-1.0, 1.0), sigma, weights), dead
-
-    def _iterate(
+    def _evaluate(
         self,
         model: WAM,
         state: State,
-        mean: Tensor,
+        actions: Tensor,
+        finite: Tensor,
         sigma: Tensor,
-        offset: Tensor,
         key: NoiseKey,
         order: Tensor | None,
     ) -> tuple[_Iterate, Tensor, int]:
-        """One refinement: candidates around `mean`, their futures, their scores, the refit. The hot path."""
-        actions = torch.addcmul(mean[:, None], offset, sigma[:, None] if sigma.dim() == 3 else sigma)
-        actions[:, 0] = mean
-        actions = actions.clamp(-1.0, 1.0)
+        """The hot path: imagine `actions`, score them, refit."""
         imagined = model.imagine(state, actions, noise=key)
-        iterate, dead = self._refit(actions, self.scorer(model, state, imagined), sigma, order)
+        iterate, dead = self._refit(actions, self.scorer(model, state, imagined), finite, sigma, order)
         return iterate, dead, imagined.evaluations
 
-    def _step(self, clock: _Clock) -> Callable[..., tuple[_Iterate, Tensor, int]]:
-        """`_iterate` bound to the model, compiled where asked for."""
-        if not self.compile:
-            return lambda *arguments: self._iterate(cast(WAM, clock), *arguments)
-        if self._compiled is None:
-            self._compiled = torch.compile(self._iterate, fullgraph=True, dynamic=False)
-        return lambda *arguments: clock.timed(self._compiled, clock.model, *arguments)
+    def _refit(
+        self, actions: Tensor, scores: Tensor, finite: Tensor, sigma: Tensor, order: Tensor | None
+    ) -> tuple[_Iterate, Tensor]:
+        """What the scores make of the candidates, and the rows [R] none of whose scores is finite."""
+        valid = scores.isfinite() & finite
+        scores = scores.where(valid, -math.inf)
+        if order is not None:
+            scores = scores.gather(1, order)
+        dead = ~valid.any(dim=1)
+        mean, sigma, weights = self.refit(actions, scores.masked_fill(dead[:, None], 0.0), sigma)
+        return _Iterate(actions, scores, mean.clamp(-1.0, 1.0), sigma, weights), dead
 
-    def _order(self, noise: NoiseKey, iteration: int, scores: Tensor) -> Tensor | None:
-        return permutation(noise.fold(3).fold(iteration), scores.shape[1]) if self.shuffle_scores else None
+    def _evaluator(self, clock: _Clock) -> Callable[..., tuple[_Iterate, Tensor, int]]:
+        """`_evaluate` bound to the model, compiled where asked for."""
+        if not self.compile:
+            return partial(self._evaluate, cast(WAM, clock))
+        if self._compiled is None:
+            self._compiled = torch.compile(self._evaluate, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+        return partial(clock.timed, self._compiled, clock.model)
+
+    def _order(self, noise: NoiseKey, iteration: int, num: int) -> Tensor | None:
+        return permutation(noise.fold(3).fold(iteration), num) if self.shuffle_scores else None
 
     def _report(self, failed: Tensor, candidates: int) -> None:
         error = NonFinitePlanError(failed.nonzero()[:, 0].tolist(), candidates)

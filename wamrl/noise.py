@@ -19,13 +19,14 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     # torch's >> keeps the sign; the mask makes it the logical shift that SplitMix64 needs.
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
+    # In place on its argument, which every caller has just made: half of the time would go into fresh memory.
+    x.bitwise_xor_(_shift_right(x, 30)).mul_(_MIX_1)
+    x.bitwise_xor_(_shift_right(x, 27)).mul_(_MIX_2)
+    return x.bitwise_xor_(_shift_right(x, 31))
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,20 @@ class NoiseKey:
 
     def uniform(self, *shape: int) -> Tensor:
         """[B, *shape] float32 in (0, 1)."""
-        bits = _shift_right(self._bits(math.prod(shape)), 40)
-        return ((bits.to(torch.float32) + 0.5) * 2.0**-24).reshape(-1, *shape)
+        return _unit(_shift_right(self._bits(math.prod(shape)), 40)).reshape(-1, *shape)
 
     def normal(self, *shape: int) -> Tensor:
         """[B, *shape] float32 standard normal (Box and Muller, 1958)."""
         count = math.prod(shape)
-        half = (count + 1) // 2
-        uniform = self.uniform(2 * half)
-        radius = torch.sqrt(-2.0 * torch.log(uniform[:, :half]))
-        angle = (2.0 * math.pi) * uniform[:, half:]
+        bits = self._bits((count + 1) // 2)
+        # One 64-bit word gives both uniforms of a pair: its upper 24 bits, and the 24 below them.
+        radius = _unit(_shift_right(bits, 40)).log_().mul_(-2.0).sqrt_()
+        angle = _unit((bits >> 16).bitwise_and_(0xFFFFFF)).mul_(2.0 * math.pi)
         normal = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)
         return normal[:, :count].reshape(-1, *shape)
+
+
+def _unit(bits: Tensor) -> Tensor:
+    """Float32 in (0, 1) of the lower 24 bits, the only ones set; changes its argument."""
+    # Odd, so never 0. Adding 0.5 instead would round in float32, at the top up to 1.0.
+    return bits.bitwise_or_(1).to(torch.float32).mul_(2.0**-24)
