@@ -53,9 +53,8 @@ class Metadata:
     """What a checkpoint says about itself.
 
     model: `_target_` and the plain values it is built with. normalisation: key -> {"mean": [...], "std": [...]} of
-    the training data. config: the resolved training config. provenance: versions, data, seed, commit. storage:
-    {"dtype", "state"}, state being "full" or "inference" (without what only further training needs).
-    content_sha256: of tensors and metadata.
+    the training data. config: the resolved training config. provenance: versions, data, seed, commit. storage: how
+    the weight matrices are stored, {"dtype": "float16"}. content_sha256: of tensors and metadata.
     """
 
     format_version: int
@@ -76,7 +75,6 @@ def save(
     provenance: Mapping[str, Any] | None = None,
     normalisation: Mapping[str, Any] | None = None,
     dtype: str = "float32",
-    inference_only: bool = False,
 ) -> Path:
     """Write `model` to `path` (ending in .safetensors), whole or not at all.
 
@@ -89,7 +87,6 @@ def save(
         normalisation: statistics of the training data, for readers; the model's buffers are what counts.
         dtype: how weight matrices are stored: "float32", or "float16" / "bfloat16" at half the size. Buffers and
             vectors stay as they are, and `load` gives float32 again.
-        inference_only: leave out what only training needs, where the model has `inference_state()`.
 
     Raises:
         ValueError: weights that are not finite, a config without `wam._target_`, an unknown dtype.
@@ -107,10 +104,8 @@ def save(
     if target.rsplit(".", 1)[-1] != type(model).__name__:
         raise ValueError(f"config['wam']['_target_'] is '{target}', but the model is a {own}")
     matrices = {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
-    reduced = inference_only and hasattr(model, "inference_state")
-    state = model.inference_state() if reduced else model.state_dict()  # type: ignore[operator]
     tensors = {}
-    for name, tensor in state.items():
+    for name, tensor in model.state_dict().items():
         tensor = tensor.detach().to("cpu")
         if name in matrices and tensor.is_floating_point():
             tensor = tensor.to(_STORAGE[dtype])
@@ -124,7 +119,7 @@ def save(
         "normalisation": _plain(normalisation or {}),
         "config": _plain(config),
         "provenance": {**_plain(provenance or {}), "versions": versions()},
-        "storage": {"dtype": dtype, "state": "inference" if reduced else "full"},
+        "storage": {"dtype": dtype},
     }
     # Keys keep their order: a model may lay out its features in the order of its observation keys.
     header = {key: json.dumps(value, allow_nan=False) for key, value in entries.items()}
@@ -163,14 +158,9 @@ def load(
         raise CheckpointError(f"{path}: {error}") from error
     if spec_to_dict(model.spec) != spec_to_dict(found.spec):
         raise CheckpointError(f"{path}: the model that it builds has another spec than the one it states")
-    expected = model.state_dict()
-    reduced = found.storage.get("state") == "inference"
-    needed = set(model.inference_state()) if reduced else set(expected)  # type: ignore[operator]
-    _check_tensors(path, tensors, expected, needed)
+    _check_tensors(path, tensors, model.state_dict())
     # load_state_dict copies into the model's own tensors, which turns half-precision storage into float32.
-    model.load_state_dict(tensors, strict=not reduced)
-    if reduced and hasattr(model, "reset_targets"):
-        model.reset_targets()  # type: ignore[operator]
+    model.load_state_dict(tensors)
     return model.to(device).eval()
 
 
@@ -459,10 +449,8 @@ def _metadata(path: Path, header: Mapping[str, str]) -> Metadata:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _check_tensors(
-    path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], needed: set[str]
-) -> None:
-    missing, unexpected = sorted(needed - set(tensors)), sorted(set(tensors) - needed)
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or unexpected:
         parts = [f"{word} {_some(names)}" for word, names in (("lacks", missing), ("adds", unexpected)) if names]
         raise CheckpointError(f"{path}: its tensors do not fit the model: it {' and '.join(parts)}")

@@ -231,6 +231,9 @@ class _Run:
         validated: dict[str, Any] = {}
         self.model.train()
         with _interruptible() as interrupted, _progress(self.step, options.steps, quiet=quiet) as progress, log:
+            if self.held_out is not None and self.step == 0:
+                # What the untrained model gets; and a mistake in the settings shows now, not after an hour.
+                validated = self._validate(log)
             while self.step < options.steps:
                 self.seconds = before + time.perf_counter() - started
                 if interrupted():
@@ -330,7 +333,7 @@ class _Run:
         self.model.train()
         flat = {f"{name}_h{h + 1}": value for name, by_step in errors.items() for h, value in enumerate(by_step)}
         log.write("validation", self.step, {**losses, **flat})
-        if math.isfinite(losses["loss"]) and (self.best is None or losses["loss"] < self.best):
+        if self.step and math.isfinite(losses["loss"]) and (self.best is None or losses["loss"] < self.best):
             self.best = losses["loss"]
             self.save_model(self.checkpoints / "best.safetensors", self.model, self.step)
         return {"step": self.step, "losses": losses, "by_horizon": errors}
@@ -376,7 +379,7 @@ class _Run:
         if changed:
             raise ValueError(
                 f"{found} was trained with other options ({', '.join(changed)}), so going on would not be the same "
-                "run; give the same ones, or start a new run from its weights with initial=<checkpoint>"
+                "run; give the same ones, or start a new run from its weights with wam=<this run>"
             )
         tensors = load_file(found / "state.safetensors")
         self.model.load_state_dict(_part(tensors, "model."))
@@ -403,7 +406,8 @@ def open_loop_errors(
     Args:
         model: that answers "rollout"; the state errors need "decode" too.
         windows: batch [B] of H steps, as in `WAM.loss`.
-        scale: observation key -> standard deviation per feature; features that never vary are left out. None is 1.
+        scale: observation key -> standard deviation per feature, of which those up to 0.001 (features that never vary)
+            are left out. None is 1.
 
     Returns:
         Lists of length H of root mean squares over windows and features: `state_error` and `state_persistence` in
@@ -451,7 +455,7 @@ def open_loop_errors(
             std = torch.ones(truth.shape[-1]) if scale is None else torch.as_tensor(scale[key]).flatten().float()
             unit.append(std.to(truth.device))
         std = torch.cat(unit)
-        moving = std > 1e-4
+        moving = std > 1.001e-3
         for name, parts in (("state_error", predicted), ("state_persistence", still)):
             errors[name] = _rms((torch.cat(parts, dim=-1) / std)[..., moving], valid)
     return errors

@@ -1,0 +1,297 @@
+"""Train a World Action Model on collected episodes: `python -m wamrl.train data=<dataset> wam=reference`."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from wamrl import checkpoint, cli
+from wamrl.data import EpisodeDataset
+from wamrl.files import write_json
+from wamrl.interfaces import WAM
+from wamrl.provenance import versions
+from wamrl.training import TrainingOptions, TrainingResult, fit
+
+_OPTIONS = tuple(item.name for item in fields(TrainingOptions))
+
+
+def train(
+    dataset: EpisodeDataset,
+    wam: Mapping[str, Any] | str | Path,
+    *,
+    run_dir: str | Path,
+    options: TrainingOptions | None = None,
+    tasks: Sequence[str] | None = None,
+    observation: Sequence[str] | None = None,
+    validation_fraction: float = 0.05,
+    control_dt_s: float | None = None,
+    device: str = "cpu",
+    config: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> TrainingResult:
+    """Train a model on `dataset` into `run_dir`, going on where an earlier call with the same arguments stopped.
+
+    Args:
+        dataset: episodes from train start states.
+        wam: `_target_` and sizes, as in configs/wam; observation sizes, action size and tasks are added to them. Or
+            a checkpoint whose weights and normalisation to go on from, see `checkpoint.resolve`.
+        run_dir: gets checkpoints/model.safetensors, log.csv, validation.csv, results.json and tensorboard/.
+        options: how to train.
+        tasks: the tasks that the model knows, in this order; None is those of the data, or of the checkpoint.
+        observation: the keys that the model reads; None is all of the data, or those of the checkpoint.
+        validation_fraction: of the episodes, held out; 0 trains on all and does not validate.
+        control_dt_s: seconds per control step; None is what the dataset says.
+        device: where to train.
+        config: the resolved config of the command, stored in the checkpoint.
+        quiet: no progress on stderr.
+
+    Raises:
+        ValueError: options out of range, data that does not fit the checkpoint, or a `run_dir` of another run.
+        TrainingDiverged: the loss did not stay finite.
+    """
+    options = options or TrainingOptions()
+    run_dir = Path(run_dir)
+    earlier = None if isinstance(wam, Mapping) else checkpoint.read_metadata(wam)
+    if earlier is not None:
+        tasks, observation = tasks or earlier.spec.tasks, observation or list(earlier.spec.observation)
+    sizes = wam if isinstance(wam, Mapping) else checkpoint.read_metadata(wam).model
+    model_config = {**sizes, **_facts(dataset, tasks, observation, control_dt_s)}
+    training, validation = dataset, None
+    if validation_fraction:
+        training, validation = dataset.split(validation_fraction, seed=options.seed)
+    statistics = training.statistics()
+    if isinstance(wam, Mapping):
+        if "_target_" not in wam:
+            raise ValueError("wam names no model to train: it has no '_target_'; choose one of configs/wam")
+        model = checkpoint.build(model_config, seed=options.seed)
+        model.set_normalisation(statistics)  # type: ignore[operator]
+    else:
+        _check_same(wam, sizes, model_config)
+        model = checkpoint.load(wam)
+    start = earlier.content_sha256 if earlier else None
+    stored = {**(config or {}), "wam": model_config}
+    provenance: dict[str, Any] = {
+        "seed": options.seed,
+        "data": [{key: value for key, value in index.items() if key != "path"} for index in dataset.indices],
+        "episodes": len(training),
+        "steps_of_data": training.num_steps,
+        "initial": start,
+        "device": device,
+        "threads": options.threads or torch.get_num_threads(),
+    }
+    result = fit(
+        model,
+        training,
+        options=options,
+        run_dir=run_dir,
+        save_model=lambda path, model, step: checkpoint.save(
+            path, model, config=stored, provenance={**provenance, "step": step}, normalisation=statistics
+        ),
+        validation=validation,
+        scale={key: value["std"] for key, value in statistics.items()},
+        device=device,
+        identity=_identity(training, model_config, start),
+        quiet=quiet,
+    )
+    write_json(run_dir / "results.json", _results(result, model, dataset, validation, provenance))
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; see `python -m wamrl.train --help`."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        given = _rewritten(given)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    _command(given)
+
+
+@cli.command(
+    "train",
+    help=(
+        "Train a World Action Model on episodes of python -m wamrl.collect. One set of weights learns what actions "
+        "lead to, what to do and how good it is. The checkpoint is <run>/checkpoints/model.safetensors; plan with it "
+        "by python -m wamrl.plan wam=<run>. Ctrl-C saves; resume=<run> goes on exactly where it stopped."
+    ),
+    examples=[
+        "data=data/push steps=5000 seed=1",
+        "data=[data/push,data/reach] wam.width=128",
+        "data=data/more wam=outputs/train/latest",
+        "resume=outputs/train/latest",
+    ],
+)
+def _command(config: DictConfig, run_dir: Path) -> None:
+    settings = cli.plain(config)
+    if settings["dataset"] is None:
+        raise ValueError("no data given; write data=<directory made by python -m wamrl.collect>")
+    options = TrainingOptions(**{name: settings[name] for name in _OPTIONS})
+    device = _device(settings["device"])
+    dataset = EpisodeDataset.open(settings["dataset"], keys=settings["observation"], tasks=settings["tasks"])
+    result = train(
+        dataset,
+        settings["wam"].get("checkpoint", settings["wam"]),
+        run_dir=run_dir,
+        options=options,
+        tasks=settings["tasks"],
+        observation=settings["observation"],
+        validation_fraction=settings["validation_fraction"],
+        device=device,
+        config=settings,
+    )
+    print(_summary(result))
+
+
+def _facts(
+    dataset: EpisodeDataset,
+    tasks: Sequence[str] | None,
+    observation: Sequence[str] | None,
+    control_dt_s: float | None,
+) -> dict[str, Any]:
+    """What the model needs to know of the data."""
+    tasks = tuple(tasks or dataset.tasks)
+    foreign = sorted(set(dataset.tasks) - set(tasks))
+    if foreign:
+        raise ValueError(f"the data holds {', '.join(foreign)}, but the model is to know only {', '.join(tasks)}")
+    if control_dt_s is None:
+        stated = {index.get("env", {}).get("control_dt_s") for index in dataset.indices} - {None}
+        if len(stated) != 1:
+            raise ValueError(
+                f"the data states {len(stated)} lengths of a control step ({sorted(stated)}), expected one; "
+                "pass control_dt_s, in seconds"
+            )
+        control_dt_s = stated.pop()
+    shapes = {}
+    for key in observation or dataset.observation:
+        if key not in dataset.observation:
+            raise ValueError(f"the data lacks the observation key '{key}'; it has {', '.join(dataset.observation)}")
+        shapes[key] = list(dataset.observation[key])
+    return {
+        "observation": shapes,
+        "action_dim": dataset.action_dim,
+        "tasks": list(tasks),
+        "control_dt_s": float(control_dt_s),
+    }
+
+
+def _check_same(path: str | Path, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    changed = [
+        f"{key} {stored.get(key)!r} -> {asked.get(key)!r}"
+        for key in sorted({*stored, *asked})
+        if stored.get(key) != asked.get(key)
+    ]
+    if changed:
+        raise ValueError(f"{path} holds a model of other sizes or tasks than the data needs: {'; '.join(changed)}")
+
+
+def _identity(dataset: EpisodeDataset, model_config: Mapping[str, Any], initial: str | None) -> str:
+    """A short name for model, data and start, so that a run is resumed with the same ones only."""
+    digest = hashlib.sha256(f"{sorted(model_config.items())}{initial}".encode())
+    for tensor in (dataset.offsets, dataset.lengths, dataset.frames["action"], dataset.frames["reward"]):
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _results(
+    result: TrainingResult,
+    model: WAM,
+    dataset: EpisodeDataset,
+    validation: EpisodeDataset | None,
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
+    return {
+        "name": "train",
+        "finished": result.finished,
+        "steps": result.step,
+        "skipped_steps": result.skipped,
+        "seconds": round(result.seconds, 2),
+        "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "data": {
+            "tasks": list(dataset.tasks),
+            "episodes": provenance["episodes"],
+            "validation_episodes": len(validation) if validation is not None else 0,
+            "steps": provenance["steps_of_data"],
+        },
+        "validation": result.validation,
+        "seed": provenance["seed"],
+        "device": provenance["device"],
+        "threads": provenance["threads"],
+        "versions": versions(),
+    }
+
+
+def _summary(result: TrainingResult) -> str:
+    lines = [f"{result.step} steps in {result.seconds / 60:.1f} min"]
+    if not result.finished:
+        lines[0] += f"; max_seconds came first, go on with resume={result.run_dir} max_seconds=null"
+    errors = result.validation.get("by_horizon", {})
+    if "state_error" in errors:
+        last = len(errors["state_error"])
+        lines.append(
+            f"open-loop error after 1 / {last} steps, in standard deviations of the data: "
+            f"{errors['state_error'][0]:.3f} / {errors['state_error'][-1]:.3f} "
+            f"(nothing moves: {errors['state_persistence'][0]:.3f} / {errors['state_persistence'][-1]:.3f})"
+        )
+    lines.append(f"checkpoint: {result.checkpoint}")
+    return "\n".join(lines)
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is '{name}', expected auto, cpu, cuda or cuda:<number>") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is '{name}', but this torch finds no CUDA device; use device=cpu")
+    return name
+
+
+def _rewritten(given: list[str]) -> list[str]:
+    """Let `data=` name the dataset although configs/data is a group, and `resume=` bring back a run's settings."""
+    words = ["dataset=" + word.removeprefix("data=") if word.startswith("data=") else word for word in given]
+    folders = [word.removeprefix("resume=") for word in words if word.startswith("resume=")]
+    if not folders or folders[-1] in ("", "null"):
+        return words
+    folder = Path(folders[-1]).resolve()
+    if not (folder / "checkpoints").is_dir() or not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(
+            f"nothing to resume in '{folders[-1]}': it is no run directory of python -m wamrl.train"
+        )
+    settings: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    stored = {**settings, "run_dir": str(folder), "resume": None}
+    earlier = [f"++{path}={_literal(value)}" for path, value in _leaves(stored)]
+    return [*earlier, *(word for word in words if not word.startswith("resume="))]
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in settings.items():
+        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+    return found
+
+
+def _literal(value: Any) -> str:
+    """`value` in Hydra's grammar of overrides."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_literal, value))}]"
+    if isinstance(value, str):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return repr(value)
+
+
+if __name__ == "__main__":
+    main()
