@@ -322,20 +322,17 @@ def _unknown_setting(name: str, overrides: Sequence[str], folders: Sequence[str]
         config = _composed(name, [word for word in kept if not word.startswith("hydra")], folders)
     except (CompactHydraException, OmegaConfBaseException):
         return ValueError(f"unknown setting '{key}'")
-    known = list(_keys(config))
-    parent = key.rpartition(".")[0]
-    beside = [other for other in known if parent and other.startswith(f"{parent}.")]
-    new = f"To add a setting that the defaults do not have, write +{key}=<value>."
-    return unknown_name("setting", key, beside or [k for k in known if "." not in k] or known, hint=new)
-
-
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:
-    if not isinstance(node, DictConfig) or node._is_none():
-        return
-    for key in map(str, node):
-        yield f"{prefix}{key}"
-        if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
-            yield from _keys(node[key], f"{prefix}{key}.")
+    parent, node = "", config
+    for part in key.split("."):
+        if part not in node:
+            break
+        parent = f"{parent}.{part}".lstrip(".")
+        node = OmegaConf.select(config, parent)
+        if not isinstance(node, DictConfig):
+            return ValueError(f"'{parent}' is a single value, so there is no setting '{key}' in it")
+    kind = f"setting of '{parent}':" if parent else "setting"
+    hint = f"To add a setting that the defaults do not have, write +{key}=<value>."
+    return unknown_name(kind, part, map(str, node), hint=hint)
 
 
 def _unbuilt(error: InstantiationException) -> Exception | None:
@@ -439,7 +436,7 @@ def _help(name: str, purpose: str, examples: Sequence[str], folders: Sequence[st
         lines += ["  A setting of a choice is changed by its path, as in planner.horizon=8.", ""]
     settings = _own_settings(_primary_text(name, folders))
     if settings:
-        lines += ["settings of this command and their defaults:", textwrap.indent(settings, "  "), ""]
+        lines += ["settings of this command, with their default values:", textwrap.indent(settings, "  "), ""]
     lines += [
         "flags:",
         "  --cfg job            print the whole resulting config and stop",
