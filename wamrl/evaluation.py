@@ -329,8 +329,8 @@ def run_episodes(
         for row, start in taken:
             reset[row], index[row] = True, start.index
         request = TensorDict({"_reset": reset, "start": index}, batch_size=[len(row_tasks)])
-        if observation is not None:  # TorchRL wants to see what becomes of the rows that go on
-            request.update(observation.select("done", "terminated", "truncated", strict=False))
+        if observation is not None:  # TorchRL wants to see the rows that go on as well
+            request.update(observation)
         fresh = env.reset(request)
         if observation is None:
             observation = fresh.exclude("_reset", "start").clone()

@@ -1,0 +1,178 @@
+"""Videos of an episode beside what was imagined: the imagined paths are drawn into the camera's picture.
+
+Letters: P points, H imagined steps, N candidates. Points are metres in the world frame, pixels are (x, y) from the
+upper left corner.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wamrl.files import atomic_path
+
+_BLUE, _ORANGE, _GREEN, _WHITE, _SOFT = (110, 168, 255), (255, 167, 84), (95, 220, 140), (240, 243, 248), (160, 168, 180)
+_DARK = (18, 21, 27)
+_SCALE = 2  # drawn at twice the size and reduced, for smooth lines
+_STRIP = 92  # pixels of the reward strip below the pictures
+
+
+@dataclass(frozen=True)
+class View:
+    """A pinhole camera as MuJoCo's free camera defines it: degrees, metres; fovy is the vertical field of view."""
+
+    azimuth: float
+    elevation: float
+    distance: float
+    lookat: tuple[float, float, float]
+    fovy: float
+    height: int
+    width: int
+
+    def project(self, points: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+        """[P, 2] pixels of points [P, 3]; a point behind the camera becomes NaN."""
+        azimuth, elevation = math.radians(self.azimuth), math.radians(self.elevation)
+        ahead = np.array(
+            [math.cos(elevation) * math.cos(azimuth), math.cos(elevation) * math.sin(azimuth), math.sin(elevation)]
+        )
+        up = np.array(
+            [-math.sin(elevation) * math.cos(azimuth), -math.sin(elevation) * math.sin(azimuth), math.cos(elevation)]
+        )
+        right = np.cross(ahead, up)
+        away = np.asarray(points, dtype=np.float64) - (np.array(self.lookat) - self.distance * ahead)
+        depth = away @ ahead
+        depth = np.where(depth > 1e-6, depth, np.nan)
+        focal = 0.5 * self.height / math.tan(math.radians(self.fovy) / 2)
+        x = 0.5 * self.width + focal * (away @ right) / depth
+        y = 0.5 * self.height - focal * (away @ up) / depth
+        return np.stack([x, y], axis=-1)
+
+
+def write_video(
+    path: str | Path,
+    frames: Sequence[NDArray[np.uint8]],
+    trace: Mapping[str, Any],
+    view: View,
+    *,
+    fps: int = 10,
+    hold: int = 6,
+) -> None:
+    """Write an H.264 mp4: left the simulator, right what the plan in force foresaw, below the rewards.
+
+    frames: [H, W, 3], the picture before each control step and the last one; trace: as `wamrl.plan` records it.
+    hold: how often the last picture is repeated.
+    """
+    import imageio.v2 as imageio
+
+    pictures = [_picture(frames, trace, view, step) for step in range(len(frames))]
+    with atomic_path(path) as temporary:
+        with imageio.get_writer(
+            temporary, fps=fps, codec="libx264", quality=7, macro_block_size=2, ffmpeg_log_level="error"
+        ) as writer:
+            for picture in [*pictures, *[pictures[-1]] * hold]:
+                writer.append_data(picture)
+
+
+def _picture(
+    frames: Sequence[NDArray[np.uint8]], trace: Mapping[str, Any], view: View, step: int
+) -> NDArray[np.uint8]:
+    """[H + strip, 2 W, 3] of one moment."""
+    from PIL import Image, ImageDraw
+
+    height, width = frames[0].shape[:2]
+    now = [p for p in trace["plans"] if p["step"] <= min(step, len(frames) - 1)]
+    plan = now[-1] if now else None
+    # At the moment of planning the picture shows the plan; its outcome is seen until the next one is made.
+    base = frames[step if plan is None else plan["step"]].astype(np.float32)
+    grey = base.mean(axis=2, keepdims=True)
+    dim = (0.42 * (0.35 * base + 0.65 * grey)).astype(np.uint8)
+    size = (width * _SCALE, height * _SCALE)
+    right = Image.fromarray(dim).resize(size, Image.Resampling.BILINEAR)
+    if plan is not None:
+        layer = Image.new("RGBA", size)
+        _draw_plan(ImageDraw.Draw(layer), plan, trace, view, step)
+        right = Image.alpha_composite(right.convert("RGBA"), layer).convert("RGB")
+    sheet = Image.new("RGB", (2 * width * _SCALE, (height + _STRIP) * _SCALE), _DARK)
+    sheet.paste(Image.fromarray(frames[step]).resize(size, Image.Resampling.BILINEAR), (0, 0))
+    sheet.paste(right, (size[0], 0))
+    draw = ImageDraw.Draw(sheet)
+    done = trace["success"] and step == len(frames) - 1
+    _label(draw, (10, 8), f"simulator, step {step}" + ("   solved" if done else ""), _GREEN if done else _WHITE)
+    if plan is not None:
+        _label(draw, (width + 10, 8), f"imagined at step {plan['step']}, {len(plan['hand']) - 1} steps ahead", _BLUE)
+        _legend(draw, width, height)
+    _rewards(draw, trace, plan, step, 2 * width, height)
+    return np.asarray(sheet.resize((2 * width, height + _STRIP), Image.Resampling.LANCZOS))
+
+
+def _draw_plan(draw: Any, plan: Mapping[str, Any], trace: Mapping[str, Any], view: View, step: int) -> None:
+    def pixels(points: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+        found = view.project(np.asarray(points, dtype=np.float64)) * _SCALE
+        return [(float(x), float(y)) for x, y in found if math.isfinite(x) and math.isfinite(y)]
+
+    scores = [c["score"] for c in plan["candidates"]]
+    worst, best = (min(scores), max(scores)) if scores else (0.0, 0.0)
+    for candidate in sorted(plan["candidates"], key=lambda c: c["score"]):
+        good = (candidate["score"] - worst) / (best - worst) if best > worst else 1.0
+        draw.line(pixels(candidate["hand"]), fill=(*_BLUE, int(45 + 130 * good)), width=2)
+    draw.line(pixels(plan["object"]), fill=(*_ORANGE, 255), width=6, joint="curve")
+    draw.line(pixels(plan["hand"]), fill=(*_BLUE, 255), width=7, joint="curve")
+    ahead = min(step - plan["step"], len(plan["hand"]) - 1)
+    for name, colour in (("object", _ORANGE), ("hand", _BLUE)):
+        for x, y in pixels([plan[name][ahead]]):
+            draw.ellipse((x - 9, y - 9, x + 9, y + 9), fill=(*colour, 255))
+        measured = trace[name][min(step, len(trace[name]) - 1)]
+        for x, y in pixels([measured]):
+            draw.ellipse((x - 14, y - 14, x + 14, y + 14), outline=(*_WHITE, 255), width=3)
+    for x, y in pixels([trace["goal"]]):
+        draw.line([(x - 11, y - 11), (x + 11, y + 11)], fill=(*_GREEN, 255), width=5)
+        draw.line([(x - 11, y + 11), (x + 11, y - 11)], fill=(*_GREEN, 255), width=5)
+
+
+def _label(draw: Any, at: tuple[float, float], text: str, colour: tuple[int, int, int], size: int = 14) -> None:
+    from PIL import ImageFont
+
+    x, y = at[0] * _SCALE, at[1] * _SCALE
+    font = ImageFont.load_default(size * _SCALE)
+    draw.text((x, y), text, fill=colour, font=font, stroke_width=2 * _SCALE, stroke_fill=_DARK)
+
+
+def _legend(draw: Any, width: int, height: int) -> None:
+    x = width + 10
+    for text, colour in (("hand", _BLUE), ("object", _ORANGE), ("goal", _GREEN), ("ring: measured", _WHITE)):
+        _label(draw, (x, height - 22), text, colour, 12)
+        x += 18 + 7 * len(text)
+
+
+def _rewards(
+    draw: Any, trace: Mapping[str, Any], plan: Mapping[str, Any] | None, step: int, width: int, top: int
+) -> None:
+    """The strip below: measured reward so far (white) and what the plans expected (blue)."""
+    left, right, base, high = 46, width - 12, top + _STRIP - 20, _STRIP - 36
+    steps = max(len(trace["reward"]), 2)
+    most = max([*trace["reward"], *(r for p in trace["plans"] for r in p["reward"]), 1e-6])
+
+    def at(t: float, r: float) -> tuple[float, float]:
+        x = left + (right - left) * min(t, steps) / steps
+        return x * _SCALE, (base - high * min(max(r, 0.0) / most, 1.0)) * _SCALE
+
+    draw.line([at(0, 0), at(steps, 0)], fill=(70, 78, 92), width=_SCALE)
+    for older in trace["plans"]:
+        if older["step"] > step:
+            break
+        current = plan is not None and older["step"] == plan["step"]
+        points = [at(older["step"] + k + 1, r) for k, r in enumerate(older["reward"]) if older["step"] + k + 1 <= steps]
+        if len(points) > 1:
+            draw.line(points, fill=_BLUE if current else (52, 84, 134), width=2 * _SCALE if current else _SCALE)
+    seen = [at(t + 1, r) for t, r in enumerate(trace["reward"][:step])]
+    if len(seen) > 1:
+        draw.line(seen, fill=_WHITE, width=2 * _SCALE)
+    _label(draw, (6, top + 6), "reward: white measured, blue expected by the plans", _SOFT, 11)
+    _label(draw, (6, base - 7), "0", _SOFT, 11)
+    _label(draw, (6, base - high - 7), f"{most:.1f}", _SOFT, 11)
