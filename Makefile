@@ -58,6 +58,10 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 		echo "Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; \
 		exit 2; \
 	fi; \
+	if ! $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then \
+		echo "PYTHON=$$python is no Python 3.11 or 3.12 that runs ($$($$python --version 2>&1 | tail -n 1))" >&2; \
+		exit 2; \
+	fi; \
 	if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 		echo "making $(VENV) with $$python ($$($$python --version))"; \
 		$$python -m venv --clear $(VENV) || \

@@ -17,7 +17,7 @@ LAYERS = {
     **dict.fromkeys(("interfaces", "noise", "naming", "files", "provenance"), 0),
     **dict.fromkeys(("models", "imagination"), 1),
     **dict.fromkeys(("envs", "planners", "agents"), 2),
-    **dict.fromkeys(("data", "checkpoint", "training", "evaluation", "report", "control", "oracle"), 3),
+    **dict.fromkeys(("data", "checkpoint", "training", "evaluation", "report", "control", "oracle", "video"), 3),
     "cli": 4,  # what the commands share
     **dict.fromkeys(("collect", "train", "plan", "posttrain", "evaluate", "loop", "bench"), 5),
     "configs": 5,
