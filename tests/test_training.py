@@ -194,8 +194,9 @@ def test_the_resume_state_is_whole_wherever_its_writing_stops(tmp_path, monkeypa
 
 
 def test_a_loss_that_stays_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    # Two batches are looked at before the first step, so that the 26th step is the first on NaN.
     with pytest.raises(training.TrainingDiverged, match=r"loss.*5 steps in a row, up to step 30; .*last good state"):
-        train(tmp_path, data=PointWindows(poison_after=25), non_finite_limit=5)
+        train(tmp_path, data=PointWindows(poison_after=27), non_finite_limit=5)
     kept = checkpoint.load(tmp_path / "checkpoints" / "model.safetensors")
     assert all(bool(torch.isfinite(value).all()) for value in kept.state_dict().values())
     assert json.loads((tmp_path / "checkpoints/last/state.json").read_text())["step"] == 20
@@ -256,6 +257,13 @@ def test_resuming_with_other_options_or_data_is_refused(tmp_path):
     state.write_text(state.read_text().replace('"identity": ""', '"identity": "other data"'))
     with pytest.raises(ValueError, match="other data"):
         train(tmp_path, steps=10)
+
+
+def test_a_mistake_in_the_settings_shows_before_anything_is_written(tmp_path):
+    for wrong in ({"batch_size": 15}, {"validation_windows": 15}):
+        with pytest.raises(ValueError, match="multiple of the 2 ensemble members"):
+            train(tmp_path, **wrong)
+    assert not list(tmp_path.iterdir())
 
 
 def test_training_leaves_the_global_generator_alone(tmp_path):

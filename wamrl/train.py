@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from wamrl import checkpoint, cli
 from wamrl.data import EpisodeDataset
-from wamrl.files import write_json
+from wamrl.files import write_json, write_text
 from wamrl.interfaces import WAM
 from wamrl.provenance import versions
 from wamrl.training import TrainingOptions, TrainingResult, fit
@@ -108,11 +108,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; see `python -m wamrl.train --help`."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        given = _rewritten(given)
+        folder, given = _rewritten(given)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    _command(given)
+    settings = (folder / "config.yaml").read_text(encoding="utf-8") if folder else ""
+    try:
+        _command(given)
+    except SystemExit as stopped:
+        if folder and stopped.code == 2:
+            # The settings of a refused resume are not those of the run.
+            write_text(folder / "config.yaml", settings)
+        raise
 
 
 @cli.command(
@@ -256,12 +263,15 @@ def _device(name: str) -> str:
     return name
 
 
-def _rewritten(given: list[str]) -> list[str]:
-    """Let `data=` name the dataset although configs/data is a group, and `resume=` bring back a run's settings."""
+def _rewritten(given: list[str]) -> tuple[Path | None, list[str]]:
+    """Let `data=` name the dataset although configs/data is a group, and `resume=` bring back a run's settings.
+
+    Returns the directory to resume, or None, and the arguments as Hydra takes them.
+    """
     words = ["dataset=" + word.removeprefix("data=") if word.startswith("data=") else word for word in given]
     folders = [word.removeprefix("resume=") for word in words if word.startswith("resume=")]
     if not folders or folders[-1] in ("", "null"):
-        return words
+        return None, words
     folder = Path(folders[-1]).resolve()
     if not (folder / "checkpoints").is_dir() or not (folder / "config.yaml").is_file():
         raise FileNotFoundError(
@@ -270,7 +280,7 @@ def _rewritten(given: list[str]) -> list[str]:
     settings: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     stored = {**settings, "run_dir": str(folder), "resume": None}
     earlier = [f"++{path}={_literal(value)}" for path, value in _leaves(stored)]
-    return [*earlier, *(word for word in words if not word.startswith("resume="))]
+    return folder, [*earlier, *(word for word in words if not word.startswith("resume="))]
 
 
 def _leaves(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

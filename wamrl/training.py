@@ -224,6 +224,7 @@ class _Run:
         options = self.options
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._restore()
+        self._rehearse()
         log = _Log(self.run_dir, self.step, tensorboard=options.tensorboard)
         before, started = self.seconds, time.perf_counter()
         loss_of = torch.compile(self.model.loss) if options.compile else self.model.loss
@@ -232,8 +233,7 @@ class _Run:
         self.model.train()
         with _interruptible() as interrupted, _progress(self.step, options.steps, quiet=quiet) as progress, log:
             if self.held_out is not None and self.step == 0:
-                # What the untrained model gets; and a mistake in the settings shows now, not after an hour.
-                validated = self._validate(log)
+                validated = self._validate(log)  # what the untrained model gets
             while self.step < options.steps:
                 self.seconds = before + time.perf_counter() - started
                 if interrupted():
@@ -268,6 +268,17 @@ class _Run:
             seconds=self.seconds,
             validation=validated,
         )
+
+    def _rehearse(self) -> None:
+        """One loss without a step, so that a mistake in the settings shows before anything is written."""
+        sizes = {(self.options.batch_size, self.options.length)}
+        if self.held_out is not None:
+            sizes.add((len(self.held_out), self.held_out["action"].shape[1]))
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda), torch.no_grad(), self._precision():
+            for rows, length in sizes:
+                batch = self.dataset.sample(rows, length, torch.Generator().manual_seed(0)).to(self.device)
+                self.model.loss(batch, noise=torch.Generator(device=self.device).manual_seed(0))
 
     def _train_step(self, loss_of: Callable[..., dict[str, Tensor]], update_targets: Callable[[], object]) -> None:
         options = self.options
