@@ -100,9 +100,9 @@ class PolicyProposer:
         """`num` candidates [R, N, H, A], imagined when the model imagines while proposing."""
         action_dim = model.spec.action_dim
         sigma = match_sigma(self.sigma, action_dim).to(noise.row.device)
-        perturbation = coloured_noise(
-            noise.fold(0), self.basis.to(noise.row.device), num, action_dim=action_dim
-        ) * sigma
+        perturbation = (
+            coloured_noise(noise.fold(0), self.basis.to(noise.row.device), num, action_dim=action_dim) * sigma
+        )
         num_warm = min(round(self.warm_share * num), num - 1)
         num_policy = num - num_warm
         followed = perturbation[:, :num_policy].clone()

@@ -37,7 +37,7 @@ class Refit(Protocol):
     """Which distribution of chunks the scores call for."""
 
     def __call__(self, actions: Tensor, scores: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """mean [R, H, A], sigma [R or 1, H or 1, A or 1] and weights [R, N] (summing to one).
+        """Mean [R, H, A], sigma [R or 1, H or 1, A or 1] and weights [R, N] (summing to one).
 
         actions: [R, N, H, A], finite. scores: [R, N], -inf for a candidate that must have no weight; every row has
         at least one finite score. sigma: the standard deviation that the candidates were drawn with.
@@ -197,8 +197,11 @@ class ShootingPlanner:
         proposal = self.proposer(model, state, plan_state, limits.num_candidates, noise.fold(0))
         sigma = self.sigma.to(noise.row.device)
         order, key = self._order(noise, 0, limits.num_candidates), noise.fold(1).fold(0)
-        finite = proposal.actions.isfinite().flatten(2).all(dim=2)
-        actions = proposal.actions.nan_to_num().clamp_(-1.0, 1.0)
+        # Actions are bounded, so a candidate's sum is finite exactly if all of its actions are.
+        finite = proposal.actions.sum(dim=(2, 3)).isfinite()
+        actions = proposal.actions.clamp(-1.0, 1.0)
+        if not finite.all():
+            actions.nan_to_num_()
         evaluate = self._evaluator(clock)
         if proposal.imagined is None:
             now, failed, spent = evaluate(state, actions, finite, sigma, key, order)
@@ -209,7 +212,8 @@ class ShootingPlanner:
         any_failed = bool(failed.any())
         if any_failed:
             self._report(failed, limits.num_candidates)
-        best_score, best = _best(now)
+        if self.choose == "best":
+            best_score, best = _best(now)
         if limits.iterations > 1:
             basis, action_dim = self.basis.to(noise.row.device), actions.shape[-1]
             ahead = limits.iterations - 1
@@ -329,7 +333,19 @@ class ShootingPlanner:
             return partial(self._evaluate, cast(WAM, clock))
         if self._compiled is None:
             self._compiled = torch.compile(self._evaluate, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
-        return partial(clock.timed, self._compiled, clock.model)
+        return partial(self._run_compiled, clock)
+
+    def _run_compiled(self, clock: _Clock, *arguments: Any) -> tuple[_Iterate, Tensor, int]:
+        from torch._dynamo.exc import TorchDynamoException  # seconds to import, so only where it is needed
+
+        try:
+            result = clock.timed(self._compiled, clock.model, *arguments)
+        except TorchDynamoException as cause:
+            raise RuntimeError(
+                f"planner.compile=true, but an iteration with {type(clock.model).__name__} cannot be compiled "
+                f"({type(cause).__name__}); set planner.compile=false, or see the cause below"
+            ) from cause
+        return cast("tuple[_Iterate, Tensor, int]", result)
 
     def _order(self, noise: NoiseKey, iteration: int, num: int) -> Tensor | None:
         return permutation(noise.fold(3).fold(iteration), num) if self.shuffle_scores else None

@@ -159,7 +159,7 @@ def quadratic(target: Tensor, *, scale: float = 1.0, shift: float = 0.0, **optio
 
 
 def linear_quadratic(a: Tensor, b: Tensor, q: Tensor, r: Tensor, p: Tensor, **options: object) -> ToyWAM:
-    """z' = A z + B u, reward -(z' Q z' + u R u), terminal value -z P z; no discount."""
+    """Z' = A z + B u, reward -(z' Q z' + u R u), terminal value -z P z; no discount."""
     return ToyWAM(
         lambda z, u: z @ a.T + u @ b.T,
         lambda z, u, new: -((new @ q) * new).sum(dim=-1) - ((u @ r) * u).sum(dim=-1),

@@ -121,10 +121,9 @@ class _ChunkPolicy:
         )
 
     @torch.no_grad()
-    def act(
-        self, observation: TensorDict, policy_state: PolicyState, is_init: Tensor
-    ) -> tuple[Tensor, PolicyState]:
+    def act(self, observation: TensorDict, policy_state: PolicyState, is_init: Tensor) -> tuple[Tensor, PolicyState]:
         """Actions [B, A] in [-1, 1]; decides only in the rows that need it. See `wamrl.interfaces.Policy`."""
+        observation = self._check(observation)
         rows = observation.batch_size[0]
         is_init = _flags(is_init, rows)
         if policy_state.batch_size[0] != rows:
@@ -132,7 +131,6 @@ class _ChunkPolicy:
                 f"policy_state has {policy_state.batch_size[0]} rows, but the observation {rows}; "
                 "index both with the same rows when episodes are dropped"
             )
-        observation = self._check(observation)
         policy_state = policy_state.copy()
         step = policy_state["step"].masked_fill(is_init, 0)
         used = policy_state["used"]
@@ -216,6 +214,11 @@ class PlannerPolicy(_ChunkPolicy):
     ) -> None:
         horizon = getattr(planner, "horizon", model.spec.max_horizon)
         super().__init__(model, replan_every=replan_every, seed=seed, longest=horizon)
+        if evaluations is not None and (not isinstance(evaluations, int) or evaluations < 1):
+            raise ValueError(f"evaluations is {evaluations!r}, but must be a whole number of at least 1, or null")
+        if deadline_s is not None and not deadline_s > 0:
+            raise ValueError(f"deadline_s is {deadline_s}, but must be above 0 seconds, or null")
+        planner.initial_state(model, 1)  # refuses a model that does not answer what the planner asks
         self.planner = planner
         self.budget = Budget(evaluations=evaluations, deadline_s=deadline_s)
         self.on_plan = on_plan
@@ -278,9 +281,7 @@ class RandomPolicy:
         index = torch.arange(rows)
         return TensorDict({"row": index, "step": torch.zeros_like(index)}, batch_size=[rows])
 
-    def act(
-        self, observation: TensorDict, policy_state: PolicyState, is_init: Tensor
-    ) -> tuple[Tensor, PolicyState]:
+    def act(self, observation: TensorDict, policy_state: PolicyState, is_init: Tensor) -> tuple[Tensor, PolicyState]:
         """Actions [B, A]; the observation is not read."""
         step = policy_state["step"].masked_fill(_flags(is_init, observation.batch_size[0]), 0)
         key = NoiseKey(row=policy_state["row"], step=step, seed=self.seed)

@@ -274,7 +274,8 @@ class Proposer(Protocol):
 class Scorer(Protocol):
     """How good each candidate's futures are. `needs`: the queries that the model must answer."""
 
-    needs: frozenset[str]
+    @property
+    def needs(self) -> frozenset[str]: ...
 
     def __call__(self, model: WAM, state: State, imagined: Imagined) -> Tensor:
         """[R, N], higher is better."""

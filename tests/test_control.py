@@ -1,0 +1,301 @@
+"""The policies of the closed loop: what they execute, what they refuse, and what they keep track of."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+import torch
+from tensordict import TensorDict
+from toys import TASKS, ToyWAM, observation, quadratic
+
+from wamrl.control import ModelPolicy, PlannerPolicy, RandomPolicy
+from wamrl.interfaces import Context, Plan, Policy, PolicyState, State
+from wamrl.planners import ShootingPlanner, make_mppi
+
+TARGET = torch.tensor([0.3, -0.6])
+
+
+def integrator(**options: object) -> ToyWAM:
+    """Z' = z + 0.1 a, reward -z'^2, policy a = -z."""
+    return ToyWAM(
+        lambda z, a: z + 0.1 * a,
+        lambda z, a, new: -new.square().sum(dim=-1),
+        lambda z: -z.square().sum(dim=-1),
+        state_dim=1,
+        action_dim=1,
+        gain=torch.tensor([[-1.0]]),
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def small(**options: object) -> ShootingPlanner:
+    return make_mppi(**{"horizon": 4, "num_candidates": 16, "sigma": 0.2, **options})  # type: ignore[arg-type]
+
+
+def flags(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.bool)
+
+
+def drive(policy: Policy, zs: list[torch.Tensor]) -> tuple[torch.Tensor, PolicyState]:
+    """Actions [T, B, A] for the observations `zs`, from fresh episodes."""
+    state = policy.initial_state(zs[0].shape[0])
+    actions = []
+    for t, z in enumerate(zs):
+        action, state = policy.act(observation(z), state, torch.full((z.shape[0],), t == 0))
+        actions.append(action)
+    return torch.stack(actions), state
+
+
+def policies() -> list[Policy]:
+    model = integrator()
+    return [
+        ModelPolicy(model),
+        ModelPolicy(model, replan_every=3),
+        PlannerPolicy(model, small()),
+        PlannerPolicy(model, small(), replan_every=3),
+        RandomPolicy(1),
+    ]
+
+
+@pytest.mark.parametrize("policy", policies(), ids=lambda p: type(p).__name__)
+def test_every_policy_acts_inside_the_bounds_and_the_same_again(policy: Policy) -> None:
+    assert isinstance(policy, Policy)
+    zs = [torch.full((3, 1), 5.0), torch.full((3, 1), -5.0), torch.zeros(3, 1), torch.ones(3, 1)]
+    first, state = drive(policy, zs)
+    again, _ = drive(policy, zs)
+    assert first.shape == (4, 3, 1) and first.dtype == torch.float32
+    assert first.abs().max() <= 1.0 and torch.equal(first, again)
+    assert state["step"].tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("policy", policies(), ids=lambda p: type(p).__name__)
+def test_rows_can_be_dropped_and_are_known_by_their_row(policy: Policy) -> None:
+    """A row acts the same in whatever company: noise is keyed by its `row`, not by its place in the batch."""
+    z = torch.tensor([[0.5], [-0.5], [0.2]])
+    state = policy.initial_state(3)
+    state["row"] = torch.tensor([7, 3, 5])
+    _, state = policy.act(observation(z), state, flags(1, 1, 1))
+    together, _ = policy.act(observation(z), state, flags(0, 0, 0))
+    keep = torch.tensor([2, 0])
+    dropped, left = policy.act(observation(z[keep]), state[keep], flags(0, 0))
+    assert torch.allclose(dropped, together[keep], atol=1e-6)
+    assert left["row"].tolist() == [5, 7]
+
+
+def test_the_model_policy_follows_the_models_policy() -> None:
+    actions, _ = drive(ModelPolicy(integrator()), [torch.tensor([[0.5], [-0.3]]), torch.tensor([[0.4], [-0.2]])])
+    assert torch.allclose(actions[..., 0], torch.tensor([[-0.5, 0.3], [-0.4, 0.2]]))
+
+
+def test_chunks_are_executed_before_deciding_again() -> None:
+    model = integrator()
+    policy = ModelPolicy(model, replan_every=3)
+    actions, _ = drive(policy, [torch.tensor([[1.0]])] * 4)
+    chunk = model.propose(model.state(torch.tensor([[1.0]])), 1).actions[0, 0, :, 0]
+    assert torch.allclose(actions[:, 0, 0], torch.cat([chunk[:3], chunk[:1]]))
+    assert model.counts["encode"] == 2
+
+
+def test_encode_is_called_once_per_plan_and_only_for_rows_that_need_one() -> None:
+    class CountingWAM(ToyWAM):
+        """Counts the rows that were encoded."""
+
+        def encode(self, context: Context) -> State:
+            rows.append(context.task.shape[0])
+            return super().encode(context)
+
+    rows: list[int] = []
+    model = CountingWAM(
+        lambda z, a: z, lambda z, a, n: a[..., 0], lambda z: z[..., 0], state_dim=1, action_dim=1, chunk_length=4
+    )
+    policy = PlannerPolicy(model, small(iterations=3), replan_every=2)
+    state = policy.initial_state(3)
+    z = torch.zeros(3, 1)
+    for is_init in ((1, 1, 1), (0, 1, 0), (0, 0, 0), (0, 0, 0)):
+        _, state = policy.act(observation(z), state, flags(*is_init))
+    # t0: all; t1: row 1 starts anew; t2: rows 0 and 2 have used two actions; t3: row 1 has.
+    assert rows == [3, 1, 2, 1]
+    assert [entry["rows"] for entry in policy.log] == rows
+    assert state["step"].tolist() == [4, 3, 4]
+
+
+def test_a_chunked_controller_shifts_the_warm_start_by_what_it_executed() -> None:
+    seen: list[torch.Tensor] = []
+
+    class WatchedPlanner:
+        """Notes the plan states it is given."""
+
+        horizon = 4
+
+        def __init__(self) -> None:
+            self.inner = small()
+
+        def initial_state(self, model, rows):  # type: ignore[no-untyped-def]
+            return self.inner.initial_state(model, rows)
+
+        def plan(self, model, state, plan_state, noise, budget):  # type: ignore[no-untyped-def]
+            seen.append(torch.stack([plan_state["warm"].long(), plan_state["shift"], noise.step, noise.row]))
+            return self.inner.plan(model, state, plan_state, noise, budget)
+
+    policy = PlannerPolicy(integrator(), WatchedPlanner(), replan_every=3)
+    state = policy.initial_state(2)
+    state["row"] = torch.tensor([40, 50])
+    for t in range(5):
+        _, state = policy.act(observation(torch.zeros(2, 1)), state, flags(t in (0, 4), t == 0))
+    assert seen[0].tolist() == [[0, 0], [0, 0], [0, 0], [40, 50]]
+    assert seen[1].tolist() == [[1, 1], [3, 3], [3, 3], [40, 50]]
+    assert seen[2][0].tolist() == [0] and seen[2][2:].tolist() == [[0], [40]]
+
+
+def test_planning_improves_on_the_policy_it_starts_from() -> None:
+    """The policy moves too slowly; the exact model shows that faster is better."""
+    model = integrator()
+    z = torch.linspace(-0.8, 0.8, 8)[:, None]
+
+    def cost(policy: Policy) -> float:
+        state, now, total = policy.initial_state(8), z, 0.0
+        for t in range(12):
+            action, state = policy.act(observation(now), state, torch.full((8,), t == 0))
+            now = now + 0.1 * action
+            total += float(now.square().sum())
+        return total
+
+    planner = small(num_candidates=64, iterations=4, sigma=0.3, temperature=0.1)
+    planned, proposed = cost(PlannerPolicy(model, planner)), cost(ModelPolicy(model))
+    assert planned < 0.8 * proposed
+
+
+def test_the_log_splits_the_time_and_counts_evaluations() -> None:
+    class SlowWAM(ToyWAM):
+        """Encodes in 20 ms and imagines in 40 ms."""
+
+        def encode(self, context: Context) -> State:
+            time.sleep(0.02)
+            return super().encode(context)
+
+        def propose(self, *arguments, **options):  # type: ignore[no-untyped-def]
+            time.sleep(0.04)
+            return super().propose(*arguments, **options)
+
+    model = SlowWAM(
+        lambda z, a: z, lambda z, a, n: a[..., 0], lambda z: z[..., 0], state_dim=1, action_dim=1, members=3
+    )
+    policy = PlannerPolicy(model, small(iterations=2))
+    drive(policy, [torch.zeros(2, 1)])
+    (entry,) = policy.log
+    assert 0.02 <= entry["encode_s"] < 0.035 and 0.04 <= entry["imagine_s"] < 0.1 and entry["search_s"] < 0.1
+    assert entry["plan_s"] == pytest.approx(entry["encode_s"] + entry["imagine_s"] + entry["search_s"])
+    assert entry["evaluations"] == 2 * (16 * 4 * 2 * 3) and entry["rows"] == 2 and entry["searched"] == 2
+
+
+def test_the_last_plan_is_kept_and_announced() -> None:
+    heard: list[tuple[list[int], Plan]] = []
+    model = integrator()
+    policy = PlannerPolicy(
+        model, small(), replan_every=2, on_plan=lambda rows, state, plan: heard.append((rows.tolist(), plan))
+    )
+    drive(policy, [torch.zeros(2, 1)] * 3)
+    assert [rows for rows, _ in heard] == [[0, 1], [0, 1]]
+    assert policy.last_plan is heard[-1][1] and policy.last_plan.actions.shape == (2, 4, 1)
+    assert policy.last_state is not None and policy.last_rows is not None
+    imagined = model.imagine(policy.last_state, policy.last_plan.actions[:, None])
+    assert imagined.frames.shape == (2, 1, 1, 4, 1)
+
+
+def test_the_budget_reaches_the_planner() -> None:
+    policy = PlannerPolicy(integrator(), small(iterations=10), evaluations=100)
+    drive(policy, [torch.zeros(1, 1)])
+    assert 0 < policy.log[0]["evaluations"] <= 100
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("make", [ModelPolicy, lambda model: PlannerPolicy(model, small())])
+def test_broken_observations_are_refused_by_key_and_row(make, value: float) -> None:  # type: ignore[no-untyped-def]
+    policy = make(integrator())
+    z = torch.zeros(3, 1)
+    z[1] = value
+    with pytest.raises(ValueError, match=r"observation 'state' has NaN or infinite numbers in row\(s\) \[1\]"):
+        drive(policy, [z])
+    assert policy.model.counts["encode"] == 0
+
+
+def test_a_large_but_finite_observation_is_accepted() -> None:
+    drive(ModelPolicy(integrator()), [torch.full((3, 1), 3e38)])
+
+
+def test_unknown_tasks_are_refused_with_the_known_ones() -> None:
+    policy = ModelPolicy(integrator())
+    wrong = observation(torch.zeros(2, 1))
+    wrong["task"][1] = 5
+    with pytest.raises(ValueError, match=rf"row\(s\) \[1\].*trained on {TASKS[0]}, {TASKS[1]}"):
+        policy.act(wrong, policy.initial_state(2), flags(1, 1))
+    with pytest.raises(ValueError, match="needs the key 'task'"):
+        policy.act(wrong.exclude("task"), policy.initial_state(2), flags(1, 1))
+
+
+def test_observations_of_another_size_are_refused() -> None:
+    policy = ModelPolicy(integrator())
+    with pytest.raises(ValueError, match=r"'state' has shape \[2\] per row, but the model was trained on \[1\]"):
+        drive(policy, [torch.zeros(3, 2)])
+    with pytest.raises(ValueError, match=r"reads the observation key 'state', but the observation has \['task'\]"):
+        policy.act(observation(torch.zeros(1, 1)).exclude("state"), policy.initial_state(1), flags(1))
+    with pytest.raises(ValueError, match=r"observation.unsqueeze\(0\)"):
+        policy.act(observation(torch.zeros(1, 1))[0], policy.initial_state(1), flags(1))
+    with pytest.raises(ValueError, match="policy_state has 2 rows, but the observation 1"):
+        policy.act(observation(torch.zeros(1, 1)), policy.initial_state(2), flags(1))
+    with pytest.raises(ValueError, match=r"is_init has shape \[2\], but must be \[1\]"):
+        policy.act(observation(torch.zeros(1, 1)), policy.initial_state(1), flags(1, 1))
+
+
+def test_other_keys_of_an_environment_are_ignored() -> None:
+    policy = PlannerPolicy(integrator(), small())
+    both = observation(torch.zeros(2, 1))
+    both["pixels"] = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    both["contact"] = torch.full((2, 1), math.nan)
+    action, _ = policy.act(both, policy.initial_state(2), torch.ones(2, 1, dtype=torch.bool))
+    assert action.shape == (2, 1)
+
+
+@pytest.mark.parametrize("every", [0, 5, 1.5, True])
+def test_replan_every_must_fit_the_chunk(every: object) -> None:
+    with pytest.raises(ValueError, match="whole number from 1 to 4"):
+        PlannerPolicy(integrator(), small(), replan_every=every)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="whole number from 1 to 4"):
+        ModelPolicy(integrator(), replan_every=every)  # type: ignore[arg-type]
+
+
+def test_other_constructor_errors() -> None:
+    with pytest.raises(ValueError, match="mode is 'fast'"):
+        ModelPolicy(integrator(), "fast")
+    with pytest.raises(ValueError, match="does not answer 'policy'"):
+        ModelPolicy(integrator(leave_out=("policy",)))
+    with pytest.raises(ValueError, match="action_dim is 0"):
+        RandomPolicy(0)
+    with pytest.raises(ValueError, match="does not answer 'value'"):
+        PlannerPolicy(integrator(leave_out=("value",)), small())
+    with pytest.raises(ValueError, match="evaluations is 0"):
+        PlannerPolicy(integrator(), small(), evaluations=0)
+    with pytest.raises(ValueError, match="deadline_s is -1"):
+        PlannerPolicy(integrator(), small(), deadline_s=-1.0)
+
+
+def test_a_policy_that_proposes_nan_is_refused() -> None:
+    model = quadratic(TARGET, gain=torch.full((2, 1), math.nan))
+    with pytest.raises(ValueError, match=r"NaN or infinite actions in row\(s\) \[0, 1\]"):
+        drive(ModelPolicy(model), [torch.zeros(2, 1)])
+
+
+def test_random_actions_are_uniform_and_independent() -> None:
+    policy = RandomPolicy(2)
+    empty = TensorDict({}, batch_size=[400])
+    state, actions = policy.initial_state(400), []
+    for t in range(10):
+        action, state = policy.act(empty, state, torch.full((400,), t == 0))
+        actions.append(action)
+    sample = torch.stack(actions)
+    assert sample.mean().abs() < 0.03 and sample.var().item() == pytest.approx(1 / 3, rel=0.05)
+    assert torch.corrcoef(sample.permute(0, 2, 1).reshape(20, 400)).fill_diagonal_(0).abs().max() < 0.25
+    other, _ = RandomPolicy(2, seed=1).act(empty, policy.initial_state(400), torch.ones(400, dtype=torch.bool))
+    assert not torch.equal(other, sample[0])
