@@ -185,7 +185,8 @@ class _ResetSpace:
         raw._reset_hand = lambda *_, **__: None
         rng = np.random.Generator(np.random.PCG64(0))
         base = next(
-            v for v in (self.low + rng.random(self.low.size) * (self.high - self.low) for _ in range(10_000))
+            v
+            for v in (self.low + rng.random(self.low.size) * (self.high - self.low) for _ in range(10_000))
             if self.accepts(v)
         )
         self.effective = [i for i in range(self.low.size) if self._matters(i, base)]
@@ -219,6 +220,7 @@ class _ResetSpace:
         if self.high[component] - self.low[component] < 1e-9:
             return False
         reference = self._signature(base)
+        assert reference is not None
         for part in (0.1, 0.3, 0.5, 0.7, 0.9):
             other = base.copy()
             other[component] = self.low[component] + part * (self.high[component] - self.low[component])
@@ -360,7 +362,7 @@ class Simulator:
     def _find_schema(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """(attribute, kind, shape) of every number that Meta-World keeps in Python and that may change."""
         live = _live_arrays(self.raw)
-        schema = []
+        schema: list[tuple[str, str, tuple[int, ...]]] = []
         for name, value in sorted(vars(self.raw).items()):
             if name in _NOT_STATE:
                 continue
@@ -470,8 +472,9 @@ class MetaWorldEnv(EnvBase):
     keys: `_reset` bool [B, 1]; `start` int64 [B], indices into the split's start states; `snapshot` [B, S] to restore
     (an elapsed count is restored too; `start` wins where both are given). Without the latter two each row takes the
     next of its task's starts, in an order that the env's seed decides. For a partial reset hand in the whole last
-    TensorDict, as TorchRL asks: rows that are not reset keep what it holds. `start_index` [B] holds the starts in use (-1 after a restore).
-    `step` honours TorchRL's `_step` mask: rows left out repeat their last observation at no cost.
+    TensorDict, as TorchRL asks: rows that are not reset keep what it holds. `start_index` [B] holds the starts in
+    use (-1 after a restore). `step` honours TorchRL's `_step` mask: rows left out repeat their last observation and
+    cost nothing.
 
     Args:
         tasks: one name or several, such as "metaworld/push-v3".
@@ -519,7 +522,7 @@ class MetaWorldEnv(EnvBase):
         self.simulators = [Simulator(task, action_repeat=action_repeat) for task in self.row_tasks]
         self.snapshot_size = max(simulator.snapshot_size for simulator in self.simulators)
         self._pixels, self._snapshots = pixels, snapshots
-        self._renderers: dict[tuple[str, int, int], SceneRenderer] = {}
+        self._renderers: dict[str, SceneRenderer] = {}
         self._task_ids = torch.tensor([task_id(task) for task in self.row_tasks])
         self.start_index = torch.full((num_envs,), -1)
         self._rows: TensorDict | None = None
@@ -667,10 +670,10 @@ class MetaWorldEnv(EnvBase):
     # -- images
 
     def _renderer(self, row: int, height: int, width: int) -> SceneRenderer:
-        key = (self.row_tasks[row], height, width)
-        if key not in self._renderers:
-            self._renderers[key] = SceneRenderer(self.simulators[row].raw.model, height, width)
-        return self._renderers[key]
+        task = self.row_tasks[row]
+        if task not in self._renderers:
+            self._renderers[task] = SceneRenderer(self.simulators[row].raw.model, height, width)
+        return self._renderers[task]
 
     def render_rgb(
         self, row: int = 0, size: int | tuple[int, int] = 256, camera: Camera | None = None
@@ -682,7 +685,7 @@ class MetaWorldEnv(EnvBase):
         """
         height, width = (size, size) if isinstance(size, int) else size
         raw = self.simulators[row].raw
-        return self._renderer(row, height, width).render(raw.model, raw.data, camera or self.camera)
+        return self._renderer(row, height, width).render(raw.model, raw.data, camera or self.camera, height, width)
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Free the renderers; the simulators go with the object."""
@@ -708,16 +711,16 @@ class ExpertPolicy:
             check_task(task)
         from metaworld.policies import ENV_POLICY_MAP
 
+        scripts: Mapping[str, Any] = ENV_POLICY_MAP
+
         self.tasks = tasks
-        self._experts = {task_id(task): ENV_POLICY_MAP[task.removeprefix(PREFIX)]() for task in tasks}
+        self._experts = {task_id(task): scripts[task.removeprefix(PREFIX)]() for task in tasks}
 
     def initial_state(self, rows: int) -> PolicyState:
         """An empty state of `rows` rows."""
         return TensorDict({}, batch_size=[rows])
 
-    def act(
-        self, observation: TensorDict, policy_state: PolicyState, is_init: Tensor
-    ) -> tuple[Tensor, PolicyState]:
+    def act(self, observation: TensorDict, policy_state: PolicyState, is_init: Tensor) -> tuple[Tensor, PolicyState]:
         """Clean actions [B, 4] in [-1, 1] for `observation` [B]."""
         return self.label(observation["state"], observation["task"]), policy_state
 

@@ -1,4 +1,4 @@
-"""Collect episodes in the simulator: python -m wamrl.collect
+"""Collect episodes in the simulator, as in: python -m wamrl.collect env=metaworld/six data=rich path=data/rich.
 
 Behaviours: `expert` (clean demonstrations), `noisy_expert` (the expert with correlated noise of a level drawn per
 episode), `failing` (the expert with very strong noise, a wrong idea of where things are, or a gripper that does the
@@ -9,6 +9,7 @@ alone imagines only success, so a mixture is collected.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +18,30 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from omegaconf import DictConfig
 from tensordict import TensorDict
 from torch import Tensor
 
+from wamrl.cli import command, plain
 from wamrl.data import EpisodeDataset, EpisodeWriter, episode_tensordict
-from wamrl.envs.metaworld import ACTION_DIM, ExpertPolicy, MetaWorldEnv, check_task, start_states
+from wamrl.envs.metaworld import (
+    ACTION_DIM,
+    CONTACT_NAMES,
+    SIMULATOR_DT_S,
+    STATE_DIM,
+    ExpertPolicy,
+    MetaWorldEnv,
+    check_task,
+    start_states,
+)
+from wamrl.files import write_json
 from wamrl.interfaces import Policy, PolicyState, task_id
 from wamrl.naming import unknown_name
 from wamrl.provenance import versions
 
 Action = NDArray[np.float32]
+Relabel = Callable[[Tensor], Action]
+"""The expert's action [4] in another state [39]."""
 _ROWS = 8  # simulators side by side; more share TorchRL's cost per step better but idle longer at the end
 
 
@@ -53,17 +68,21 @@ def _clip(action: NDArray[np.floating[Any]]) -> Action:
     return np.clip(action, -1.0, 1.0).astype(np.float32)
 
 
-def _expert(rng: np.random.Generator, relabel: Callable[[Tensor], Action]) -> tuple[Behaviour, dict[str, Any]]:
+def _expert(rng: np.random.Generator, relabel: Relabel, level: tuple[float, float]) -> tuple[Behaviour, dict[str, Any]]:
     return lambda label, state: label, {}
 
 
-def _noisy_expert(rng: np.random.Generator, relabel: Callable[[Tensor], Action]) -> tuple[Behaviour, dict[str, Any]]:
-    scale, correlation = float(rng.uniform(0.1, 0.8)), float(rng.uniform(0.5, 0.95))
+def _noisy_expert(
+    rng: np.random.Generator, relabel: Relabel, level: tuple[float, float]
+) -> tuple[Behaviour, dict[str, Any]]:
+    scale, correlation = float(rng.uniform(*level)), float(rng.uniform(0.0, 0.9))
     noise = _Noise(rng, correlation)
     return lambda label, state: _clip(label + scale * noise()), {"noise": scale, "correlation": correlation}
 
 
-def _failing(rng: np.random.Generator, relabel: Callable[[Tensor], Action]) -> tuple[Behaviour, dict[str, Any]]:
+def _failing(
+    rng: np.random.Generator, relabel: Relabel, level: tuple[float, float]
+) -> tuple[Behaviour, dict[str, Any]]:
     kind = str(rng.choice(["noise", "gripper", "offset"]))
     noise = _Noise(rng, 0.9)
     if kind == "noise":
@@ -89,7 +108,7 @@ def _failing(rng: np.random.Generator, relabel: Callable[[Tensor], Action]) -> t
     return misled, {"kind": kind, "offset_m": float(length)}
 
 
-def _random(rng: np.random.Generator, relabel: Callable[[Tensor], Action]) -> tuple[Behaviour, dict[str, Any]]:
+def _random(rng: np.random.Generator, relabel: Relabel, level: tuple[float, float]) -> tuple[Behaviour, dict[str, Any]]:
     scale, correlation = float(rng.uniform(0.3, 1.0)), float(rng.uniform(0.8, 0.97))
     noise = _Noise(rng, correlation)
     return lambda label, state: _clip(scale * noise()), {"noise": scale, "correlation": correlation}
@@ -142,6 +161,7 @@ def collect(
     first_start: int = 0,
     policy: Policy | None = None,
     policy_name: str = "",
+    noise: tuple[float, float] = (0.1, 0.8),
     label_behaviours: Sequence[str] = ("expert", "noisy_expert", "failing", "random"),
     steps_after_success: int = 10,
     max_steps: int = 100,
@@ -156,16 +176,24 @@ def collect(
 
     Args:
         path: the dataset's directory. A directory with the same settings is continued.
-        tasks: task names. mixture: behaviour -> episodes per task; "policy" needs `policy`.
-        split: the start states used. first_start: number of the first; a second round takes fresh ones.
-        seed: of the noise. The episode of a given number is the same whatever else is collected with it.
-        policy: acts in episodes of behaviour "policy"; those carry no labels. policy_name: recorded.
+        tasks: task names.
+        mixture: behaviour -> episodes per task; "policy" needs `policy`.
+        split: the start states used.
+        first_start: number of the first start state; a second round takes fresh ones.
+        seed: of the noise. The noise of an episode depends on the seed, its task and its start only.
+        policy: acts in episodes of behaviour "policy"; those carry no labels.
+        policy_name: what the dataset records about the policy.
+        noise: least and greatest standard deviation of the noise of a `noisy_expert` episode; actions span [-1, 1].
         label_behaviours: on whose episodes the expert's labels count as known to training. The raw label is stored
             for all but "policy".
         steps_after_success: control steps that an episode goes on after its first success.
         max_steps: control steps of the longest episode.
-        pixels, snapshots, camera, action_repeat: see `MetaWorldEnv`.
+        action_repeat: simulator steps per control step.
+        pixels: whether to store images.
+        snapshots: whether to store the full simulator state of every frame.
+        camera: the camera's fields by name; None is the default camera.
         rows: simulators side by side.
+        progress: whether to show a progress bar on stderr.
 
     Returns:
         The dataset (without snapshots), or None when `split` is held out from training.
@@ -191,6 +219,8 @@ def collect(
         raise ValueError("the mixture asks for no episodes; give at least one behaviour a count above 0")
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"tasks are named twice: {', '.join(tasks)}")
+    if not (len(noise) == 2 and 0.0 <= noise[0] <= noise[1]):
+        raise ValueError(f"noise is {list(noise)}, but must be two numbers, the least and the greatest, from 0")
     if steps_after_success < 0:
         raise ValueError(f"steps_after_success is {steps_after_success}, but must be at least 0")
 
@@ -202,13 +232,14 @@ def collect(
     plan = {
         "tasks": list(tasks), "mixture": dict(mixture), "seed": seed, "first_start": first_start,
         "steps_after_success": steps_after_success, "policy": policy_name or None,
+        "noise": [float(level) for level in noise],
         "label_behaviours": list(label_behaviours), **settings,
     }  # fmt: skip
     index = {
         "tasks": list(tasks),
         "split": split,
         "label_behaviours": list(label_behaviours),
-        "env": {"name": "metaworld", **settings},
+        "env": {"name": "metaworld", "control_dt_s": SIMULATOR_DT_S * action_repeat, **settings},
         "start_states": [start_states(task, split, 1).record() for task in tasks],
         "plan": plan,
         "provenance": {"versions": versions(), "seed": seed},
@@ -227,7 +258,7 @@ def collect(
             for group in _groups(tasks, rows):
                 queue = [job for job in jobs if job.task in group]
                 if queue:
-                    _collect_group(writer, group, queue, settings, seed, policy, steps_after_success, rows, bar)
+                    _collect_group(writer, group, queue, settings, plan, policy, bar, rows)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"stopped with {len(writer.names())} of {len(episodes)} episodes whole in {path}; "
@@ -245,12 +276,12 @@ def _collect_group(
     tasks: tuple[str, ...],
     jobs: list[_Job],
     settings: Mapping[str, Any],
-    seed: int,
+    plan: Mapping[str, Any],
     policy: Policy | None,
-    steps_after_success: int,
-    rows: int,
     bar: _Progress,
+    rows: int,
 ) -> None:
+    seed, steps_after_success = plan["seed"], plan["steps_after_success"]
     tasks = tuple(task for task in tasks if any(job.task == task for job in jobs))
     per_task = max(1, rows // len(tasks))
     env = MetaWorldEnv(tasks, len(tasks) * per_task, **settings)
@@ -261,7 +292,7 @@ def _collect_group(
     running: list[_Job | None] = [None] * count
     seen: list[list[TensorDict]] = [[] for _ in range(count)]
     taken: list[list[tuple[Tensor, Tensor, float, bool]]] = [[] for _ in range(count)]
-    after: list[int | None] = [None] * count  # steps since the first success
+    after = [-1] * count  # steps since the first success, -1 before it
     td: TensorDict | None = None
 
     while True:
@@ -272,8 +303,8 @@ def _collect_group(
             if running[row] is None and queue:
                 job = running[row] = queue.pop()
                 fresh[row], start[row] = True, job.start
-                _prepare(job, seed, policy, expert)
-                taken[row], after[row] = [], None
+                _prepare(job, plan, policy, expert)
+                taken[row], after[row] = [], -1
         active = torch.tensor([job is not None for job in running])
         if not active.any():
             break
@@ -294,11 +325,11 @@ def _collect_group(
             if not failed[row]:
                 seen[row].append(td[row].select(*keys).clone())
                 taken[row].append((action[row], label[row], reward[row], bool(success[row])))
-                if after[row] is not None:
-                    after[row] += 1  # type: ignore[operator]
+                if after[row] >= 0:
+                    after[row] += 1
                 elif success[row]:
                     after[row] = 0
-            if truncated[row] or (after[row] is not None and after[row] >= steps_after_success):  # type: ignore[operator]
+            if truncated[row] or 0 <= steps_after_success <= after[row]:
                 job = running[row]
                 assert job is not None
                 _store(writer, job, seen[row], taken[row], seed, bool(failed[row]), bool(truncated[row]))
@@ -307,20 +338,20 @@ def _collect_group(
     env.close()
 
 
-def _prepare(job: _Job, seed: int, policy: Policy | None, expert: ExpertPolicy) -> None:
+def _prepare(job: _Job, plan: Mapping[str, Any], policy: Policy | None, expert: ExpertPolicy) -> None:
     if job.behaviour == "policy":
         assert policy is not None
         job.policy_state = policy.initial_state(1)
         job.policy_state["row"] = torch.tensor([job.start])
         job.details = {}
         return
-    rng = np.random.Generator(np.random.PCG64([seed & (2**63 - 1), task_id(job.task), job.start]))
+    rng = np.random.Generator(np.random.PCG64([plan["seed"] & (2**63 - 1), task_id(job.task), job.start]))
     task = torch.tensor([task_id(job.task)])
 
     def relabel(state: Tensor) -> Action:
         return expert.label(state[None], task)[0].numpy()
 
-    job.act, job.details = BEHAVIOURS[job.behaviour](rng, relabel)
+    job.act, job.details = BEHAVIOURS[job.behaviour](rng, relabel, tuple(plan["noise"]))
 
 
 def _act(
@@ -364,7 +395,7 @@ def _store(
 ) -> None:
     if not taken:
         raise RuntimeError(f"the simulator failed in the first step of episode {job.name} (start {job.start})")
-    frames = torch.stack(seen)
+    frames = TensorDict.stack(seen)
     snapshot = frames.pop("snapshot", None)
     actions, labels, rewards, successes = zip(*taken, strict=True)
     ended = torch.zeros(len(actions), dtype=torch.bool)
@@ -410,3 +441,110 @@ class _Progress:
         self._successes += success
         text = f"episodes ({self._successes}/{self._count} successful)"
         self._bar.update(self._task, advance=1, description=text)
+
+
+def _policy_from(
+    config: DictConfig, tasks: Sequence[str], control_dt_s: float, pixels: tuple[int, int] | None
+) -> tuple[Policy, str]:
+    """The policy that `wam`, `acting`, `planner` and `controller` describe, and its name for the records."""
+    from hydra.utils import instantiate
+
+    from wamrl import checkpoint
+    from wamrl.control import ModelPolicy
+
+    metadata = checkpoint.read_metadata(config.wam)
+    model = checkpoint.load(config.wam, device=config.device).eval()
+    observation: dict[str, tuple[int, ...]] = {
+        "state": (STATE_DIM,),
+        "proprioception": (4,),
+        "contact": (len(CONTACT_NAMES),),
+    }
+    if pixels:
+        observation["pixels"] = (3, *pixels)
+    checkpoint.check_compatible(
+        model.spec, observation=observation, action_dim=ACTION_DIM, tasks=tasks, control_dt_s=control_dt_s
+    )
+    name = f"{Path(str(config.wam)).name} {metadata.content_sha256[:16]}"
+    if config.acting == "policy":
+        return ModelPolicy(model, mode="ode"), f"policy of {name}"
+    if config.acting != "planner":
+        raise unknown_name("value of acting", str(config.acting), ["planner", "policy"])
+    policy = instantiate(config.controller)(model, instantiate(config.planner))
+    return policy, f"planner in {name}: {plain(config.planner)} {plain(config.controller)}"
+
+
+@command(
+    "collect",
+    help="Collect episodes in the simulator into a dataset to train on. The same command with the same path goes on "
+    "where an interrupted one stopped.",
+    examples=["env=metaworld/six data=rich path=data/rich", "env=metaworld/push-v3 data=scarce path=data/push_scarce",
+              "data=planner wam=six first_start=1000 path=data/round_1"],
+)  # fmt: skip
+def main(config: DictConfig, run_dir: Path) -> dict[str, Any]:
+    """Compose, collect, report."""
+    started = time.time()
+    torch.set_num_threads(config.threads)
+    env = plain(config.env)
+    if env.pop("_target_") != "wamrl.envs.metaworld.MetaWorldEnv":
+        raise ValueError("collect knows the Meta-World environments so far; choose env=metaworld/<task>")
+    tasks = [check_task(task) for task in env.pop("tasks")]
+    mixture = {str(key): int(value) for key, value in plain(config.data.mixture).items()}
+    policy, name = None, ""
+    if mixture.get("policy"):
+        if config.wam is None:
+            raise ValueError("the mixture has episodes of 'policy'; say whose with wam=<checkpoint>")
+        pixels = (int(env["camera"]["height"]), int(env["camera"]["width"])) if env["pixels"] else None
+        policy, name = _policy_from(config, tasks, SIMULATOR_DT_S * env["action_repeat"], pixels)
+    path = Path(config.path) if config.path else run_dir / "dataset"
+    collect(
+        path,
+        tasks,
+        mixture,
+        split=config.split,
+        seed=config.seed,
+        first_start=config.first_start,
+        policy=policy,
+        policy_name=name,
+        noise=tuple(config.data.get("noise") or (0.1, 0.8)),
+        label_behaviours=plain(config.data.label_behaviours),
+        steps_after_success=config.steps_after_success,
+        snapshots=config.snapshots,
+        rows=config.rows,
+        **env,
+    )
+    dataset = EpisodeDataset.open(path, training=False)
+    results = summary(dataset)
+    results |= {"path": str(path), "wall_s": round(time.time() - started, 2), "versions": versions()}
+    write_json(run_dir / "results.json", results)
+    _print_summary(results)
+    print(f"{len(dataset)} episodes, {dataset.num_steps} control steps in {path}")
+    return results
+
+
+def summary(dataset: EpisodeDataset) -> dict[str, Any]:
+    """Counts, successes and mean length per task and behaviour."""
+    groups: dict[str, dict[str, dict[str, float]]] = {}
+    for episode in dataset.episodes:
+        group = groups.setdefault(episode["task"], {}).setdefault(
+            episode["behaviour"], {"episodes": 0, "successes": 0, "steps": 0}
+        )
+        group["episodes"] += 1
+        group["successes"] += int(episode["success"])
+        group["steps"] += int(episode["steps"])
+    return {"episodes": len(dataset), "steps": dataset.num_steps, "tasks": groups}
+
+
+def _print_summary(results: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", "behaviour", "episodes", "successful", "mean steps")
+    for task, behaviours in results["tasks"].items():
+        for behaviour, group in behaviours.items():
+            count = group["episodes"]
+            table.add_row(task, behaviour, f"{count:.0f}", f"{group['successes']:.0f}", f"{group['steps'] / count:.1f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

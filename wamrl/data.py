@@ -59,8 +59,13 @@ def episode_tensordict(
     """One episode, checked, in the form that `EpisodeWriter.write` stores.
 
     Args:
-        observation: per key [T+1, ...]. action: [T, A] executed. reward, success, terminated, truncated: [T].
+        observation: per key [T+1, ...].
+        action: [T, A] executed.
+        reward: [T] per step.
+        success: [T] the task's flag after each step.
         label: [T, A] the expert's clean action at each step, or None when nobody gave one.
+        terminated: [T], or None for never.
+        truncated: [T], or None for never.
         snapshot: [T+1, S] full simulator states, or None.
 
     Raises:
@@ -191,7 +196,8 @@ def read_index(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _whole_episodes(path: Path, *, quiet: bool = False) -> list[Path]:
     folder = path / "episodes"
-    found, dropped = [], []
+    found: list[Path] = []
+    dropped: list[Path] = []
     for entry in sorted(folder.iterdir()) if folder.exists() else []:
         if not entry.is_dir():
             continue
@@ -283,7 +289,8 @@ class EpisodeDataset:
             paths: dataset directories.
             keys: observation keys to read; None reads all that every episode has.
             tasks: tasks to keep; an error if one of them has no episode. None keeps all.
-            observation, action_dim: sizes that the data must have, as in a model's `Spec`.
+            observation: key -> shape that the data must have, as in a model's `Spec`.
+            action_dim: action dims that the data must have.
             behaviours: keep only episodes of these behaviours.
             label_behaviours: on whose episodes labels count; None is what each dataset says of itself.
             training: refuse datasets collected from dev or test start states. Give False to evaluate on them.
@@ -331,10 +338,9 @@ class EpisodeDataset:
         if tasks is not None:
             for task in tasks:
                 if not any(info["task"] == task for _, info in loaded):
-                    held = sorted({i["task"] for index in indices for i in [{"task": t} for t in index["tasks"]]})
+                    held = sorted({held for index in indices for held in index["tasks"]})
                     raise ValueError(
-                        f"no episode of task '{task}' in {', '.join(map(str, paths))}; "
-                        f"the data holds {', '.join(held)}"
+                        f"no episode of task '{task}' in {', '.join(map(str, paths))}; the data holds {', '.join(held)}"
                     )
         if not loaded:
             raise ValueError(f"{', '.join(map(str, paths))}: no episode of behaviours {list(behaviours or [])}")
@@ -379,7 +385,11 @@ class EpisodeDataset:
             for key in ("action", "label", "label_valid", "reward", "success", "terminated", "truncated")
         }
         frames["observation"] = TensorDict(
-            {key: torch.cat([episode["observation", key] for episode in episodes]) for key in shapes if key != "action"},
+            {
+                key: torch.cat([episode["observation", key] for episode in episodes])
+                for key in shapes
+                if key != "action"
+            },
             batch_size=[],
         )
         frames["steps_to_success"] = torch.cat([_steps_to_success(episode["success"]) for episode in episodes])
@@ -393,7 +403,9 @@ class EpisodeDataset:
             if key not in self.observation:
                 raise ValueError(f"the data lacks the observation key '{key}'; it has {', '.join(self.observation)}")
             if tuple(shape) != self.observation[key]:
-                raise ValueError(f"'{key}' has shape {self.observation[key]} in the data, but {tuple(shape)} is expected")
+                raise ValueError(
+                    f"'{key}' has shape {self.observation[key]} in the data, but {tuple(shape)} is expected"
+                )
 
     # -- batches
 
@@ -424,7 +436,9 @@ class EpisodeDataset:
         """All windows in order, in batches of the form of `sample`; for validation, so any split will do.
 
         Args:
-            length: steps T. stride: steps between starts; None is `length`.
+            length: steps T.
+            batch_size: windows per batch; the last one may be smaller.
+            stride: steps between starts; None is `length`.
             whole: leave out windows that reach past an episode's end.
         """
         stride = length if stride is None else stride
@@ -501,7 +515,8 @@ class EpisodeDataset:
         kept = [number for number in range(len(self)) if number not in held]
         if not held or not kept:
             raise ValueError(
-                f"{len(self)} episode(s) cannot be split with validation_fraction={validation_fraction}: one side is empty"
+                f"{len(self)} episode(s) cannot be split with validation_fraction={validation_fraction}: "
+                "one side is empty"
             )
         return self.select(kept), self.select(sorted(held))
 
@@ -580,6 +595,176 @@ class EpisodeDataset:
         return buffer
 
 
+# ----------------------------------------------------------------------------------------------------- Minari
+
+_MINARI_HELP = 'Minari is not installed; run: pip install "wamrl[minari]"'
+
+
+def export_minari(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], dataset_id: str) -> Any:
+    """Write one dataset or several as the Minari dataset `dataset_id` (such as "metaworld/push-v0") and return it.
+
+    Observations become a dict space of the stored keys. Labels, success flags and the facts of an episode become
+    infos. Minari keeps its datasets where its own settings say (MINARI_DATASETS_PATH).
+
+    Raises:
+        ModuleNotFoundError: when Minari is not installed.
+    """
+    try:
+        import minari
+        import numpy as np
+        from gymnasium import spaces
+        from minari import EpisodeBuffer
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(_MINARI_HELP) from error
+    paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    buffers: list[Any] = []
+    shapes: dict[str, Any] = {}
+    behaviours: set[str] = set()
+    for path in map(Path, paths):
+        index = read_index(path)
+        for folder in _whole_episodes(path):
+            episode, info = load_episode(folder)
+            steps = len(episode["action"])
+            observation = {key: value.numpy() for key, value in episode["observation"].items()}
+            shapes = {key: (value.shape[1:], value.dtype) for key, value in observation.items()}
+            behaviours.add(info["behaviour"])
+            valid = episode["label_available"] & (info["behaviour"] in index["label_behaviours"])
+
+            def per_frame(value: Tensor) -> Any:  # Minari keeps infos per frame, the reset included
+                return torch.cat([value, torch.zeros_like(value[:1])]).numpy()
+
+            text = json.dumps({**info, "split": index["split"], "control_dt_s": index["env"].get("control_dt_s")})
+            buffers.append(
+                EpisodeBuffer(
+                    id=len(buffers),
+                    seed=None,
+                    options=None,
+                    observations=observation,
+                    actions=episode["action"].numpy(),
+                    rewards=episode["reward"].numpy(),
+                    terminations=episode["terminated"].numpy(),
+                    truncations=episode["truncated"].numpy(),
+                    infos={
+                        "label": per_frame(episode["label"]),
+                        "label_available": per_frame(episode["label_available"]),
+                        "label_valid": per_frame(valid),
+                        "success": per_frame(episode["success"]),
+                        "episode": [text] * (steps + 1),
+                    },
+                )
+            )
+    if not buffers:
+        raise ValueError(f"{', '.join(map(str, paths))}: no whole episode to export")
+    actions = buffers[0].actions.shape[1:]
+    boxes: dict[str, Any] = {}
+    for key, (shape, dtype) in shapes.items():
+        low, high = (0.0, 255.0) if dtype == "uint8" else (-float("inf"), float("inf"))
+        boxes[key] = spaces.Box(low, high, shape, dtype.type)
+    return minari.create_dataset_from_buffers(
+        dataset_id,
+        buffers,
+        observation_space=spaces.Dict(boxes),
+        action_space=spaces.Box(-1.0, 1.0, actions, np.float32),
+        algorithm_name=", ".join(sorted(behaviours)),
+        description="Exported from wamrl.",
+    )
+
+
+def import_minari(
+    dataset_id: str,
+    path: str | os.PathLike[str],
+    *,
+    task: str,
+    control_dt_s: float,
+    split: str = "train",
+    labels: bool = False,
+) -> EpisodeDataset:
+    """Turn a local Minari dataset into a wamrl dataset at `path` and open it.
+
+    Args:
+        dataset_id: of the Minari dataset.
+        path: directory of the dataset to make.
+        task: the task name of its episodes; episodes that `export_minari` wrote keep their own.
+        control_dt_s: seconds per step.
+        split: which start states it counts as.
+        labels: whether the recorded actions are clean demonstrations, to be imitated. Labels that `export_minari`
+            wrote are used as they are.
+
+    Raises:
+        ModuleNotFoundError: when Minari is not installed.
+        ValueError: for observation or action spaces that are not boxes, or actions outside [-1, 1].
+    """
+    try:
+        import minari
+        import numpy as np
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(_MINARI_HELP) from error
+    source = minari.load_dataset(dataset_id)
+    ours: list[tuple[TensorDict, dict[str, Any]]] = []
+
+    def tensor(value: Any) -> Tensor:
+        result = torch.as_tensor(np.asarray(value))
+        return result.float() if result.dtype == torch.float64 else result
+
+    for number, episode in enumerate(source.iterate_episodes()):
+        observation = (
+            episode.observations if isinstance(episode.observations, dict) else {"state": episode.observations}
+        )
+        if not isinstance(episode.actions, np.ndarray) or episode.actions.ndim != 2:
+            raise ValueError(f"'{dataset_id}' has actions that are not one vector per step; wamrl takes boxes only")
+        actions = tensor(episode.actions).float()
+        if float(actions.abs().max()) > 1.0 + 1e-6:
+            raise ValueError(
+                f"'{dataset_id}' has actions up to {float(actions.abs().max()):.3g}, but wamrl's span [-1, 1]; "
+                "scale them by the bounds of the action space first"
+            )
+        infos = episode.infos or {}
+        steps = len(actions)
+        facts: dict[str, Any] = {"behaviour": "imported"}
+        if "episode" in infos:
+            text = infos["episode"][0]
+            facts = json.loads(text.decode() if isinstance(text, bytes) else text)
+        success = infos.get("success")
+        success = torch.zeros(steps, dtype=torch.bool) if success is None else tensor(success)[-steps:].bool()
+        label, count = (actions, True) if labels else (None, False)
+        if "episode" in infos:
+            success = tensor(infos["success"])[:steps].bool()
+            label = tensor(infos["label"])[:steps] if bool(infos["label_available"][0]) else None
+            count = bool(tensor(infos["label_valid"]).any())
+        ours.append(
+            (
+                episode_tensordict(
+                    {key: tensor(value) for key, value in observation.items()},
+                    action=actions,
+                    label=label,
+                    reward=tensor(episode.rewards).float(),
+                    success=success,
+                    terminated=tensor(episode.terminations).bool(),
+                    truncated=tensor(episode.truncations).bool(),
+                ),
+                {"task": task, "number": number, **facts, "labels_count": count},
+            )
+        )
+    behaviours = sorted({info["behaviour"] for _, info in ours if info.pop("labels_count")})
+    writer = EpisodeWriter(
+        path,
+        {
+            "tasks": sorted({info["task"] for _, info in ours}),
+            "split": split,
+            "label_behaviours": behaviours,
+            "env": {"name": "minari", "control_dt_s": control_dt_s},
+            "plan": {"minari": dataset_id, "split": split, "task": task, "labels": labels},
+            "provenance": {"minari": dataset_id},
+        },
+    )
+    present = writer.names()
+    for number, (td, info) in enumerate(ours):
+        name = f"episode-{number:05d}"
+        if name not in present:
+            writer.write(name, td, info)
+    return EpisodeDataset.open(path, training=split == "train")
+
+
 def _steps_to_success(success: Tensor) -> Tensor:
     """[T+1] float32 from flags [T] after each step."""
     frames = torch.arange(len(success) + 1, dtype=torch.float32)
@@ -590,7 +775,7 @@ def _steps_to_success(success: Tensor) -> Tensor:
 
 
 def _check_same_env(indices: Sequence[Mapping[str, Any]]) -> None:
-    for key in ("action_repeat",):
+    for key in ("name", "control_dt_s"):
         values = {index.get("env", {}).get(key) for index in indices}
         if len(values) > 1:
             raise ValueError(
