@@ -15,7 +15,7 @@ import yaml
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from wamrl import cli, provenance
+from wamrl import cli
 from wamrl.cli import command, compose, link_latest, new_run_dir, options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -322,10 +322,3 @@ def test_compose_gives_reasons():
         compose("plan", ["planner=mpppi"])
     with pytest.raises(ValueError, match="did you mean 'horizon'"):
         compose("plan", ["planner.horizn=3"])
-
-
-def test_versions_have_the_same_keys_everywhere():
-    found = provenance.versions()
-    assert set(found) == {"python", "commit", *provenance.PACKAGES}
-    assert found["wamrl"] and found["torch"]
-    assert provenance.version("no-such-distribution") is None
