@@ -166,7 +166,8 @@ class EpisodeWriter:
                 "first_success": int(success.float().argmax()) if bool(success.any()) else None,
                 "return": float(episode["reward"].sum()),
             }
-            write_json(temporary / "episode.json", {**info, **facts})
+            sizes = {str(file.relative_to(temporary)): file.stat().st_size for file in temporary.rglob("*.memmap")}
+            write_json(temporary / "episode.json", {**info, **facts, "bytes": dict(sorted(sizes.items()))})
             temporary.rename(final)
         finally:
             if temporary.exists():
@@ -219,6 +220,10 @@ def load_episode(path: str | os.PathLike[str]) -> tuple[TensorDict, dict[str, An
     path = Path(path)
     try:
         info = json.loads((path / "episode.json").read_text(encoding="utf-8"))
+        # First, because mapping a file that is too short fills it up with zeros.
+        for name, size in info.pop("bytes").items():
+            if (path / name).stat().st_size != size:
+                raise ValueError(f"{name} has {(path / name).stat().st_size} bytes instead of {size}")
         episode = TensorDict.load_memmap(str(path))
     except Exception as error:  # torch, tensordict and json each have errors of their own here
         raise ValueError(f"episode {path} is damaged: {type(error).__name__}: {error}") from error
@@ -317,12 +322,11 @@ class EpisodeDataset:
                 raise ValueError(f"{path} holds no whole episode; collect some with: python -m wamrl.collect")
             labelled = index["label_behaviours"] if label_behaviours is None else label_behaviours
             for folder in whole:
-                info = json.loads((folder / "episode.json").read_text(encoding="utf-8"))
+                episode, info = load_episode(folder)
                 if behaviours is not None and info["behaviour"] not in behaviours:
                     continue
                 if tasks is not None and info["task"] not in tasks:
                     continue
-                episode, _ = load_episode(folder)
                 valid = episode["label_available"] & (info["behaviour"] in labelled)
                 # What training needs, copied out of the memory maps.
                 wanted = keys if keys is not None else list(episode["observation"].keys())
@@ -613,7 +617,7 @@ def export_minari(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str
         import minari
         import numpy as np
         from gymnasium import spaces
-        from minari import EpisodeBuffer
+        from minari.data_collector.episode_buffer import EpisodeBuffer
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(_MINARI_HELP) from error
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
