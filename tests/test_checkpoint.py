@@ -154,6 +154,10 @@ def test_a_model_of_ones_own_is_built_from_the_class_that_the_caller_passes(tmp_
     with pytest.raises(CheckpointError, match="only classes of wamrl.models.*model_class"):
         checkpoint.load(file)
     assert isinstance(checkpoint.load(file, model_class=Mine), Mine)
+    with pytest.raises(CheckpointError, match="their_package.models.Mine' cannot be imported"):
+        checkpoint.load(file, model_class="their_package.models.Mine")
+    with pytest.raises(CheckpointError, match="model_class is JointEmbeddingWAM"):
+        checkpoint.load(file, model_class=MODEL["_target_"])
 
 
 def test_an_interrupted_save_leaves_the_earlier_checkpoint(model, path, monkeypatch):
@@ -266,8 +270,8 @@ def test_a_pickle_is_refused_and_never_executed(tmp_path, kind, suffix):
         ("wamrl.models.joint_embedding.__loader__.x", "only classes of wamrl.models"),
         ("wamrl.modelsx.evil.X", "only classes of wamrl.models"),
         ("wamrl.models.joint_embedding.mlp", "not a World Action Model"),
-        ("wamrl.models.joint_embedding.nn.Linear", "does not exist"),
-        ("wamrl.models.future.X", "does not exist"),
+        ("wamrl.models.joint_embedding.nn.Linear", "cannot be imported"),
+        ("wamrl.models.future.X", "cannot be imported"),
     ],
 )
 def test_a_target_outside_wamrls_models_is_refused(path, target, reason):

@@ -113,7 +113,7 @@ def test_a_killed_command_resumes_to_the_same_weights(data, kill, capsys):
         assert process.returncode == 130, said
         assert "resume=parts" in said
     else:
-        assert process.returncode == -signal.SIGKILL
+        assert process.returncode == -signal.SIGKILL, said
     assert 0 < json.loads(state.read_text())["step"] < 300
     main(["resume=parts"])
     whole, parts = (load_file(f"{name}/checkpoints/model.safetensors") for name in ("whole", "parts"))

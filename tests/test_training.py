@@ -80,7 +80,8 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def train(run_dir: Path, *, data: PointWindows | None = None, stop_after: int | None = None, sizes=None, **options):
+def train(run_dir: Path, *, data: PointWindows | None = None, stop_after: int | None = None, sizes=None,
+          device="cpu", **options):  # fmt: skip
     """One run of the toy; `stop_after` sends this process a SIGINT when that many batches were drawn."""
     config = {**MODEL, **(sizes or {})}
     settings = TrainingOptions(**{**OPTIONS, **options})
@@ -101,6 +102,7 @@ def train(run_dir: Path, *, data: PointWindows | None = None, stop_after: int | 
         run_dir=run_dir,
         save_model=lambda path, model, step: checkpoint.save(path, model, config={"wam": config, "step": step}),
         validation=PointWindows(),
+        device=device,
         quiet=True,
     )
 
@@ -288,3 +290,32 @@ def test_the_learning_rate_rises_then_falls_as_a_cosine():
     assert options.learning_rate_at(199) == options.learning_rate_at(200) == 1.0
     assert options.learning_rate_at(700) == pytest.approx(0.55)
     assert options.learning_rate_at(1200) == pytest.approx(0.1)
+
+
+def test_compiling_without_a_compiler_says_how_to_get_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(training.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler.*apt-get install"):
+        train(tmp_path, compile=True)
+
+
+def test_half_precision_trains_and_resumes(tmp_path):
+    assert train(tmp_path / "whole", precision="bfloat16").finished
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", precision="bfloat16", stop_after=20)
+    train(tmp_path / "parts", precision="bfloat16")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu_resumes_and_its_checkpoint_loads_on_a_cpu(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, device="cuda", stop_after=20)
+    result = train(tmp_path, device="cuda")
+    assert result.finished and result.step == 40
+    assert next(checkpoint.load(result.checkpoint).parameters()).device.type == "cpu"
+
+
+@pytest.mark.slow
+def test_a_compiled_loss_trains_to_nearly_the_same_weights(tmp_path):
+    plain, compiled = train(tmp_path / "plain"), train(tmp_path / "compiled", compile=True)
+    assert compiled.validation["losses"]["loss"] == pytest.approx(plain.validation["losses"]["loss"], rel=1e-3)

@@ -130,14 +130,15 @@ def save(
 
 
 def load(
-    name: str | os.PathLike[str], *, device: torch.device | str = "cpu", model_class: type[WAM] | None = None
+    name: str | os.PathLike[str], *, device: torch.device | str = "cpu", model_class: type[WAM] | str | None = None
 ) -> WAM:
     """The WAM of a checkpoint, in float32 and evaluation mode.
 
     Args:
         name: a file, a run directory, or a shipped name; see `resolve`.
         device: where the model goes.
-        model_class: for a model outside wamrl, its class: a checkpoint alone never decides what gets imported.
+        model_class: for a model outside wamrl, its class, or the dotted name to import it by. A checkpoint alone
+            never decides what gets imported.
 
     Raises:
         FileNotFoundError: no such checkpoint; the message names the nearest.
@@ -171,8 +172,10 @@ def read_metadata(name: str | os.PathLike[str]) -> Metadata:
     return _metadata(path, header)
 
 
-def build(config: Mapping[str, Any], *, seed: int = 0, model_class: type[WAM] | None = None) -> WAM:
+def build(config: Mapping[str, Any], *, seed: int = 0, model_class: type[WAM] | str | None = None) -> WAM:
     """A fresh model `_target_(**rest of config)`; its weights depend on `seed`, torch's global generator is untouched.
+
+    model_class: as in `load`.
 
     Raises:
         CheckpointError: a target outside `wamrl.models`, one that does not exist, or sizes it does not take.
@@ -181,9 +184,14 @@ def build(config: Mapping[str, Any], *, seed: int = 0, model_class: type[WAM] | 
     target = str(config.get("_target_", ""))
     if "_target_" in json.dumps(sizes):
         raise CheckpointError("the model's sizes must be plain values, but they hold a nested '_target_'")
-    if model_class is None:
-        model_class = _class_of(target)
-    elif model_class.__name__ != target.rsplit(".", 1)[-1]:
+    if model_class is None and not _TARGET.fullmatch(target):
+        raise CheckpointError(
+            f"its model is '{target}', but only classes of wamrl.models are built from a file. For a model of your "
+            "own, name the class: wamrl.checkpoint.load(path, model_class=YourModel)"
+        )
+    if model_class is None or isinstance(model_class, str):
+        model_class = _class_of(model_class or target)
+    if model_class.__name__ != target.rsplit(".", 1)[-1]:
         raise CheckpointError(f"it holds a '{target}', but model_class is {model_class.__name__}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -389,18 +397,13 @@ def spec_from_dict(plain: Mapping[str, Any]) -> Spec:
 
 
 def _class_of(target: str) -> type[WAM]:
-    if not _TARGET.fullmatch(target):
-        raise CheckpointError(
-            f"its model is '{target}', but only classes of wamrl.models are built from a file. For a model of your "
-            "own, pass the class: wamrl.checkpoint.load(path, model_class=YourModel)"
-        )
-    module_name, class_name = target.rsplit(".", 1)
+    module_name, _, class_name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise CheckpointError(f"its model '{target}' does not exist in this wamrl; is the checkpoint newer?") from error
+    except (ImportError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"the model '{target}' cannot be imported ({error}); is the checkpoint newer?") from error
     if not (isinstance(found, type) and issubclass(found, WAM)):
-        raise CheckpointError(f"'{target}' is not a World Action Model")
+        raise CheckpointError(f"'{target}' is not a World Action Model: no subclass of wamrl.interfaces.WAM")
     return found
 
 

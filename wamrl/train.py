@@ -33,6 +33,7 @@ def train(
     validation_fraction: float = 0.05,
     control_dt_s: float | None = None,
     device: str = "cpu",
+    model_class: type[WAM] | str | None = None,
     config: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> TrainingResult:
@@ -49,6 +50,7 @@ def train(
         validation_fraction: of the episodes, held out; 0 trains on all and does not validate.
         control_dt_s: seconds per control step; None is what the dataset says.
         device: where to train.
+        model_class: of a checkpoint whose model lies outside wamrl, see `checkpoint.load`.
         config: the resolved config of the command, stored in the checkpoint.
         quiet: no progress on stderr.
 
@@ -70,11 +72,12 @@ def train(
     if isinstance(wam, Mapping):
         if "_target_" not in wam:
             raise ValueError("wam names no model to train: it has no '_target_'; choose one of configs/wam")
-        model = checkpoint.build(model_config, seed=options.seed)
+        # The caller wrote this config, so it may name any class; what a file names is checked by `checkpoint.load`.
+        model = checkpoint.build(model_config, seed=options.seed, model_class=wam["_target_"])
         model.set_normalisation(statistics)  # type: ignore[operator]
     else:
         _check_same(wam, sizes, model_config)
-        model = checkpoint.load(wam)
+        model = checkpoint.load(wam, model_class=model_class)
     start = earlier.content_sha256 if earlier else None
     stored = {**(config or {}), "wam": model_config}
     provenance: dict[str, Any] = {
@@ -152,6 +155,7 @@ def _command(config: DictConfig, run_dir: Path) -> None:
         observation=settings["observation"],
         validation_fraction=settings["validation_fraction"],
         device=device,
+        model_class=settings["wam"].get("model_class"),
         config=settings,
     )
     print(_summary(result))

@@ -222,6 +222,7 @@ class _Run:
 
     def go(self, *, quiet: bool) -> TrainingResult:
         options = self.options
+        _check_compiler(options.compile and self.device.type == "cpu")
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._restore()
         self._rehearse()
@@ -470,6 +471,15 @@ def open_loop_errors(
         for name, parts in (("state_error", predicted), ("state_persistence", still)):
             errors[name] = _rms((torch.cat(parts, dim=-1) / std)[..., moving], valid)
     return errors
+
+
+def _check_compiler(needed: bool) -> None:
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
+    if needed and not any(name and shutil.which(name) for name in compilers):
+        raise ValueError(
+            "compile=true needs a C++ compiler, and none of g++, clang++ and c++ is found; install one (on Debian: "
+            "apt-get install g++), or leave compile=false"
+        )
 
 
 def _rms(difference: Tensor, valid: Tensor) -> list[float]:
