@@ -25,7 +25,7 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 
 from wamrl.files import write_text
-from wamrl.interfaces import Policy, task_id
+from wamrl.interfaces import WAM, Context, Policy, task_id
 
 
 def wilson(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -34,7 +34,7 @@ def wilson(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[f
     Raises ValueError unless 0 <= successes <= trials and trials > 0.
     """
     if trials <= 0 or not 0 <= successes <= trials:
-        raise ValueError(f"wilson got {successes} successes of {trials} trials; it needs 0 <= successes <= trials, trials > 0")
+        raise ValueError(f"wilson got {successes} of {trials}; it needs 0 <= successes <= trials and trials > 0")
     p, z2 = successes / trials, z * z
     centre = (p + z2 / (2 * trials)) / (1 + z2 / trials)
     half = z / (1 + z2 / trials) * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials * trials))
@@ -70,7 +70,8 @@ def paired(first: Sequence[bool], second: Sequence[bool], *, names: tuple[str, s
     """
     if len(first) != len(second) or not first:
         raise ValueError(
-            f"a paired comparison needs the same starts: {names[0]} has {len(first)} episodes, {names[1]} has {len(second)}"
+            f"a paired comparison needs the same starts: {names[0]} has {len(first)} episodes, "
+            f"{names[1]} has {len(second)}"
         )
     n = len(first)
     both = sum(1 for a, b in zip(first, second, strict=True) if a and b)
@@ -185,7 +186,7 @@ def read_episodes(path: str | Path) -> list[Episode]:
         reader = csv.DictReader(file)
         missing = set(EPISODE_FIELDS) - set(reader.fieldnames or ())
         if missing:
-            raise ValueError(f"{path} lacks the columns {', '.join(sorted(missing))}; is it an episodes.csv of a plan run?")
+            raise ValueError(f"{path} lacks the columns {', '.join(sorted(missing))}; is it from wamrl.plan?")
         try:
             return [
                 Episode(
@@ -282,7 +283,8 @@ class _Running:
     total: float = 0.0
 
 
-_NOT_OBSERVED = ("reward", "done", "terminated", "truncated", "success", "snapshot", "contact", "start", "_reset", "action", "next")
+# What an environment answers beside what a policy may see.
+_NOT_OBSERVED = ("reward", "done", "terminated", "truncated", "success", "simulator_error", "snapshot", "contact")
 
 
 def run_episodes(
@@ -304,12 +306,13 @@ def run_episodes(
     start of its task; when there is none it leaves the policy's batch. `policy_state["row"]` is `Start.row`, so an
     episode's random numbers do not depend on `num_envs` or on the order. on_step may not change what it is given.
 
-    Raises ValueError when a start names a task that no row runs, or when an action is not finite or has the wrong shape.
+    Raises ValueError when a start names a task that no row runs, or when an action is not finite or misshapen.
     """
     row_tasks = tuple(env.row_tasks)
     unknown = {start.task for start in starts} - set(row_tasks)
     if unknown:
-        raise ValueError(f"no row of the environment runs {', '.join(sorted(unknown))}; its rows run {', '.join(sorted(set(row_tasks)))}")
+        known = ", ".join(sorted(set(row_tasks)))
+        raise ValueError(f"no row of the environment runs {', '.join(sorted(unknown))}; its rows run {known}")
     queues: dict[str, deque[Start]] = {task: deque() for task in row_tasks}
     for start in starts:
         queues[start.task].append(start)
@@ -352,10 +355,16 @@ def run_episodes(
         seen = observation[rows].exclude(*dropped)
         action, policy_state = policy.act(seen, policy_state, is_init)
         if tuple(action.shape) != (len(live), *action_shape):
-            raise ValueError(f"{method} returned actions of shape {list(action.shape)} for {len(live)} rows; the environment takes {list(action_shape)} per row")
+            raise ValueError(
+                f"{method} returned actions of shape {list(action.shape)} for {len(live)} rows; "
+                f"the environment takes {list(action_shape)} per row"
+            )
         if not bool(torch.isfinite(action).all()):
             bad = running[live[int((~torch.isfinite(action)).flatten(1).any(1).nonzero()[0])]]
-            raise ValueError(f"{method} returned an action that is not finite at step {bad.length} of {bad.start.task} start {bad.start.index}; nothing was sent to the simulator")
+            raise ValueError(
+                f"{method} returned an action that is not finite at step {bad.length} of {bad.start.task} "
+                f"start {bad.start.index}; nothing was sent to the simulator"
+            )
         full = torch.zeros(len(row_tasks), *action_shape, dtype=action.dtype)
         full[rows] = action
         request = observation.clone()
@@ -483,3 +492,57 @@ def protocol_hash(
         "versions": {str(k): str(v) for k, v in versions.items()},
     }
     return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Recording:
+    """Observations and actions of every episode in order; `see` is an `on_step` of `run_episodes`."""
+
+    def __init__(self) -> None:
+        self.observations: dict[Start, list[TensorDict]] = {}
+        self.actions: dict[Start, list[Tensor]] = {}
+
+    def see(self, record: StepRecord) -> None:
+        for k, start in enumerate(record.starts):
+            seen = self.observations.setdefault(start, [record.observation[k]])
+            self.actions.setdefault(start, []).append(record.action[k])
+            seen.append(record.after[k].select(*record.observation.keys()))
+
+    def some(self, count: int) -> list[dict[str, np.ndarray]]:
+        """At most `count` observations, evenly spread over all of them."""
+        everything = [o for seen in self.observations.values() for o in seen[:-1]]
+        chosen = everything[:: max(1, len(everything) // count)][:count]
+        return [{str(k): v.cpu().numpy() for k, v in o.items()} for o in chosen]
+
+
+def fidelity(model: WAM, recording: Recording, horizon: int) -> dict[str, list[float]] | None:
+    """How far imagination drifts from what happened, when told the actions that were executed, by steps ahead.
+
+    Returns {"hand_cm", "hand_cm_p90", "object_cm", "object_cm_p90": [horizon] centimetres (mean and 90th percentile),
+    "windows": [number of start points]}; None when no episode is as long as `horizon` or the state is not Meta-World's.
+    Every fourth step of an episode is a start point. Positions are decoded by the model's probe, averaged over the
+    sampled futures, so the probe's own error is included.
+    """
+    first: list[TensorDict] = []
+    actions: list[Tensor] = []
+    measured: list[Tensor] = []
+    for start, seen in recording.observations.items():
+        if "state" not in seen[0].keys() or seen[0]["state"].shape[-1] != 39:
+            return None
+        done = recording.actions[start]
+        for t in range(0, len(done) - horizon + 1, 4):
+            first.append(seen[t])
+            actions.append(torch.stack(done[t : t + horizon]))
+            measured.append(torch.stack([o["state"] for o in seen[t + 1 : t + horizon + 1]]))
+    if not first:
+        return None
+    with torch.no_grad():
+        state = model.encode(Context.from_observation(torch.stack(first)))
+        imagined = model.imagine(state, torch.stack(actions)[:, None], with_frames=True)
+        decoded = model.decode(imagined, ("state",))["state"][:, 0].mean(dim=1)  # the members' mean
+    truth = torch.stack(measured)
+    result: dict[str, list[float]] = {"windows": [float(len(first))]}
+    for name, part in (("hand", slice(0, 3)), ("object", slice(4, 7))):
+        error = 100 * (decoded[..., part] - truth[..., part]).norm(dim=-1)
+        result[f"{name}_cm"] = error.mean(dim=0).tolist()
+        result[f"{name}_cm_p90"] = error.quantile(0.9, dim=0).tolist()
+    return result

@@ -31,7 +31,7 @@ class OracleWAM(WAM):
     def __init__(self, model: WAM, simulator: EnvBase) -> None:
         super().__init__()
         if tuple(simulator.batch_size) != (1,):
-            raise ValueError(f"the oracle's simulator has batch {list(simulator.batch_size)}, but needs exactly one row")
+            raise ValueError(f"the oracle's simulator has batch {list(simulator.batch_size)}, but needs one row")
         model.spec.require("policy", "value")
         self.model = model
         self._simulator = simulator

@@ -44,9 +44,11 @@ from wamrl.cli import command, compose, plain
 from wamrl.control import ModelPolicy, PlannerPolicy, RandomPolicy
 from wamrl.evaluation import (
     Episode,
+    Recording,
     Start,
     StepRecord,
     compare,
+    fidelity,
     percentiles,
     protocol_hash,
     read_episodes,
@@ -55,7 +57,7 @@ from wamrl.evaluation import (
     write_episodes,
 )
 from wamrl.files import write_json, write_text
-from wamrl.interfaces import WAM, Context, Policy, PolicyState, State
+from wamrl.interfaces import WAM, Policy, PolicyState, State
 from wamrl.naming import unknown_name
 from wamrl.oracle import OracleWAM
 from wamrl.report import METHODS, short, write_report
@@ -98,7 +100,6 @@ def main(config: DictConfig, run_dir: Path) -> float | None:
         _run_jobs(run, console)
         run.write(clock, partial=True)
         _time_single_plans(run, console)
-        _write_videos(run, console)
     except KeyboardInterrupt:
         with _uninterrupted():
             run.write(clock, partial=True, report=bool(run.episodes))
@@ -108,6 +109,10 @@ def main(config: DictConfig, run_dir: Path) -> float | None:
     except Exception:
         run.write(clock, partial=True)
         raise
+    if not settings["video"]:
+        run.video_note = "switched off with video=false"
+    elif run.video_note:
+        run.notes.append(f"no video: {run.video_note}")
     results = run.write(clock, partial=False, report=True)
     _print_table(results, console)
     for note in run.notes:
@@ -157,7 +162,8 @@ def _settings(given: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any], Pat
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device} cannot be used here: {str(error).splitlines()[0]}; use device=cpu") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={device} cannot be used here: {reason}; use device=cpu") from error
     return given, earlier
 
 
@@ -211,7 +217,6 @@ class _Run:
     oracle_log: list[dict[str, Any]] = field(default_factory=list)
     timing: dict[str, dict[str, Any]] = field(default_factory=dict)
     observations: list[dict[str, np.ndarray]] = field(default_factory=list)
-    films: dict[str, tuple[list[np.ndarray], View]] = field(default_factory=dict)
     videos: list[dict[str, Any]] = field(default_factory=list)
     video_note: str | None = None
     evaluations_per_plan: float | None = None
@@ -238,6 +243,8 @@ class _Run:
     def write(self, clock: float, *, partial: bool, report: bool = False) -> dict[str, Any]:
         """Write results.json, episodes.csv and traces.json, and the report if asked for; returns the results."""
         order = {m: i for i, m in enumerate(METHODS)}
+        self.videos.sort(key=lambda v: self.tasks.index(v["task"]))
+        self.traces = {t: self.traces[t] for t in self.tasks if t in self.traces}
         self.episodes.sort(key=lambda e: (self.tasks.index(e.task), order[e.method], e.start))
         summary: dict[str, dict[str, Any]] = {}
         for method in self.methods:
@@ -276,7 +283,7 @@ class _Run:
             "episodes_wanted": self.wanted,
             "summary": summary,
             "paired": [asdict(p) for p in compared if p is not None],
-            "timing": self.timing,
+            "timing": {k: self.timing[k] for k in ("single", "batched", "oracle") if k in self.timing},
             "evaluations_per_plan": self.evaluations_per_plan,
             "fidelity": self.fidelity,
             "videos": self.videos,
@@ -399,7 +406,7 @@ def _carry_over(run: _Run, earlier: Path) -> None:
     """Take in the episodes, traces and videos of a stopped run, if it is the same experiment."""
     before = json.loads((earlier / "results.json").read_text(encoding="utf-8"))
     if before["checkpoint"]["content_hash"] != run.checkpoint["content_hash"]:
-        raise ValueError(f"resume={earlier}: the checkpoint {run.checkpoint['name']} has changed since; start a new run")
+        raise ValueError(f"resume={earlier}: its checkpoint has changed since; start a new run")
     if before["protocol_hash"] != run.protocol_hash:
         raise ValueError(
             f"resume={earlier}: its protocol was {before['protocol_hash']}, now it is {run.protocol_hash} "
@@ -417,7 +424,9 @@ def _carry_over(run: _Run, earlier: Path) -> None:
         run.videos.append(film)
 
 
-def _make_env(settings: Mapping[str, Any], tasks: Sequence[str] | None, num_envs: int, *, snapshots: bool = False) -> Any:
+def _make_env(
+    settings: Mapping[str, Any], tasks: Sequence[str] | None, num_envs: int, *, snapshots: bool = False
+) -> Any:
     options: dict[str, Any] = {"num_envs": num_envs, "split": settings["split"]}
     if tasks is not None:
         options["tasks"] = list(tasks)
@@ -473,9 +482,9 @@ def _jobs(run: _Run) -> list[_Job]:
 class _Worker:
     """Runs jobs with a model of its own; simulators are kept while the task stays the same."""
 
-    def __init__(self, settings: Mapping[str, Any], emit: Emit) -> None:
+    def __init__(self, settings: Mapping[str, Any], directory: Path, emit: Emit) -> None:
         torch.set_num_threads(settings["threads"])
-        self.settings, self.emit = settings, emit
+        self.settings, self.directory, self.emit = settings, directory, emit
         self.model = checkpoint.load(checkpoint.resolve(settings["wam"]["checkpoint"]), device=settings["device"])
         self._envs: dict[tuple[str, int, bool], Any] = {}
 
@@ -525,7 +534,7 @@ class _Worker:
     def _run_planner(self, env: Any, job: _Job, starts: Sequence[Start]) -> None:
         policy = _planner_policy(self.settings, self.model)
         film = _Film(policy, env, job.film, self.settings["video"]) if job.film else None
-        memory = _Memory()
+        memory = Recording()
 
         def on_step(record: StepRecord) -> None:
             memory.see(record)
@@ -537,14 +546,13 @@ class _Worker:
         self.emit("observations", memory.some(24))
         if "decode" in self.model.spec.provides:
             horizon = int(getattr(policy.planner, "horizon", self.model.spec.max_horizon))
-            fidelity = _fidelity(self.model, memory, horizon)
-            if fidelity is not None:
-                self.emit("fidelity", (job.task, fidelity))
-        if film is not None:
-            if film.note:
-                self.emit("video_note", film.note)
-            if "decode" in self.model.spec.provides and film.trace() is not None:
-                self.emit("trace", (film.trace(), film.frames, film.view))
+            errors = fidelity(self.model, memory, horizon)
+            if errors is not None:
+                self.emit("fidelity", (job.task, errors))
+        trace = film.trace() if film is not None and "decode" in self.model.spec.provides else None
+        if film is not None and trace is not None:
+            self.emit("trace", trace)
+            self.emit("video", _write_video(self.directory, trace, film, env.control_dt_s))
 
     def _run_oracle(self, task: str, starts: Sequence[Start]) -> None:
         env = self._env(task, min(self.settings["num_envs"], len(starts)), snapshots=True)
@@ -556,52 +564,23 @@ class _Worker:
         self.emit("oracle_log", policy.log)
 
 
-class _Memory:
-    """Observations and actions of every episode, in order, for the fidelity and timing passes."""
-
-    def __init__(self) -> None:
-        self.observations: dict[Start, list[TensorDict]] = {}
-        self.actions: dict[Start, list[Tensor]] = {}
-
-    def see(self, record: StepRecord) -> None:
-        for k, start in enumerate(record.starts):
-            seen = self.observations.setdefault(start, [record.observation[k]])
-            self.actions.setdefault(start, []).append(record.action[k])
-            seen.append(record.after[k].select(*record.observation.keys()))
-
-    def some(self, count: int) -> list[dict[str, np.ndarray]]:
-        """At most `count` observations, evenly spread over all of them."""
-        everything = [o for seen in self.observations.values() for o in seen[:-1]]
-        chosen = everything[:: max(1, len(everything) // count)][:count]
-        return [{str(k): v.cpu().numpy() for k, v in o.items()} for o in chosen]
-
-
-def _fidelity(model: WAM, memory: _Memory, horizon: int) -> dict[str, list[float]] | None:
-    """Imagine the actions that were executed and compare with what was measured, by steps ahead, in centimetres."""
-    first: list[TensorDict] = []
-    actions: list[Tensor] = []
-    measured: list[Tensor] = []
-    for start, seen in memory.observations.items():
-        if "state" not in seen[0].keys() or seen[0]["state"].shape[-1] != 39:
-            return None
-        done = memory.actions[start]
-        for t in range(0, len(done) - horizon + 1, 4):
-            first.append(seen[t])
-            actions.append(torch.stack(done[t : t + horizon]))
-            measured.append(torch.stack([o["state"] for o in seen[t + 1 : t + horizon + 1]]))
-    if not first:
-        return None
-    with torch.no_grad():
-        state = model.encode(Context.from_observation(torch.stack(first)))
-        imagined = model.imagine(state, torch.stack(actions)[:, None], with_frames=True)
-        decoded = model.decode(imagined, ("state",))["state"][:, 0].mean(dim=1)  # the members' mean
-    truth = torch.stack(measured)
-    result: dict[str, list[float]] = {"windows": [float(len(first))]}
-    for name, part in (("hand", slice(0, 3)), ("object", slice(4, 7))):
-        error = 100 * (decoded[..., part] - truth[..., part]).norm(dim=-1)
-        result[f"{name}_cm"] = error.mean(dim=0).tolist()
-        result[f"{name}_cm_p90"] = error.quantile(0.9, dim=0).tolist()
-    return result
+def _write_video(directory: Path, trace: Mapping[str, Any], film: _Film, control_dt_s: float) -> dict[str, Any]:
+    """Write the film as an mp4 and tell what it shows; {"note": why} if there is none."""
+    if film.note is not None or film.view is None:
+        return {"note": film.note or "this environment draws no pictures (it has no render_rgb)"}
+    name = f"{short(trace['task'])}.mp4"
+    try:
+        write_video(directory / name, film.frames, trace, film.view, fps=VIDEO_FPS)
+    except (ImportError, RuntimeError) as error:  # no imageio, or no ffmpeg for it
+        return {"note": f"{error}; pip install imageio imageio-ffmpeg pillow"}
+    return {
+        "file": name,
+        "task": trace["task"],
+        "start": trace["start"],
+        "success": trace["success"],
+        "steps": len(trace["reward"]),
+        "slowdown": 1.0 / (VIDEO_FPS * control_dt_s),
+    }
 
 
 class _Film:
@@ -675,10 +654,10 @@ class _Film:
             "task": self.start.task,
             "start": self.start.index,
             "success": self._success,
-            "goal": states[-1, 36:39].tolist(),
-            "hand": states[:, 0:3].tolist(),
-            "object": states[:, 4:7].tolist(),
-            "reward": self._rewards,
+            "goal": _plain(states[-1, 36:39]),
+            "hand": _plain(states[:, 0:3]),
+            "object": _plain(states[:, 4:7]),
+            "reward": _plain(torch.tensor(self._rewards)),
             "plans": [self._plan_trace(*plan) for plan in self._plans],
         }
 
@@ -695,24 +674,29 @@ class _Film:
         return {
             "step": step,
             "value": value if math.isfinite(value) else None,
-            "hand": path[0, :, 0:3].tolist(),
-            "object": path[0, :, 4:7].tolist(),
-            "reward": [] if imagined.reward is None else imagined.reward[0, 0].mean(dim=0).tolist(),
-            "uncertainty": [] if uncertainty is None else uncertainty[0, 0].mean(dim=0).tolist(),
+            "hand": _plain(path[0, :, 0:3]),
+            "object": _plain(path[0, :, 4:7]),
+            "reward": [] if imagined.reward is None else _plain(imagined.reward[0, 0].mean(dim=0)),
+            "uncertainty": [] if uncertainty is None else _plain(uncertainty[0, 0].mean(dim=0), 6),
             "candidates": [
-                {"score": float(s), "hand": path[i + 1, :, 0:3].tolist()}
+                {"score": float(s), "hand": _plain(path[i + 1, :, 0:3])}
                 for i, s in enumerate(scores)
                 if math.isfinite(float(s))
             ],
         }
 
 
-def _work(settings: Mapping[str, Any], jobs: Any, events: Any) -> None:
+def _plain(values: Tensor, digits: int = 4) -> Any:
+    """Nested lists of rounded numbers: tenths of a millimetre are enough for a picture."""
+    return np.round(values.detach().cpu().double().numpy(), digits).tolist()
+
+
+def _work(settings: Mapping[str, Any], directory: Path, jobs: Any, events: Any) -> None:
     """A worker process: take jobs until there are none, tell of everything through `events`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
     emit: Emit = lambda kind, value: events.put((kind, value))  # noqa: E731
     try:
-        worker = _Worker(settings, emit)
+        worker = _Worker(settings, directory, emit)
         while (job := jobs.get()) is not None:
             worker.run(job)
         emit("finished", None)
@@ -724,8 +708,8 @@ def _run_jobs(run: _Run, console: Console) -> None:
     jobs = _jobs(run)
     if not jobs:
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    left = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*left, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         bar = progress.add_task("episodes", total=run.wanted, completed=len(run.episodes))
         written = time.monotonic()
 
@@ -743,24 +727,23 @@ def _run_jobs(run: _Run, console: Console) -> None:
             elif kind == "fidelity":
                 run.fidelity[value[0]] = value[1]
             elif kind == "trace":
-                trace, frames, view = value
-                run.traces[trace["task"]] = trace
-                if frames:
-                    run.films[trace["task"]] = (frames, view)
-            elif kind == "video_note":
-                run.video_note = value
+                run.traces[value["task"]] = value
+            elif kind == "video" and "note" in value:
+                run.video_note = value["note"]
+            elif kind == "video":
+                run.videos.append(value)
             elif kind == "memory":
                 run.worker_rss_mib = max(run.worker_rss_mib, value)
 
-        _spread(run.settings, jobs, take)
+        _spread(run.settings, run.directory, jobs, take)
         progress.update(bar, description="episodes".ljust(36))
 
 
-def _spread(settings: Mapping[str, Any], jobs: Sequence[_Job], take: Emit) -> None:
+def _spread(settings: Mapping[str, Any], directory: Path, jobs: Sequence[_Job], take: Emit) -> None:
     """Run the jobs in `workers` processes (in this one if a single worker is asked for)."""
     count = min(settings["workers"], len(jobs))
     if count == 1:
-        worker = _Worker(settings, take)
+        worker = _Worker(settings, directory, take)
         for job in jobs:
             worker.run(job)
         return
@@ -768,7 +751,8 @@ def _spread(settings: Mapping[str, Any], jobs: Sequence[_Job], take: Emit) -> No
     todo, events = context.Queue(), context.Queue()
     for job in [*jobs, *[None] * count]:
         todo.put(job)
-    processes = [context.Process(target=_work, args=(settings, todo, events), daemon=True) for _ in range(count)]
+    arguments = (settings, directory, todo, events)
+    processes = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(count)]
     try:
         for process in processes:
             process.start()
@@ -779,10 +763,8 @@ def _spread(settings: Mapping[str, Any], jobs: Sequence[_Job], take: Emit) -> No
             except queue.Empty:
                 dead = [p.exitcode for p in processes if p.exitcode]
                 if dead:
-                    raise RuntimeError(
-                        f"a worker process died with exit code {dead[0]}"
-                        + (" (killed, perhaps for lack of memory: use fewer workers or num_envs)" if dead[0] < 0 else "")
-                    ) from None
+                    hint = " (killed, perhaps for lack of memory: use fewer workers or num_envs)" if dead[0] < 0 else ""
+                    raise RuntimeError(f"a worker process died with exit code {dead[0]}{hint}") from None
                 continue
             if kind == "error":
                 of_input, text, trace = value
@@ -832,50 +814,28 @@ def _time_single_plans(run: _Run, console: Console) -> None:
     run.timing["single"] = _timing(policy.log[warm_up:], run.settings["threads"])
 
 
-def _write_videos(run: _Run, console: Console) -> None:
-    if not run.settings["video"]:
-        run.video_note = "switched off with video=false"
-        return
-    with console.status("writing videos"):
-        for task, (frames, view) in run.films.items():
-            trace = run.traces[task]
-            name = f"{short(task)}.mp4"
-            write_video(run.directory / name, frames, trace, view, fps=VIDEO_FPS)
-            run.videos.append(
-                {
-                    "file": name,
-                    "task": task,
-                    "start": trace["start"],
-                    "success": trace["success"],
-                    "steps": len(trace["reward"]),
-                    "slowdown": 1.0 / (VIDEO_FPS * run.protocol["control_dt_s"]),
-                }
-            )
-    if run.video_note:
-        run.notes.append(f"no video: {run.video_note}")
-
-
 def _print_table(results: Mapping[str, Any], console: Console) -> None:
     tasks = results["tasks"]
-    table = Table(title=f"success on {results['protocol']['split']} starts, {results['protocol']['episodes']} per task", title_justify="left")
+    title = f"success on {results['protocol']['split']} starts, {results['protocol']['episodes']} per task"
+    table = Table(title=title, title_justify="left")
     table.add_column("method")
-    table.add_column("success", justify="right")
-    table.add_column("95 % interval", justify="right")
+    table.add_column("success", justify="right", no_wrap=True)
+    table.add_column("95 % interval", justify="right", no_wrap=True)
     if len(tasks) > 1:
         for task in tasks:
-            table.add_column(short(task).removesuffix("-topdown"), justify="right")
-    for name in ("steps", "return", "ms/plan", "evaluations"):
+            table.add_column(short(task).split("-")[0], justify="right")
+    for name in ("steps", "return", "ms/plan", "evals"):
         table.add_column(name, justify="right")
     single = results["timing"].get("single") or results["timing"].get("batched")
     for method, by_task in results["summary"].items():
         mean = by_task["mean"]
-        timing = single if method in ("planner", "shuffled") else results["timing"].get("oracle") if method == "oracle" else None
+        timing = {"planner": single, "shuffled": single, "oracle": results["timing"].get("oracle")}.get(method)
         per_task = [f"{by_task[t]['successes']}/{by_task[t]['n']}" if t in by_task else "" for t in tasks]
         evaluations = results["evaluations_per_plan"] if method in ("planner", "shuffled") else None
         table.add_row(
             method,
             f"{mean['successes']}/{mean['n']}  {mean['success']:.0%}",
-            f"{mean['low']:.0%} to {mean['high']:.0%}",
+            f"{100 * mean['low']:.0f} to {100 * mean['high']:.0f} %",
             *(per_task if len(tasks) > 1 else []),
             "" if mean["steps"] is None else f"{mean['steps']:.1f}",
             f"{mean['episode_return']:.1f}",
@@ -886,7 +846,7 @@ def _print_table(results: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     console.print(
         "steps: control steps to success. return: until success, so quick successes have small ones. "
-        "ms/plan: one environment, median."
+        "ms/plan: one environment, median. evals: model evaluations per plan."
     )
 
 

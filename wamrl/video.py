@@ -6,6 +6,7 @@ upper left corner.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 
 from wamrl.files import atomic_path
 
-_BLUE, _ORANGE, _GREEN, _WHITE, _SOFT = (110, 168, 255), (255, 167, 84), (95, 220, 140), (240, 243, 248), (160, 168, 180)
+_BLUE, _ORANGE, _GREEN = (110, 168, 255), (255, 167, 84), (95, 220, 140)
+_WHITE, _SOFT = (240, 243, 248), (160, 168, 180)
 _DARK = (18, 21, 27)
 _SCALE = 2  # drawn at twice the size and reduced, for smooth lines
 _STRIP = 92  # pixels of the reward strip below the pictures
@@ -79,9 +81,7 @@ def write_video(
                 writer.append_data(picture)
 
 
-def _picture(
-    frames: Sequence[NDArray[np.uint8]], trace: Mapping[str, Any], view: View, step: int
-) -> NDArray[np.uint8]:
+def _picture(frames: Sequence[NDArray[np.uint8]], trace: Mapping[str, Any], view: View, step: int) -> NDArray[np.uint8]:
     """[H + strip, 2 W, 3] of one moment."""
     from PIL import Image, ImageDraw
 
@@ -135,12 +135,16 @@ def _draw_plan(draw: Any, plan: Mapping[str, Any], trace: Mapping[str, Any], vie
         draw.line([(x - 11, y + 11), (x + 11, y - 11)], fill=(*_GREEN, 255), width=5)
 
 
-def _label(draw: Any, at: tuple[float, float], text: str, colour: tuple[int, int, int], size: int = 14) -> None:
+@functools.cache
+def _font(size: int) -> Any:
     from PIL import ImageFont
 
+    return ImageFont.load_default(size)
+
+
+def _label(draw: Any, at: tuple[float, float], text: str, colour: tuple[int, int, int], size: int = 14) -> None:
     x, y = at[0] * _SCALE, at[1] * _SCALE
-    font = ImageFont.load_default(size * _SCALE)
-    draw.text((x, y), text, fill=colour, font=font, stroke_width=2 * _SCALE, stroke_fill=_DARK)
+    draw.text((x, y), text, fill=colour, font=_font(size * _SCALE), stroke_width=2 * _SCALE, stroke_fill=_DARK)
 
 
 def _legend(draw: Any, width: int, height: int) -> None:
@@ -154,7 +158,7 @@ def _rewards(
     draw: Any, trace: Mapping[str, Any], plan: Mapping[str, Any] | None, step: int, width: int, top: int
 ) -> None:
     """The strip below: measured reward so far (white) and what the plans expected (blue)."""
-    left, right, base, high = 46, width - 12, top + _STRIP - 20, _STRIP - 36
+    left, right, base, high = 46, width - 12, top + _STRIP - 14, _STRIP - 40
     steps = max(len(trace["reward"]), 2)
     most = max([*trace["reward"], *(r for p in trace["plans"] for r in p["reward"]), 1e-6])
 
@@ -173,6 +177,6 @@ def _rewards(
     seen = [at(t + 1, r) for t, r in enumerate(trace["reward"][:step])]
     if len(seen) > 1:
         draw.line(seen, fill=_WHITE, width=2 * _SCALE)
-    _label(draw, (6, top + 6), "reward: white measured, blue expected by the plans", _SOFT, 11)
+    _label(draw, (left + 6, top + 4), "reward: white measured, blue expected by the plans", _SOFT, 11)
     _label(draw, (6, base - 7), "0", _SOFT, 11)
     _label(draw, (6, base - high - 7), f"{most:.1f}", _SOFT, 11)
