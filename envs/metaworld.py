@@ -200,6 +200,7 @@ class _ResetSpace:
     def accepts(self, vector: NDArray[np.float64]) -> bool:
         self._vector, self._asked = vector, 0
         mujoco.mj_resetData(self._raw.model, self._raw.data)
+        mujoco.mj_forward(self._raw.model, self._raw.data)  # some tasks read positions at once
         try:
             self._raw.reset_model()
         except _Rejected:
@@ -296,8 +297,12 @@ class Simulator:
                 part = 16 if names[body] in ("tablelink", "RetainingWall") else 0
             self._parts[geom] = part
         self.observation = np.zeros(STATE_DIM)
-        self.reset(start_states(task, "train", 1).rand_vec[0])
-        self._schema = self._find_schema()
+        start = start_states(task, "train", 1).rand_vec[0]
+        self.reset(start)
+        before = dict(vars(self.raw))
+        self.step(np.zeros(ACTION_DIM, dtype=np.float32))
+        self._schema = self._find_schema(before)
+        self.reset(start)
         self.snapshot_size = self.snapshot().size
 
     # -- running
@@ -359,19 +364,22 @@ class Simulator:
 
     # -- saving
 
-    def _find_schema(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """(attribute, kind, shape) of every number that Meta-World keeps in Python and that may change."""
+    def _find_schema(self, before: Mapping[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:
+        """(attribute, kind, shape) of every number that Meta-World keeps in Python and that may change.
+
+        before: the attributes after a reset; those of now are after a step. One that is None before its first use
+        ("optional") takes two numbers: whether it is set, and its value.
+        """
         live = _live_arrays(self.raw)
         schema: list[tuple[str, str, tuple[int, ...]]] = []
         for name, value in sorted(vars(self.raw).items()):
             if name in _NOT_STATE:
                 continue
-            if isinstance(value, bool | np.bool_):
-                schema.append((name, "bool", ()))
-            elif isinstance(value, int | np.integer):
-                schema.append((name, "int", ()))
-            elif isinstance(value, float | np.floating):
-                schema.append((name, "float", ()))
+            if isinstance(value, int | float | np.bool_ | np.number):
+                kind = "bool" if isinstance(value, bool | np.bool_) else "float"
+                if isinstance(value, int | np.integer) and kind != "bool":
+                    kind = "int"
+                schema.append((name, "optional" if before.get(name) is None else kind, ()))
             elif isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
                 if not any(np.may_share_memory(value, array) for array in live):
                     schema.append((name, value.dtype.str, value.shape))
@@ -392,8 +400,11 @@ class Simulator:
             model.site_pos.ravel(),
             model.geom_pos[self._geoms].ravel(),
         ]
-        for name, _, shape in self._schema:
+        for name, kind, shape in self._schema:
             value = getattr(raw, name)
+            if kind == "optional":
+                parts.append((0.0, 0.0) if value is None else (1.0, float(value)))
+                continue
             if np.shape(value) != shape:
                 raise RuntimeError(
                     f"task '{self.task}': attribute '{name}' changed its shape from {shape} to {np.shape(value)}, so "
@@ -435,6 +446,10 @@ class Simulator:
         model.site_pos[:] = take(model.site_pos.shape)
         model.geom_pos[self._geoms] = take((len(self._geoms), 3))
         for name, kind, shape in self._schema:
+            if kind == "optional":
+                known, number = take((2,))
+                setattr(raw, name, float(number) if known else None)
+                continue
             value = take(shape)
             if kind in ("bool", "int", "float"):
                 setattr(raw, name, {"bool": bool, "int": int, "float": float}[kind](value))

@@ -34,6 +34,7 @@ from wamrl.envs.metaworld import (
     check_task,
     start_states,
 )
+from wamrl.envs.rendering import Camera
 from wamrl.files import write_json
 from wamrl.interfaces import Policy, PolicyState, task_id
 from wamrl.naming import unknown_name
@@ -221,6 +222,10 @@ def collect(
         raise ValueError(f"tasks are named twice: {', '.join(tasks)}")
     if not (len(noise) == 2 and 0.0 <= noise[0] <= noise[1]):
         raise ValueError(f"noise is {list(noise)}, but must be two numbers, the least and the greatest, from 0")
+    for name, value in (("max_steps", max_steps), ("action_repeat", action_repeat), ("rows", rows)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}, but must be at least 1")
+    Camera(**dict(camera or {}))  # its own errors
     if steps_after_success < 0:
         raise ValueError(f"steps_after_success is {steps_after_success}, but must be at least 0")
 
