@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
+import json
 import platform
 import random
 import statistics
@@ -37,6 +38,8 @@ from wamrl.planners import ShootingPlanner, make_mppi
 
 LATENT, ACTION, HORIZON = 64, 4, 16
 SIGMA, TEMPERATURE = 0.5, 0.5
+# Name -> candidates, hidden width, iterations.
+SETTINGS = {"512x16_w256_i1": (512, 256, 1), "512x16_w256_i6": (512, 256, 6), "64x16_w16_i6": (64, 16, 6)}
 RESULTS = Path(__file__).parent / "results" / "planner_overhead.json"
 
 
@@ -64,6 +67,10 @@ class MLPDynamics(WAM):
         """The state is the latent."""
         z = context.observation["state"][:, -1]
         return TensorDict({"z": z}, batch_size=[z.shape[0]])
+
+    def encode_latent(self, z: Tensor) -> State:
+        """The state [1] of the latent `z` [D]."""
+        return TensorDict({"z": z[None]}, batch_size=[1])
 
     def imagine(
         self,
@@ -135,7 +142,7 @@ class Ours:
 
     def __call__(self, z0: Tensor) -> Tensor:
         """One plan [1, H, A] from the latent `z0` [D]."""
-        state = TensorDict({"z": z0[None]}, batch_size=[1])
+        state = self.model.encode_latent(z0)
         noise = NoiseKey.for_rows(1, step=self.step)
         self.step += 1
         plan, self.plan_state = self.planner.plan(self.model, state, self.plan_state, noise, Budget())
@@ -172,7 +179,7 @@ class PytorchMPPI:
 
 
 def interleave(
-    methods: dict[str, Callable[[Tensor], Tensor]], seconds: float, *, warmup: int = 3
+    methods: dict[str, Callable[[Tensor], object]], seconds: float, *, warmup: int = 3
 ) -> dict[str, list[float]]:
     """Milliseconds per call; every turn calls each method once, in a new order, until `seconds` have passed."""
     order = random.Random(0)
@@ -201,13 +208,9 @@ def measure(seconds: float) -> dict[str, float]:
     """Flat metrics: median milliseconds per plan and ratios; `seconds` is the time of each of the three settings."""
     metrics: dict[str, float] = {}
     torch.manual_seed(0)  # the MLPs' weights and the other planners' noise
-    for setting, num, width, iterations in (
-        ("512x16_w256_i1", 512, 256, 1),
-        ("512x16_w256_i6", 512, 256, 6),
-        ("64x16_w16_i6", 64, 16, 6),
-    ):
+    for setting, (num, width, iterations) in SETTINGS.items():
         model = MLPDynamics(width)
-        methods: dict[str, Callable[[Tensor], Tensor]] = {
+        methods: dict[str, Callable[[Tensor], object]] = {
             "hand_loop": HandLoop(model.net, num, iterations),
             "wamrl": Ours(model, num, iterations, compile=False),
             "wamrl_compiled": Ours(model, num, iterations, compile=True),
@@ -246,6 +249,7 @@ def main() -> None:
         "sigma": SIGMA,
         "temperature": TEMPERATURE,
         "dtype": "float32",
+        "settings": {name: list(sizes) for name, sizes in SETTINGS.items()},
         "seconds_per_setting": options.seconds,
     }
     write_json(
@@ -253,9 +257,9 @@ def main() -> None:
         {
             "name": "planner_overhead",
             "command": "python -m benchmarks.planner_overhead",
-            "protocol_hash": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16],
+            "protocol_hash": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "pytorch_mppi": peer},
-            "device": platform.processor() or platform.machine(),
+            "device": "cpu",
             "threads": 1,
             "seeds": [0],
             "started": started.isoformat(timespec="seconds"),
