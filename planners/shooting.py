@@ -31,6 +31,8 @@ from wamrl.planners.scorers import permutation
 
 CHOICES = ("mean", "best")
 FAILURES = ("raise", "hold")
+NOISE_BLOCK = 8
+"""Iterations whose noise is drawn at once: fewer small calls, while a deadline can still stop a long search early."""
 
 
 class Refit(Protocol):
@@ -216,17 +218,20 @@ class ShootingPlanner:
             best_score, best = _best(now)
         if limits.iterations > 1:
             basis, action_dim = self.basis.to(noise.row.device), actions.shape[-1]
-            ahead = limits.iterations - 1
-            offsets = coloured_noise(noise.fold(2), basis, ahead, limits.num_candidates, action_dim=action_dim)
             finite = torch.ones_like(finite)
             slowest = time.perf_counter() - limits.started
             for i in range(1, limits.iterations):
                 begun = time.perf_counter()
                 if limits.deadline_s is not None and begun - limits.started + slowest > limits.deadline_s:
                     break
+                block, within = divmod(i - 1, NOISE_BLOCK)
+                if within == 0:
+                    ahead = min(NOISE_BLOCK, limits.iterations - i)
+                    draw = noise.fold(2).fold(block)
+                    offsets = coloured_noise(draw, basis, ahead, limits.num_candidates, action_dim=action_dim)
                 order, key = self._order(noise, i, limits.num_candidates), noise.fold(1).fold(i)
                 spread = now.sigma[:, None] if now.sigma.dim() == 3 else now.sigma
-                actions = (offsets[:, i - 1] * spread).add_(now.mean[:, None])
+                actions = (offsets[:, within] * spread).add_(now.mean[:, None])
                 actions[:, 0] = now.mean
                 then, dead, cost = evaluate(state, actions.clamp_(-1.0, 1.0), finite, now.sigma, key, order)
                 now = _where(dead, now, then) if dead.any() else then

@@ -284,12 +284,12 @@ def test_the_evaluation_budget_is_hard(budget: int, members: int, num: int, iter
 
 def test_a_deadline_stops_the_iterations_but_not_the_first() -> None:
     model = quadratic(TARGET)
-    planner = searching(iterations=2000, horizon=3, num_candidates=16)
+    planner = searching(iterations=100_000, horizon=3, num_candidates=16)
     short, _ = plan(planner, model, torch.zeros(1, 1), budget=Budget(deadline_s=1e-9))
     assert short.evaluations.item() == 16 * 3
-    some, _ = plan(planner, model, torch.zeros(1, 1), budget=Budget(deadline_s=0.1))
-    assert 16 * 3 < some.evaluations.item() < 2000 * 16 * 3
-    assert sum(some.seconds.values()) < 0.2
+    some, _ = plan(planner, model, torch.zeros(1, 1), budget=Budget(deadline_s=0.3))
+    assert 16 * 3 < some.evaluations.item() < 100_000 * 16 * 3
+    assert sum(some.seconds.values()) < 1.0  # the slack is for a busy machine
     with pytest.raises(ValueError, match="deadline_s is 0"):
         plan(planner, model, torch.zeros(1, 1), budget=Budget(deadline_s=0.0))
 
