@@ -99,9 +99,17 @@ def test_percentiles():
 
 def _episode(method: str, start: int, success: bool, length: int = 10) -> Episode:
     return Episode(
-        task=PUSH, start=start, split="test", seed=0, method=method, success=success,
-        first_success_step=length if success else None, episode_return=1 / 3, length=length, tag="" if success else "slip",
-    )  # fmt: skip
+        task=PUSH,
+        start=start,
+        split="test",
+        seed=0,
+        method=method,
+        success=success,
+        first_success_step=length if success else None,
+        episode_return=1 / 3,
+        length=length,
+        tag="" if success else "slip",
+    )
 
 
 def test_episodes_survive_the_file_exactly(tmp_path: Path):

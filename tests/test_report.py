@@ -1,0 +1,232 @@
+"""The page holds what results.json says, loads nothing, and survives partial and odd runs."""
+
+from __future__ import annotations
+
+import copy
+import re
+import xml.etree.ElementTree as ElementTree
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from wamrl import report
+from wamrl.evaluation import Episode, compare, summarise
+from wamrl.report import percent, short, success_figure, write_report
+from wamrl.video import View, write_video
+
+REACH, PUSH = "metaworld/reach-v3", "metaworld/push-v3"
+
+
+def _episodes() -> list[Episode]:
+    outcomes = {"planner": [True, True, False], "policy": [True, False, False], "expert": [True, True, True]}
+    return [
+        Episode(
+            task=task,
+            start=i,
+            split="test",
+            seed=0,
+            method=method,
+            success=success,
+            first_success_step=20 + i if success else None,
+            episode_return=50.0 + i,
+            length=20 + i if success else 100,
+            tag="" if success else "slip",
+        )
+        for method, solved in outcomes.items()
+        for task in (REACH, PUSH)
+        for i, success in enumerate(solved)
+    ]
+
+
+def _trace(task: str = PUSH) -> dict[str, Any]:
+    line = [[0.1 * k, 0.6, 0.1] for k in range(4)]
+    plan = {
+        "step": 0,
+        "value": 1.0,
+        "hand": line,
+        "object": line,
+        "reward": [1.0, 2.0, 3.0],
+        "uncertainty": [0.1, 0.1, 0.2],
+        "candidates": [{"score": 0.5, "hand": line}, {"score": 1.5, "hand": line}],
+    }
+    positions = {"hand": [[0.0, 0.6, 0.1]] * 5, "object": [[0.1, 0.7, 0.02]] * 5, "goal": [0.1, 0.8, 0.02]}
+    return {"task": task, "start": 0, "success": True, **positions, "reward": [1.0, 2.0, 3.0, 4.0], "plans": [plan]}
+
+
+def _results(episodes: list[Episode]) -> dict[str, Any]:
+    methods = ["planner", "policy", "expert"]
+    summary = {
+        m: {"mean": asdict(summarise([e for e in episodes if e.method == m]))}
+        | {t: asdict(summarise([e for e in episodes if e.method == m and e.task == t])) for t in (REACH, PUSH)}
+        for m in methods
+    }
+    pairs = [compare(episodes, "planner", m) for m in methods[1:]]
+    quantiles = {"p50": 10.0, "p95": 12.0, "p99": 13.5}
+    timing = {f"{part}_ms": quantiles for part in ("encode", "imagine", "search", "total")}
+    return {
+        "name": "plan",
+        "command": "python -m wamrl.plan wam=six",
+        "resume_command": "python -m wamrl.plan resume=somewhere",
+        "partial": False,
+        "started": "2030-01-01T00:00:00+00:00",
+        "wall_s": 61.5,
+        "protocol_hash": "0123456789abcdef",
+        "protocol": {
+            "split": "test",
+            "episodes": 3,
+            "max_steps": 100,
+            "action_repeat": 2,
+            "control_dt_s": 0.025,
+            "min_distance": 0.0141,
+        },
+        "checkpoint": {"name": "six", "content_hash": "ab" * 32, "parameters": 1234567, "provenance": {"seed": 0}},
+        "versions": {"torch": "2.13.0", "commit": None},
+        "device": "cpu",
+        "dtype": "float32",
+        "threads": 1,
+        "workers": 2,
+        "seeds": [0],
+        "peak_rss_mib": {"main": 500.0, "worker": 700.0},
+        "tasks": [REACH, PUSH],
+        "methods": methods,
+        "episodes_wanted": 18,
+        "summary": summary,
+        "paired": [asdict(p) for p in pairs if p is not None],
+        "timing": {"single": {**timing, "plans": 100, "threads": 1, "mean_rows": 1.0}},
+        "evaluations_per_plan": 8192.0,
+        "fidelity": {
+            PUSH: {
+                "hand_cm": [0.1, 0.3],
+                "hand_cm_p90": [0.2, 0.6],
+                "object_cm": [0.2, 0.2],
+                "object_cm_p90": [0.3, 0.5],
+                "windows": [40.0],
+            }
+        },
+        "videos": [],
+        "video_note": None,
+        "config": {"planner": {"horizon": 8}},
+    }
+
+
+def _page(folder: Path, results: dict[str, Any], traces: list[dict[str, Any]] | None = None) -> str:
+    episodes = [asdict(e) for e in _episodes()]
+    traces = [_trace()] if traces is None else traces
+    return write_report(folder, results, episodes, traces).read_text(encoding="utf-8")
+
+
+def _words(page: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", page.replace("&nbsp;", " ").replace("\u00a0", " ")))
+
+
+def test_the_page_says_what_the_results_say(tmp_path):
+    words = _words(_page(tmp_path, _results(_episodes())))
+    assert "solved 4 of 6 test starts on 2 tasks (67 %, 95 % interval 30 to 90 %)" in words
+    assert "the same weights' own policy solved 33 %" in words.replace("&#39;", "'")
+    for needed in ("10.00", "13.50", "8,192", "0123456789abcdef", "python -m wamrl.plan wam=six", "1,234,567", "slip"):
+        assert needed in words
+
+
+def test_the_page_loads_nothing(tmp_path):
+    page = _page(tmp_path, _results(_episodes()))
+    assert not re.search(r"(?:src|href|url)\s*[=(]\s*[\"']?(?!data:)", page)
+    assert "@import" not in page and "<script" not in page and "http" not in page
+
+
+def test_the_page_reads_in_the_dark_and_on_a_phone(tmp_path):
+    page = _page(tmp_path, _results(_episodes()))
+    assert "prefers-color-scheme:dark" in page
+    assert 'name="viewport"' in page
+
+
+def test_names_are_escaped(tmp_path):
+    results = _results(_episodes())
+    results["checkpoint"]["name"] = "<script>alert(1)</script>"
+    page = _page(tmp_path, results)
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_figures_are_files_of_their_own(tmp_path):
+    _page(tmp_path, _results(_episodes()))
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert names == {f"{n}.svg" for n in ("success", "speed", "fidelity", "paths", "episode", "latency")}
+    for path in (tmp_path / "figures").iterdir():
+        assert ElementTree.parse(path).getroot().tag.endswith("svg")
+
+
+def test_a_partial_run_says_so_and_how_to_go_on(tmp_path):
+    results = _results(_episodes()) | {"partial": True}
+    words = _words(_page(tmp_path, results))
+    assert "stopped after 18 of 18" in words
+    assert "resume=somewhere" in words
+
+
+def test_a_run_without_planner_traces_timing_or_video(tmp_path):
+    results = _results(_episodes())
+    del results["summary"]["planner"]
+    results |= {"timing": {}, "fidelity": {}, "evaluations_per_plan": None, "paired": []}
+    results["video_note"] = "neither EGL nor OSMesa"
+    page = _page(tmp_path, results, traces=[])
+    assert "No video: neither EGL nor OSMesa" in page
+    assert "How far ahead" not in page
+
+
+@pytest.mark.parametrize("split", ["dev", "train"])
+def test_a_result_on_other_starts_is_not_called_held_out(tmp_path, split):
+    results = _results(_episodes())
+    results["protocol"]["split"] = split
+    assert f"These are {split} starts" in _page(tmp_path, results)
+
+
+def test_small_videos_are_embedded_and_large_ones_linked(tmp_path, monkeypatch):
+    (tmp_path / "push.mp4").write_bytes(b"x" * 1000)
+    results = _results(_episodes())
+    results["videos"] = [
+        {"file": "push.mp4", "task": PUSH, "start": 0, "success": True, "steps": 20, "slowdown": 4.0},
+        {"file": "gone.mp4", "task": REACH, "start": 0, "success": True, "steps": 20, "slowdown": 4.0},
+    ]
+    page = _page(tmp_path, copy.deepcopy(results))
+    assert page.count('src="data:video/mp4;base64,') == 1
+    assert "gone.mp4" not in page
+    monkeypatch.setattr(report, "EMBED_LIMIT_BYTES", 999)
+    assert 'src="push.mp4"' in _page(tmp_path, results)
+
+
+def test_a_dot_stands_at_its_rate():
+    summary = {"planner": {"success": 0.5, "low": 0.25, "high": 0.75, "successes": 1, "n": 2}}
+    svg = success_figure("push", summary).inline
+    left, right = (float(re.search(rf'{k}="([\d.]+)"[^>]*class="s-planner"', svg)[1]) for k in ("x1", "x2"))
+    centre = float(re.search(r'cx="([\d.]+)"', svg)[1])
+    assert centre == pytest.approx((left + right) / 2, abs=0.1)
+
+
+def test_percent_and_short():
+    assert percent(0.967) == "97\u00a0%"
+    assert short("metaworld/push-v3") == "push"
+    assert short("mean") == "mean"
+
+
+def test_projection_of_a_point_straight_ahead_and_beside():
+    # Looking along +y from 1 m away: what is looked at is in the middle, right is +x, up is +z.
+    view = View(azimuth=90.0, elevation=0.0, distance=1.0, lookat=(0.0, 0.0, 0.0), fovy=90.0, height=100, width=200)
+    points = np.array([[0.0, 0.0, 0.0], [0.5, 0.0, 0.0], [0.0, 0.0, 0.5], [0.0, -2.0, 0.0]])
+    pixels = view.project(points)
+    assert pixels[0] == pytest.approx([100, 50])
+    assert pixels[1] == pytest.approx([125, 50])
+    assert pixels[2] == pytest.approx([100, 25])
+    assert np.isnan(pixels[3]).all()
+
+
+def test_a_video_is_written(tmp_path):
+    ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    view = View(azimuth=150.0, elevation=-30.0, distance=1.0, lookat=(0.0, 0.7, 0.1), fovy=45.0, height=90, width=100)
+    frames = [np.full((90, 100, 3), 40 * k, dtype=np.uint8) for k in range(5)]
+    write_video(tmp_path / "x.mp4", frames, _trace(), view, fps=10, hold=2)
+    count, seconds = ffmpeg.count_frames_and_secs(tmp_path / "x.mp4")
+    assert count == 7
+    assert seconds == pytest.approx(0.7, abs=0.1)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.mp4"]
