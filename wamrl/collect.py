@@ -295,7 +295,7 @@ def _collect_group(
     queues = {task: [job for job in jobs if job.task == task][::-1] for task in tasks}
     keys = [key for key in env.observation_spec.keys() if key not in ("success", "simulator_error", "task")]
     running: list[_Job | None] = [None] * count
-    seen: list[list[TensorDict]] = [[] for _ in range(count)]
+    seen: list[list[TensorDict]] = [[] for _ in range(count)]  # whole batches; the row is cut out at the end
     taken: list[list[tuple[Tensor, Tensor, float, bool]]] = [[] for _ in range(count)]
     after = [-1] * count  # steps since the first success, -1 before it
     td: TensorDict | None = None
@@ -314,22 +314,21 @@ def _collect_group(
         if not active.any():
             break
         if fresh.any():
-            request = TensorDict({}, [count]) if td is None else td.set("_reset", fresh)
-            td = env.reset(request.set("start", start))
-            del td["start"]
+            request = TensorDict({}, [count]) if td is None else td.clone(False).set("_reset", fresh)
+            td = env.reset(request.set("start", start)).exclude("start", "_reset")
             for row in torch.nonzero(fresh.flatten()).flatten().tolist():
-                seen[row] = [td[row].select(*keys).clone()]
+                seen[row] = [td]
         assert td is not None
         action, label = _act(td, running, fresh.flatten(), policy, expert)
         td.set("action", action)
         td.set("_step", active)
         td = env.step(td)["next"]
-        success, failed, truncated = td["success"].flatten(), td["simulator_error"].flatten(), td["done"].flatten()
+        success, failed, truncated = (td[key].flatten().tolist() for key in ("success", "simulator_error", "done"))
         reward = td["reward"].flatten().tolist()
         for row in torch.nonzero(active).flatten().tolist():
             if not failed[row]:
-                seen[row].append(td[row].select(*keys).clone())
-                taken[row].append((action[row], label[row], reward[row], bool(success[row])))
+                seen[row].append(td)
+                taken[row].append((action[row], label[row], reward[row], success[row]))
                 if after[row] >= 0:
                     after[row] += 1
                 elif success[row]:
@@ -337,7 +336,9 @@ def _collect_group(
             if truncated[row] or 0 <= steps_after_success <= after[row]:
                 job = running[row]
                 assert job is not None
-                _store(writer, job, seen[row], taken[row], seed, bool(failed[row]), bool(truncated[row]))
+                frames = {key: torch.stack([batch[key][row] for batch in seen[row]]) for key in keys}
+                _store(writer, job, frames, taken[row], seed, failed[row], truncated[row])
+                seen[row] = []
                 running[row] = None
                 bar.advance(bool(taken[row]) and any(step[3] for step in taken[row]))
     env.close()
@@ -392,7 +393,7 @@ def _act(
 def _store(
     writer: EpisodeWriter,
     job: _Job,
-    seen: list[TensorDict],
+    frames: dict[str, Tensor],
     taken: list[tuple[Tensor, Tensor, float, bool]],
     seed: int,
     failed: bool,
@@ -400,13 +401,12 @@ def _store(
 ) -> None:
     if not taken:
         raise RuntimeError(f"the simulator failed in the first step of episode {job.name} (start {job.start})")
-    frames = TensorDict.stack(seen)
     snapshot = frames.pop("snapshot", None)
     actions, labels, rewards, successes = zip(*taken, strict=True)
     ended = torch.zeros(len(actions), dtype=torch.bool)
     ended[-1] = truncated or failed
     episode = episode_tensordict(
-        dict(frames.items()),
+        frames,
         action=torch.stack(actions),
         label=None if job.behaviour == "policy" else torch.stack(labels),
         reward=torch.tensor(rewards),
