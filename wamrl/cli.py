@@ -169,6 +169,8 @@ class _JobFailed(BaseException):
 
 def _run(name: str, main: Main, given: Sequence[str]) -> None:
     arguments = _checkpoint_paths(name, list(given), _config_folders(given))
+    # Hydra's parser takes no flag between two settings.
+    arguments.sort(key=lambda word: word not in ("-m", "--multirun"))
     sweep = any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in arguments)
     sweep_dir = new_run_dir(name) if sweep else None
     ours = {
@@ -318,6 +320,7 @@ def _unknown_option(name: str, folders: Sequence[str], error: MissingConfigExcep
 
 def _unknown_setting(name: str, overrides: Sequence[str], folders: Sequence[str], key: str) -> Exception:
     kept = [word for word in overrides if word.lstrip("+~").partition("=")[0].partition("@")[0] != key]
+    kept = _checkpoint_paths(name, kept, folders)
     try:
         config = _composed(name, [word for word in kept if not word.startswith("hydra")], folders)
     except (CompactHydraException, OmegaConfBaseException):

@@ -40,7 +40,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from wamrl import checkpoint, provenance
-from wamrl.cli import command, compose, plain
+from wamrl.cli import command, plain
 from wamrl.control import ModelPolicy, PlannerPolicy, RandomPolicy
 from wamrl.evaluation import (
     Episode,
@@ -174,18 +174,16 @@ def _whole_number(given: Mapping[str, Any], key: str, least: int) -> None:
 
 
 def _stopped_run(given: Mapping[str, Any], earlier: Path) -> dict[str, Any]:
-    """The settings of the run in `earlier`; those given now may only be the defaults."""
+    """The settings of the run in `earlier`; none may be given beside `resume`."""
     for name in ("config.yaml", "results.json", "episodes.csv"):
         if not (earlier / name).is_file():
             raise FileNotFoundError(
                 f"resume={earlier}: there is no {name}; give the directory of a run of wamrl.plan that was stopped"
             )
-    default = plain(compose("plan"))
-    changed = sorted(k for k in default if k not in ("resume", "run_dir") and given.get(k) != default[k])
-    if changed:
-        raise ValueError(
-            f"resume takes all settings from the stopped run, but {', '.join(changed)} was given as well; leave it out"
-        )
+    given_now = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    others = [word for word in given_now if word.partition("=")[0] not in ("resume", "run_dir")]
+    if others:
+        raise ValueError(f"resume takes all settings from the stopped run, so leave out {' '.join(others)}")
     results = json.loads((earlier / "results.json").read_text(encoding="utf-8"))
     if not results["partial"]:
         raise ValueError(f"resume={earlier}: this run is complete, there is nothing left to do; see its report.html")
@@ -719,7 +717,7 @@ def _run_jobs(run: _Run, console: Console) -> None:
                 run.episodes.append(value)
                 outcome = "solved" if value.success else "failed"
                 progress.update(bar, advance=1, description=f"{value.method} {short(value.task)} {outcome}".ljust(36))
-                if time.monotonic() - written > 2.0:
+                if time.monotonic() - written > 0.5:
                     write_episodes(run.directory / "episodes.csv", run.episodes)
                     written = time.monotonic()
             elif kind in ("plan_log", "oracle_log", "observations"):

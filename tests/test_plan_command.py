@@ -1,0 +1,297 @@
+"""The plan command as a user runs it: what it writes, what it refuses, and how it goes on after Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from wamrl import checkpoint
+from wamrl.evaluation import read_episodes
+from wamrl.models.joint_embedding import JointEmbeddingWAM
+from wamrl.plan import main
+
+pytest.importorskip("metaworld")
+
+REACH, PUSH = "metaworld/reach-v3", "metaworld/push-v3"
+SIZES = dict(latent_dim=16, sim_group=4, width=16, dynamics_width=16, head_width=16, members=2, values=2, horizon=4)
+QUICK = ["planner.num_candidates=4", "planner.horizon=3", "controller.replan_every=3", "env.max_steps=12"]
+QUICK += ["episodes=2", "workers=1", "latency_plans=3"]
+
+
+def _save(path: Path, **changes: Any) -> Path:
+    arguments: dict[str, Any] = {
+        "observation": {"state": [39]},
+        "action_dim": 4,
+        "tasks": [REACH, PUSH],
+        "control_dt_s": 0.025,
+        **SIZES,
+        **changes,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = JointEmbeddingWAM(**arguments)
+    config = {"wam": {"_target_": "wamrl.models.joint_embedding.JointEmbeddingWAM", **arguments}}
+    return checkpoint.save(path, model, config=config, provenance={"data": "none: untrained weights of a test"})
+
+
+@pytest.fixture(scope="module")
+def wam(tmp_path_factory) -> str:
+    return str(_save(tmp_path_factory.mktemp("wam") / "tiny.safetensors"))
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def _arguments(wam: str, *more: str, env: str = REACH) -> list[str]:
+    given = [f"env={env}", f"wam={wam}", *QUICK, *more]
+    # A setting that is given again replaces the quick one.
+    return list({word.partition("=")[0]: word for word in given}.values())
+
+
+def _latest() -> Path:
+    return Path("outputs/plan/latest")
+
+
+def _results(folder: Path | None = None) -> dict[str, Any]:
+    return json.loads(((folder or _latest()) / "results.json").read_text())
+
+
+def _refused(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    assert stopped.value.code == 2
+    written = capsys.readouterr().err
+    assert written.startswith("error: ")
+    assert "Traceback" not in written
+    return written
+
+
+def test_a_run_compares_and_writes_everything(wam, capsys):
+    main(_arguments(wam))
+    folder, printed = _latest(), capsys.readouterr().out
+    results = _results()
+    assert results["methods"] == ["planner", "policy", "shuffled", "random", "expert"]
+    for method in results["methods"]:
+        summary = results["summary"][method]
+        assert set(summary) == {"mean", REACH}
+        assert summary["mean"]["n"] == 2
+        assert 0 <= summary["mean"]["low"] <= summary["mean"]["success"] <= summary["mean"]["high"] <= 1
+        assert method in printed
+    episodes = read_episodes(folder / "episodes.csv")
+    assert {e.key for e in episodes} == {(m, REACH, i) for m in results["methods"] for i in range(2)}
+    assert all(e.split == "test" for e in episodes)
+    for part in ("encode_ms", "imagine_ms", "search_ms", "total_ms"):
+        for setting in ("single", "batched"):
+            assert set(results["timing"][setting][part]) == {"p50", "p95", "p99"}
+    assert results["timing"]["single"]["plans"] == 3
+    assert results["evaluations_per_plan"] == 4 * 3 * 2  # candidates x steps x members
+    assert results["metrics"]["plan/reach/planner/success"]["n"] == 2
+    assert results["peak_rss_mib"]["main"] > 50
+    for key in ("device", "dtype", "threads", "seeds", "versions", "protocol_hash", "checkpoint", "command"):
+        assert results[key]
+    assert results["partial"] is False
+    assert results["checkpoint"]["content_hash"] == checkpoint.read_metadata(wam).content_sha256
+    assert (folder / "report.html").stat().st_size > 20_000
+    assert {p.name for p in (folder / "figures").iterdir()} >= {"success.svg", "paths.svg", "fidelity.svg"}
+    assert printed.splitlines()[-1].startswith("outputs in outputs/plan/")
+    if results["video_note"] is None:
+        assert (folder / "reach.mp4").stat().st_size > 1000
+    else:
+        assert "apt-get install" in results["video_note"]
+
+
+def test_the_same_command_gives_the_same_episodes_however_it_is_spread(wam):
+    quiet = ["video=false", "latency_plans=0"]
+    episodes = []
+    for more in (["workers=1"], ["workers=1"], ["workers=2"]):
+        main(_arguments(wam, *quiet, *more))
+        episodes.append(read_episodes(_latest() / "episodes.csv"))
+    assert episodes[0] == episodes[1] == episodes[2]
+    assert _results()["protocol_hash"] == _results(sorted(Path("outputs/plan").glob("2*"))[0])["protocol_hash"]
+
+
+def test_the_oracle_is_one_more_method(wam):
+    main(_arguments(wam, "oracle=true", "oracle_episodes=1", "methods=[planner]", "oracle_candidates=3", "video=false"))
+    results = _results()
+    assert results["methods"] == ["planner", "oracle"]
+    assert results["summary"]["oracle"]["mean"]["n"] == 1
+    assert results["timing"]["oracle"]["imagine_ms"]["p50"] > 0
+
+
+def test_a_sweep_runs_on_dev_starts(wam):
+    main(_arguments(wam, "-m", "split=dev", "video=false", "methods=[planner,random]", "planner.sigma=0.1,0.2"))
+    folder = Path("outputs/plan/latest")
+    assert [_results(folder / str(k))["config"]["planner"]["sigma"] for k in range(2)] == [0.1, 0.2]
+
+
+def test_a_sweep_on_test_starts_is_refused(wam, capsys):
+    assert "split=dev" in _refused(capsys, _arguments(wam, "-m", "planner.sigma=0.1,0.2"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["env=metaworld/psh-v3"], "metaworld/push-v3"),
+        (["env.tasks=[metaworld/psh-v3]"], "metaworld/push-v3"),
+        (["planner=mppy"], "mppi"),
+        (["wam=nowhere/tiny.safetensors"], "unknown checkpoint"),
+        (["episodes=0"], "episodes is 0, but must be a whole number of at least 1"),
+        (["episodes=2.5"], "episodes is 2.5"),
+        (["num_envs=0"], "num_envs is 0"),
+        (["workers=0"], "workers is 0"),
+        (["threads=0"], "threads is 0"),
+        (["planner.horizon=0"], "horizon is 0"),
+        (["planner.horizon=9", "controller.replan_every=3"], "was trained to imagine 4"),
+        (["planner.sigma=nan"], "sigma is nan"),
+        (["planner.temperature=-1"], "temperature is -1"),
+        (["controller.replan_every=7"], "replan_every is 7"),
+        (["split=tets"], "test"),
+        (["split=train"], "debug=true"),
+        (["methods=[planer]"], "planner"),
+        (["methods=[]"], "methods is []"),
+        (["device=cuda:77"], "device=cuda:77 cannot be used here"),
+        (["resume=nowhere"], "there is no config.yaml"),
+        (["planer.horizon=3"], "planner"),
+        (["env.max_steps=0"], "max_steps is 0"),
+        (["env.action_repeat=1"], "action_repeat as in training"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(wam, capsys, words, expected):
+    assert expected in _refused(capsys, _arguments(wam, *words))
+    assert not list(Path("outputs/plan").glob("2*")) if Path("outputs/plan").exists() else True
+
+
+def test_a_near_name_of_a_checkpoint_is_named(wam, capsys):
+    assert "tiny.safetensors" in _refused(capsys, _arguments(wam.replace("tiny", "tinny")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"observation": {"state": [20]}}, "'state' of shape (20,)"),
+        ({"observation": {"pixels": [3, 64, 64]}}, "reads the observation 'pixels'"),
+        ({"action_dim": 7}, "acts with 7 dims"),
+        ({"tasks": [PUSH]}, "unknown task for this checkpoint 'metaworld/reach-v3'"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused(tmp_path, capsys, changes, expected):
+    path = _save(tmp_path / "other.safetensors", **changes)
+    assert expected in _refused(capsys, _arguments(str(path)))
+
+
+def test_a_damaged_checkpoint_is_refused(wam, tmp_path, capsys):
+    path = tmp_path / "half.safetensors"
+    path.write_bytes(Path(wam).read_bytes()[:5000])
+    assert "truncated" in _refused(capsys, _arguments(str(path)))
+
+
+def _subprocess(arguments: Sequence[str], **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "wamrl.plan", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_without_a_renderer_the_run_goes_on_and_says_how_to_get_one(wam):
+    process = _subprocess(_arguments(wam, "methods=[planner,random]"), MUJOCO_GL="disable")
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    results = _results()
+    assert results["videos"] == [] and results["partial"] is False
+    assert "apt-get install" in results["video_note"]
+    assert "no video" in out
+    assert "No video" in (_latest() / "report.html").read_text()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_keeps_what_is_done_and_the_run_can_be_finished(wam, capsys, workers):
+    more = ["methods=[random,expert]", "episodes=40", "num_envs=2", "env.max_steps=60", f"workers={workers}"]
+    process = _subprocess(_arguments(wam, *more))
+    deadline = time.monotonic() + 120
+    found: list[Path] = []
+    while time.monotonic() < deadline and process.poll() is None:
+        found = list(Path("outputs/plan").glob("2*/episodes.csv"))
+        if found and len(found[0].read_text().splitlines()) > 3:
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    stopped = found[0].parent
+    results = _results(stopped)
+    done = read_episodes(stopped / "episodes.csv")
+    assert results["partial"] is True
+    assert 0 < len(done) < 80
+    assert f"{len(done)} of 80 episodes are done" in err
+    assert f"resume={stopped}" in err
+    assert "Partial" in (stopped / "report.html").read_text()
+
+    assert "leave out episodes=3" in _refused(capsys, [f"resume={stopped}", "episodes=3"])
+    main([f"resume={stopped}"])
+    finished = _latest()
+    assert _results(finished)["partial"] is False
+    everything = read_episodes(finished / "episodes.csv")
+    assert {e.key for e in everything} == {(m, REACH, i) for m in ("random", "expert") for i in range(40)}
+    assert set(done) <= set(everything)
+    assert "nothing left to do" in _refused(capsys, [f"resume={finished.resolve()}"])
+
+    if workers == 1:  # an episode does not depend on what ran beside it: the pieces are what one run gives
+        main(_arguments(wam, *more))
+        assert read_episodes(_latest() / "episodes.csv") == everything
+
+
+def test_a_changed_checkpoint_cannot_finish_a_run(wam, tmp_path, capsys):
+    path = tmp_path / "own.safetensors"
+    path.write_bytes(Path(wam).read_bytes())
+    main(_arguments(str(path), "methods=[random]", "video=false"))
+    folder = _latest().resolve()
+    results = _results(folder) | {"partial": True}
+    (folder / "results.json").write_text(json.dumps(results))
+    _save(path, tasks=[REACH])
+    assert "checkpoint has changed" in _refused(capsys, [f"resume={folder}"])
+
+
+def test_the_help_is_for_newcomers(capsys):
+    main(["--help"])
+    text = capsys.readouterr().out
+    for word in ("wam", "episodes", "oracle", "metaworld/push-v3", "start states"):
+        assert word in text
+
+
+def test_an_observation_with_nan_stops_the_run(wam, capsys, monkeypatch):
+    metaworld = pytest.importorskip("wamrl.envs.metaworld")
+    honest = metaworld.Simulator.step
+
+    def broken(self, action):
+        observation, reward, success, failed = honest(self, action)
+        observation = observation.copy()
+        observation[0] = float("nan")
+        self.observation = observation
+        return observation, reward, success, failed
+
+    monkeypatch.setattr(metaworld.Simulator, "step", broken)
+    assert "NaN" in _refused(capsys, _arguments(wam, "methods=[planner]", "video=false"))
+
+
+def test_an_episode_record_is_plain(wam):
+    main(_arguments(wam, "methods=[random]", "video=false"))
+    (first, *_) = read_episodes(_latest() / "episodes.csv")
+    assert replace(first) == first
+    assert first.length == 12 and not first.success and first.tag
