@@ -1,0 +1,428 @@
+"""The reference WAM: a joint-embedding latent model after TD-MPC2 (Hansen et al., 2024, arXiv:2310.16828).
+
+An encoder maps the observation to a SimNorm latent; an ensemble of residual-free MLPs predicts the next latent from
+latent and action; heads read reward, success, value and the policy off a latent; a probe on detached latents decodes
+observation keys. Targets of the latent prediction come from a moving average of the encoder.
+
+Letters: B windows, T steps of a window, R rows, N candidates, M ensemble members, H actions, A action dims, D latent
+dims, E value heads, G observation features.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Proposal, Spec, State, task_id
+from wamrl.naming import unknown_name
+from wamrl.noise import NoiseKey
+
+LOG_STD_MIN, LOG_STD_MAX = -3.0, 0.0
+
+
+def sim_norm(x: Tensor, group: int) -> Tensor:
+    """Softmax within groups of `group` latent dims (SimNorm, Lavoie et al., 2022).
+
+    A group is strided over the latent, not contiguous: softmax over an outer dim is four times quicker on a CPU.
+    """
+    return F.softmax(x.unflatten(-1, (group, -1)), dim=-2).flatten(-2)
+
+
+class EnsembleLinear(nn.Module):
+    """`members` linear layers side by side: [M, X, in] -> [M, X, out]."""
+
+    def __init__(self, members: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        bound = 1.0 / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(members, 1, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class EnsembleNorm(nn.Module):
+    """LayerNorm with one gain and offset per member."""
+
+    def __init__(self, members: int, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(members, 1, width))
+        self.offset = nn.Parameter(torch.zeros(members, 1, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:]) * self.gain + self.offset
+
+
+def ensemble_mlp(members: int, inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
+    """Linear, LayerNorm, SiLU blocks and a last linear layer, for `members` networks at once."""
+    layers: list[nn.Module] = []
+    for width in widths:
+        layers += [EnsembleLinear(members, inputs, width), EnsembleNorm(members, width), nn.SiLU()]
+        inputs = width
+    return nn.Sequential(*layers, EnsembleLinear(members, inputs, outputs))
+
+
+def mlp(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
+    """Linear, LayerNorm, SiLU blocks and a last linear layer."""
+    layers: list[nn.Module] = []
+    for width in widths:
+        layers += [nn.Linear(inputs, width), nn.LayerNorm(width), nn.SiLU()]
+        inputs = width
+    return nn.Sequential(*layers, nn.Linear(inputs, outputs))
+
+
+class JointEmbeddingWAM(WAM):
+    """Encoder, latent dynamics ensemble, reward, success, values, policy and probe in one set of weights.
+
+    observation: key -> shape of the keys that the encoder reads (vectors).
+    decode_observation: key -> shape of the keys that the probe decodes; None means the same.
+    """
+
+    def __init__(
+        self,
+        *,
+        observation: Mapping[str, Sequence[int]],
+        action_dim: int,
+        tasks: Sequence[str],
+        control_dt_s: float,
+        latent_dim: int = 128,
+        sim_group: int = 8,
+        width: int = 256,
+        dynamics_width: int = 192,
+        head_width: int = 192,
+        task_dim: int = 16,
+        members: int = 8,
+        values: int = 4,
+        horizon: int = 10,
+        discount: float = 0.97,
+        target_rate: float = 0.01,
+        expectile: float = 0.7,
+        value_kind: str = "success",
+        latent: str = "norm",
+        imitate_own: float = 1.0,
+        loss_weights: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.features = {key: math.prod(shape) for key, shape in observation.items()}
+        self.spec = Spec(
+            observation={key: tuple(shape) for key, shape in observation.items()},
+            action_dim=action_dim,
+            tasks=tuple(tasks),
+            chunk_length=horizon,
+            max_horizon=horizon,
+            discount=discount,
+            control_dt_s=control_dt_s,
+            provides=frozenset(
+                {"rollout", "policy", "log_prob", "value", "decode", "reward", "success", "uncertainty"}
+            ),
+            anatomy=Anatomy("feature", "joint-embedding", "action-conditioned rollout", "chunked"),
+            ensemble_size=members,
+        )
+        self.latent = latent
+        self.value_kind, self.imitate_own = value_kind, imitate_own
+        self.members, self.sim_group, self.target_rate, self.expectile = members, sim_group, target_rate, expectile
+        self.loss_weights = {
+            "consistency": 20.0,
+            "reward": 0.5,
+            "success": 0.5,
+            "value": 0.5,
+            "policy": 1.0,
+            "probe": 1.0,
+            **(loss_weights or {}),
+        }
+        total = sum(self.features.values())
+        self.register_buffer("mean", torch.zeros(total))
+        self.register_buffer("std", torch.ones(total))
+        self.register_buffer("task_ids", torch.tensor([task_id(name) for name in tasks]))
+        self.task_embedding = nn.Embedding(len(tasks), task_dim)
+        nn.init.normal_(self.task_embedding.weight, std=1.0 / math.sqrt(task_dim))
+        self.encoder = mlp(total + task_dim, [width, width], latent_dim)
+        self.dynamics = ensemble_mlp(
+            members, latent_dim + task_dim + action_dim, [dynamics_width, dynamics_width], latent_dim
+        )
+        head_in = latent_dim + task_dim
+        self.outcome = mlp(head_in, [head_width], 2)  # reward, success logit of the frame
+        self.values = ensemble_mlp(values, head_in, [head_width], 1)
+        self.policy = mlp(head_in, [width, width], 2 * action_dim)
+        self.probe = mlp(latent_dim, [width], total)
+        nn.init.zeros_(self.values[-1].weight)
+        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.target_values = copy.deepcopy(self.values).requires_grad_(False)
+
+    # ---- borders -------------------------------------------------------------------------------------------------
+
+    def set_normalisation(self, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Store mean and standard deviation per observation key; a constant feature keeps a deviation of one."""
+        self.mean.copy_(torch.cat([torch.as_tensor(statistics[k]["mean"]).flatten() for k in self.features]))
+        std = torch.cat([torch.as_tensor(statistics[k]["std"]).flatten() for k in self.features])
+        self.std.copy_(torch.where(std < 1e-4, torch.ones_like(std), std))
+
+    def task_index(self, task: Tensor) -> Tensor:
+        """Row of the task table for each `task_id` in `task`."""
+        match = task.unsqueeze(-1) == self.task_ids
+        if not bool(match.any(-1).all()):
+            strange = task[~match.any(-1)][0].item()
+            raise unknown_name("task id", str(strange), self.spec.tasks, hint="The checkpoint was trained on those.")
+        return match.long().argmax(-1)
+
+    def _flatten(self, observation: TensorDict) -> Tensor:
+        lead = observation.batch_dims
+        flat = torch.cat([observation[key].flatten(lead).float() for key in self.features], dim=-1)
+        return (flat - self.mean) / self.std
+
+    def _latent(self, encoder: nn.Module, x: Tensor, task: Tensor) -> Tensor:
+        return self._normalise(encoder(torch.cat([x, task], dim=-1)))
+
+    def _normalise(self, z: Tensor) -> Tensor:
+        return sim_norm(z, self.sim_group) if self.latent == "simnorm" else F.layer_norm(z, z.shape[-1:])
+
+    def _step(self, z: Tensor, task: Tensor, action: Tensor) -> Tensor:
+        """Next latents [M, X, D] from [M, X, D]."""
+        change = self.dynamics(torch.cat([z, task, action], dim=-1))
+        return self._normalise(change if self.latent == "simnorm" else z + change)
+
+    def _policy(self, z: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
+        mean, raw = self.policy(torch.cat([z, task], dim=-1)).chunk(2, dim=-1)
+        log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(raw) + 1.0)
+        return torch.tanh(mean), log_std
+
+    # ---- queries -------------------------------------------------------------------------------------------------
+
+    def encode(self, context: Context) -> State:
+        x = self._flatten(context.observation[:, -1])
+        task = self.task_embedding(self.task_index(context.task))
+        return TensorDict({"z": self._latent(self.encoder, x, task), "task": task}, batch_size=x.shape[:1])
+
+    def imagine(
+        self,
+        state: State,
+        actions: Tensor | None,
+        *,
+        futures: int | None = None,
+        noise: NoiseKey | None = None,
+        with_frames: bool = False,
+    ) -> Imagined:
+        if actions is None:
+            self.spec.require("video")
+        assert actions is not None
+        rows, num, horizon, _ = actions.shape
+        flat = actions.flatten(0, 1)
+        imagined, _ = self._roll(state, num, horizon, lambda t, z: flat[:, t], with_frames=with_frames)
+        return imagined
+
+    def propose(
+        self,
+        state: State,
+        num: int,
+        *,
+        mode: str = "sde",
+        future: State | None = None,
+        noise: NoiseKey | None = None,
+        perturbation: Tensor | None = None,
+        horizon: int | None = None,
+    ) -> Proposal:
+        if future is not None:
+            self.spec.require("inverse")
+        if mode not in ("ode", "sde"):
+            raise ValueError(f"mode is '{mode}'; expected 'ode' (deterministic) or 'sde' (sampled)")
+        rows, action_dim = state.batch_size[0], self.spec.action_dim
+        horizon = perturbation.shape[2] if perturbation is not None else horizon or self.spec.chunk_length
+        if mode == "sde":
+            if noise is None:
+                raise ValueError("mode='sde' samples, so it needs noise=NoiseKey; use mode='ode' for the mean action")
+            draws = noise.normal(num, horizon, action_dim).flatten(0, 1)
+        else:
+            draws = torch.zeros(rows * num, horizon, action_dim, device=state["z"].device)
+        task = state["task"].repeat_interleave(num, 0)
+        chain, log_prob = torch.empty_like(draws), torch.zeros(rows * num, device=draws.device)
+
+        def act(t: int, z: Tensor) -> Tensor:
+            nonlocal log_prob
+            mean, log_std = self._policy(z, task)
+            action = mean + log_std.exp() * draws[:, t]
+            if perturbation is not None:
+                action = action + perturbation.flatten(0, 1)[:, t]
+            chain[:, t] = action
+            log_prob = log_prob + _gaussian_log_prob(action, mean, log_std)
+            return action.clamp(-1.0, 1.0)
+
+        imagined, _ = self._roll(state, num, horizon, act)
+        chain = chain.view(rows, num, horizon, action_dim)
+        return Proposal(
+            actions=chain.clamp(-1.0, 1.0),
+            chain=torch.stack([draws.view_as(chain), chain], dim=2),
+            times=torch.tensor([0.0, 1.0]),
+            log_prob=log_prob.view(rows, num, 1),
+            imagined=imagined,
+        )
+
+    def log_prob(self, state: State, proposal: Proposal) -> Tensor:
+        """[R, N, 1] log-density of the unclamped chunk, the policy reacting to what each action leads to."""
+        chain = proposal.chain[:, :, -1]
+        rows, num, horizon, _ = chain.shape
+        chain = chain.flatten(0, 1)
+        task = state["task"].repeat_interleave(num, 0)
+        total = chain.new_zeros(rows * num)
+
+        def act(t: int, z: Tensor) -> Tensor:
+            nonlocal total
+            mean, log_std = self._policy(z, task)
+            total = total + _gaussian_log_prob(chain[:, t], mean, log_std)
+            return chain[:, t].clamp(-1.0, 1.0)
+
+        self._roll(state, num, horizon, act)
+        return total.view(rows, num, 1)
+
+    def _roll(
+        self, state: State, num: int, horizon: int, act: Callable[[int, Tensor], Tensor], *, with_frames: bool = False
+    ) -> tuple[Imagined, Tensor]:
+        """Every member takes the action that `act(t, mean latent [R*N, D])` chooses; latents [M, R*N, H, D]."""
+        rows, members = state.batch_size[0], self.members
+        task = state["task"].repeat_interleave(num, 0)
+        z = state["z"].repeat_interleave(num, 0)
+        mean, latents = z, []
+        z = z.expand(members, -1, -1)
+        tasks = task.expand(members, -1, -1)
+        for t in range(horizon):
+            action = act(t, mean)
+            z = self._step(z, tasks, action.expand(members, -1, -1))
+            mean = z.mean(0)
+            latents.append(z)
+        path = torch.stack(latents, dim=2)
+        outcome = self.outcome(torch.cat([path, tasks.unsqueeze(2).expand(-1, -1, horizon, -1)], dim=-1))
+        # Disagreement: standard deviation over members, averaged over latent dims.
+        spread = path.std(0, unbiased=False).mean(-1).view(rows, num, 1, horizon).expand(-1, -1, members, -1)
+
+        def future(x: Tensor) -> Tensor:
+            return x.unflatten(1, (rows, num)).movedim(0, 2)
+
+        leaf = TensorDict({"z": future(z), "task": future(tasks)}, batch_size=[rows, num, members])
+        imagined = Imagined(
+            leaf=leaf,
+            evaluations=num * members * horizon,
+            reward=future(outcome[..., 0]),
+            success=future(torch.sigmoid(outcome[..., 1])),
+            uncertainty=spread,
+            frames=future(path) if with_frames else None,
+        )
+        return imagined, path
+
+    @staticmethod
+    def _values(network: nn.Sequential, x: Tensor) -> Tensor:
+        """[E, X] values of [X, D + C]."""
+        return network(x.expand(network[0].weight.shape[0], -1, -1)).squeeze(-1)
+
+    def value(self, state: State) -> Tensor:
+        z, task = state["z"], state["task"]
+        x = torch.cat([z, task], dim=-1).flatten(0, -2)
+        value = self._values(self.values, x)
+        return value.movedim(0, -1).unflatten(0, z.shape[:-1])
+
+    def decode(self, state: State | Imagined, keys: tuple[str, ...] | None = None) -> TensorDict:
+        if isinstance(state, Imagined):
+            if state.frames is None:
+                raise ValueError("this Imagined holds no frames; call imagine(..., with_frames=True) to decode it")
+            z = state.frames
+        else:
+            z = state["z"]
+        flat = self.probe(z) * self.std + self.mean
+        parts = dict(zip(self.features, flat.split(list(self.features.values()), dim=-1), strict=True))
+        for key in keys or ():
+            if key not in parts:
+                raise unknown_name("observation key", key, parts)
+        chosen = {k: v.unflatten(-1, self.spec.observation[k]) for k, v in parts.items() if keys is None or k in keys}
+        return TensorDict(chosen, batch_size=z.shape[:-1])
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: TensorDict, *, noise: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Losses of a batch of windows; each ensemble member unrolls its own share of them, so members differ.
+
+        batch: [B] with B a multiple of the ensemble size, the batch contract of `wamrl.data`.
+        """
+        action, valid = batch["action"], batch["valid"]
+        windows, steps, action_dim = action.shape
+        members = self.members
+        if windows % members:
+            raise ValueError(
+                f"the batch has {windows} windows; it must be a multiple of the {members} ensemble members"
+            )
+        x = self._flatten(batch["observation"])  # [B, T+1, G]
+        task = self.task_embedding(self.task_index(batch["task"]))
+        tasks = task.unsqueeze(1).expand(-1, steps + 1, -1)
+        with torch.no_grad():
+            target = self._latent(self.target_encoder, x, tasks)
+        online = self._latent(self.encoder, x, tasks)
+        start = online[:, 0]
+        mask = valid.float()
+        count = mask.sum().clamp(min=1.0)
+
+        # Latent prediction: member m unrolls windows m * B/M to (m + 1) * B/M.
+        z = start.view(members, -1, start.shape[-1])
+        member_task = task.view(members, -1, task.shape[-1])
+        member_action = action.view(members, -1, steps, action_dim)
+        predicted = [start]
+        for t in range(steps):
+            z = self._step(z, member_task, member_action[:, :, t])
+            predicted.append(z.flatten(0, 1))
+        path = torch.stack(predicted, dim=1)  # [B, T+1, D], the first frame encoded, the others imagined
+        before, after = path[:, :-1], path[:, 1:]
+        losses = {"consistency": ((after - target[:, 1:]).square().mean(-1) * mask).sum() / count}
+
+        outcome = self.outcome(torch.cat([after, tasks[:, 1:]], dim=-1))
+        losses["reward"] = (F.smooth_l1_loss(outcome[..., 0], batch["reward"], reduction="none") * mask).sum() / count
+        bce = F.binary_cross_entropy_with_logits(outcome[..., 1], batch["success"].float(), reduction="none")
+        losses["success"] = (bce * mask).sum() / count
+
+        # Policy: the expert's label where there is one, else the executed action of a successful episode.
+        labelled = batch["label_valid"]
+        own = batch["episode_success"].unsqueeze(1) & ~labelled
+        wanted = torch.where(labelled.unsqueeze(-1), batch["label"], action).clamp(-1.0, 1.0)
+        mean, log_std = self._policy(
+            torch.cat([online[:, :-1], before[:, 1:]], 1), torch.cat([tasks[:, :-1], tasks[:, 1:-1]], 1)
+        )
+        weight = (labelled.float() + self.imitate_own * own.float()) * mask
+        weight = torch.cat([weight, 0.25 * weight[:, 1:]], 1)
+        wanted = torch.cat([wanted, wanted[:, 1:]], 1)
+        nll = -_gaussian_log_prob(wanted, mean.detach(), log_std)
+        error = (mean - wanted).square().sum(-1)
+        losses["policy"] = ((error + 0.02 * nll) * weight).sum() / weight.sum().clamp(min=1.0)
+
+        # Value: expectile regression (Kostrikov et al., 2022) on one-step targets of the executed actions.
+        with torch.no_grad():
+            ahead = torch.cat([target[:, 1:], tasks[:, 1:]], dim=-1).flatten(0, 1)
+            next_value = self._values(self.target_values, ahead).mean(0).view(windows, steps)
+            value_target = self._value_target(batch, next_value)
+        value = self._values(self.values, torch.cat([before, tasks[:, :-1]], dim=-1).flatten(0, 1))
+        gap = value_target - value.view(-1, windows, steps)
+        asymmetry = torch.where(gap > 0, self.expectile, 1.0 - self.expectile)
+        losses["value"] = (asymmetry * gap.square() * mask).sum() / count / value.shape[0]
+
+        decoded = self.probe(after.detach())
+        losses["probe"] = ((decoded - x[:, 1:]).square().mean(-1) * mask).sum() / count
+        total = sum(self.loss_weights[name] * value for name, value in losses.items())
+        return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
+
+    def _value_target(self, batch, next_value):
+        r = batch["success"].float()
+        if self.value_kind == "success":
+            return torch.where(batch["success"], torch.ones_like(next_value), self.spec.discount * next_value)
+        return batch["reward"] / 10.0 * (1 - self.spec.discount) + self.spec.discount * next_value
+
+    @torch.no_grad()
+    def update_targets(self) -> None:
+        """Move the target encoder and target values towards the online ones by `target_rate`."""
+        for slow, fast in ((self.target_encoder, self.encoder), (self.target_values, self.values)):
+            torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), self.target_rate)
+
+
+def _gaussian_log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Log-density summed over the last dim."""
+    scaled = (x - mean) / log_std.exp()
+    return (-0.5 * scaled.square() - log_std - 0.5 * math.log(2.0 * math.pi)).sum(-1)
