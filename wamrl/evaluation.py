@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -308,7 +308,7 @@ def run_episodes(
 
     Raises ValueError when a start names a task that no row runs, or when an action is not finite or misshapen.
     """
-    row_tasks = tuple(env.row_tasks)
+    row_tasks, device = tuple(env.row_tasks), env.device or torch.device("cpu")
     unknown = {start.task for start in starts} - set(row_tasks)
     if unknown:
         known = ", ".join(sorted(set(row_tasks)))
@@ -331,14 +331,15 @@ def run_episodes(
         index = torch.zeros(len(row_tasks), dtype=torch.int64)
         for row, start in taken:
             reset[row], index[row] = True, start.index
-        request = TensorDict({"_reset": reset, "start": index}, batch_size=[len(row_tasks)])
+        request = TensorDict({"_reset": reset, "start": index}, batch_size=[len(row_tasks)], device=device)
         if observation is not None:  # TorchRL wants to see the rows that go on as well
             request.update(observation)
         fresh = env.reset(request)
         if observation is None:
             observation = fresh.exclude("_reset", "start").clone()
         else:
-            observation = torch.where(reset[:, 0], fresh.select(*observation.keys()), observation)
+            chosen = reset[:, 0].to(device)
+            observation = cast(TensorDict, torch.where(chosen, fresh.select(*observation.keys()), observation))
         for row, start in taken:
             state = observation["state"][row] if "state" in observation.keys() else None
             running[row] = _Running(start=start, tags=FailureTags(state, start.task))
@@ -346,12 +347,13 @@ def run_episodes(
     begin(list(range(len(row_tasks))))
     live = sorted(running)
     policy_state = policy.initial_state(len(live))
-    is_init = torch.ones(len(live), dtype=torch.bool)
+    is_init = torch.ones(len(live), dtype=torch.bool, device=device)
     action_shape = tuple(env.action_spec.shape[1:])
     while live:
         assert observation is not None
-        rows = torch.tensor(live)
-        policy_state["row"] = torch.tensor([running[row].start.row for row in live], dtype=torch.int64)
+        rows = torch.tensor(live, device=device)
+        identity = [running[row].start.row for row in live]
+        policy_state["row"] = torch.tensor(identity, dtype=torch.int64, device=device)
         seen = observation[rows].exclude(*dropped)
         action, policy_state = policy.act(seen, policy_state, is_init)
         if tuple(action.shape) != (len(live), *action_shape):
@@ -365,13 +367,13 @@ def run_episodes(
                 f"{method} returned an action that is not finite at step {bad.length} of {bad.start.task} "
                 f"start {bad.start.index}; nothing was sent to the simulator"
             )
-        full = torch.zeros(len(row_tasks), *action_shape, dtype=action.dtype)
-        full[rows] = action
+        full = torch.zeros(len(row_tasks), *action_shape, dtype=action.dtype, device=device)
+        full[rows] = action.to(device)
         request = observation.clone()
         request["action"] = full
         if len(live) < len(row_tasks):
             # Rows without an episode stand still; an environment that honours `_step` spends no time on them.
-            step = torch.zeros(len(row_tasks), 1, dtype=torch.bool)
+            step = torch.zeros(len(row_tasks), 1, dtype=torch.bool, device=device)
             step[rows] = True
             request["_step"] = step
         after = env.step(request)["next"]
@@ -405,8 +407,8 @@ def run_episodes(
                 over.append(row)
                 del running[row]
         begin(over)
-        keep = torch.tensor([row in running for row in live])
-        is_init = torch.tensor([row in over for row in live])[keep]
+        keep = torch.tensor([row in running for row in live], device=device)
+        is_init = torch.tensor([row in over for row in live], device=device)[keep]
         policy_state = policy_state[keep]
         live = [row for row in live if row in running]
     return [finished[start] for start in starts]

@@ -10,6 +10,7 @@ Letters: R rows, N candidates, M = 1 future, H actions, A action dims, S numbers
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 from tensordict import TensorDict
@@ -86,7 +87,7 @@ class OracleWAM(WAM):
                 observations.append(now.select(*self.model.spec.observation))
                 snapshots.append(now["snapshot"])
         device = state["task"].device
-        observation = torch.cat(observations).to(device)
+        observation = cast(TensorDict, torch.cat(observations)).to(device)
         task = state["task"].repeat_interleave(num)
         observation["task"] = task
         leaf = TensorDict(

@@ -66,7 +66,7 @@ from wamrl.video import View, write_video
 Emit = Callable[[str, Any], None]
 
 # Seen from the front left, wide enough for the arm and every task's object.
-VIDEO_CAMERA = {"azimuth": 150.0, "elevation": -32.0, "distance": 1.05, "lookat": (0.02, 0.68, 0.12)}
+VIDEO_CAMERA: dict[str, Any] = {"azimuth": 150.0, "elevation": -32.0, "distance": 0.95, "lookat": (0.02, 0.68, 0.12)}
 VIDEO_SIZE = (360, 400)
 VIDEO_FPS = 10
 
@@ -425,7 +425,7 @@ def _carry_over(run: _Run, earlier: Path) -> None:
 def _make_env(
     settings: Mapping[str, Any], tasks: Sequence[str] | None, num_envs: int, *, snapshots: bool = False
 ) -> Any:
-    options: dict[str, Any] = {"num_envs": num_envs, "split": settings["split"]}
+    options: dict[str, Any] = {"num_envs": num_envs, "split": settings["split"], "device": settings["device"]}
     if tasks is not None:
         options["tasks"] = list(tasks)
     if snapshots:
@@ -747,8 +747,8 @@ def _spread(settings: Mapping[str, Any], directory: Path, jobs: Sequence[_Job], 
         return
     context = multiprocessing.get_context("spawn")
     todo, events = context.Queue(), context.Queue()
-    for job in [*jobs, *[None] * count]:
-        todo.put(job)
+    for item in [*jobs, *[None] * count]:
+        todo.put(item)
     arguments = (settings, directory, todo, events)
     processes = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(count)]
     try:
@@ -808,7 +808,11 @@ def _time_single_plans(run: _Run, console: Console) -> None:
     warm_up = 5
     with console.status("timing single plans"):
         for i in range(count + warm_up):
-            policy.act(rows[i % len(rows)], policy.initial_state(1), torch.ones(1, dtype=torch.bool))
+            policy.act(
+                rows[i % len(rows)],
+                policy.initial_state(1),
+                torch.ones(1, dtype=torch.bool, device=run.settings["device"]),
+            )
     run.timing["single"] = _timing(policy.log[warm_up:], run.settings["threads"])
 
 

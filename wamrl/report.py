@@ -37,7 +37,7 @@ METHODS = {
     "policy": "the same weights' own policy, without planning",
     "shuffled": "the same planner at the same cost, but the candidates' scores are dealt out at random",
     "random": "uniform random actions",
-    "expert": "the scripted expert that ships with the simulator; it sees the full state",
+    "expert": "the scripted expert that ships with the simulator, reading the same state",
     "oracle": "the same planner, imagining with the true simulator instead of the model (fewer starts, reduced budget)",
 }
 
@@ -171,7 +171,7 @@ def speed_figure(title: str, episodes: Sequence[Mapping[str, Any]], methods: Seq
         mine = [e for e in episodes if e["method"] == method]
         if not mine:
             continue
-        points, done = [(left, top + h)], 0
+        points, done = [(float(left), float(top + h))], 0
         for step in sorted(e["first_success_step"] for e in mine if e["first_success_step"] is not None):
             x = left + w * step / max_steps
             points.append((x, top + (1 - done / len(mine)) * h))
@@ -296,7 +296,15 @@ def episode_figure(trace: Mapping[str, Any]) -> _Figure:
             figure.rect(
                 x(step + 0.15), base - h2 * u / most, w / steps * 0.7, h2 * u / most, "f-shuffled", opacity="0.75"
             )
-        figure.text(left, top + h + gap - 6, f"disagreement (highest {most:.3g})", "soft small")
+        figure.text(left, top + h + gap - 6, f"disagreement (highest {most:.3g})", "f-shuffled small")
+    scored = [(p["step"], p["value"]) for p in trace["plans"] if p["value"] is not None]
+    if scored:
+        low, high = min(v for _, v in scored), max(v for _, v in scored)
+        dots = [(x(t + 0.5), base - h2 * ((v - low) / (high - low) if high > low else 0.5)) for t, v in scored]
+        figure.path(dots, "s-policy", stroke_width="1.2")
+        for dot in dots:
+            figure.circle(*dot, 2.4, "f-policy")
+        figure.text(left + w, top + h + gap - 6, f"plan's score ({low:.2g} to {high:.2g})", "f-policy small", "end")
     figure.line(left, base, left + w, base)
     for t in range(0, steps + 1, max(1, steps // 5)):
         figure.text(x(t), base + 15, str(t), "soft small", "end" if t == steps else "middle")

@@ -78,7 +78,7 @@ def write_video(
             temporary, fps=fps, codec="libx264", quality=7, macro_block_size=2, ffmpeg_log_level="error"
         ) as writer:
             for picture in [*pictures, *[pictures[-1]] * hold]:
-                writer.append_data(picture)
+                writer.append_data(picture)  # type: ignore[attr-defined]  # missing from imageio's types
 
 
 def _picture(frames: Sequence[NDArray[np.uint8]], trace: Mapping[str, Any], view: View, step: int) -> NDArray[np.uint8]:
