@@ -119,7 +119,7 @@ def measure_images(count: int) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, and store `benchmarks/results/collect_speed.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--episodes", type=int, default=40, help="per turn and task (default 40)")
+    parser.add_argument("--episodes", type=int, default=100, help="per turn and task (default 100)")
     parser.add_argument("--turns", type=int, default=3, help="default 3")
     parser.add_argument("--rows", type=int, default=8, help="simulators side by side (default 8)")
     parser.add_argument("--images", type=int, default=200, help="images per task (default 200)")

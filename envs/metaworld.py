@@ -201,7 +201,7 @@ class _ResetSpace:
         self._vector, self._asked = self.low, 0
         raw._get_state_rand_vec = self._next_vector
         raw._reset_hand()
-        raw._reset_hand = lambda *_, **__: None
+        raw._reset_hand = _do_nothing
         rng = np.random.Generator(np.random.PCG64(0))
         base = next(
             v
@@ -271,6 +271,14 @@ _NOT_STATE = {
 }  # fmt: skip
 
 
+_DIVERGED = [int(kind) for kind in (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL,
+            mujoco.mjtWarning.mjWARN_BADQACC)]  # fmt: skip
+
+
+def _do_nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
 _SCALARS: dict[str, Callable[[Any], Any]] = {"bool": bool, "int": int, "float": float}
 
 
@@ -322,6 +330,8 @@ class Simulator:
         self._state_size = mujoco.mj_stateSize(model, _STATE)
         self._number = _task_number(task)
         start = start_states(task, "train", 1).rand_vec[0]
+        self.raw._last_rand_vec = start
+        self.raw.reset()  # once as Meta-World does it: some attributes exist only from then on
         self.reset(start)
         before = dict(vars(self.raw))
         self.step(np.zeros(ACTION_DIM, dtype=np.float32))
@@ -335,9 +345,23 @@ class Simulator:
         """The first observation [39] of the start state `rand_vec` [V]; depends on nothing else."""
         raw = self.raw
         raw._last_rand_vec = np.array(rand_vec, dtype=np.float64)
+        # Meta-World's reset() runs reset_model twice, so that positions read in the second run are those of bodies
+        # that the first one moved. The first one need not settle the hand, which takes most of its time.
         mujoco.mj_resetData(raw.model, raw.data)
-        raw.reset()
-        # reset() leaves the observation of the bodies before they were moved: compute it again.
+        mujoco.mj_forward(raw.model, raw.data)
+        raw._reset_hand = _do_nothing
+        try:
+            raw.reset_model()
+        finally:
+            del raw._reset_hand
+        mujoco.mj_resetData(raw.model, raw.data)
+        raw.reset_model()
+        self._finish_reset()
+        return self.observation
+
+    def _finish_reset(self) -> None:
+        """Compute the first observation again: reset_model's is of the bodies before they were moved."""
+        raw = self.raw
         mujoco.mj_forward(raw.model, raw.data)
         for site in raw._target_site_config:
             raw._set_pos_site(*site)
@@ -346,7 +370,6 @@ class Simulator:
         self.observation = np.clip(raw._get_obs(), space.low, space.high)
         self.steps = 0
         self._warnings = self._count_warnings()
-        return self.observation
 
     def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float64], float, bool, bool]:
         """One control step with `action` [4] in [-1, 1].
@@ -369,9 +392,7 @@ class Simulator:
 
     def _count_warnings(self) -> int:
         # MuJoCo resets the state by itself when it diverges and only counts it.
-        number = self.raw.data.warning.number
-        return int(number[mujoco.mjtWarning.mjWARN_BADQPOS] + number[mujoco.mjtWarning.mjWARN_BADQVEL]
-                   + number[mujoco.mjtWarning.mjWARN_BADQACC])  # fmt: skip
+        return int(self.raw.data.warning.number[_DIVERGED].sum())
 
     def contact(self) -> NDArray[np.bool_]:
         """[C] flags of `CONTACT_NAMES` in the present state."""

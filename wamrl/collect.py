@@ -295,8 +295,8 @@ def _collect_group(
     queues = {task: [job for job in jobs if job.task == task][::-1] for task in tasks}
     keys = [key for key in env.observation_spec.keys() if key not in ("success", "simulator_error", "task")]
     running: list[_Job | None] = [None] * count
-    seen: list[list[TensorDict]] = [[] for _ in range(count)]  # whole batches; the row is cut out at the end
-    taken: list[list[tuple[Tensor, Tensor, float, bool]]] = [[] for _ in range(count)]
+    seen: list[list[dict[str, NDArray[Any]]]] = [[] for _ in range(count)]  # whole batches; cut out at the end
+    taken: list[list[tuple[Action, Action, float, bool]]] = [[] for _ in range(count)]
     after = [-1] * count  # steps since the first success, -1 before it
     td: TensorDict | None = None
 
@@ -316,8 +316,9 @@ def _collect_group(
         if fresh.any():
             request = TensorDict({}, [count]) if td is None else td.clone(False).set("_reset", fresh)
             td = env.reset(request.set("start", start)).exclude("start", "_reset")
+            frame = {key: td[key].numpy() for key in keys}
             for row in torch.nonzero(fresh.flatten()).flatten().tolist():
-                seen[row] = [td]
+                seen[row] = [frame]
         assert td is not None
         action, label = _act(td, running, fresh.flatten(), policy, expert)
         td.set("action", action)
@@ -325,10 +326,12 @@ def _collect_group(
         td = env.step(td)["next"]
         success, failed, truncated = (td[key].flatten().tolist() for key in ("success", "simulator_error", "done"))
         reward = td["reward"].flatten().tolist()
+        frame = {key: td[key].numpy() for key in keys}
+        actions, labels = action.numpy(), label.numpy()
         for row in torch.nonzero(active).flatten().tolist():
             if not failed[row]:
-                seen[row].append(td)
-                taken[row].append((action[row], label[row], reward[row], success[row]))
+                seen[row].append(frame)
+                taken[row].append((actions[row], labels[row], reward[row], success[row]))
                 if after[row] >= 0:
                     after[row] += 1
                 elif success[row]:
@@ -336,7 +339,7 @@ def _collect_group(
             if truncated[row] or 0 <= steps_after_success <= after[row]:
                 job = running[row]
                 assert job is not None
-                frames = {key: torch.stack([batch[key][row] for batch in seen[row]]) for key in keys}
+                frames = {key: torch.from_numpy(np.stack([past[key][row] for past in seen[row]])) for key in keys}
                 _store(writer, job, frames, taken[row], seed, failed[row], truncated[row])
                 seen[row] = []
                 running[row] = None
@@ -394,7 +397,7 @@ def _store(
     writer: EpisodeWriter,
     job: _Job,
     frames: dict[str, Tensor],
-    taken: list[tuple[Tensor, Tensor, float, bool]],
+    taken: list[tuple[Action, Action, float, bool]],
     seed: int,
     failed: bool,
     truncated: bool,
@@ -407,8 +410,8 @@ def _store(
     ended[-1] = truncated or failed
     episode = episode_tensordict(
         frames,
-        action=torch.stack(actions),
-        label=None if job.behaviour == "policy" else torch.stack(labels),
+        action=torch.from_numpy(np.stack(actions)),
+        label=None if job.behaviour == "policy" else torch.from_numpy(np.stack(labels)),
         reward=torch.tensor(rewards),
         success=torch.tensor(successes),
         truncated=ended,

@@ -167,7 +167,9 @@ class EpisodeWriter:
                 "return": float(episode["reward"].sum()),
             }
             sizes = {str(file.relative_to(temporary)): file.stat().st_size for file in temporary.rglob("*.memmap")}
-            write_json(temporary / "episode.json", {**info, **facts, "bytes": dict(sorted(sizes.items()))})
+            text = json.dumps({**info, **facts, "bytes": dict(sorted(sizes.items()))}, indent=2, allow_nan=False)
+            # Plainly: nothing reads this directory before it is renamed.
+            (temporary / "episode.json").write_text(text + "\n", encoding="utf-8")
             temporary.rename(final)
         finally:
             if temporary.exists():
