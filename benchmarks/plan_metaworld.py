@@ -1,0 +1,205 @@
+"""Planning in the reference WAM on six Meta-World tasks: collect, train, plan, again.
+
+    python -m benchmarks.plan_metaworld                       # both settings, three seeds, test starts
+    python -m benchmarks.plan_metaworld --settings scarce --seeds 0 --jobs 1
+
+Every stage is one of the commands that users run, in a directory of its own under `--out`; a stage that is done is
+not done again, so a stopped benchmark goes on. The metrics go to benchmarks/results/plan_metaworld.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wamrl.evaluation import Episode, compare, read_episodes, summarise
+from wamrl.files import write_json
+from wamrl.provenance import versions
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "plan_metaworld.json"
+METHODS = ("planner", "policy", "shuffled", "random", "expert")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One data setting. planner_episodes: what the planner collects per task between the two trainings."""
+
+    name: str
+    episodes: int
+    planner_episodes: int
+    steps: int
+    planner: tuple[str, ...] = ()
+    wam: tuple[str, ...] = ()
+
+
+SETTINGS = {
+    "rich": Setting("rich", episodes=100, planner_episodes=0, steps=6000),
+    "scarce": Setting("scarce", episodes=50, planner_episodes=50, steps=5000),
+}
+
+
+def stages(setting: Setting, seed: int, directory: Path) -> list[tuple[str, list[str]]]:
+    """(name of the file that says the stage is done, command) of one seed, in order."""
+    first_start = 1000 * seed
+    data = [directory / "data"]
+    todo = []
+
+    def add(name: str, module: str, *overrides: str) -> None:
+        todo.append((name, [sys.executable, "-m", f"wamrl.{module}", *overrides, f"run_dir={directory / name}"]))
+
+    def train(name: str) -> None:
+        paths = ",".join(str(path) for path in data)
+        add(
+            name, "train", f"data=[{paths}]", "wam=reference", *setting.wam, f"steps={setting.steps}", f"seed={seed}",
+            "threads=1",
+        )  # fmt: skip
+
+    add(
+        "collect", "collect", "env=metaworld/six", f"data={setting.name}", f"path={data[0]}", f"seed={seed}",
+        f"first_start={first_start}", "snapshots=false",
+    )  # fmt: skip
+    train("train")
+    model = directory / "train"
+    if setting.planner_episodes:
+        data.append(directory / "data_planner")
+        add(
+            "collect_planner", "collect", "env=metaworld/six", "data=planner",
+            f"data.mixture.policy={setting.planner_episodes}", f"path={data[1]}", f"wam={model}", f"seed={seed}",
+            f"first_start={first_start + setting.episodes}", "snapshots=false", *setting.planner,
+        )  # fmt: skip
+        train("train_again")
+        model = directory / "train_again"
+    add(
+        "plan", "plan", "env=metaworld/six", f"wam={model}", "split=test", "episodes=50", f"seed={seed}", "workers=1",
+        "video=false", *setting.planner,
+    )  # fmt: skip
+    return todo
+
+
+def run(setting: Setting, seed: int, out: Path) -> None:
+    """Run the missing stages of one seed; RuntimeError with the end of the log when a stage fails."""
+    directory = out / setting.name / f"seed{seed}"
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, command in stages(setting, seed, directory):
+        done = directory / f"{name}.done"
+        if done.exists():
+            continue
+        started = time.perf_counter()
+        log = directory / f"{name}.log"
+        if name == "plan" and (directory / name).exists():
+            shutil.rmtree(directory / name)
+        with log.open("w") as file:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT).returncode
+        if code:
+            raise RuntimeError(f"{' '.join(command)} exited with {code}:\n{log.read_text()[-2000:]}")
+        seconds = time.perf_counter() - started
+        write_json(done, {"command": command, "seconds": seconds, "versions": versions()})
+        print(f"{setting.name} seed {seed}: {name} in {seconds:.0f} s", flush=True)
+
+
+def _episodes(out: Path, setting: str, seeds: Sequence[int], stage: str) -> list[Episode]:
+    return [e for seed in seeds for e in read_episodes(out / setting / f"seed{seed}" / stage / "episodes.csv")]
+
+
+def collect_metrics(out: Path, settings: Sequence[Setting], seeds: Sequence[int]) -> tuple[dict[str, Any], list[str]]:
+    """Flat metrics over all seeds, and the protocol hashes of the runs they came from."""
+    metrics: dict[str, Any] = {}
+    hashes = []
+    for setting in settings:
+        runs = [json.loads((out / setting.name / f"seed{s}" / "plan" / "results.json").read_text()) for s in seeds]
+        hashes += [r["protocol_hash"] for r in runs]
+        episodes = _episodes(out, setting.name, seeds, "plan")
+        tasks = sorted({e.task for e in episodes})
+        for method in METHODS:
+            mine = [e for e in episodes if e.method == method]
+            for task in (None, *tasks):
+                chosen = [e for e in mine if task in (None, e.task)]
+                name = "mean" if task is None else task.removeprefix("metaworld/")
+                summary = summarise(chosen)
+                prefix = f"{setting.name}/{name}/{method}"
+                metrics[f"{prefix}/success"] = {
+                    "mean": summary.success, "n": summary.n, "low": summary.low, "high": summary.high
+                }  # fmt: skip
+            per_seed = [np.mean([e.success for e in mine if e.seed == seed]) for seed in seeds]
+            for seed, success in zip(seeds, per_seed, strict=True):
+                metrics[f"{setting.name}/mean/{method}/success_seed{seed}"] = float(success)
+        for other in ("policy", "shuffled"):
+            pair = compare(episodes, "planner", other)
+            assert pair is not None
+            prefix = f"{setting.name}/mean/planner_minus_{other}"
+            metrics[f"{prefix}/success"] = {
+                "mean": pair.difference, "n": pair.n, "low": pair.low, "high": pair.high
+            }  # fmt: skip
+            metrics[f"{prefix}/mcnemar_p"] = pair.p_value
+        for key in ("encode", "imagine", "search", "total"):
+            for quantile in ("p50", "p95", "p99"):
+                values = [r["timing"]["single"][f"{key}_ms"][quantile] for r in runs]
+                metrics[f"{setting.name}/plan/{key}_{quantile}_ms"] = float(np.median(values))
+        metrics[f"{setting.name}/plan/evaluations"] = runs[0]["evaluations_per_plan"]
+        for stage in ("train", "train_again"):
+            done = [out / setting.name / f"seed{s}" / f"{stage}.done" for s in seeds]
+            if all(path.exists() for path in done):
+                seconds = [json.loads(path.read_text())["seconds"] for path in done]
+                metrics[f"{setting.name}/{stage}_s"] = float(np.median(seconds))
+    return metrics, sorted(set(hashes))
+
+
+def main() -> None:
+    """Run what is missing and store the metrics."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", nargs="+", choices=sorted(SETTINGS), default=sorted(SETTINGS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="seeds side by side, one thread each")
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "bench" / "plan_metaworld")
+    arguments = parser.parse_args()
+    started = datetime.now(UTC)
+    clock = time.perf_counter()
+    chosen = [SETTINGS[name] for name in arguments.settings]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        futures = [pool.submit(run, s, seed, arguments.out) for seed in arguments.seeds for s in chosen]
+        for future in futures:
+            future.result()
+    metrics, hashes = collect_metrics(arguments.out, chosen, arguments.seeds)
+    result = {
+        "name": "plan_metaworld",
+        "command": "python -m benchmarks.plan_metaworld " + " ".join(sys.argv[1:]),
+        "protocol_hash": hashes,
+        "versions": versions(),
+        "device": "cpu",
+        "threads": 1,
+        "seeds": arguments.seeds,
+        "started": started.isoformat(timespec="seconds"),
+        "wall_s": time.perf_counter() - clock,
+        "config": {
+            s.name: [
+                [part.replace(str(arguments.out), "<out>").replace(sys.executable, "python") for part in command]
+                for _, command in stages(s, 0, arguments.out / s.name / "seed0")
+            ]
+            for s in chosen
+        },
+        "metrics": metrics,
+    }
+    write_json(RESULT, result)
+    for key, value in metrics.items():
+        if "/mean/" in key and isinstance(value, dict):
+            print(f"{key:50s} {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}] n={value['n']}")
+    print(f"stored {RESULT.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
