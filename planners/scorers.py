@@ -15,7 +15,7 @@ from wamrl.interfaces import WAM, Imagined, State
 from wamrl.naming import unknown_name
 from wamrl.noise import NoiseKey
 
-RISKS = ("mean", "lower_bound", "worst")
+RISKS = ("mean", "lower_bound", "worst", "improvement")
 REDUCTIONS = ("sum", "mean")
 
 
@@ -30,7 +30,10 @@ class ReturnScorer:
     Steps after an episode's end count for nothing (`alive` is 0 there); without an alive head all steps count.
 
     discount: d per step; None is the model's own. Units: those of the reward.
-    risk: over the M futures: "mean"; "lower_bound" = mean - risk_weight * standard deviation; "worst" = minimum.
+    risk: over the M futures: "mean"; "lower_bound" = mean - risk_weight * standard deviation; "worst" = minimum;
+    "improvement" = the lower bound of the gain over candidate 0 (the unperturbed policy, or the last mean), each future
+    against the same future of candidate 0: what all candidates share cancels, and a gain that the ensemble disagrees
+    on does not count.
     uncertainty_reduce: "sum" or "mean" over the steps (the mean divides by sum_h d^h).
     needs: the queries that the chosen weights ask of a model; a weight of 0 asks for nothing.
     """
@@ -98,6 +101,9 @@ class ReturnScorer:
             score = total.mean(dim=-1)
         elif self.risk == "lower_bound":
             score = total.mean(dim=-1) - self.risk_weight * total.std(dim=-1, correction=0)
+        elif self.risk == "improvement":
+            gain_over_first = total - total[:, :1]
+            score = gain_over_first.mean(dim=-1) - self.risk_weight * gain_over_first.std(dim=-1, correction=0)
         else:
             score = total.amin(dim=-1)
         if self.uncertainty_penalty > 0:

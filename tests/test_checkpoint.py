@@ -226,7 +226,7 @@ def test_one_flipped_bit_anywhere_in_the_header_is_refused(path):
         ("config", lambda value: {**value, "steps": 999}),
         ("provenance", lambda value: {**value, "data": "better data"}),
         ("spec", lambda value: {**value, "tasks": ["metaworld/drawer-open-v3", "metaworld/reach-v3"]}),
-        ("model", lambda value: {**value, "sim_group": 4}),
+        ("model", lambda value: {**value, "reward_scale": 4.0}),
         ("content_sha256", lambda value: "0" * 64),
     ],
 )

@@ -26,7 +26,6 @@ def _model() -> JointEmbeddingWAM:
             tasks=[REACH, PUSH],
             control_dt_s=0.025,
             latent_dim=16,
-            sim_group=4,
             width=16,
             dynamics_width=16,
             head_width=16,

@@ -24,7 +24,7 @@ from wamrl.plan import main
 pytest.importorskip("metaworld")
 
 REACH, PUSH = "metaworld/reach-v3", "metaworld/push-v3"
-SIZES = dict(latent_dim=16, sim_group=4, width=16, dynamics_width=16, head_width=16, members=2, values=2, horizon=4)
+SIZES = dict(latent_dim=16, width=16, dynamics_width=16, head_width=16, members=2, values=2, horizon=4)
 QUICK = ["planner.num_candidates=4", "planner.horizon=3", "controller.replan_every=3", "env.max_steps=12"]
 QUICK += ["episodes=2", "workers=1", "latency_plans=3"]
 

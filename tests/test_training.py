@@ -218,7 +218,7 @@ def test_a_single_bad_batch_is_skipped_and_counted(tmp_path):
 
 
 def test_training_learns_to_predict_better_than_nothing_moves(tmp_path):
-    sizes = {"latent_dim": 96, "width": 96, "dynamics_width": 96, "sim_group": 4}
+    sizes = {"latent_dim": 96, "width": 96, "dynamics_width": 96}
     settings = {"steps": 700, "batch_size": 64, "log_every": 50, "validate_every": 700, "save_every": 700}
     result = train(tmp_path, sizes=sizes, **settings, learning_rate=3e-3)
     errors = result.validation["by_horizon"]

@@ -125,10 +125,11 @@ class ToyWAM(WAM):
         future: State | None = None,
         noise: NoiseKey | None = None,
         perturbation: Tensor | None = None,
+        horizon: int | None = None,
     ) -> Proposal:
         """The linear policy's chunk, closed loop in the exact model."""
         self.counts["propose"] += 1
-        horizon = self.spec.chunk_length if perturbation is None else perturbation.shape[2]
+        horizon = (horizon or self.spec.chunk_length) if perturbation is None else perturbation.shape[2]
 
         def act(h: int, z: Tensor) -> Tensor:
             a = z @ self.gain.T

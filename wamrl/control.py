@@ -179,7 +179,7 @@ class ModelPolicy(_ChunkPolicy):
         self, observation: TensorDict, policy_state: PolicyState, index: Tensor, is_init: Tensor, key: NoiseKey
     ) -> Tensor:
         state = self.model.encode(Context.from_observation(observation))
-        chunk = self.model.propose(state, 1, mode=self.mode, noise=key).actions[:, 0]
+        chunk = self.model.propose(state, 1, mode=self.mode, noise=key, horizon=self.replan_every).actions[:, 0]
         if not chunk.isfinite().all():
             bad = index[(~chunk.isfinite()).flatten(1).any(dim=1)].tolist()
             raise ValueError(

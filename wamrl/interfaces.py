@@ -204,11 +204,13 @@ class WAM(torch.nn.Module):
         future: State | None = None,
         noise: NoiseKey | None = None,
         perturbation: Tensor | None = None,
+        horizon: int | None = None,
     ) -> Proposal:
         """`num` action chunks from the policy; `mode="ode"` is deterministic, `"sde"` samples with `noise`.
 
         future: with it, the chunk that leads there (inverse dynamics).
         perturbation: [R, N, H, A] added to the policy's action at each step; the policy reacts to its consequences.
+        horizon: H, at most `spec.chunk_length`; None is that of the perturbation, or the whole chunk.
         """
         return self._refuse("policy")
 
@@ -306,9 +308,7 @@ class Policy(Protocol):
 
     def initial_state(self, rows: int) -> PolicyState: ...
 
-    def act(
-        self, observation: TensorDict, policy_state: PolicyState, is_init: Tensor
-    ) -> tuple[Tensor, PolicyState]:
+    def act(self, observation: TensorDict, policy_state: PolicyState, is_init: Tensor) -> tuple[Tensor, PolicyState]:
         """Actions [B, A] in [-1, 1] for `observation` [B]; rows where `is_init` [B] start a new episode."""
         ...
 

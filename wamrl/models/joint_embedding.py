@@ -1,6 +1,6 @@
 """The reference WAM: a joint-embedding latent model after TD-MPC2 (Hansen et al., 2024, arXiv:2310.16828).
 
-An encoder maps the observation to a SimNorm latent; an ensemble of residual-free MLPs predicts the next latent from
+An encoder maps the observation to a normalised latent; an ensemble of residual MLPs predicts the next latent from
 latent and action; heads read reward, success, value and the policy off a latent; a probe on detached latents decodes
 observation keys. Targets of the latent prediction come from a moving average of the encoder.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from tensordict import TensorDict
@@ -26,12 +27,9 @@ from wamrl.noise import NoiseKey
 LOG_STD_MIN, LOG_STD_MAX = -3.0, 0.0
 
 
-def sim_norm(x: Tensor, group: int) -> Tensor:
-    """Softmax within groups of `group` latent dims (SimNorm, Lavoie et al., 2022).
-
-    A group is strided over the latent, not contiguous: softmax over an outer dim is four times quicker on a CPU.
-    """
-    return F.softmax(x.unflatten(-1, (group, -1)), dim=-2).flatten(-2)
+def normalise(x: Tensor) -> Tensor:
+    """Zero mean and unit variance over the latent dims: keeps millimetres that SimNorm's softmax loses."""
+    return F.layer_norm(x, x.shape[-1:])
 
 
 class EnsembleLinear(nn.Module):
@@ -80,9 +78,19 @@ def mlp(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
 class JointEmbeddingWAM(WAM):
     """Encoder, latent dynamics ensemble, reward, success, values, policy and probe in one set of weights.
 
-    observation: key -> shape of the keys that the encoder reads (vectors).
-    decode_observation: key -> shape of the keys that the probe decodes; None means the same.
+    observation: key -> shape of the keys that the encoder reads and the probe decodes (vectors).
+    members: networks in the dynamics ensemble; their disagreement is the uncertainty. values: value heads E.
+    horizon: control steps that imagination is meant for. discount: per control step.
+    reward_scale: the task's greatest reward per step; the value heads work in units of reward_scale / (1 - discount).
+    expectile: of the value regression; 0.5 is the mean over what the data did, higher leans to its better part.
+    own_temperature: an unlabelled action of a successful episode is imitated with weight exp(advantage / (standard
+    deviation of the advantage * own_temperature)), at most 10; None imitates them all alike.
+    loss_weights: overrides of the weights in `loss`.
     """
+
+    mean: Tensor
+    std: Tensor
+    task_ids: Tensor
 
     def __init__(
         self,
@@ -92,10 +100,9 @@ class JointEmbeddingWAM(WAM):
         tasks: Sequence[str],
         control_dt_s: float,
         latent_dim: int = 128,
-        sim_group: int = 8,
         width: int = 256,
-        dynamics_width: int = 192,
-        head_width: int = 192,
+        dynamics_width: int = 160,
+        head_width: int = 128,
         task_dim: int = 16,
         members: int = 8,
         values: int = 4,
@@ -103,9 +110,8 @@ class JointEmbeddingWAM(WAM):
         discount: float = 0.97,
         target_rate: float = 0.01,
         expectile: float = 0.7,
-        value_kind: str = "success",
-        latent: str = "norm",
-        imitate_own: float = 1.0,
+        reward_scale: float = 10.0,
+        own_temperature: float | None = None,
         loss_weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
@@ -124,14 +130,14 @@ class JointEmbeddingWAM(WAM):
             anatomy=Anatomy("feature", "joint-embedding", "action-conditioned rollout", "chunked"),
             ensemble_size=members,
         )
-        self.latent = latent
-        self.value_kind, self.imitate_own = value_kind, imitate_own
-        self.members, self.sim_group, self.target_rate, self.expectile = members, sim_group, target_rate, expectile
+        self.members, self.target_rate, self.expectile = members, target_rate, expectile
+        self.reward_scale, self.own_temperature = reward_scale, own_temperature
+        self.value_unit = reward_scale / (1.0 - discount)
         self.loss_weights = {
-            "consistency": 20.0,
+            "consistency": 5.0,
             "reward": 0.5,
             "success": 0.5,
-            "value": 0.5,
+            "value": 10.0,
             "policy": 1.0,
             "probe": 1.0,
             **(loss_weights or {}),
@@ -151,7 +157,7 @@ class JointEmbeddingWAM(WAM):
         self.values = ensemble_mlp(values, head_in, [head_width], 1)
         self.policy = mlp(head_in, [width, width], 2 * action_dim)
         self.probe = mlp(latent_dim, [width], total)
-        nn.init.zeros_(self.values[-1].weight)
+        nn.init.zeros_(self.values[-1].weight)  # type: ignore[arg-type]
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target_values = copy.deepcopy(self.values).requires_grad_(False)
 
@@ -177,15 +183,11 @@ class JointEmbeddingWAM(WAM):
         return (flat - self.mean) / self.std
 
     def _latent(self, encoder: nn.Module, x: Tensor, task: Tensor) -> Tensor:
-        return self._normalise(encoder(torch.cat([x, task], dim=-1)))
-
-    def _normalise(self, z: Tensor) -> Tensor:
-        return sim_norm(z, self.sim_group) if self.latent == "simnorm" else F.layer_norm(z, z.shape[-1:])
+        return normalise(encoder(torch.cat([x, task], dim=-1)))
 
     def _step(self, z: Tensor, task: Tensor, action: Tensor) -> Tensor:
         """Next latents [M, X, D] from [M, X, D]."""
-        change = self.dynamics(torch.cat([z, task, action], dim=-1))
-        return self._normalise(change if self.latent == "simnorm" else z + change)
+        return normalise(z + self.dynamics(torch.cat([z, task, action], dim=-1)))
 
     def _policy(self, z: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
         mean, raw = self.policy(torch.cat([z, task], dim=-1)).chunk(2, dim=-1)
@@ -213,7 +215,7 @@ class JointEmbeddingWAM(WAM):
         assert actions is not None
         rows, num, horizon, _ = actions.shape
         flat = actions.flatten(0, 1)
-        imagined, _ = self._roll(state, num, horizon, lambda t, z: flat[:, t], with_frames=with_frames)
+        imagined = self._roll(state, num, horizon, lambda t, z: flat[:, t], with_frames=with_frames)
         return imagined
 
     def propose(
@@ -252,18 +254,20 @@ class JointEmbeddingWAM(WAM):
             log_prob = log_prob + _gaussian_log_prob(action, mean, log_std)
             return action.clamp(-1.0, 1.0)
 
-        imagined, _ = self._roll(state, num, horizon, act)
+        imagined = self._roll(state, num, horizon, act)
         chain = chain.view(rows, num, horizon, action_dim)
         return Proposal(
             actions=chain.clamp(-1.0, 1.0),
             chain=torch.stack([draws.view_as(chain), chain], dim=2),
-            times=torch.tensor([0.0, 1.0]),
+            times=torch.tensor([0.0, 1.0], device=chain.device),
             log_prob=log_prob.view(rows, num, 1),
             imagined=imagined,
         )
 
     def log_prob(self, state: State, proposal: Proposal) -> Tensor:
         """[R, N, 1] log-density of the unclamped chunk, the policy reacting to what each action leads to."""
+        if proposal.chain is None:
+            raise ValueError("this Proposal holds no chain to replay; take one from propose()")
         chain = proposal.chain[:, :, -1]
         rows, num, horizon, _ = chain.shape
         chain = chain.flatten(0, 1)
@@ -281,8 +285,8 @@ class JointEmbeddingWAM(WAM):
 
     def _roll(
         self, state: State, num: int, horizon: int, act: Callable[[int, Tensor], Tensor], *, with_frames: bool = False
-    ) -> tuple[Imagined, Tensor]:
-        """Every member takes the action that `act(t, mean latent [R*N, D])` chooses; latents [M, R*N, H, D]."""
+    ) -> Imagined:
+        """Every member takes the action that `act(t, mean latent [R*N, D])` chooses for step t."""
         rows, members = state.batch_size[0], self.members
         task = state["task"].repeat_interleave(num, 0)
         z = state["z"].repeat_interleave(num, 0)
@@ -304,7 +308,7 @@ class JointEmbeddingWAM(WAM):
             return x.unflatten(1, (rows, num)).movedim(0, 2)
 
         leaf = TensorDict({"z": future(z), "task": future(tasks)}, batch_size=[rows, num, members])
-        imagined = Imagined(
+        return Imagined(
             leaf=leaf,
             evaluations=num * members * horizon,
             reward=future(outcome[..., 0]),
@@ -312,18 +316,17 @@ class JointEmbeddingWAM(WAM):
             uncertainty=spread,
             frames=future(path) if with_frames else None,
         )
-        return imagined, path
 
     @staticmethod
     def _values(network: nn.Sequential, x: Tensor) -> Tensor:
-        """[E, X] values of [X, D + C]."""
-        return network(x.expand(network[0].weight.shape[0], -1, -1)).squeeze(-1)
+        """[E, *batch] values, in units of `value_unit`, of [*batch, D + C]."""
+        flat = x.flatten(0, -2)
+        members = cast(EnsembleLinear, network[0]).weight.shape[0]
+        return network(flat.expand(members, -1, -1)).view(members, *x.shape[:-1])
 
     def value(self, state: State) -> Tensor:
-        z, task = state["z"], state["task"]
-        x = torch.cat([z, task], dim=-1).flatten(0, -2)
-        value = self._values(self.values, x)
-        return value.movedim(0, -1).unflatten(0, z.shape[:-1])
+        x = torch.cat([state["z"], state["task"]], dim=-1)
+        return self._values(self.values, x).movedim(0, -1) * self.value_unit
 
     def decode(self, state: State | Imagined, keys: tuple[str, ...] | None = None) -> TensorDict:
         if isinstance(state, Imagined):
@@ -381,40 +384,43 @@ class JointEmbeddingWAM(WAM):
         bce = F.binary_cross_entropy_with_logits(outcome[..., 1], batch["success"].float(), reduction="none")
         losses["success"] = (bce * mask).sum() / count
 
+        # Value: expectile regression (Kostrikov et al., 2022) on one-step targets of the executed actions.
+        with torch.no_grad():
+            ahead = self._values(self.target_values, torch.cat([target[:, 1:], tasks[:, 1:]], dim=-1))
+            goal = (1.0 - self.spec.discount) / self.reward_scale * batch["reward"]
+            goal = goal + self.spec.discount * ahead.mean(0) * (~batch["terminated"]).float()
+        value = self._values(self.values, torch.cat([before, tasks[:, :-1]], dim=-1))
+        gap = goal - value
+        asymmetry = torch.where(gap > 0, self.expectile, 1.0 - self.expectile)
+        losses["value"] = (asymmetry * gap.square() * mask).sum() / count / value.shape[0]
+
         # Policy: the expert's label where there is one, else the executed action of a successful episode.
         labelled = batch["label_valid"]
-        own = batch["episode_success"].unsqueeze(1) & ~labelled
         wanted = torch.where(labelled.unsqueeze(-1), batch["label"], action).clamp(-1.0, 1.0)
-        mean, log_std = self._policy(
-            torch.cat([online[:, :-1], before[:, 1:]], 1), torch.cat([tasks[:, :-1], tasks[:, 1:-1]], 1)
-        )
-        weight = (labelled.float() + self.imitate_own * own.float()) * mask
-        weight = torch.cat([weight, 0.25 * weight[:, 1:]], 1)
-        wanted = torch.cat([wanted, wanted[:, 1:]], 1)
+        own = (batch["episode_success"].unsqueeze(1) & ~labelled).float() * self._own_weight(gap.detach().mean(0), mask)
+        weight = torch.where(labelled, 1.0, own) * mask
+        # Encoded frames count fully; imagined ones teach the policy to act on what the model predicts.
+        frames = torch.cat([online[:, :-1], before[:, 1:]], dim=1)
+        mean, log_std = self._policy(frames, torch.cat([tasks[:, :-1], tasks[:, 1:-1]], dim=1))
+        weight = torch.cat([weight, 0.25 * weight[:, 1:]], dim=1)
+        wanted = torch.cat([wanted, wanted[:, 1:]], dim=1)
         nll = -_gaussian_log_prob(wanted, mean.detach(), log_std)
         error = (mean - wanted).square().sum(-1)
         losses["policy"] = ((error + 0.02 * nll) * weight).sum() / weight.sum().clamp(min=1.0)
-
-        # Value: expectile regression (Kostrikov et al., 2022) on one-step targets of the executed actions.
-        with torch.no_grad():
-            ahead = torch.cat([target[:, 1:], tasks[:, 1:]], dim=-1).flatten(0, 1)
-            next_value = self._values(self.target_values, ahead).mean(0).view(windows, steps)
-            value_target = self._value_target(batch, next_value)
-        value = self._values(self.values, torch.cat([before, tasks[:, :-1]], dim=-1).flatten(0, 1))
-        gap = value_target - value.view(-1, windows, steps)
-        asymmetry = torch.where(gap > 0, self.expectile, 1.0 - self.expectile)
-        losses["value"] = (asymmetry * gap.square() * mask).sum() / count / value.shape[0]
 
         decoded = self.probe(after.detach())
         losses["probe"] = ((decoded - x[:, 1:]).square().mean(-1) * mask).sum() / count
         total = sum(self.loss_weights[name] * value for name, value in losses.items())
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 
-    def _value_target(self, batch, next_value):
-        r = batch["success"].float()
-        if self.value_kind == "success":
-            return torch.where(batch["success"], torch.ones_like(next_value), self.spec.discount * next_value)
-        return batch["reward"] / 10.0 * (1 - self.spec.discount) + self.spec.discount * next_value
+    def _own_weight(self, advantage: Tensor, mask: Tensor) -> Tensor:
+        """Weight [B, T] of imitating the model's own actions (advantage-weighted regression, Peng et al., 2019)."""
+        if self.own_temperature is None:
+            return torch.ones_like(advantage)
+        count = mask.sum().clamp(min=1.0)
+        centre = (advantage * mask).sum() / count
+        spread = (((advantage - centre).square() * mask).sum() / count).sqrt().clamp(min=1e-6)
+        return torch.exp(advantage / (spread * self.own_temperature)).clamp(max=10.0)
 
     @torch.no_grad()
     def update_targets(self) -> None:
