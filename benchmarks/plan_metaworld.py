@@ -47,7 +47,7 @@ class Setting:
 
 
 SETTINGS = {
-    "rich": Setting("rich", episodes=100, planner_episodes=0, steps=6000),
+    "rich": Setting("rich", episodes=100, planner_episodes=0, steps=5000),
     "scarce": Setting("scarce", episodes=50, planner_episodes=50, steps=5000),
 }
 

@@ -1,6 +1,7 @@
 """Write the tables of README.md and docs/ from benchmarks/results/*.json; `--check` fails when they differ.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; NAME is a function of `TABLES`.
+A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; NAME is a key of `TABLES`. A table whose
+result was not made yet stays empty, and the command says how to make it.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from wamrl.files import write_text
+from wamrl.naming import unknown_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/*.md")
 BLOCK = re.compile(r"(<!-- table: (?P<name>[a-z_]+) -->\n)(?P<body>.*?)(<!-- end table -->)", re.DOTALL)
+SETTINGS = ("rich", "scarce")
 METHOD_NAMES = {
     "planner": "planner in the WAM",
     "policy": "the WAM's own policy",
@@ -26,6 +29,13 @@ METHOD_NAMES = {
     "random": "random actions",
     "expert": "scripted expert",
 }
+
+
+class MissingResult(FileNotFoundError):
+    """A result that no benchmark has stored yet; the message names the command that makes it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path.name} is missing; make it with: python -m benchmarks.{path.stem}")
 
 
 def _rate(value: Mapping[str, float]) -> str:
@@ -37,10 +47,17 @@ def _grid(head: list[str], rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def _settings(metrics: Mapping[str, Any]) -> list[str]:
+    found = [s for s in SETTINGS if f"{s}/mean/planner/success" in metrics]
+    if not found:
+        raise ValueError(f"plan_metaworld.json holds none of the settings {', '.join(SETTINGS)}; was it cut short?")
+    return found
+
+
 def success(result: Mapping[str, Any]) -> str:
     """Mean success of every method in each data setting."""
     metrics = result["metrics"]
-    settings = [s for s in ("rich", "scarce") if f"{s}/mean/planner/success" in metrics]
+    settings = _settings(metrics)
     rows = [
         [METHOD_NAMES[m], *(_rate(metrics[f"{s}/mean/{m}/success"]) for s in settings)]
         for m in METHOD_NAMES
@@ -54,7 +71,7 @@ def success(result: Mapping[str, Any]) -> str:
 def tasks(result: Mapping[str, Any]) -> str:
     """Success by task of the planner and the policy in each data setting."""
     metrics = result["metrics"]
-    settings = [s for s in ("rich", "scarce") if f"{s}/mean/planner/success" in metrics]
+    settings = _settings(metrics)
     names = sorted({key.split("/")[1] for key in metrics if key.endswith("-v3/planner/success")})
     head = ["task"] + [f"{s}: {m}" for s in settings for m in ("planner", "policy", "shuffled")]
     rows = [
@@ -67,51 +84,160 @@ def tasks(result: Mapping[str, Any]) -> str:
     return _grid(head, rows)
 
 
-def overhead(result: Mapping[str, Any]) -> str:
-    """Every ratio of the planner's overhead benchmark."""
+def paired(result: Mapping[str, Any]) -> str:
+    """The planner minus the policy and minus the shuffled control, on the same starts."""
+    metrics = result["metrics"]
+    rows = []
+    for setting in _settings(metrics):
+        for other in ("policy", "shuffled"):
+            prefix = f"{setting}/mean/planner_minus_{other}"
+            difference = metrics[f"{prefix}/success"]
+            p = metrics[f"{prefix}/mcnemar_p"]
+            shown = "< 0.001" if p < 1e-3 else f"{p:.3f}"
+            rows.append([setting, METHOD_NAMES[other], _rate(difference), str(difference["n"]), shown])
+    return _grid(["setting", "planner minus", "percentage points, 95 % interval", "n", "McNemar's p"], rows)
+
+
+def latency(result: Mapping[str, Any]) -> str:
+    """Milliseconds of a plan for one environment, by part."""
+    metrics = result["metrics"]
     rows = [
-        [key, f"{value:.3f}" if isinstance(value, float) else f"{value['mean']:.3f}"]
-        for key, value in result["metrics"].items()
-        if key.endswith("ratio") or "/ratio" in key
+        [setting, quantile, *(f"{metrics[f'{setting}/plan/{part}_{quantile}_ms']:.1f}" for part in parts)]
+        for setting in _settings(metrics)
+        for parts in (("encode", "imagine", "search", "total"),)
+        for quantile in ("p50", "p95", "p99")
     ]
-    return _grid(["setting", "median ratio"], rows)
+    return _grid(["setting", "quantile", "encode, ms", "imagine, ms", "search, ms", "total, ms"], rows)
+
+
+def overhead(result: Mapping[str, Any]) -> str:
+    """The planner's time over that of a hand-written loop and of pytorch_mppi."""
+    metrics = result["metrics"]
+    head = ["setting"] + [
+        f"{ours} / {other}"
+        for other in ("hand-written loop", "pytorch_mppi")
+        for ours in ("wamrl", "wamrl compiled")
+    ]  # fmt: skip
+    names = {key.split("/")[0]: None for key in metrics}
+    rows = []
+    for name in names:
+        sizes = re.fullmatch(r"(\d+)x(\d+)_w(\d+)_i(\d+)", name)
+        text = f"{sizes[1]} candidates, {sizes[2]} steps, width {sizes[3]}, iterations {sizes[4]}" if sizes else name
+        ratios = [
+            f"{metrics[f'{name}/{ours}/ratio_to_{other}']:.3f}"
+            for other in ("hand_loop", "pytorch_mppi")
+            for ours in ("wamrl", "wamrl_compiled")
+        ]
+        rows.append([text, *ratios])
+    return _grid(head, rows)
+
+
+def collection(result: Mapping[str, Any]) -> str:
+    """Control steps per CPU second of the collector and of a bare expert loop, and images per CPU second."""
+    metrics = result["metrics"]
+    rows = [
+        [
+            task,
+            f"{metrics[f'state/{task}/bare_loop_steps_per_cpu_s']:.0f}",
+            f"{metrics[f'state/{task}/collect_steps_per_cpu_s']:.0f}",
+            f"{metrics[f'state/{task}/ratio']:.2f}",
+            f"{metrics[f'pixels/{task}/frames_per_cpu_s']:.0f}",
+        ]
+        for task in (key.split("/")[1] for key in metrics if key.startswith("state/") and key.endswith("/ratio"))
+    ]
+    head = ["task", "bare loop, steps/s", "collect, steps/s", "ratio", "64x64 images/s"]
+    return _grid(head, rows)
 
 
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "success": ("plan_metaworld", success),
     "tasks": ("plan_metaworld", tasks),
+    "paired": ("plan_metaworld", paired),
+    "latency": ("plan_metaworld", latency),
     "overhead": ("planner_overhead", overhead),
+    "collection": ("collect_speed", collection),
 }
 
 
-def render(text: str) -> str:
-    """`text` with every table made anew from the stored results."""
+def table(name: str, results: Path = RESULTS) -> str:
+    """The table `name` as Markdown, from the stored result it belongs to.
 
-    def table(match: re.Match[str]) -> str:
-        if match["name"] not in TABLES:
-            raise ValueError(f"no table is called '{match['name']}'; there are {', '.join(TABLES)}")
-        source, make = TABLES[match["name"]]
-        result = json.loads((RESULTS / f"{source}.json").read_text())
-        return match[1] + make(result) + match[4]
+    Raises:
+        UnknownNameError: no such table.
+        MissingResult: its benchmark has not stored a result yet.
+        ValueError: the result lacks something that the table shows.
+    """
+    if name not in TABLES:
+        raise unknown_name("table", name, TABLES)
+    source, make = TABLES[name]
+    path = results / f"{source}.json"
+    if not path.is_file():
+        raise MissingResult(path)
+    try:
+        return make(json.loads(path.read_text(encoding="utf-8")))
+    except KeyError as error:
+        raise ValueError(
+            f"{path.name} lacks {error}, which the table '{name}' shows; "
+            f"make it again with: python -m benchmarks.{source}"
+        ) from error
 
-    return BLOCK.sub(table, text)
+
+def render(text: str, results: Path = RESULTS, *, missing: list[str] | None = None) -> str:
+    """`text` with every table made anew from the stored results.
+
+    missing: collects the messages about results that do not exist yet, whose tables become empty; without it such a
+    result raises MissingResult.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        try:
+            body = table(match["name"], results)
+        except MissingResult as error:
+            if missing is None:
+                raise
+            missing.append(str(error))
+            body = ""
+        return match[1] + body + match[4]
+
+    return BLOCK.sub(block, text)
+
+
+def pages(root: Path = ROOT) -> Iterator[Path]:
+    """Every page that may hold a table."""
+    for pattern in PAGES:
+        yield from sorted(root.glob(pattern))
+
+
+def update(root: Path = ROOT, *, check: bool = False) -> tuple[list[str], list[str]]:
+    """Write the tables of all pages below `root`, or only look when `check`.
+
+    Returns the pages that were out of date, and a message for each result that is missing.
+    """
+    stale: list[str] = []
+    missing: list[str] = []
+    for page in pages(root):
+        text = page.read_text(encoding="utf-8")
+        fresh = render(text, root / "benchmarks" / "results", missing=missing)
+        if fresh != text:
+            stale.append(page.relative_to(root).as_posix())
+            if not check:
+                write_text(page, fresh)
+    return stale, sorted(set(missing))
 
 
 def main() -> None:
     """Write the tables, or check them."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when a page is out of date")
     check = parser.parse_args().check
-    stale = []
-    for page in [path for pattern in PAGES for path in sorted(ROOT.glob(pattern))]:
-        text = page.read_text(encoding="utf-8")
-        fresh = render(text)
-        if fresh != text:
-            stale.append(page.relative_to(ROOT).as_posix())
-            if not check:
-                write_text(page, fresh)
-    if check and stale:
-        sys.exit(f"out of date: {', '.join(stale)}; run python -m benchmarks.tables")
+    stale, missing = update(check=check)
+    problems = list(missing)
+    if stale and check:
+        problems.append(f"out of date: {', '.join(stale)}; run python -m benchmarks.tables")
+    elif stale:
+        print(f"wrote {', '.join(stale)}")
+    if problems:
+        sys.exit("\n".join(problems))
 
 
 if __name__ == "__main__":

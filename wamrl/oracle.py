@@ -116,10 +116,11 @@ class OracleWAM(WAM):
         future: State | None = None,
         noise: NoiseKey | None = None,
         perturbation: Tensor | None = None,
+        horizon: int | None = None,
     ) -> Proposal:
         """The model's proposals without the model's futures: what follows from them is asked of the simulator."""
         proposal = self.model.propose(
-            state["model"], num, mode=mode, future=future, noise=noise, perturbation=perturbation
+            state["model"], num, mode=mode, future=future, noise=noise, perturbation=perturbation, horizon=horizon
         )
         return replace(proposal, imagined=None)
 
