@@ -1,0 +1,256 @@
+"""What the reference WAM promises: the queries of the contract, with shapes, replay, gradients and learning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from wamrl.interfaces import Context, State, task_id
+from wamrl.models.joint_embedding import JointEmbeddingWAM, normalise
+from wamrl.naming import UnknownNameError
+from wamrl.noise import NoiseKey
+
+TASKS = ("metaworld/reach-v3", "metaworld/push-v3")
+SIZES = {"latent_dim": 16, "width": 24, "dynamics_width": 20, "head_width": 12, "members": 4, "values": 3, "horizon": 5}
+
+
+def model(**sizes: object) -> JointEmbeddingWAM:
+    torch.manual_seed(0)
+    wam = JointEmbeddingWAM(
+        observation={"state": (6,)}, action_dim=2, tasks=TASKS, control_dt_s=0.025, **{**SIZES, **sizes}
+    )  # type: ignore[arg-type]
+    torch.nn.init.normal_(wam.values[-1].weight, std=0.1)
+    return wam.eval()
+
+
+def observation(rows: int = 3) -> TensorDict:
+    generator = torch.Generator().manual_seed(1)
+    state = torch.randn(rows, 6, generator=generator)
+    task = torch.tensor([task_id(TASKS[row % 2]) for row in range(rows)])
+    return TensorDict({"state": state, "task": task}, batch_size=[rows])
+
+
+def state_of(wam: JointEmbeddingWAM, rows: int = 3) -> State:
+    return wam.encode(Context.from_observation(observation(rows)))
+
+
+def linear_batch(windows: int, steps: int, generator: torch.Generator) -> TensorDict:
+    """Windows of x' = x + B a, with reward 10 exp(-|x|), an expert a = -x[:2], and its success |x[:2]| < .3."""
+    x = torch.randn(windows, 6, generator=generator)
+    gain = torch.zeros(2, 6)
+    gain[0, 0] = gain[1, 1] = 0.5
+    frames, actions, labels = [x], [], []
+    for _ in range(steps):
+        action = torch.rand(windows, 2, generator=generator) * 2 - 1
+        labels.append(-frames[-1][:, :2].clamp(-1, 1))
+        actions.append(action)
+        frames.append(frames[-1] + action @ gain)
+    path = torch.stack(frames, 1)
+    size = path[:, 1:, :2].norm(dim=-1)
+    success = size < 0.3
+    return TensorDict(
+        {
+            "observation": TensorDict({"state": path}, batch_size=[windows, steps + 1]),
+            "action": torch.stack(actions, 1),
+            "label": torch.stack(labels, 1),
+            "label_valid": torch.ones(windows, steps, dtype=torch.bool),
+            "reward": 10 * torch.exp(-size),
+            "success": success,
+            "terminated": torch.zeros(windows, steps, dtype=torch.bool),
+            "valid": torch.ones(windows, steps, dtype=torch.bool),
+            "task": torch.full((windows,), task_id(TASKS[0])),
+            "episode_success": success.any(1),
+        },
+        batch_size=[windows],
+    )
+
+
+def test_imagine_gives_every_head_in_the_shapes_of_the_contract() -> None:
+    wam = model()
+    imagined = wam.imagine(state_of(wam), torch.zeros(3, 7, 5, 2), with_frames=True)
+    assert imagined.leaf.batch_size == torch.Size([3, 7, 4])
+    assert imagined.evaluations == 7 * 4 * 5
+    assert imagined.frames is not None and imagined.frames.shape == (3, 7, 4, 5, 16)
+    for head in (imagined.reward, imagined.success, imagined.uncertainty):
+        assert head is not None and head.shape == (3, 7, 4, 5)
+    assert wam.value(imagined.leaf).shape == (3, 7, 4, 3)
+    assert wam.decode(imagined)["state"].shape == (3, 7, 4, 5, 6)
+
+
+def test_frames_end_in_the_leaf() -> None:
+    wam = model()
+    imagined = wam.imagine(state_of(wam), torch.rand(3, 2, 5, 2), with_frames=True)
+    assert imagined.frames is not None
+    torch.testing.assert_close(imagined.frames[..., -1, :], imagined.leaf["z"])
+
+
+def test_untrained_members_disagree_and_a_single_member_cannot() -> None:
+    wam, single = model(), model(members=1)
+    assert (wam.imagine(state_of(wam), torch.zeros(3, 2, 5, 2)).uncertainty > 1e-3).all()  # type: ignore[operator]
+    alone = single.imagine(state_of(single), torch.zeros(3, 2, 5, 2)).uncertainty
+    assert alone is not None and (alone == 0).all()
+
+
+def test_a_proposal_carries_the_futures_of_its_own_actions() -> None:
+    wam = model()
+    state = state_of(wam)
+    proposal = wam.propose(state, 6, mode="sde", noise=NoiseKey.for_rows(3))
+    again = wam.imagine(state, proposal.actions)
+    assert proposal.imagined is not None
+    torch.testing.assert_close(proposal.imagined.reward, again.reward)
+    torch.testing.assert_close(proposal.imagined.leaf["z"], again.leaf["z"])
+
+
+def test_replayed_log_prob_gives_ratio_one() -> None:
+    wam = model()
+    state = state_of(wam)
+    proposal = wam.propose(state, 6, mode="sde", noise=NoiseKey.for_rows(3))
+    assert proposal.log_prob is not None
+    ratio = (wam.log_prob(state, proposal) - proposal.log_prob).exp()
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-5, rtol=0)
+
+
+def test_log_prob_is_differentiable_and_computed_on_the_unclamped_chain() -> None:
+    wam = model()
+    state = state_of(wam).detach()
+    push = torch.full((3, 2, 5, 2), 3.0)
+    proposal = wam.propose(state, 2, mode="sde", noise=NoiseKey.for_rows(3), perturbation=push)
+    assert proposal.chain is not None
+    assert proposal.actions.abs().max() <= 1.0 < proposal.chain[:, :, -1].abs().max()
+    wam.log_prob(state, proposal).sum().backward()
+    gradient = wam.policy[-1].weight.grad
+    assert gradient is not None and gradient.abs().sum() > 0
+
+
+def test_the_same_key_gives_the_same_proposal_and_another_step_another() -> None:
+    wam = model()
+    state = state_of(wam)
+    first, second, third = (
+        wam.propose(state, 4, noise=NoiseKey.for_rows(3, seed=5, step=step)).actions for step in (0, 0, 1)
+    )
+    assert torch.equal(first, second)
+    assert not torch.equal(first, third)
+
+
+def test_rows_do_not_influence_each_other() -> None:
+    wam = model()
+    state, key = state_of(wam), NoiseKey.for_rows(3)
+    together = wam.propose(state, 4, noise=key).actions
+    for row in range(3):
+        alone = wam.propose(state[row : row + 1], 4, noise=key[torch.tensor([row])]).actions
+        torch.testing.assert_close(alone, together[row : row + 1], atol=1e-5, rtol=1e-5)
+
+
+def test_short_proposals_are_the_beginning_of_long_ones() -> None:
+    wam = model()
+    state = state_of(wam)
+    torch.testing.assert_close(
+        wam.propose(state, 1, mode="ode", horizon=2).actions, wam.propose(state, 1, mode="ode").actions[:, :, :2]
+    )
+
+
+def test_imagination_can_go_on_from_a_leaf() -> None:
+    wam = model(members=1)
+    state, actions = state_of(wam), torch.rand(3, 2, 5, 2)
+    whole = wam.imagine(state, actions)
+    half = wam.imagine(state, actions[:, :, :3])
+    rest = wam.imagine(half.leaf.reshape(-1), actions[:, :, 3:].reshape(6, 1, 2, 2))
+    torch.testing.assert_close(rest.leaf["z"].reshape(3, 2, -1), whole.leaf["z"].reshape(3, 2, -1))
+
+
+def test_the_probe_does_not_shape_the_latent() -> None:
+    wam = model(loss_weights={name: 0.0 for name in ("consistency", "reward", "success", "value", "policy")})
+    wam.loss(linear_batch(8, 4, torch.Generator().manual_seed(0)))["loss"].backward()
+    assert wam.probe[0].weight.grad.abs().sum() > 0
+    assert all(p.grad is None or p.grad.abs().sum() == 0 for p in wam.encoder.parameters())
+
+
+def test_padding_has_no_influence_on_the_loss() -> None:
+    wam = model()
+    batch = linear_batch(8, 4, torch.Generator().manual_seed(0))
+    batch["valid"][:, 2:] = False
+    clean = wam.loss(batch)["loss"]
+    batch["action"][:, 2:] = 0.7
+    batch["reward"][:, 2:] = 100.0
+    batch["observation", "state"][:, 3:] = 5.0
+    torch.testing.assert_close(wam.loss(batch)["loss"], clean)
+
+
+def test_targets_follow_the_online_networks() -> None:
+    wam = model(target_rate=1.0)
+    with torch.no_grad():
+        wam.encoder[0].weight.add_(1.0)
+    assert not torch.equal(wam.target_encoder[0].weight, wam.encoder[0].weight)
+    wam.update_targets()
+    assert torch.equal(wam.target_encoder[0].weight, wam.encoder[0].weight)
+
+
+def test_it_learns_a_linear_system_its_expert_and_its_reward() -> None:
+    wam = model(latent_dim=32, width=48, dynamics_width=48, head_width=32).train()
+    generator = torch.Generator().manual_seed(0)
+    optimiser = torch.optim.Adam([p for p in wam.parameters() if p.requires_grad], 3e-3)
+    for _ in range(400):
+        optimiser.zero_grad()
+        wam.loss(linear_batch(64, 5, generator))["loss"].backward()
+        optimiser.step()
+        wam.update_targets()
+    wam.eval()
+    test = linear_batch(256, 5, generator)
+    frame = TensorDict({"state": test["observation", "state"][:, 0], "task": test["task"]}, batch_size=[256])
+    with torch.no_grad():
+        state = wam.encode(Context.from_observation(frame))
+        imagined = wam.imagine(state, test["action"][:, None], with_frames=True)
+        wrong = wam.imagine(state, test["action"][torch.randperm(256, generator=generator)][:, None], with_frames=True)
+        action = wam.propose(state, 1, mode="ode", horizon=1).actions[:, 0, 0]
+
+    def error(futures: object) -> torch.Tensor:
+        decoded = wam.decode(futures)["state"].mean(2)[:, 0]  # type: ignore[arg-type]
+        return (decoded - test["observation", "state"][:, 1:])[..., :2].abs().mean()
+
+    assert error(imagined) < 0.5 * error(wrong)
+    assert imagined.reward is not None
+    assert (imagined.reward.mean(2)[:, 0] - test["reward"]).abs().mean() < 0.5 * test["reward"].std()
+    assert (action - test["label"][:, 0]).abs().mean() < 0.15
+
+
+def test_a_better_action_of_ones_own_weighs_more() -> None:
+    wam = model(own_temperature=1.0)
+    weight = wam._own_weight(torch.tensor([[-1.0, 0.0, 1.0]]), torch.ones(1, 3))
+    assert weight[0, 0] < weight[0, 1] < weight[0, 2] <= 10.0
+    assert (model()._own_weight(torch.randn(2, 3), torch.ones(2, 3)) == 1).all()
+
+
+def test_a_constant_feature_does_not_blow_up() -> None:
+    wam = model()
+    wam.set_normalisation({"state": {"mean": torch.ones(6), "std": torch.zeros(6)}})
+    assert state_of(wam)["z"].isfinite().all()
+
+
+def test_a_latent_has_zero_mean_and_unit_variance() -> None:
+    z = normalise(torch.randn(5, 16) * 3 + 1)
+    torch.testing.assert_close(z.mean(-1), torch.zeros(5), atol=1e-5, rtol=0)
+    torch.testing.assert_close(z.var(-1, unbiased=False), torch.ones(5), atol=1e-3, rtol=0)
+
+
+def test_what_it_cannot_answer_is_refused_with_the_reason() -> None:
+    wam = model()
+    state = state_of(wam)
+    with pytest.raises(ValueError, match="does not answer 'video'"):
+        wam.imagine(state, None)
+    with pytest.raises(ValueError, match="does not answer 'inverse'"):
+        wam.propose(state, 1, future=state)
+    with pytest.raises(ValueError, match="needs noise"):
+        wam.propose(state, 1, mode="sde")
+    with pytest.raises(ValueError, match="expected 'ode'"):
+        wam.propose(state, 1, mode="euler")
+    with pytest.raises(ValueError, match="with_frames=True"):
+        wam.decode(wam.imagine(state, torch.zeros(3, 1, 2, 2)))
+    with pytest.raises(UnknownNameError, match="observation key"):
+        wam.decode(state, ("pixels",))
+    with pytest.raises(ValueError, match="multiple of the 4"):
+        wam.loss(linear_batch(6, 3, torch.Generator().manual_seed(0)))
+    strange = observation()
+    strange["task"] = torch.full((3,), task_id("metaworld/nothing-v3"))
+    with pytest.raises(UnknownNameError, match="task id"):
+        wam.encode(Context.from_observation(strange))
