@@ -1,0 +1,95 @@
+"""The tables of README.md and docs/ say what the stored results say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not part of the package
+
+from benchmarks import tables  # noqa: E402
+
+
+def rate(mean: float) -> dict[str, Any]:
+    return {"mean": mean, "n": 40, "low": mean - 0.05, "high": mean + 0.05}
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    """A tree with one page and the result of one benchmark."""
+    metrics: dict[str, Any] = {f"rich/mean/{m}/success": rate(0.5) for m in ("policy", "shuffled", "random")}
+    metrics["rich/mean/planner/success"] = rate(0.9)
+    metrics |= {f"rich/push-v3/{m}/success": rate(0.5) for m in ("planner", "policy", "shuffled")}
+    metrics |= {f"rich/mean/planner_minus_{m}/success": rate(0.4) for m in ("policy", "shuffled")}
+    metrics |= {f"rich/mean/planner_minus_{m}/mcnemar_p": 0.02 for m in ("policy", "shuffled")}
+    for part in ("encode", "imagine", "search", "total"):
+        metrics |= {f"rich/plan/{part}_{q}_ms": 12.34 for q in ("p50", "p95", "p99")}
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (results / "plan_metaworld.json").write_text(json.dumps({"metrics": metrics}))
+    (tmp_path / "README.md").write_text("before\n<!-- table: success -->\nold\n<!-- end table -->\nafter\n")
+    return tmp_path
+
+
+def test_the_tables_of_this_repository_are_those_of_its_results():
+    stale, missing = tables.update(check=True)
+    assert stale == [], "run: python -m benchmarks.tables"
+    if missing:
+        pytest.skip("empty tables: " + "; ".join(missing))
+
+
+def test_a_table_shows_the_stored_numbers_and_leaves_the_rest_of_the_page(tree):
+    assert tables.update(tree) == (["README.md"], [])
+    text = (tree / "README.md").read_text()
+    assert text.startswith("before\n<!-- table: success -->\n| success, %, Wilson 95 % interval, n = 40 | rich |\n")
+    assert "| planner in the WAM | 90.0 [85.0, 95.0] |\n" in text
+    assert "old" not in text and text.endswith("<!-- end table -->\nafter\n")
+    assert "scripted expert" not in text  # it was not measured
+    assert tables.update(tree, check=True) == ([], [])
+
+
+def test_a_changed_number_is_noticed_and_nothing_is_written_by_a_check(tree):
+    tables.update(tree)
+    page = tree / "README.md"
+    forged = page.read_text().replace("90.0", "99.0")
+    page.write_text(forged)
+    assert tables.update(tree, check=True) == (["README.md"], [])
+    assert page.read_text() == forged
+
+
+def test_a_missing_result_names_the_command_that_makes_it_and_its_table_becomes_empty(tree):
+    (tree / "benchmarks" / "results" / "plan_metaworld.json").unlink()
+    stale, missing = tables.update(tree)
+    assert stale == ["README.md"]
+    assert missing == ["plan_metaworld.json is missing; make it with: python -m benchmarks.plan_metaworld"]
+    assert "<!-- table: success -->\n<!-- end table -->" in (tree / "README.md").read_text()
+    with pytest.raises(FileNotFoundError, match="python -m benchmarks.plan_metaworld"):
+        tables.render((tree / "README.md").read_text(), tree / "benchmarks" / "results")
+
+
+def test_a_result_that_lacks_a_number_is_refused(tree):
+    path = tree / "benchmarks" / "results" / "plan_metaworld.json"
+    metrics = json.loads(path.read_text())["metrics"]
+    del metrics["rich/push-v3/policy/success"]
+    path.write_text(json.dumps({"metrics": metrics}))
+    with pytest.raises(ValueError, match="rich/push-v3/policy/success"):
+        tables.table("tasks", path.parent)
+
+
+def test_an_unknown_table_is_refused_with_the_nearest_name(tree):
+    with pytest.raises(ValueError, match="success"):
+        tables.table("succes", tree / "benchmarks" / "results")
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_every_table_has_as_many_cells_in_each_row(tree, name):
+    results = tree / "benchmarks" / "results"
+    for stored in ("planner_overhead", "collect_speed"):
+        (results / f"{stored}.json").write_text((tables.RESULTS / f"{stored}.json").read_text())
+    lines = tables.table(name, results).splitlines()
+    assert len(lines) > 2
+    assert len({line.count("|") for line in lines}) == 1
