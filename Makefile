@@ -37,14 +37,14 @@ lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/mypy
 
 checkpoint: $(STAMP) ## collect, train and write the shipped checkpoint again
-	@$(BIN)/python benchmarks/make_checkpoint.py $(ARGS)
+	@$(BIN)/python -m benchmarks.make_checkpoint $(ARGS)
 
 bench: $(STAMP) ## run the benchmarks (BENCHMARKS="planner_overhead" for some); writes benchmarks/results
 	@$(BIN)/python -m pip install -q -c $(CONSTRAINTS) --no-build-isolation -e ".[$(EXTRAS),bench]"
-	@for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py $(ARGS); done
+	@for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name $(ARGS); done
 
 tables: $(STAMP) ## write the tables of the README and the docs from benchmarks/results
-	@$(BIN)/python benchmarks/tables.py $(ARGS)
+	@$(BIN)/python -m benchmarks.tables $(ARGS)
 
 clean: ## remove caches and build products; .venv and outputs stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

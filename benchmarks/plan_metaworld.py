@@ -90,13 +90,15 @@ def stages(setting: Setting, seed: int, directory: Path) -> list[tuple[str, list
     return todo
 
 
-def run(setting: Setting, seed: int, out: Path) -> None:
-    """Run the missing stages of one seed; RuntimeError with the end of the log when a stage fails."""
+def run(setting: Setting, seed: int, out: Path, *, until: str = "plan") -> None:
+    """Run the missing stages of one seed up to `until`; RuntimeError with the log's end when a stage fails."""
     directory = out / setting.name / f"seed{seed}"
     directory.mkdir(parents=True, exist_ok=True)
     for name, command in stages(setting, seed, directory):
         done = directory / f"{name}.done"
         if done.exists():
+            if name == until:
+                break
             continue
         started = time.perf_counter()
         log = directory / f"{name}.log"
@@ -104,12 +106,14 @@ def run(setting: Setting, seed: int, out: Path) -> None:
             shutil.rmtree(directory / name)
         with log.open("w") as file:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT).returncode
+            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
         if code:
             raise RuntimeError(f"{' '.join(command)} exited with {code}:\n{log.read_text()[-2000:]}")
         seconds = time.perf_counter() - started
         write_json(done, {"command": command, "seconds": seconds, "versions": versions()})
         print(f"{setting.name} seed {seed}: {name} in {seconds:.0f} s", flush=True)
+        if name == until:
+            break
 
 
 def _episodes(out: Path, setting: str, seeds: Sequence[int], stage: str) -> list[Episode]:
@@ -165,8 +169,9 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=sorted(SETTINGS), default=sorted(SETTINGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="seeds side by side, one thread each")
-    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "bench" / "plan_metaworld")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench/plan_metaworld"))
     arguments = parser.parse_args()
+    os.chdir(ROOT)  # checkpoints record their data's path, so that it must not be one of this machine
     started = datetime.now(UTC)
     clock = time.perf_counter()
     chosen = [SETTINGS[name] for name in arguments.settings]

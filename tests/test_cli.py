@@ -322,3 +322,7 @@ def test_compose_gives_reasons():
         compose("plan", ["planner=mpppi"])
     with pytest.raises(ValueError, match="did you mean 'horizon'"):
         compose("plan", ["planner.horizn=3"])
+
+
+def test_collect_takes_a_checkpoint_as_wam_although_wam_names_a_group() -> None:
+    assert compose("collect", ["data=planner", "wam=some/run"]).checkpoint == "some/run"

@@ -401,10 +401,13 @@ def _primary(name: str, folders: Sequence[str]) -> dict[str, Any]:
 def _checkpoint_paths(name: str, words: list[str], folders: Sequence[str]) -> list[str]:
     """Let `wam=` take a checkpoint where a group is expected: wam=x.safetensors -> wam=checkpoint wam.checkpoint=x....
 
-    Only for commands whose config has a group `wam` with an option `checkpoint`.
+    A command with a plain setting `checkpoint` instead of the group gets checkpoint=x....: Hydra takes any word that
+    starts with a group's name for a choice of that group.
     """
     if not any(word.startswith("wam=") for word in words):
         return words
+    if "wam" not in _default_groups(name, folders) and "checkpoint" in _primary(name, folders):
+        return [f"checkpoint={word[4:]}" if word.startswith("wam=") else word for word in words]
     known = options("wam", folders)
     if "checkpoint" not in known or "wam" not in _default_groups(name, folders):
         return words

@@ -454,14 +454,14 @@ class _Progress:
 def _policy_from(
     config: DictConfig, tasks: Sequence[str], control_dt_s: float, pixels: tuple[int, int] | None
 ) -> tuple[Policy, str]:
-    """The policy that `wam`, `acting`, `planner` and `controller` describe, and its name for the records."""
+    """The policy that `checkpoint`, `acting`, `planner` and `controller` describe, and its name for the records."""
     from hydra.utils import instantiate
 
     from wamrl import checkpoint
     from wamrl.control import ModelPolicy
 
-    metadata = checkpoint.read_metadata(config.wam)
-    model = checkpoint.load(config.wam, device=config.device).eval()
+    metadata = checkpoint.read_metadata(config.checkpoint)
+    model = checkpoint.load(config.checkpoint, device=config.device).eval()
     observation: dict[str, tuple[int, ...]] = {
         "state": (STATE_DIM,),
         "proprioception": (4,),
@@ -472,7 +472,7 @@ def _policy_from(
     checkpoint.check_compatible(
         model.spec, observation=observation, action_dim=ACTION_DIM, tasks=tasks, control_dt_s=control_dt_s
     )
-    name = f"{Path(str(config.wam)).name} {metadata.content_sha256[:16]}"
+    name = f"{Path(str(config.checkpoint)).name} {metadata.content_sha256[:16]}"
     if config.acting == "policy":
         return ModelPolicy(model, mode="ode"), f"policy of {name}"
     if config.acting != "planner":
@@ -499,7 +499,7 @@ def main(config: DictConfig, run_dir: Path) -> dict[str, Any]:
     mixture = {str(key): int(value) for key, value in plain(config.data.mixture).items()}
     policy, name = None, ""
     if mixture.get("policy"):
-        if config.wam is None:
+        if config.checkpoint is None:
             raise ValueError("the mixture has episodes of 'policy'; say whose with wam=<checkpoint>")
         pixels = (int(env["camera"]["height"]), int(env["camera"]["width"])) if env["pixels"] else None
         policy, name = _policy_from(config, tasks, SIMULATOR_DT_S * env["action_repeat"], pixels)
