@@ -32,7 +32,9 @@ def main() -> None:
     checkpoint.load(str(source))  # refuses a damaged one
     with atomic_path(TARGET) as temporary:
         shutil.copyfile(source, temporary)
-    print(f"{TARGET.relative_to(ROOT)}: {size / 1e6:.2f} MB, {checkpoint.read_metadata(str(TARGET)).content_sha256[:16]}")
+    print(
+        f"{TARGET.relative_to(ROOT)}: {size / 1e6:.2f} MB, {checkpoint.read_metadata(str(TARGET)).content_sha256[:16]}"
+    )
 
 
 if __name__ == "__main__":

@@ -149,11 +149,29 @@ def collection(result: Mapping[str, Any]) -> str:
     return _grid(head, rows)
 
 
+def ablation(result: Mapping[str, Any]) -> str:
+    """Success of every variant of the ablation."""
+    metrics = result["metrics"]
+    rows = [
+        [
+            name if method == "planner" else "the policy alone",
+            _rate(metrics[f"{name}/mean/{method}/success"]),
+            f"{metrics[f'{name}/mean/planner/plan_p50_ms']:.0f}" if method == "planner" else "",
+        ]
+        for key in metrics
+        if key.endswith("/success")
+        for name, _, method, _ in [key.rsplit("/", 3)]
+    ]
+    n = metrics["default/mean/planner/success"]["n"]
+    return _grid(["changed", f"success on dev starts, %, n = {n}", "ms per plan, median"], rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "success": ("plan_metaworld", success),
     "tasks": ("plan_metaworld", tasks),
     "paired": ("plan_metaworld", paired),
     "latency": ("plan_metaworld", latency),
+    "ablation": ("plan_ablation", ablation),
     "overhead": ("planner_overhead", overhead),
     "collection": ("collect_speed", collection),
 }

@@ -1,0 +1,108 @@
+"""What helps the planner: one setting changed at a time, on dev starts of the six tasks, scarce data.
+
+    python -m benchmarks.plan_ablation                        # after benchmarks.plan_metaworld made the checkpoints
+
+Dev starts only: this is where the planner's settings were chosen, so its numbers are not test results.
+The metrics go to benchmarks/results/plan_ablation.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.plan_metaworld import ROOT
+from wamrl.files import write_json
+from wamrl.provenance import versions
+
+RESULT = ROOT / "benchmarks" / "results" / "plan_ablation.json"
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "plan every step": ("controller=single_step",),
+    "plan every 4 steps": ("controller.replan_every=4",),
+    "score: mean over the ensemble": ("planner.risk=mean",),
+    "score: lower bound over the ensemble": ("planner.risk=lower_bound",),
+    "no terminal value": ("planner.value_weight=0",),
+    "no imagined rewards": ("planner.reward_weight=0",),
+    "act: weighted mean of the candidates": ("planner.choose=mean",),
+    "sigma 0.05": ("planner.sigma=0.05",),
+    "sigma 0.2": ("planner.sigma=0.2",),
+    "sigma 0.3": ("planner.sigma=0.3",),
+    "16 candidates": ("planner.num_candidates=16",),
+    "256 candidates": ("planner.num_candidates=256",),
+    "no policy: noise around the last plan, 3 iterations": (
+        "planner.proposal=noise", "planner.sigma=0.5", "planner.iterations=3", "planner.choose=mean",
+        "planner.risk=mean",
+    ),
+}  # fmt: skip
+
+
+def measure(name: str, overrides: tuple[str, ...], wam: str, episodes: int, out: Path) -> dict[str, Any]:
+    """The results of one variant; a finished one is read, not run again."""
+    directory = out / "".join(c if c.isalnum() else "_" for c in name)
+    results = directory / "results.json"
+    if not results.exists() or json.loads(results.read_text())["partial"]:
+        shutil.rmtree(directory, ignore_errors=True)
+        command = [
+            sys.executable, "-m", "wamrl.plan", f"wam={wam}", "split=dev", f"episodes={episodes}", "workers=1",
+            "video=false", "methods=[planner,policy]" if name == "default" else "methods=[planner]",
+            "latency_plans=20", *overrides, f"run_dir={directory}",
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} exited with {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads(results.read_text())
+
+
+def main() -> None:
+    """Run every variant and store its success."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wam", default="outputs/bench/plan_metaworld/scarce/seed0/train_again")
+    parser.add_argument("--episodes", type=int, default=20, help="dev starts per task")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench/plan_ablation"))
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    started, clock = datetime.now(UTC), time.perf_counter()
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        futures = {
+            name: pool.submit(measure, name, overrides, arguments.wam, arguments.episodes, arguments.out)
+            for name, overrides in VARIANTS.items()
+        }
+        runs = {name: future.result() for name, future in futures.items()}
+    metrics: dict[str, Any] = {}
+    for name, run in runs.items():
+        methods = ("planner", "policy") if name == "default" else ("planner",)
+        for method in methods:
+            mean = run["summary"][method]["mean"]
+            key = f"{name}/mean/{method}/success"
+            metrics[key] = {"mean": mean["success"], **{k: mean[k] for k in ("n", "low", "high")}}
+            print(f"{key:70s} {mean['success']:.3f} [{mean['low']:.3f}, {mean['high']:.3f}]")
+        metrics[f"{name}/mean/planner/plan_p50_ms"] = run["timing"]["single"]["total_ms"]["p50"]
+    result = {
+        "name": "plan_ablation",
+        "command": "python -m benchmarks.plan_ablation",
+        "protocol_hash": sorted({run["protocol_hash"] for run in runs.values()}),
+        "versions": versions(),
+        "device": "cpu",
+        "threads": 1,
+        "seeds": [0],
+        "started": started.isoformat(timespec="seconds"),
+        "wall_s": time.perf_counter() - clock,
+        "config": {"wam": arguments.wam, "split": "dev", "episodes": arguments.episodes, "variants": VARIANTS},
+        "metrics": metrics,
+    }
+    write_json(RESULT, result)
+
+
+if __name__ == "__main__":
+    main()
