@@ -88,8 +88,11 @@ def test_an_unknown_table_is_refused_with_the_nearest_name(tree):
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_every_table_has_as_many_cells_in_each_row(tree, name):
     results = tree / "benchmarks" / "results"
-    for stored in ("planner_overhead", "collect_speed"):
-        (results / f"{stored}.json").write_text((tables.RESULTS / f"{stored}.json").read_text())
+    source = f"{tables.TABLES[name][0]}.json"
+    if not (results / source).exists():
+        if not (tables.RESULTS / source).exists():
+            pytest.skip(f"{source} is not stored yet")
+        (results / source).write_text((tables.RESULTS / source).read_text())
     lines = tables.table(name, results).splitlines()
     assert len(lines) > 2
     assert len({line.count("|") for line in lines}) == 1

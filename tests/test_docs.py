@@ -1,0 +1,130 @@
+"""What README.md and docs/ tell people to do works."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.envs import check_env_specs
+from toys import quadratic
+
+from wamrl import cli, plan, train
+from wamrl.control import RandomPolicy
+from wamrl.data import EpisodeDataset
+from wamrl.evaluation import Start, run_episodes
+from wamrl.interfaces import Budget
+from wamrl.noise import NoiseKey
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SMALL = ["wam.latent_dim=16", "wam.width=16", "wam.dynamics_width=16", "wam.head_width=16", "wam.members=2"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    found: list[str] = []
+    inside: str | None = None
+    for line in page.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.startswith("```"):
+            inside = line[3:].strip() if inside is None else None
+            if inside == language:
+                found.append("")
+        elif inside == language:
+            found[-1] += line
+    return found
+
+
+def commands() -> list[str]:
+    """Every complete command of wamrl on the pages; those that need a folder of the reader's own are run below."""
+    lines = [line.strip() for page in PAGES for block in blocks(page, "") for line in block.splitlines()]
+    found = {line for line in lines if line.startswith("python -m wamrl.")}
+    return sorted(line for line in found if "--config-dir" not in line and "my_wam" not in line)
+
+
+def test_the_pages_show_every_command():
+    assert {line.split()[2] for line in commands()} == {"wamrl.collect", "wamrl.train", "wamrl.plan"}
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_on_the_pages_composes(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("outputs/train/latest").mkdir(parents=True)
+    name, *words = line.removeprefix("python -m wamrl.").split()
+    if name == "train":
+        words = train._rewritten(words)[1]
+    single = [word if "[" in word else word.partition(",")[0] for word in words if word != "-m"]  # first of a sweep
+    cli.compose(name, single)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere_and_pages_stay_short(page):
+    text = page.read_text(encoding="utf-8")
+    targets = [t for t in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in t]
+    absent = [target for target in targets if not (page.parent / target).exists()]
+    if absent == ["docs/images/plan.gif"]:
+        pytest.skip("no animation yet; make it with: python -m benchmarks.make_animation")
+    assert absent == []
+    assert page.name == "README.md" or len(text.splitlines()) < 150
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch) -> Path:
+    """A folder that holds the files of docs/bring_your_own.md and docs/own_planner_and_model.md."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    environment, collect = blocks(ROOT / "docs" / "bring_your_own.md", "python")
+    (planner,) = blocks(ROOT / "docs" / "own_planner_and_model.md", "python")
+    Path("point_env.py").write_text(environment)
+    Path("collect_point.py").write_text(collect)
+    Path("my_planner.py").write_text(planner)
+    for folder in ("env", "planner"):
+        Path("conf", folder).mkdir(parents=True)
+    Path("conf/env/point.yaml").write_text(blocks(ROOT / "docs" / "bring_your_own.md", "yaml")[0])
+    Path("conf/planner/cem.yaml").write_text(blocks(ROOT / "docs" / "own_planner_and_model.md", "yaml")[0])
+    yield tmp_path
+    for name in ("point_env", "my_planner"):
+        sys.modules.pop(name, None)
+
+
+def test_the_environment_of_the_page_is_a_torchrl_environment_with_exact_starts(own):
+    import point_env
+
+    env = point_env.PointEnv(num_envs=2)
+    check_env_specs(env)
+    start = TensorDict({"start": torch.tensor([3, 3])}, [2])
+    first, second = env.reset(start.clone())["state"], point_env.PointEnv(num_envs=2).reset(start)["state"]
+    assert torch.equal(first, second) and torch.equal(first[0], first[1])
+    starts = [Start("point/reach-v0", number) for number in range(3)]
+    episodes = run_episodes(env, RandomPolicy(2), starts, method="random", split="test", seed=0, max_steps=5)
+    assert [episode.start for episode in episodes] == [0, 1, 2]
+
+
+def test_its_dataset_trains_a_model_in_which_plan_runs(own):
+    program = Path("collect_point.py").read_text().replace("range(60)", "range(12)")
+    exec(compile(program, "collect_point.py", "exec"), {})
+    assert len(EpisodeDataset.open("data/point")) == 12
+    train.main([
+        "data=data/point", "observation=[state]", "wam.reward_scale=1", *SMALL, "steps=5", "batch_size=8", "length=4",
+        "warmup_steps=1", "validation_fraction=0", "threads=1", "device=cpu", "tensorboard=false",
+    ])  # fmt: skip
+    plan.main([
+        "--config-dir", "conf", "env=point", "planner=cem", "wam=outputs/train/latest",
+        "methods=[planner,policy,shuffled,random]", "episodes=1", "workers=1", "num_envs=1", "latency_plans=1",
+        "controller=single_step",
+    ])  # fmt: skip
+    assert Path("outputs/plan/latest/report.html").is_file()
+
+
+def test_its_planner_finds_the_peak_of_a_quadratic(own):
+    import my_planner
+
+    target = torch.tensor([0.4, -0.3])
+    model = quadratic(target)
+    planner = my_planner.make_cem(horizon=1, num_candidates=256, iterations=6)
+    state = model.state(torch.zeros(1, 1))
+    chosen, _ = planner.plan(model, state, planner.initial_state(model, 1), NoiseKey.for_rows(1), Budget())
+    assert torch.allclose(chosen.actions[0, 0], target, atol=0.05)
