@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -120,11 +120,16 @@ def _episodes(out: Path, setting: str, seeds: Sequence[int], stage: str) -> list
     return [e for seed in seeds for e in read_episodes(out / setting / f"seed{seed}" / stage / "episodes.csv")]
 
 
-def collect_metrics(out: Path, settings: Sequence[Setting], seeds: Sequence[int]) -> tuple[dict[str, Any], list[str]]:
-    """Flat metrics over all seeds, and the protocol hashes of the runs they came from."""
+def finished_seeds(out: Path, setting: Setting, seeds: Sequence[int]) -> list[int]:
+    """Those of `seeds` whose last stage is done."""
+    return [seed for seed in seeds if (out / setting.name / f"seed{seed}" / "plan.done").exists()]
+
+
+def collect_metrics(out: Path, finished: Mapping[Setting, Sequence[int]]) -> tuple[dict[str, Any], list[str]]:
+    """Flat metrics over the finished seeds of each setting, and the protocol hashes of the runs they came from."""
     metrics: dict[str, Any] = {}
     hashes = []
-    for setting in settings:
+    for setting, seeds in finished.items():
         runs = [json.loads((out / setting.name / f"seed{s}" / "plan" / "results.json").read_text()) for s in seeds]
         hashes += [r["protocol_hash"] for r in runs]
         episodes = _episodes(out, setting.name, seeds, "plan")
@@ -170,16 +175,21 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="seeds side by side, one thread each")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/plan_metaworld"))
+    parser.add_argument("--report", action="store_true", help="run nothing; store the metrics of what is finished")
     arguments = parser.parse_args()
     os.chdir(ROOT)  # checkpoints record their data's path, so that it must not be one of this machine
     started = datetime.now(UTC)
     clock = time.perf_counter()
     chosen = [SETTINGS[name] for name in arguments.settings]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        futures = [pool.submit(run, s, seed, arguments.out) for s in chosen for seed in arguments.seeds]
-        for future in futures:
-            future.result()
-    metrics, hashes = collect_metrics(arguments.out, chosen, arguments.seeds)
+    if not arguments.report:
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            futures = [pool.submit(run, s, seed, arguments.out) for s in chosen for seed in arguments.seeds]
+            for future in futures:
+                future.result()
+    finished = {s: seeds for s in chosen if (seeds := finished_seeds(arguments.out, s, arguments.seeds))}
+    if not finished:
+        parser.error(f"no seed is finished in {arguments.out}; run without --report first")
+    metrics, hashes = collect_metrics(arguments.out, finished)
     result = {
         "name": "plan_metaworld",
         "command": "python -m benchmarks.plan_metaworld " + " ".join(sys.argv[1:]),
@@ -187,15 +197,18 @@ def main() -> None:
         "versions": versions(),
         "device": "cpu",
         "threads": 1,
-        "seeds": arguments.seeds,
+        "seeds": sorted({seed for seeds in finished.values() for seed in seeds}),
         "started": started.isoformat(timespec="seconds"),
         "wall_s": time.perf_counter() - clock,
         "config": {
-            s.name: [
-                [part.replace(str(arguments.out), "<out>").replace(sys.executable, "python") for part in command]
-                for _, command in stages(s, 0, arguments.out / s.name / "seed0")
-            ]
-            for s in chosen
+            s.name: {
+                "seeds": seeds,
+                "commands": [
+                    " ".join(command).replace(str(arguments.out), "<out>").replace(sys.executable, "python")
+                    for _, command in stages(s, 0, arguments.out / s.name / "seed0")
+                ],
+            }
+            for s, seeds in finished.items()
         },
         "metrics": metrics,
     }
