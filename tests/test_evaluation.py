@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,12 @@ def test_compare_uses_the_common_starts_only():
     result = compare(episodes, "a", "b")
     assert result is not None and result.n == 1 and result.difference == 1.0
     assert compare(episodes, "a", "c") is None
+
+
+def test_compare_pairs_every_seed():
+    again = [replace(_episode("a", 0, False), seed=1), replace(_episode("b", 0, True), seed=1)]
+    result = compare([_episode("a", 0, True), _episode("b", 0, False), *again], "a", "b")
+    assert result is not None and (result.n, result.only_first, result.only_second) == (2, 1, 1)
 
 
 def test_protocol_hash_sees_every_part():

@@ -458,8 +458,8 @@ def summarise(episodes: Sequence[Episode]) -> Summary:
 
 
 def compare(episodes: Sequence[Episode], first: str, second: str) -> Paired | None:
-    """`paired` over the starts that both methods finished; None when there is no such start."""
-    outcome = {m: {(e.task, e.start): e.success for e in episodes if e.method == m} for m in (first, second)}
+    """`paired` over the starts that both methods finished with the same seed; None when there is no such start."""
+    outcome = {m: {(e.task, e.start, e.seed): e.success for e in episodes if e.method == m} for m in (first, second)}
     common = sorted(outcome[first].keys() & outcome[second].keys())
     if not common:
         return None
