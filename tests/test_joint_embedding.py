@@ -6,6 +6,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from wamrl import interfaces
 from wamrl.interfaces import Context, State, task_id
 from wamrl.models.joint_embedding import JointEmbeddingWAM, normalise
 from wamrl.naming import UnknownNameError
@@ -236,7 +237,8 @@ def test_a_latent_has_zero_mean_and_unit_variance() -> None:
 def test_what_it_cannot_answer_is_refused_with_the_reason() -> None:
     wam = model()
     state = state_of(wam)
-    with pytest.raises(ValueError, match="does not answer 'video'"):
+    assert wam.spec.provides == set(interfaces._REFERENCE)
+    with pytest.raises(ValueError, match="does not answer 'video'.*No model of wamrl does"):
         wam.imagine(state, None)
     with pytest.raises(ValueError, match="does not answer 'inverse'"):
         wam.propose(state, 1, future=state)

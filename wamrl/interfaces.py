@@ -36,6 +36,8 @@ QUERIES = (
     "success",  # Imagined.success is predicted
     "uncertainty",  # Imagined.uncertainty is predicted
 )
+# What wam=reference answers, for the error about a query that another model does not.
+_REFERENCE = ("rollout", "policy", "log_prob", "value", "decode", "reward", "success", "uncertainty")
 
 State: TypeAlias = TensorDict
 """Batch [R]: a model's latents, caches and suffixes. Indexing its rows is forking."""
@@ -91,10 +93,10 @@ class Spec:
             if query not in QUERIES:
                 raise ValueError(f"unknown query '{query}'; the queries are {', '.join(QUERIES)}")
             if query not in self.provides:
+                instead = "Use wam=reference, which does" if query in _REFERENCE else "No model of wamrl does so far"
                 raise ValueError(
                     f"this model ({self.anatomy.backbone}, {self.anatomy.coupling}) does not answer '{query}'; "
-                    f"it provides {', '.join(sorted(self.provides))}. Use wam=reference, which answers "
-                    "rollout, policy, value, decode, reward, success and uncertainty"
+                    f"it provides {', '.join(sorted(self.provides))}. {instead}"
                 )
 
 
