@@ -1,6 +1,6 @@
 """wamrl: planning, reinforcement learning and policy evaluation inside World Action Models.
 
-The way in: `wamrl.load("reference").act(observation)`.
+The way in: `wamrl.load("six").act(observation)`.
 """
 
 from __future__ import annotations

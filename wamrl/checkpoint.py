@@ -202,7 +202,7 @@ def build(config: Mapping[str, Any], *, seed: int = 0, model_class: type[WAM] | 
 
 
 def resolve(name: str | os.PathLike[str]) -> Path:
-    """The checkpoint file that `name` means: a file, a run directory, or a shipped name such as "reference".
+    """The checkpoint file that `name` means: a file, a run directory, or a shipped name such as "six".
 
     Raises:
         FileNotFoundError: nothing of that name; the message lists the nearest in the same folder and the shipped.
