@@ -1,4 +1,4 @@
-"""What helps the planner: one setting changed at a time, on dev starts of the six tasks, scarce data.
+"""What helps the planner: one choice changed at a time, on dev starts of the six tasks, one model of the scarce data.
 
     python -m benchmarks.plan_ablation                        # after benchmarks.plan_metaworld made the checkpoints
 

@@ -97,6 +97,9 @@ def run(setting: Setting, seed: int, out: Path, *, until: str = "plan") -> None:
     for name, command in stages(setting, seed, directory):
         done = directory / f"{name}.done"
         if done.exists():
+            stored = json.loads(done.read_text())["command"]
+            if stored[1:] != command[1:]:
+                raise ValueError(f"{done} is of another command ({' '.join(stored)}); remove {directory} to start anew")
             if name == until:
                 break
             continue

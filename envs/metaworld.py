@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import mujoco
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -31,7 +30,7 @@ from torch import Tensor
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from wamrl.envs.rendering import Camera, SceneRenderer
+from wamrl.envs.rendering import Camera, SceneRenderer, mujoco
 from wamrl.interfaces import PolicyState, task_id
 from wamrl.naming import unknown_name
 
@@ -47,7 +46,7 @@ CONTACT_NAMES = ("left_pad_object", "right_pad_object", "hand_object", "hand_tab
 """What the four flags of the key `contact` say: which part of the hand touches what. "object" is any body that is not
 the robot and not the table; "hand" is everything below the wrist."""
 
-_INSTALL = 'Meta-World is not installed; run: pip install "wamrl[metaworld]" -c constraints/default.txt'
+_INSTALL = 'Meta-World is not installed; run: pip install "wamrl[metaworld]"'
 _DRAWS = 200  # start states that a reset without `start` chooses among
 
 
@@ -560,7 +559,7 @@ class MetaWorldEnv(EnvBase):
         pixels: bool = False,
         snapshots: bool = False,
         camera: Camera | Mapping[str, Any] | None = None,
-        split: str = "test",
+        split: str = "train",
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:

@@ -16,9 +16,17 @@ import weakref
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import mujoco
 import numpy as np
 from numpy.typing import NDArray
+
+from wamrl.naming import RunError
+
+try:
+    import mujoco as mujoco
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        'MuJoCo is not installed; Meta-World and its renderer come with: pip install "wamrl[metaworld]"'
+    ) from error
 
 _HELP = (
     "images need EGL or OSMesa, and this machine offers neither ({reason}). On Debian or Ubuntu: "
@@ -29,7 +37,7 @@ _HELP = (
 _EGL_PLATFORM_DEVICE_EXT = 0x313F
 
 
-class RenderingUnavailable(RuntimeError):
+class RenderingUnavailable(RunError):
     """No way to draw images on this machine; the message says what to install."""
 
 

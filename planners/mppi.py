@@ -104,6 +104,11 @@ def make_mppi(
     _check_horizon(horizon)
     if not 0.0 <= warm_share <= 1.0:
         raise ValueError(f"planner.warm_share is {warm_share}, but must be in [0, 1]")
+    if risk == "improvement" and choose == "best" and iterations > 1:
+        raise ValueError(
+            f"planner.risk=improvement measures each iteration against another candidate 0, so choose=best cannot "
+            f"compare its {iterations} iterations; set planner.iterations=1, planner.choose=mean or planner.risk=mean"
+        )
     basis = noise_basis(horizon, correlation)
     proposer: Proposer
     if proposal == "policy":

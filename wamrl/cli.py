@@ -41,13 +41,21 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from wamrl import files, provenance
-from wamrl.naming import unknown_name
+from wamrl.naming import RunError, unknown_name
 
 CONFIGS = "wamrl.configs"
 OUTPUTS = Path("outputs")
 
 # Mistakes in what the user gave. Anything else is a defect of ours and keeps its traceback.
-_USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+_USER_ERRORS = (
+    ValueError,
+    RunError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
 
 Main = Callable[[DictConfig, Path], Any]
 

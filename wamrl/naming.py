@@ -6,6 +6,10 @@ import difflib
 from collections.abc import Iterable
 
 
+class RunError(RuntimeError):
+    """Something that stops a run and that its user can mend; commands print it without a traceback."""
+
+
 class UnknownNameError(ValueError):
     """A name that no table holds; the message lists the nearest ones."""
 

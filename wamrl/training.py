@@ -32,6 +32,7 @@ from torch import Tensor
 
 from wamrl.files import atomic_path, write_json
 from wamrl.interfaces import WAM, Context
+from wamrl.naming import RunError
 from wamrl.noise import NoiseKey
 
 # Options that may differ when a run is resumed: they change nothing that the optimiser sees.
@@ -46,7 +47,7 @@ class WindowSource(Protocol):
         ...
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(RunError):
     """Loss or gradient stayed NaN or infinite; the last good state is kept on disk."""
 
 

@@ -11,6 +11,7 @@ dims, E value heads, G observation features.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
@@ -25,6 +26,7 @@ from wamrl.naming import unknown_name
 from wamrl.noise import NoiseKey
 
 LOG_STD_MIN, LOG_STD_MAX = -3.0, 0.0
+POINT_UNIT_M = 0.1  # differences of points are read in decimetres, about their spread on a table
 
 
 def normalise(x: Tensor) -> Tensor:
@@ -79,6 +81,8 @@ class JointEmbeddingWAM(WAM):
     """Encoder, latent dynamics ensemble, reward, success, values, policy and probe in one set of weights.
 
     observation: key -> shape of the keys that the encoder reads and the probe decodes (vectors).
+    points: key -> offsets of the 3-D points (metres) in its vector. The encoder also reads the differences of every two
+    points of a key: reach, grasp and place depend on them, and few demonstrations do not teach a network to subtract.
     members: networks in the dynamics ensemble; their disagreement is the uncertainty. values: value heads E.
     horizon: control steps that imagination is meant for. discount: per control step.
     reward_scale: the task's greatest reward per step; the value heads work in units of reward_scale / (1 - discount).
@@ -90,6 +94,8 @@ class JointEmbeddingWAM(WAM):
 
     mean: Tensor
     std: Tensor
+    first_point: Tensor
+    second_point: Tensor
     task_ids: Tensor
 
     def __init__(
@@ -99,6 +105,7 @@ class JointEmbeddingWAM(WAM):
         action_dim: int,
         tasks: Sequence[str],
         control_dt_s: float,
+        points: Mapping[str, Sequence[int]] | None = None,
         latent_dim: int = 128,
         width: int = 256,
         dynamics_width: int = 160,
@@ -143,12 +150,15 @@ class JointEmbeddingWAM(WAM):
             **(loss_weights or {}),
         }
         total = sum(self.features.values())
+        first, second = self._pairs(points or {})
+        self.register_buffer("first_point", first, persistent=False)
+        self.register_buffer("second_point", second, persistent=False)
         self.register_buffer("mean", torch.zeros(total))
         self.register_buffer("std", torch.ones(total))
         self.register_buffer("task_ids", torch.tensor([task_id(name) for name in tasks]))
         self.task_embedding = nn.Embedding(len(tasks), task_dim)
         nn.init.normal_(self.task_embedding.weight, std=1.0 / math.sqrt(task_dim))
-        self.encoder = mlp(total + task_dim, [width, width], latent_dim)
+        self.encoder = mlp(total + first.numel() + task_dim, [width, width], latent_dim)
         self.dynamics = ensemble_mlp(
             members, latent_dim + task_dim + action_dim, [dynamics_width, dynamics_width], latent_dim
         )
@@ -183,7 +193,30 @@ class JointEmbeddingWAM(WAM):
         return (flat - self.mean) / self.std
 
     def _latent(self, encoder: nn.Module, x: Tensor, task: Tensor) -> Tensor:
-        return normalise(encoder(torch.cat([x, task], dim=-1)))
+        raw = x * self.std + self.mean
+        between = (raw[..., self.second_point] - raw[..., self.first_point]) / POINT_UNIT_M
+        return normalise(encoder(torch.cat([x, between, task], dim=-1)))
+
+    def _pairs(self, points: Mapping[str, Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Indices into the flat observation of the first and the second point of every pair, three per pair."""
+        starts, begin = {}, 0
+        for key, size in self.features.items():
+            starts[key] = begin
+            begin += size
+        first: list[int] = []
+        second: list[int] = []
+        for key, offsets in points.items():
+            if key not in self.features:  # trained without this key, so there is nothing to subtract
+                continue
+            if any(not 0 <= offset <= self.features[key] - 3 for offset in offsets):
+                raise ValueError(
+                    f"points of '{key}' are {list(offsets)}, but the key has {self.features[key]} numbers; "
+                    "an offset is where three coordinates begin"
+                )
+            for one, other in itertools.combinations(offsets, 2):
+                first += [starts[key] + one + axis for axis in range(3)]
+                second += [starts[key] + other + axis for axis in range(3)]
+        return torch.tensor(first, dtype=torch.int64), torch.tensor(second, dtype=torch.int64)
 
     def _step(self, z: Tensor, task: Tensor, action: Tensor) -> Tensor:
         """Next latents [M, X, D] from [M, X, D]."""
@@ -210,6 +243,10 @@ class JointEmbeddingWAM(WAM):
         noise: NoiseKey | None = None,
         with_frames: bool = False,
     ) -> Imagined:
+        if futures not in (None, self.members):
+            raise ValueError(
+                f"futures is {futures}, but this model's futures are its {self.members} ensemble members; leave it None"
+            )
         if actions is None:
             self.spec.require("video")
         assert actions is not None
@@ -399,13 +436,14 @@ class JointEmbeddingWAM(WAM):
         wanted = torch.where(labelled.unsqueeze(-1), batch["label"], action).clamp(-1.0, 1.0)
         own = (batch["episode_success"].unsqueeze(1) & ~labelled).float() * self._own_weight(gap.detach().mean(0), mask)
         weight = torch.where(labelled, 1.0, own) * mask
-        # Encoded frames count fully; imagined ones teach the policy to act on what the model predicts.
+        # Encoded frames count fully; imagined ones, at a quarter, teach the policy to act on what the model predicts.
         frames = torch.cat([online[:, :-1], before[:, 1:]], dim=1)
         mean, log_std = self._policy(frames, torch.cat([tasks[:, :-1], tasks[:, 1:-1]], dim=1))
         weight = torch.cat([weight, 0.25 * weight[:, 1:]], dim=1)
         wanted = torch.cat([wanted, wanted[:, 1:]], dim=1)
         nll = -_gaussian_log_prob(wanted, mean.detach(), log_std)
         error = (mean - wanted).square().sum(-1)
+        # The spread is fitted to the mean's errors (its own gradient only); 0.02 keeps it from outweighing them.
         losses["policy"] = ((error + 0.02 * nll) * weight).sum() / weight.sum().clamp(min=1.0)
 
         decoded = self.probe(after.detach())
