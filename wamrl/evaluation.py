@@ -284,7 +284,7 @@ class _Running:
 
 
 # What an environment answers beside what a policy may see.
-_NOT_OBSERVED = ("reward", "done", "terminated", "truncated", "success", "simulator_error", "snapshot", "contact")
+_NOT_OBSERVED = ("reward", "done", "terminated", "truncated", "success", "simulator_error", "snapshot")
 
 
 def run_episodes(

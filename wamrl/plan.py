@@ -339,6 +339,11 @@ def _command_line(settings: Mapping[str, Any]) -> str:
     return shlex.join(["python", "-m", "wamrl.plan", *words])
 
 
+def _load(settings: Mapping[str, Any]) -> WAM:
+    wam = settings["wam"]
+    return checkpoint.load(wam["checkpoint"], device=settings["device"], model_class=wam.get("model_class"))
+
+
 def _prepare(settings: dict[str, Any], directory: Path, started: datetime, earlier: Path | None) -> _Run:
     """Build everything once, so that a mistake is an error before any work; carry over what a stopped run has."""
     settings["command"] = _command_line(settings)
@@ -346,7 +351,7 @@ def _prepare(settings: dict[str, Any], directory: Path, started: datetime, earli
     tasks = tuple(env.tasks)
     path = checkpoint.resolve(settings["wam"]["checkpoint"])
     metadata = checkpoint.read_metadata(path)
-    model = checkpoint.load(path, device=settings["device"])
+    model = _load(settings)
     observation = {k: tuple(env.observation_spec[k].shape[1:]) for k in env.observation_spec.keys()}
     checkpoint.check_compatible(
         model.spec,
@@ -358,6 +363,9 @@ def _prepare(settings: dict[str, Any], directory: Path, started: datetime, earli
     policy = _planner_policy(settings, model)
     policy.initial_state(1)  # asks the planner whether the model answers what it needs
     starts = _module(env).start_states
+    if "expert" in settings["methods"] and not hasattr(_module(env), "ExpertPolicy"):
+        others = ",".join(m for m in settings["methods"] if m != "expert")
+        raise ValueError(f"{_module(env).__name__} has no ExpertPolicy; leave it out: methods=[{others}]")
     count = settings["episodes"]
     states = {task: starts(task, settings["split"], count) for task in tasks}
     versions = provenance.versions()
@@ -483,7 +491,7 @@ class _Worker:
     def __init__(self, settings: Mapping[str, Any], directory: Path, emit: Emit) -> None:
         torch.set_num_threads(settings["threads"])
         self.settings, self.directory, self.emit = settings, directory, emit
-        self.model = checkpoint.load(checkpoint.resolve(settings["wam"]["checkpoint"]), device=settings["device"])
+        self.model = _load(settings)
         self._envs: dict[tuple[str, int, bool], Any] = {}
 
     def run(self, job: _Job) -> None:
@@ -592,7 +600,7 @@ class _Film:
         self._states: list[Tensor] = []
         self._rewards: list[float] = []
         self._success = False
-        self._pictures = pictures and hasattr(env, "render_rgb")
+        self._pictures = pictures and all(hasattr(env, name) for name in ("render_rgb", "camera", "simulators"))
         self.view: View | None = None
 
     def initial_state(self, rows: int) -> PolicyState:
@@ -799,7 +807,7 @@ def _time_single_plans(run: _Run, console: Console) -> None:
     count = run.settings["latency_plans"]
     if count == 0 or not run.observations or "planner" not in run.methods:
         return
-    model = checkpoint.load(checkpoint.resolve(run.settings["wam"]["checkpoint"]), device=run.settings["device"])
+    model = _load(run.settings)
     policy = _planner_policy(run.settings, model)
     rows = [
         TensorDict({k: torch.as_tensor(v)[None] for k, v in o.items()}, batch_size=[1], device=run.settings["device"])
