@@ -61,7 +61,7 @@ def linear_batch(windows: int, steps: int, generator: torch.Generator) -> Tensor
             "terminated": torch.zeros(windows, steps, dtype=torch.bool),
             "valid": torch.ones(windows, steps, dtype=torch.bool),
             "task": torch.full((windows,), task_id(TASKS[0])),
-            "episode_success": success.any(1),
+            "imitate": success.any(1),
         },
         batch_size=[windows],
     )

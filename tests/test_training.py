@@ -67,6 +67,7 @@ class PointWindows:
                 "valid": torch.ones(batch_size, length, dtype=torch.bool),
                 "task": torch.tensor([task_id(TASKS[b % 2]) for b in range(batch_size)]),
                 "episode_success": torch.ones(batch_size, dtype=torch.bool),
+                "imitate": torch.ones(batch_size, dtype=torch.bool),
                 "step": torch.zeros(batch_size, dtype=torch.int64),
                 "steps_to_success": torch.full((batch_size, length + 1), torch.inf),
             },

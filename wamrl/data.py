@@ -262,6 +262,7 @@ class EpisodeDataset:
         self.action_dim = frames["action"].shape[-1]
         self._task = torch.tensor([task_id(episode["task"]) for episode in self.episodes])
         self._success = torch.tensor([bool(episode["success"]) for episode in self.episodes])
+        self._imitate = torch.tensor([bool(e["success"]) and e["behaviour"] == "policy" for e in self.episodes])
         # Window starts are numbered over all steps; the episode of a start is found by bisection.
         self._ends = lengths.cumsum(0)
         held_out = sorted({str(episode.get("split")) for episode in self.episodes} - {"train"})
@@ -422,7 +423,9 @@ class EpisodeDataset:
         executed; `label` [B, T, A] and `label_valid` [B, T]; `reward`, `success`, `terminated`, `valid` [B, T]
         (`valid` is False past the episode's end, where the last frame repeats and the rest is zero);
         `steps_to_success` [B, T+1], control steps until the first success at or after a frame, 0 from the first
-        success on, inf in an episode without one; `task`, `episode_success`, `step` (of the window's start) [B].
+        success on, inf in an episode without one; `task`, `episode_success`, `step` (of the window's start) [B];
+        `imitate` [B], a successful episode of a model's own policy or planner: its actions are worth imitating,
+        those of a noisy expert or of luck are not.
 
         Raises:
             ValueError: when the data was collected from dev or test start states.
@@ -484,6 +487,7 @@ class EpisodeDataset:
                 "steps_to_success": gather(frames["steps_to_success"], at),
                 "task": self._task[episode],
                 "episode_success": self._success[episode],
+                "imitate": self._imitate[episode],
                 "step": step,
             },
             batch_size=[rows],

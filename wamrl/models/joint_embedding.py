@@ -87,8 +87,8 @@ class JointEmbeddingWAM(WAM):
     horizon: control steps that imagination is meant for. discount: per control step.
     reward_scale: the task's greatest reward per step; the value heads work in units of reward_scale / (1 - discount).
     expectile: of the value regression; 0.5 is the mean over what the data did, higher leans to its better part.
-    own_temperature: an unlabelled action of a successful episode is imitated with weight exp(advantage / (standard
-    deviation of the advantage * own_temperature)), at most 10; None imitates them all alike.
+    own_temperature: an unlabelled action of the model's own in a successful episode is imitated with weight
+    exp(advantage / (standard deviation of the advantage * own_temperature)), at most 10; None: all alike.
     loss_weights: overrides of the weights in `loss`.
     """
 
@@ -431,10 +431,10 @@ class JointEmbeddingWAM(WAM):
         asymmetry = torch.where(gap > 0, self.expectile, 1.0 - self.expectile)
         losses["value"] = (asymmetry * gap.square() * mask).sum() / count / value.shape[0]
 
-        # Policy: the expert's label where there is one, else the executed action of a successful episode.
+        # Policy: the expert's label where there is one, else what the model itself did in a successful episode.
         labelled = batch["label_valid"]
         wanted = torch.where(labelled.unsqueeze(-1), batch["label"], action).clamp(-1.0, 1.0)
-        own = (batch["episode_success"].unsqueeze(1) & ~labelled).float() * self._own_weight(gap.detach().mean(0), mask)
+        own = (batch["imitate"].unsqueeze(1) & ~labelled).float() * self._own_weight(gap.detach().mean(0), mask)
         weight = torch.where(labelled, 1.0, own) * mask
         # Encoded frames count fully; imagined ones, at a quarter, teach the policy to act on what the model predicts.
         frames = torch.cat([online[:, :-1], before[:, 1:]], dim=1)
