@@ -128,6 +128,12 @@ def finished_seeds(out: Path, setting: Setting, seeds: Sequence[int]) -> list[in
     return [seed for seed in seeds if (out / setting.name / f"seed{seed}" / "plan.done").exists()]
 
 
+def _commits(out: Path, setting: Setting, seeds: Sequence[int]) -> list[str]:
+    """The commits at which the stages ran; more than one means that the code moved while they did."""
+    done = [path for seed in seeds for path in (out / setting.name / f"seed{seed}").glob("*.done")]
+    return sorted({str(json.loads(path.read_text())["versions"]["commit"]) for path in done})
+
+
 def collect_metrics(out: Path, finished: Mapping[Setting, Sequence[int]]) -> tuple[dict[str, Any], list[str]]:
     """Flat metrics over the finished seeds of each setting, and the protocol hashes of the runs they came from."""
     metrics: dict[str, Any] = {}
@@ -206,6 +212,7 @@ def main() -> None:
         "config": {
             s.name: {
                 "seeds": seeds,
+                "commits": _commits(arguments.out, s, seeds),
                 "commands": [
                     " ".join(command).replace(str(arguments.out), "<out>").replace(sys.executable, "python")
                     for _, command in stages(s, 0, arguments.out / s.name / "seed0")
