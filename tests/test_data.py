@@ -103,6 +103,7 @@ def test_windows_read_the_right_steps_of_the_right_episode(dataset: EpisodeDatas
             expert = episode != 1
             assert row["label_valid"].tolist() == [expert and k < left for k in range(4)]
             assert bool(row["episode_success"]) == expert
+            assert not row["imitate"]  # no episode here is of a model's own policy
 
 
 def test_steps_to_success_counts_down_to_the_first_success(dataset: EpisodeDataset) -> None:

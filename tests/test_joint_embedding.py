@@ -222,6 +222,25 @@ def test_a_better_action_of_ones_own_weighs_more() -> None:
     assert (model()._own_weight(torch.randn(2, 3), torch.ones(2, 3)) == 1).all()
 
 
+def test_the_encoder_reads_the_differences_of_points_in_decimetres() -> None:
+    wam = model(points={"state": [0, 3]})
+    assert wam.first_point.tolist() == [0, 1, 2]
+    assert wam.second_point.tolist() == [3, 4, 5]
+    assert wam.encoder[0].in_features == model().encoder[0].in_features + 3
+    with pytest.raises(ValueError, match="has 6 numbers"):
+        model(points={"state": [0, 4]})
+
+
+def test_only_the_models_own_successes_are_imitated_without_a_label() -> None:
+    wam = model()
+    batch = linear_batch(8, 4, torch.Generator().manual_seed(0))
+    batch["label_valid"][:] = False
+    batch["imitate"][:] = False
+    assert wam.loss(batch)["policy"] == 0
+    batch["imitate"][:] = True
+    assert wam.loss(batch)["policy"] != 0
+
+
 def test_a_constant_feature_does_not_blow_up() -> None:
     wam = model()
     wam.set_normalisation({"state": {"mean": torch.ones(6), "std": torch.zeros(6)}})

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from tensordict import TensorDict
 from toys import (
     BrokenWAM,
     MortalWAM,
@@ -18,10 +19,11 @@ from toys import (
     riccati,
 )
 
-from wamrl.interfaces import WAM, Budget, Plan, Planner, PlanState
+from wamrl.interfaces import WAM, Budget, Imagined, Plan, Planner, PlanState
 from wamrl.noise import NoiseKey
 from wamrl.planners import NonFinitePlanError, ShootingPlanner, make_mppi
 from wamrl.planners.mppi import mppi_weights
+from wamrl.planners.scorers import ReturnScorer
 
 TARGET = torch.tensor([0.3, -0.6])
 PROPOSALS = ("policy", "noise")
@@ -492,3 +494,18 @@ def test_a_model_that_proposes_chunks_of_another_length_is_refused() -> None:
     state = model.state(torch.zeros(1, 1))  # type: ignore[operator]
     with pytest.raises(ValueError, match="horizon is 4, but the model proposes chunks of 6 steps"):
         planner.plan(model, state, planner.initial_state(model, 1), NoiseKey.for_rows(1), Budget())
+
+
+def test_gains_over_different_candidates_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="cannot compare its 2 iterations"):
+        make_mppi(risk="improvement", choose="best", iterations=2)
+
+
+def test_a_gain_that_the_futures_disagree_on_counts_less() -> None:
+    """Two candidates gain 1 on average over candidate 0; one in every future, the other in one of two only."""
+    leaf = TensorDict({}, batch_size=[1, 3, 2])
+    reward = torch.tensor([[[[5.0], [1.0]], [[6.0], [2.0]], [[7.0], [1.0]]]])
+    imagined = Imagined(leaf=leaf, evaluations=6, reward=reward)
+    scorer = ReturnScorer(value_weight=0.0, risk="improvement", risk_weight=0.5)
+    scores = scorer(quadratic(TARGET), TensorDict({}, batch_size=[1]), imagined)
+    torch.testing.assert_close(scores, torch.tensor([[0.0, 1.0, 0.5]]))
