@@ -63,8 +63,8 @@ def success(result: Mapping[str, Any]) -> str:
         for m in METHOD_NAMES
         if f"{settings[0]}/mean/{m}/success" in metrics
     ]
-    n = metrics[f"{settings[0]}/mean/planner/success"]["n"]
-    head = [f"success, %, Wilson 95 % interval, n = {n}", *settings]
+    numbers = [metrics[f"{s}/mean/planner/success"]["n"] for s in settings]
+    head = ["success, %, Wilson 95 % interval", *(f"{s}, n = {n}" for s, n in zip(settings, numbers, strict=True))]
     return _grid(head, rows)
 
 

@@ -45,7 +45,7 @@ def test_the_tables_of_this_repository_are_those_of_its_results():
 def test_a_table_shows_the_stored_numbers_and_leaves_the_rest_of_the_page(tree):
     assert tables.update(tree) == (["README.md"], [])
     text = (tree / "README.md").read_text()
-    assert text.startswith("before\n<!-- table: success -->\n| success, %, Wilson 95 % interval, n = 40 | rich |\n")
+    assert text.startswith("before\n<!-- table: success -->\n| success, %, Wilson 95 % interval | rich, n = 40 |\n")
     assert "| planner in the WAM | 90.0 [85.0, 95.0] |\n" in text
     assert "old" not in text and text.endswith("<!-- end table -->\nafter\n")
     assert "scripted expert" not in text  # it was not measured
