@@ -30,7 +30,7 @@ POINT_UNIT_M = 0.1  # differences of points are read in decimetres, about their 
 
 
 def normalise(x: Tensor) -> Tensor:
-    """Zero mean and unit variance over the latent dims: keeps millimetres that SimNorm's softmax loses."""
+    """Zero mean and unit variance over the latent dims, in place of TD-MPC2's SimNorm."""
     return F.layer_norm(x, x.shape[-1:])
 
 
