@@ -12,27 +12,23 @@ Images: 64x64 pixels of the default camera, one simulator step between two of th
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import tempfile
 import time
 import warnings
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.stored import RESULTS, Clock
 from wamrl.collect import collect
 from wamrl.data import EpisodeDataset
 from wamrl.envs.metaworld import PREFIX, ExpertPolicy, MetaWorldEnv, Simulator, start_states
 from wamrl.envs.rendering import RenderingUnavailable
-from wamrl.files import write_json
-from wamrl.provenance import versions
 
 TASKS = ("metaworld/push-v3", "metaworld/drawer-open-v3")
-RESULTS = Path(__file__).parent / "results" / "collect_speed.json"
+OUT = RESULTS / "collect_speed.json"
 
 
 def bare_loop(task: str, simulator: Simulator, first: int, episodes: int) -> tuple[int, float]:
@@ -123,32 +119,16 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="default 3")
     parser.add_argument("--rows", type=int, default=8, help="simulators side by side (default 8)")
     parser.add_argument("--images", type=int, default=200, help="images per task (default 200)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"default {RESULTS.name} in benchmarks/results")
+    parser.add_argument("--out", type=Path, default=OUT, help=f"default {OUT.name} in benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    started, begun = datetime.now(UTC), time.perf_counter()
+    clock = Clock()
     metrics = measure(options.episodes, options.turns, options.rows) | measure_images(options.images)
     for name, value in metrics.items():
         print(f"{name:48s} {value:10.2f}")
     config = {"tasks": TASKS, "episodes": options.episodes, "turns": options.turns, "rows": options.rows}
     config |= {"images": options.images, "action_repeat": 2, "size": 64}
-    write_json(
-        options.out,
-        {
-            "name": "collect_speed",
-            "command": "python -m benchmarks.collect_speed",
-            "protocol_hash": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
-            "versions": versions(),
-            "device": "cpu",
-            "threads": 1,
-            "seeds": [0],
-            "started": started.isoformat(timespec="seconds"),
-            "wall_s": round(time.perf_counter() - begun, 1),
-            "config": config,
-            "metrics": metrics,
-        },
-    )
-    print(f"stored {options.out}")
+    clock.store(options.out, config=config, metrics=metrics)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import os
 import shutil
 from pathlib import Path
 
-from benchmarks.plan_metaworld import ROOT, SETTINGS, run
+from benchmarks.plan_metaworld import SETTINGS, run
+from benchmarks.stored import ROOT
 from wamrl import checkpoint
 from wamrl.files import atomic_path
 

@@ -14,17 +14,12 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plan_metaworld import ROOT
-from wamrl.files import write_json
-from wamrl.provenance import versions
+from benchmarks.stored import RESULTS, ROOT, Clock
 
-RESULT = ROOT / "benchmarks" / "results" / "plan_ablation.json"
 VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),
     "plan every step": ("controller=single_step",),
@@ -72,7 +67,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/plan_ablation"))
     arguments = parser.parse_args()
     os.chdir(ROOT)
-    started, clock = datetime.now(UTC), time.perf_counter()
+    clock = Clock()
     with ThreadPoolExecutor(arguments.jobs) as pool:
         futures = {
             name: pool.submit(measure, name, overrides, arguments.wam, arguments.episodes, arguments.out)
@@ -88,20 +83,12 @@ def main() -> None:
             metrics[key] = {"mean": mean["success"], **{k: mean[k] for k in ("n", "low", "high")}}
             print(f"{key:70s} {mean['success']:.3f} [{mean['low']:.3f}, {mean['high']:.3f}]")
         metrics[f"{name}/mean/planner/plan_p50_ms"] = run["timing"]["single"]["total_ms"]["p50"]
-    result = {
-        "name": "plan_ablation",
-        "command": "python -m benchmarks.plan_ablation",
-        "protocol_hash": sorted({run["protocol_hash"] for run in runs.values()}),
-        "versions": versions(),
-        "device": "cpu",
-        "threads": 1,
-        "seeds": [0],
-        "started": started.isoformat(timespec="seconds"),
-        "wall_s": time.perf_counter() - clock,
-        "config": {"wam": arguments.wam, "split": "dev", "episodes": arguments.episodes, "variants": VARIANTS},
-        "metrics": metrics,
-    }
-    write_json(RESULT, result)
+    clock.store(
+        RESULTS / "plan_ablation.json",
+        config={"wam": arguments.wam, "split": "dev", "episodes": arguments.episodes, "variants": VARIANTS},
+        metrics=metrics,
+        protocol_hash=sorted({run["protocol_hash"] for run in runs.values()}),
+    )
 
 
 if __name__ == "__main__":

@@ -19,18 +19,16 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.stored import RESULTS, ROOT, Clock
 from wamrl.evaluation import Episode, compare, read_episodes, summarise
 from wamrl.files import write_json
 from wamrl.provenance import versions
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "plan_metaworld.json"
 METHODS = ("planner", "policy", "shuffled", "random", "expert")
 
 
@@ -187,8 +185,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="run nothing; store the metrics of what is finished")
     arguments = parser.parse_args()
     os.chdir(ROOT)  # checkpoints record their data's path, so that it must not be one of this machine
-    started = datetime.now(UTC)
-    clock = time.perf_counter()
+    clock = Clock()
     chosen = [SETTINGS[name] for name in arguments.settings]
     if not arguments.report:
         with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -199,34 +196,28 @@ def main() -> None:
     if not finished:
         parser.error(f"no seed is finished in {arguments.out}; run without --report first")
     metrics, hashes = collect_metrics(arguments.out, finished)
-    result = {
-        "name": "plan_metaworld",
-        "command": "python -m benchmarks.plan_metaworld " + " ".join(sys.argv[1:]),
-        "protocol_hash": hashes,
-        "versions": versions(),
-        "device": "cpu",
-        "threads": 1,
-        "seeds": sorted({seed for seeds in finished.values() for seed in seeds}),
-        "started": started.isoformat(timespec="seconds"),
-        "wall_s": time.perf_counter() - clock,
-        "config": {
-            s.name: {
-                "seeds": seeds,
-                "commits": _commits(arguments.out, s, seeds),
-                "commands": [
-                    " ".join(command).replace(str(arguments.out), "<out>").replace(sys.executable, "python")
-                    for _, command in stages(s, 0, arguments.out / s.name / "seed0")
-                ],
-            }
-            for s, seeds in finished.items()
-        },
-        "metrics": metrics,
+    config = {
+        s.name: {
+            "seeds": seeds,
+            "commits": _commits(arguments.out, s, seeds),
+            "commands": [
+                " ".join(command).replace(str(arguments.out), "<out>").replace(sys.executable, "python")
+                for _, command in stages(s, 0, arguments.out / s.name / "seed0")
+            ],
+        }
+        for s, seeds in finished.items()
     }
-    write_json(RESULT, result)
+    clock.store(
+        RESULTS / "plan_metaworld.json",
+        config=config,
+        metrics=metrics,
+        arguments=" ".join(sys.argv[1:]),
+        protocol_hash=hashes,
+        seeds=sorted({seed for seeds in finished.values() for seed in seeds}),
+    )
     for key, value in metrics.items():
         if "/mean/" in key and isinstance(value, dict):
             print(f"{key:50s} {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}] n={value['n']}")
-    print(f"stored {RESULT.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -14,16 +14,12 @@ pytorch_mppi is not needed by wamrl; where it is missing, the run stops and says
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.metadata
-import json
-import platform
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +27,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from wamrl.files import write_json
+from benchmarks.stored import RESULTS, Clock
 from wamrl.interfaces import WAM, Anatomy, Budget, Context, Imagined, Spec, State
 from wamrl.noise import NoiseKey
 from wamrl.planners import ShootingPlanner, make_mppi
@@ -40,7 +36,7 @@ LATENT, ACTION, HORIZON = 64, 4, 16
 SIGMA, TEMPERATURE = 0.5, 0.5
 # Name -> candidates, hidden width, iterations.
 SETTINGS = {"512x16_w256_i1": (512, 256, 1), "512x16_w256_i6": (512, 256, 6), "64x16_w16_i6": (64, 16, 6)}
-RESULTS = Path(__file__).parent / "results" / "planner_overhead.json"
+OUT = RESULTS / "planner_overhead.json"
 
 
 class MLPDynamics(WAM):
@@ -231,14 +227,14 @@ def main() -> None:
     """Measure, print, and store `benchmarks/results/planner_overhead.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="per setting; there are three (default 20)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"default {RESULTS.name} in benchmarks/results")
+    parser.add_argument("--out", type=Path, default=OUT, help=f"default {OUT.name} in benchmarks/results")
     options = parser.parse_args()
     try:
         peer = importlib.metadata.version("pytorch_mppi")
     except importlib.metadata.PackageNotFoundError:
         sys.exit("this benchmark compares with pytorch_mppi, which is not installed: pip install 'wamrl[bench]'")
     torch.set_num_threads(1)
-    started, begun = datetime.now(UTC), time.perf_counter()
+    clock = Clock()
     metrics = measure(options.seconds)
     for name, value in metrics.items():
         print(f"{name:48s} {value:10.3f}")
@@ -252,23 +248,7 @@ def main() -> None:
         "settings": {name: list(sizes) for name, sizes in SETTINGS.items()},
         "seconds_per_setting": options.seconds,
     }
-    write_json(
-        options.out,
-        {
-            "name": "planner_overhead",
-            "command": "python -m benchmarks.planner_overhead",
-            "protocol_hash": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "pytorch_mppi": peer},
-            "device": "cpu",
-            "threads": 1,
-            "seeds": [0],
-            "started": started.isoformat(timespec="seconds"),
-            "wall_s": round(time.perf_counter() - begun, 1),
-            "config": config,
-            "metrics": metrics,
-        },
-    )
-    print(f"stored {options.out}")
+    clock.store(options.out, config=config, metrics=metrics, peers={"pytorch_mppi": peer})
 
 
 if __name__ == "__main__":
