@@ -9,8 +9,6 @@ Shapes: B rows, R rows that are searched, N candidates, M sampled futures, H ste
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from wamrl.noise import NoiseKey
 from wamrl.planners.gates import Always
 from wamrl.planners.proposers import coloured_noise, match_sigma
 from wamrl.planners.scorers import permutation
+from wamrl.provenance import has_cpp_compiler
 
 CHOICES = ("mean", "best")
 FAILURES = ("raise", "hold")
@@ -99,7 +98,7 @@ class ShootingPlanner:
             raise unknown_name("choose", str(self.choose), CHOICES)
         if self.on_failure not in FAILURES:
             raise unknown_name("on_failure", str(self.on_failure), FAILURES)
-        if self.compile and not _has_cpp_compiler():
+        if self.compile and not has_cpp_compiler():
             raise ValueError(
                 "planner.compile=true needs a C++ compiler, and none was found (looked for $CXX, g++, clang++, c++); "
                 "install one, or set planner.compile=false"
@@ -435,10 +434,6 @@ def _where(rows: Tensor, first: _Iterate, second: _Iterate) -> _Iterate:
         a, b = (x.expand(rows.shape[0], *x.shape[1:]) if x.dim() > 1 else x for x in (a, b))
         parts.append(torch.where(rows.reshape(-1, *[1] * (b.dim() - 1)), a, b) if b.dim() > 1 else b)
     return _Iterate(*parts)
-
-
-def _has_cpp_compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "c++"))
 
 
 def _device(model: WAM) -> torch.device:

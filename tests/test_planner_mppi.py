@@ -447,7 +447,7 @@ def test_the_gate_counts_against_the_budget() -> None:
 
 
 def test_compile_without_a_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wamrl.planners.shooting.shutil.which", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ValueError, match="needs a C\\+\\+ compiler.*planner.compile=false"):
         make_mppi(compile=True)
 

@@ -1,8 +1,10 @@
-"""Where a file came from: the versions and the commit that made it. Cheap: imports none of what it reports on."""
+"""What runs here: versions, the commit, a compiler. Cheap: imports none of what it reports on."""
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 import subprocess
 from functools import cache
 from importlib import metadata
@@ -19,6 +21,11 @@ def version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def has_cpp_compiler() -> bool:
+    """Whether torch.compile finds a C++ compiler for the CPU: $CXX, g++, clang++ or c++."""
+    return any(name and shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"))
 
 
 @cache

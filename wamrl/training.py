@@ -34,6 +34,7 @@ from wamrl.files import atomic_path, write_json
 from wamrl.interfaces import WAM, Context
 from wamrl.naming import RunError
 from wamrl.noise import NoiseKey
+from wamrl.provenance import has_cpp_compiler
 
 # Options that may differ when a run is resumed: they change nothing that the optimiser sees.
 _FREE_OPTIONS = ("log_every", "validate_every", "save_every", "max_seconds", "tensorboard", "threads")
@@ -223,7 +224,11 @@ class _Run:
 
     def go(self, *, quiet: bool) -> TrainingResult:
         options = self.options
-        _check_compiler(options.compile and self.device.type == "cpu")
+        if options.compile and self.device.type == "cpu" and not has_cpp_compiler():
+            raise ValueError(
+                "compile=true needs a C++ compiler, and none of g++, clang++ and c++ is found; install one (on Debian: "
+                "apt-get install g++), or leave compile=false"
+            )
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._restore()
         self._rehearse()
@@ -472,15 +477,6 @@ def open_loop_errors(
         for name, parts in (("state_error", predicted), ("state_persistence", still)):
             errors[name] = _rms((torch.cat(parts, dim=-1) / std)[..., moving], valid)
     return errors
-
-
-def _check_compiler(needed: bool) -> None:
-    compilers = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
-    if needed and not any(name and shutil.which(name) for name in compilers):
-        raise ValueError(
-            "compile=true needs a C++ compiler, and none of g++, clang++ and c++ is found; install one (on Debian: "
-            "apt-get install g++), or leave compile=false"
-        )
 
 
 def _rms(difference: Tensor, valid: Tensor) -> list[float]:
