@@ -18,10 +18,11 @@ LAYERS = {
     **dict.fromkeys(("models", "imagination"), 1),
     **dict.fromkeys(("envs", "planners", "agents"), 2),
     **dict.fromkeys(("data", "checkpoint", "training", "evaluation", "report", "control", "oracle", "video"), 3),
-    "cli": 4,  # what the commands share
-    **dict.fromkeys(("collect", "train", "plan", "posttrain", "evaluate", "loop", "bench"), 5),
-    "configs": 5,
-    "": 6,  # wamrl/__init__.py, the way in for users
+    **dict.fromkeys(("cli", "film", "results"), 4),  # cli: what the commands share; the others: parts of plan
+    "workers": 5,
+    **dict.fromkeys(("collect", "train", "plan", "posttrain", "evaluate", "loop", "bench"), 6),
+    "configs": 6,
+    "": 7,  # wamrl/__init__.py, the way in for users
 }
 # The nouns and their small tools are one page in several files.
 FRIENDS = {frozenset(("interfaces", "noise")), frozenset(("interfaces", "naming"))}

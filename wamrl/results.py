@@ -1,0 +1,206 @@
+"""What a run of `wamrl.plan` has so far, and the files it leaves: results.json, episodes.csv, traces.json, the report.
+
+A stopped run is read back from the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wamrl import provenance
+from wamrl.evaluation import Episode, Start, compare, percentiles, read_episodes, summarise, write_episodes
+from wamrl.files import write_json
+from wamrl.report import METHODS, short, write_report
+
+
+@dataclass
+class Run:
+    """Everything that a run has so far; `write` puts it into the run directory.
+
+    settings: the checked config, with "command", the command line that started the run. started: wall-clock time.
+    checkpoint, protocol: as in results.json. plan_log, oracle_log: `PlannerPolicy.log` of the planner and the oracle.
+    observations: a few of the planner's own episodes, to time single plans on.
+    """
+
+    settings: dict[str, Any]
+    directory: Path
+    started: datetime
+    tasks: tuple[str, ...]
+    checkpoint: dict[str, Any]
+    protocol: dict[str, Any]
+    protocol_hash: str
+    episodes: list[Episode] = field(default_factory=list)
+    traces: dict[str, dict[str, Any]] = field(default_factory=dict)
+    fidelity: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    plan_log: list[dict[str, Any]] = field(default_factory=list)
+    oracle_log: list[dict[str, Any]] = field(default_factory=list)
+    timing: dict[str, dict[str, Any]] = field(default_factory=dict)
+    observations: list[dict[str, np.ndarray]] = field(default_factory=list)
+    videos: list[dict[str, Any]] = field(default_factory=list)
+    video_note: str | None = None
+    evaluations_per_plan: float | None = None
+    worker_rss_mib: float = 0.0
+
+    @property
+    def methods(self) -> list[str]:
+        return list(self.settings["methods"])
+
+    def count(self, method: str) -> int:
+        """Start states per task of a method."""
+        wanted = self.settings["episodes"]
+        return min(wanted, self.settings["oracle_episodes"]) if method == "oracle" else wanted
+
+    @property
+    def wanted(self) -> int:
+        return len(self.tasks) * sum(self.count(m) for m in self.methods)
+
+    def missing(self, method: str, task: str) -> list[Start]:
+        """The start states that have no episode yet."""
+        done = {e.key for e in self.episodes}
+        return [Start(task, i) for i in range(self.count(method)) if (method, task, i) not in done]
+
+    def carry_over(self, earlier: Path) -> None:
+        """Take in the episodes, traces and videos of a stopped run, if it is the same experiment."""
+        before = json.loads((earlier / "results.json").read_text(encoding="utf-8"))
+        if before["checkpoint"]["content_hash"] != self.checkpoint["content_hash"]:
+            raise ValueError(f"resume={earlier}: its checkpoint has changed since; start a new run")
+        if before["protocol_hash"] != self.protocol_hash:
+            raise ValueError(
+                f"resume={earlier}: its protocol was {before['protocol_hash']}, now it is {self.protocol_hash} "
+                "(other simulator versions or start states?); start a new run"
+            )
+        self.episodes = read_episodes(earlier / "episodes.csv")
+        for trace in json.loads((earlier / "traces.json").read_text(encoding="utf-8")):
+            self.traces[trace["task"]] = trace
+        self.fidelity, self.timing = before["fidelity"], before["timing"]
+        self.evaluations_per_plan = before["evaluations_per_plan"]
+        self.worker_rss_mib = before["peak_rss_mib"]["worker"]
+        for film in before["videos"]:
+            if self.directory.resolve() != earlier.resolve():
+                shutil.copy2(earlier / film["file"], self.directory / film["file"])
+            self.videos.append(film)
+
+    def take(self, kind: str, value: Any) -> None:
+        """Take in an event of `wamrl.workers`."""
+        if kind == "episode":
+            self.episodes.append(value)
+        elif kind in ("plan_log", "oracle_log", "observations"):
+            getattr(self, kind).extend(value)
+        elif kind == "fidelity":
+            task, errors = value
+            self.fidelity[task] = errors
+        elif kind == "trace":
+            self.traces[value["task"]] = value
+        elif kind == "video" and "note" in value:
+            self.video_note = value["note"]
+        elif kind == "video":
+            self.videos.append(value)
+        elif kind == "memory":
+            self.worker_rss_mib = max(self.worker_rss_mib, value)
+
+    def write(self, clock: float, *, partial: bool, report: bool = False) -> dict[str, Any]:
+        """Write results.json, episodes.csv and traces.json, and the report if asked for; returns the results.
+
+        clock: `time.perf_counter()` at the start of the run.
+        """
+        order = {m: i for i, m in enumerate(METHODS)}
+        self.videos.sort(key=lambda v: self.tasks.index(v["task"]))
+        self.traces = {t: self.traces[t] for t in self.tasks if t in self.traces}
+        self.episodes.sort(key=lambda e: (self.tasks.index(e.task), order[e.method], e.start))
+        summary: dict[str, dict[str, Any]] = {}
+        for method in self.methods:
+            mine = [e for e in self.episodes if e.method == method]
+            if mine:
+                by_task = {t: [e for e in mine if e.task == t] for t in self.tasks}
+                summary[method] = {"mean": asdict(summarise(mine))}
+                summary[method] |= {t: asdict(summarise(es)) for t, es in by_task.items() if es}
+        pairs = [("planner", m) for m in ("policy", "shuffled", "random", "expert", "oracle") if m in self.methods]
+        compared = [compare(self.episodes, *pair) for pair in pairs if "planner" in self.methods]
+        if self.plan_log:
+            self.timing["batched"] = plan_times(self.plan_log, self.settings["threads"])
+            per_row = [entry["evaluations"] / entry["rows"] for entry in self.plan_log]
+            self.evaluations_per_plan = float(np.mean(per_row))
+        if self.oracle_log:
+            self.timing["oracle"] = plan_times(self.oracle_log, self.settings["threads"])
+        results = {
+            "name": "plan",
+            "command": self.settings["command"],
+            "resume_command": f"python -m wamrl.plan resume={shlex.quote(str(self.directory))}",
+            "partial": partial,
+            "started": self.started.isoformat(timespec="seconds"),
+            "wall_s": time.perf_counter() - clock,
+            "protocol_hash": self.protocol_hash,
+            "protocol": self.protocol,
+            "checkpoint": self.checkpoint,
+            "versions": provenance.versions(),
+            "device": self.settings["device"],
+            "dtype": "float32",
+            "threads": self.settings["threads"],
+            "workers": self.settings["workers"],
+            "seeds": [self.settings["seed"]],
+            "peak_rss_mib": {"main": peak_rss_mib(), "worker": self.worker_rss_mib},
+            "tasks": list(self.tasks),
+            "methods": self.methods,
+            "episodes_wanted": self.wanted,
+            "summary": summary,
+            "paired": [asdict(p) for p in compared if p is not None],
+            "timing": {k: self.timing[k] for k in ("single", "batched", "oracle") if k in self.timing},
+            "evaluations_per_plan": self.evaluations_per_plan,
+            "fidelity": self.fidelity,
+            "videos": self.videos,
+            "video_note": self.video_note,
+            "config": self.settings,
+        }
+        results["metrics"] = _metrics(results)
+        write_episodes(self.directory / "episodes.csv", self.episodes)
+        write_json(self.directory / "traces.json", list(self.traces.values()))
+        write_json(self.directory / "results.json", results)
+        if report:
+            write_report(self.directory, results, [asdict(e) for e in self.episodes], list(self.traces.values()))
+        return results
+
+
+def _metrics(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat metrics, as every results file of this project has them."""
+    metrics: dict[str, Any] = {}
+    for method, by_task in results["summary"].items():
+        for task, s in by_task.items():
+            prefix = f"plan/{short(task)}/{method}"
+            metrics[f"{prefix}/success"] = {"mean": s["success"], "n": s["n"], "low": s["low"], "high": s["high"]}
+            metrics[f"{prefix}/return"] = s["episode_return"]
+            metrics[f"{prefix}/reward_per_step"] = s["reward"]
+            if s["steps"] is not None:
+                metrics[f"{prefix}/steps_to_success"] = s["steps"]
+    for setting, timing in results["timing"].items():
+        for part in ("encode", "imagine", "search", "total"):
+            for q, value in timing[f"{part}_ms"].items():
+                metrics[f"plan/{setting}/{part}_{q}_ms"] = value
+    if results["evaluations_per_plan"] is not None:
+        metrics["plan/evaluations_per_plan"] = results["evaluations_per_plan"]
+    metrics["plan/peak_rss_mib"] = max(results["peak_rss_mib"].values())
+    return metrics
+
+
+def plan_times(log: Sequence[Mapping[str, Any]], threads: int) -> dict[str, Any]:
+    """Percentiles of the milliseconds per call of the planner; one call plans `rows` environments."""
+    parts = {"encode": "encode_s", "imagine": "imagine_s", "search": "search_s", "total": "plan_s"}
+    timing: dict[str, Any] = {f"{p}_ms": percentiles([1000 * entry[k] for entry in log]) for p, k in parts.items()}
+    return timing | {"plans": len(log), "threads": threads, "mean_rows": float(np.mean([e["rows"] for e in log]))}
+
+
+def peak_rss_mib() -> float:
+    """The most memory that this process has held."""
+    # Linux counts KiB, macOS bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
