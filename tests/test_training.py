@@ -205,6 +205,23 @@ def test_a_loss_that_stays_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
     assert json.loads((tmp_path / "checkpoints/last/state.json").read_text())["step"] == 20
 
 
+def test_a_run_that_is_stopped_among_bad_batches_still_counts_them_when_resumed(tmp_path):
+    bad = {"non_finite_limit": 5}
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 27"):  # the 26th and 27th step were on NaN
+        train(tmp_path, data=PointWindows(poison_after=27), stop_after=28, **bad)
+    with pytest.raises(training.TrainingDiverged, match="5 steps in a row, up to step 30"):
+        train(tmp_path, data=PointWindows(poison_after=0), **bad)
+
+
+def test_a_state_from_before_bad_batches_in_a_row_were_stored_is_resumed(tmp_path):
+    train(tmp_path, max_seconds=1e-9)
+    state = tmp_path / "checkpoints" / "last" / "state.json"
+    facts = json.loads(state.read_text())
+    del facts["streak"]
+    state.write_text(json.dumps(facts))
+    assert train(tmp_path).finished
+
+
 def test_a_single_bad_batch_is_skipped_and_counted(tmp_path):
     class OneBad(PointWindows):
         def sample(self, batch_size, length, generator):

@@ -369,6 +369,7 @@ class _Run:
         facts = {
             "step": self.step,
             "skipped": self.skipped,
+            "streak": self.streak,
             "best": self.best,
             "seconds": self.seconds,
             "counted": self.counted,
@@ -414,6 +415,7 @@ class _Run:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
         self.step, self.skipped, self.best = facts["step"], facts["skipped"], facts["best"]
         self.seconds, self.counted = facts["seconds"], facts["counted"]
+        self.streak = facts.get("streak", 0)  # states of older versions have none
 
 
 def open_loop_errors(
