@@ -131,6 +131,8 @@ class Ours:
             sigma=SIGMA,
             correlation=0.0,
             value_weight=0.0,
+            risk="mean",
+            choose="mean",
             compile=compile,
         )
         self.plan_state = self.planner.initial_state(model, 1)

@@ -66,7 +66,7 @@ def mppi_weights(scores: Tensor, temperature: float, standardise: bool, num_elit
 def make_mppi(
     *,
     horizon: int = 8,
-    num_candidates: int = 128,
+    num_candidates: int = 64,
     iterations: int = 1,
     temperature: float = 0.5,
     standardise: bool = True,
@@ -82,15 +82,15 @@ def make_mppi(
     uncertainty_penalty: float = 0.0,
     uncertainty_reduce: str = "sum",
     discount: float | None = None,
-    risk: str = "mean",
-    risk_weight: float = 1.0,
+    risk: str = "improvement",
+    risk_weight: float = 0.5,
     gate_threshold: float | None = None,
-    choose: str = "mean",
+    choose: str = "best",
     shuffle_scores: bool = False,
     compile: bool = False,
     on_failure: str = "raise",
 ) -> ShootingPlanner:
-    """MPPI as `configs/planner/mppi.yaml` builds it.
+    """MPPI as `configs/planner/mppi.yaml` builds it; the defaults are the same.
 
     horizon: H model steps. num_candidates: N per iteration. temperature, standardise, num_elites: see `mppi_refit`.
     proposal: "policy" (candidates follow the policy, `PolicyProposer`) or "noise" (plain MPPI, `NoiseProposer`).

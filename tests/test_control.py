@@ -31,7 +31,8 @@ def integrator(**options: object) -> ToyWAM:
 
 
 def small(**options: object) -> ShootingPlanner:
-    return make_mppi(**{"horizon": 4, "num_candidates": 16, "sigma": 0.2, **options})  # type: ignore[arg-type]
+    usual = {"horizon": 4, "num_candidates": 16, "sigma": 0.2, "risk": "mean", "choose": "mean"}
+    return make_mppi(**{**usual, **options})  # type: ignore[arg-type]
 
 
 def flags(*values: int) -> torch.Tensor:

@@ -91,7 +91,9 @@ def test_the_oracles_value_is_the_models_value_of_where_it_ends(pushing):
 
 def test_planning_in_the_true_simulator_reaches_the_goal():
     oracle, env = _oracle(REACH)
-    planner = make_mppi(horizon=4, num_candidates=16, proposal="noise", sigma=0.7, value_weight=0.0, temperature=0.1)
+    planner = make_mppi(
+        horizon=4, num_candidates=16, proposal="noise", sigma=0.7, value_weight=0.0, temperature=0.1, choose="mean"
+    )
     now = env.reset(TensorDict({"start": torch.tensor([0, 1])}, batch_size=[2]))
 
     def distance() -> torch.Tensor:

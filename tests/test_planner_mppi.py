@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 import shutil
+from importlib import resources
 
 import pytest
 import torch
+import yaml
 from tensordict import TensorDict
 from toys import (
     BrokenWAM,
@@ -37,9 +40,15 @@ def plan(
 
 
 def searching(**options: object) -> ShootingPlanner:
-    """MPPI tuned for the quadratic: wide noise, many iterations."""
+    """MPPI tuned for the quadratic: wide noise, many iterations towards the weighted mean."""
     usual = dict(horizon=3, num_candidates=256, iterations=8, sigma=0.5, refine_sigma=0.15, temperature=0.1)
-    return make_mppi(**{**usual, "correlation": 0.0, **options})  # type: ignore[arg-type]
+    return make_mppi(**{**usual, "correlation": 0.0, "risk": "mean", "choose": "mean", **options})  # type: ignore[arg-type]
+
+
+def test_the_defaults_in_python_are_those_of_the_yaml() -> None:
+    settings = yaml.safe_load((resources.files("wamrl.configs") / "planner" / "mppi.yaml").read_text(encoding="utf-8"))
+    assert settings.pop("_target_") == f"{make_mppi.__module__}.{make_mppi.__name__}"
+    assert settings == {name: option.default for name, option in inspect.signature(make_mppi).parameters.items()}
 
 
 @pytest.mark.parametrize("proposal", PROPOSALS)
@@ -197,7 +206,8 @@ def test_same_key_same_plan(proposal: str) -> None:
 def test_batched_equals_looped(options: dict[str, object]) -> None:
     a, b = torch.tensor([[1.0, 0.2], [0.0, 1.0]]), torch.tensor([[0.0], [0.2]])
     model = linear_quadratic(a, b, torch.eye(2), torch.eye(1), torch.eye(2), gain=torch.tensor([[-0.5, -0.5]]))
-    planner = make_mppi(horizon=5, num_candidates=32, iterations=3, sigma=0.3, **options)  # type: ignore[arg-type]
+    usual = dict(horizon=5, num_candidates=32, iterations=3, sigma=0.3, risk="mean", choose="mean")
+    planner = make_mppi(**{**usual, **options})  # type: ignore[arg-type]
     z = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
     noise = NoiseKey(row=torch.tensor([4, 9, 2, 7, 11]), step=torch.tensor([0, 3, 8, 1, 0]))
     state = planner.initial_state(model, 5)
@@ -369,7 +379,7 @@ def test_shuffling_permutes_the_scores_of_each_row() -> None:
 
 def test_a_warm_start_is_the_last_plan_shifted_by_the_executed_steps() -> None:
     model = quadratic(torch.zeros(1), gain=torch.zeros(1, 1))
-    planner = make_mppi(horizon=4, num_candidates=3, sigma=1e-6, proposal="noise")
+    planner = make_mppi(horizon=4, num_candidates=3, sigma=1e-6, proposal="noise", choose="mean")
     state = planner.initial_state(model, 3)
     state["mean"] = torch.tensor([0.1, 0.2, 0.3, 0.4]).view(1, 4, 1).expand(3, 4, 1).clone()
     state["warm"] = torch.tensor([True, True, False])
