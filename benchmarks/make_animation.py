@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from benchmarks.stored import ROOT
 from wamrl.files import atomic_path
 
-ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "outputs" / "plan" / "latest"
 TARGET = ROOT / "docs" / "images" / "plan.gif"
 # Width in pixels, every how many frames one is kept, colours: from the best to the smallest.
@@ -124,9 +124,7 @@ def make_animation(videos: Sequence[Path], target: Path, *, limit: int, speed: f
 def main() -> None:
     """Write the animation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--run", type=Path, default=ROOT / "outputs" / "plan" / "latest", help="directory of a plan run"
-    )
+    parser.add_argument("--run", type=Path, default=RUN, help="directory of a plan run")
     parser.add_argument("--tasks", nargs="+", help="such as push pick-place; default: all videos of the run")
     parser.add_argument("--out", type=Path, default=TARGET)
     parser.add_argument("--megabytes", type=float, default=3.0, help="the largest size (10^6 bytes)")
