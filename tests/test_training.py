@@ -334,6 +334,8 @@ def test_training_on_a_gpu_resumes_and_its_checkpoint_loads_on_a_cpu(tmp_path):
 
 
 @pytest.mark.slow
+# torch's own: torch._inductor imports a module of torch that still uses torch.jit.
+@pytest.mark.filterwarnings(r"ignore:`torch\.jit\.script_method` is deprecated:DeprecationWarning")
 def test_a_compiled_loss_trains_to_nearly_the_same_weights(tmp_path):
     plain, compiled = train(tmp_path / "plain"), train(tmp_path / "compiled", compile=True)
     assert compiled.validation["losses"]["loss"] == pytest.approx(plain.validation["losses"]["loss"], rel=1e-3)
