@@ -16,16 +16,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from torchrl.envs import EnvBase
 
 from wamrl.files import write_text
 from wamrl.interfaces import WAM, Context, Policy, task_id
+
+if TYPE_CHECKING:  # torchrl is slow to import
+    from torchrl.envs import EnvBase
 
 
 def wilson(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:

@@ -10,15 +10,17 @@ Letters: R rows, N candidates, M = 1 future, H actions, A action dims, S numbers
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from torchrl.envs import EnvBase
 
 from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Proposal, State
 from wamrl.noise import NoiseKey
+
+if TYPE_CHECKING:  # torchrl is slow to import
+    from torchrl.envs import EnvBase
 
 
 class OracleWAM(WAM):
