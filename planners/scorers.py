@@ -1,6 +1,6 @@
 """How good imagined futures are: [R, N], higher is better.
 
-Shapes: R rows, N candidates, M sampled futures, H steps, E value heads.
+Shapes: R rows, N candidates, M sampled futures, H steps, E value heads, G = M * E guesses of a return.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ REDUCTIONS = ("sum", "mean")
 class ReturnScorer:
     """Discounted return of the imagined steps, plus the value of where they end, minus the futures' disagreement.
 
-    score = risk over M of  sum_h d^h alive_h (reward_weight reward_h + success_weight success_h)
-                            + value_weight d^H alive_(H-1) mean_E value(leaf)
+    score = risk over M and E of  sum_h d^h alive_h (reward_weight reward_h + success_weight success_h)
+                                  + value_weight d^H alive_(H-1) value(leaf)
             - uncertainty_penalty * (sum or mean over h of d^h uncertainty_h)
 
     Steps after an episode's end count for nothing (`alive` is 0 there); without an alive head all steps count.
 
     discount: d per step; None is the model's own. Units: those of the reward.
-    risk: over the M futures: "mean"; "lower_bound" = mean - risk_weight * standard deviation; "worst" = minimum;
-    "improvement" = the lower bound of the gain over candidate 0 (the unperturbed policy, or the last mean), each future
-    against the same future of candidate 0: what all candidates share cancels, and a gain that the ensemble disagrees
-    on does not count.
+    risk: over the M futures, each valued by every value head: "mean"; "lower_bound" = mean - risk_weight * standard
+    deviation; "worst" = minimum; "improvement" = the lower bound of the gain over candidate 0 (the unperturbed policy,
+    or the last mean), each guess against the same guess of candidate 0: what all candidates share cancels, and a gain
+    that the ensemble disagrees on does not count. Where candidate 0 has no finite return, the others' own counts.
     uncertainty_reduce: "sum" or "mean" over the steps (the mean divides by sum_h d^h).
     needs: the queries that the chosen weights ask of a model; a weight of 0 asks for nothing.
     """
@@ -74,7 +74,7 @@ class ReturnScorer:
     def __call__(self, model: WAM, state: State, imagined: Imagined) -> Tensor:
         """[R, N] scores of the candidates in `imagined`."""
         discount = model.spec.discount if self.discount is None else self.discount
-        total = None  # [R, N, M]
+        total = None  # [R, N, M], with values [R, N, M * E]
         horizon = 0
         gain = None  # [R, N, M, H]
         if self.reward_weight > 0:
@@ -90,22 +90,20 @@ class ReturnScorer:
             total = gain @ _discounts(discount, horizon, gain)
         if self.value_weight > 0:
             horizon = horizon or _steps(imagined)
-            value = model.value(imagined.leaf).mean(dim=-1) * (self.value_weight * discount**horizon)
+            value = model.value(imagined.leaf) * (self.value_weight * discount**horizon)
             if imagined.alive is not None:
-                value = value * imagined.alive[..., -1]
-            total = value if total is None else total + value
+                value = value * imagined.alive[..., -1:]
+            total = (value if total is None else total.unsqueeze(-1) + value).flatten(2)
         assert total is not None  # __post_init__ refuses weights that leave nothing to sum
-        if total.shape[-1] == 1:
-            score = total[..., 0]
-        elif self.risk == "mean":
-            score = total.mean(dim=-1)
-        elif self.risk == "lower_bound":
-            score = total.mean(dim=-1) - self.risk_weight * total.std(dim=-1, correction=0)
-        elif self.risk == "improvement":
-            gain_over_first = total - total[:, :1]
-            score = gain_over_first.mean(dim=-1) - self.risk_weight * gain_over_first.std(dim=-1, correction=0)
-        else:
+        if self.risk == "improvement":
+            first = total[:, :1]
+            total = total - first.where(first.isfinite(), 0.0)
+        if self.risk == "worst":
             score = total.amin(dim=-1)
+        else:
+            score = total.mean(dim=-1)
+            if self.risk != "mean" and total.shape[-1] > 1:
+                score = score - self.risk_weight * total.std(dim=-1, correction=0)
         if self.uncertainty_penalty > 0:
             uncertainty = _head(imagined, "uncertainty").mean(dim=2)
             weights = _discounts(discount, uncertainty.shape[-1], uncertainty)

@@ -87,7 +87,7 @@ def test_policy_candidates_start_from_a_policy_that_is_already_optimal() -> None
     gains, costs = riccati(a, b, q, r, 60)
     model = linear_quadratic(a, b, q, r, costs[0], gain=-gains[0])
     z = torch.tensor([[0.3, 0.0]])
-    found, _ = plan(make_mppi(horizon=4, num_candidates=64, sigma=0.05, iterations=1, choose="best"), model, z)
+    found, _ = plan(make_mppi(horizon=4, num_candidates=64, sigma=0.05, risk="mean"), model, z)
     assert found.value.item() == pytest.approx(-float(z[0] @ costs[0] @ z[0]), rel=1e-3)
     assert found.scores[0, 0] == found.scores[0].max()
     assert torch.allclose(found.actions[:, 0], -(z @ gains[0].T), atol=1e-6)
@@ -243,7 +243,7 @@ def test_planning_leaves_its_arguments_and_the_global_generator_alone() -> None:
 def test_steps_after_the_end_of_an_episode_do_not_count() -> None:
     """Full speed ends the episode at step 2; the 100s and the leaf value of 1000 after that are not for it."""
     model = MortalWAM()
-    planner = make_mppi(horizon=4, num_candidates=2, sigma=0.1)
+    planner = make_mppi(horizon=4, num_candidates=2, sigma=0.1, risk="mean")
     state = model.state(torch.zeros(1, 1))
     actions = torch.tensor([1.0, 0.0, 0.1]).view(1, 3, 1, 1).expand(1, 3, 4, 1)
     score = planner.scorer(model, state, model.imagine(state, actions))
@@ -519,3 +519,25 @@ def test_a_gain_that_the_futures_disagree_on_counts_less() -> None:
     scorer = ReturnScorer(value_weight=0.0, risk="improvement", risk_weight=0.5)
     scores = scorer(quadratic(TARGET), TensorDict({}, batch_size=[1]), imagined)
     torch.testing.assert_close(scores, torch.tensor([[0.0, 1.0, 0.5]]))
+
+
+def test_a_gain_that_the_value_heads_disagree_on_counts_less() -> None:
+    """Both candidates gain 1 on average over candidate 0; the heads agree about the first only."""
+    leaf = TensorDict({"value": torch.tensor([[[[5.0, 1.0]], [[6.0, 2.0]], [[7.0, 1.0]]]])}, batch_size=[1, 3, 1])
+    model = quadratic(TARGET)
+    model.value = lambda state: state["value"]  # type: ignore[method-assign]
+    imagined = Imagined(leaf=leaf, evaluations=3)
+    scorer = ReturnScorer(reward_weight=0.0, discount=1.0, risk="improvement", risk_weight=0.5)
+    scores = scorer(model, TensorDict({}, batch_size=[1]), imagined)
+    torch.testing.assert_close(scores, torch.tensor([[0.0, 1.0, 0.5]]))
+
+
+def test_gains_are_zero_for_candidate_0_also_with_one_future_and_survive_its_nan() -> None:
+    leaf = TensorDict({}, batch_size=[2, 3, 1])
+    nan = float("nan")
+    reward = torch.tensor([[[[5.0]], [[6.0]], [[4.0]]], [[[nan]], [[6.0]], [[4.0]]]])
+    scorer = ReturnScorer(value_weight=0.0, risk="improvement")
+    scores = scorer(
+        quadratic(TARGET), TensorDict({}, batch_size=[2]), Imagined(leaf=leaf, evaluations=3, reward=reward)
+    )
+    torch.testing.assert_close(scores, torch.tensor([[0.0, 1.0, -1.0], [nan, 6.0, 4.0]]), equal_nan=True)
