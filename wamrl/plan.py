@@ -100,6 +100,7 @@ def _settings(given: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any], Pat
         _whole_number(given, key, 1)
     _whole_number(given, "latency_plans", 0)
     _whole_number(given, "seed", 0)
+    _whole_number(given, "first_start", 0)
     for key in ("oracle", "video", "debug"):
         if not isinstance(given[key], bool):
             raise ValueError(f"{key} is {given[key]!r}, but must be true or false")
@@ -186,12 +187,13 @@ def _prepare(settings: dict[str, Any], directory: Path, started: datetime, earli
     if "expert" in settings["methods"] and not hasattr(module_of(env), "ExpertPolicy"):
         others = ",".join(m for m in settings["methods"] if m != "expert")
         raise ValueError(f"{module_of(env).__name__} has no ExpertPolicy; leave it out: methods=[{others}]")
-    count = settings["episodes"]
-    states = {task: starts(task, settings["split"], count) for task in tasks}
+    count, first = settings["episodes"], settings["first_start"]
+    states = {task: starts(task, settings["split"], first + count) for task in tasks}
     versions = provenance.versions()
     digest = protocol_hash(
         starts={
-            t: {"split": s.split, "indices": range(count), "rand_vec": s.rand_vec.tolist()} for t, s in states.items()
+            t: {"split": s.split, "indices": range(first, first + count), "rand_vec": s.rand_vec[first:].tolist()}
+            for t, s in states.items()
         },
         seeds=[settings["seed"]],
         max_steps=env.max_steps,
@@ -213,6 +215,7 @@ def _prepare(settings: dict[str, Any], directory: Path, started: datetime, earli
         protocol={
             "split": settings["split"],
             "episodes": count,
+            "first_start": first,
             "max_steps": env.max_steps,
             "action_repeat": env.action_repeat,
             "control_dt_s": env.control_dt_s,

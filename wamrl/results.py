@@ -69,7 +69,9 @@ class Run:
     def missing(self, method: str, task: str) -> list[Start]:
         """The start states that have no episode yet."""
         done = {e.key for e in self.episodes}
-        return [Start(task, i) for i in range(self.count(method)) if (method, task, i) not in done]
+        first = self.settings["first_start"]
+        numbers = range(first, first + self.count(method))
+        return [Start(task, i) for i in numbers if (method, task, i) not in done]
 
     def carry_over(self, earlier: Path) -> None:
         """Take in the episodes, traces and videos of a stopped run, if it is the same experiment."""
