@@ -13,7 +13,11 @@ from wamrl.naming import UnknownNameError
 from wamrl.noise import NoiseKey
 
 TASKS = ("metaworld/reach-v3", "metaworld/push-v3")
-SIZES = {"latent_dim": 16, "width": 24, "dynamics_width": 20, "head_width": 12, "members": 4, "values": 3, "horizon": 5}
+SIZES = {
+    "latent_dim": 16, "width": 24, "dynamics_width": 20, "head_width": 12, "members": 4, "values": 3, "left_out": 0.25,
+    "horizon": 5,
+}  # fmt: skip
+STEP = torch.full((6,), 0.5)
 
 
 def model(**sizes: object) -> JointEmbeddingWAM:
@@ -62,6 +66,7 @@ def linear_batch(windows: int, steps: int, generator: torch.Generator) -> Tensor
             "valid": torch.ones(windows, steps, dtype=torch.bool),
             "task": torch.full((windows,), task_id(TASKS[0])),
             "imitate": success.any(1),
+            "episode": torch.arange(windows),
         },
         batch_size=[windows],
     )
@@ -72,7 +77,7 @@ def test_imagine_gives_every_head_in_the_shapes_of_the_contract() -> None:
     imagined = wam.imagine(state_of(wam), torch.zeros(3, 7, 5, 2), with_frames=True)
     assert imagined.leaf.batch_size == torch.Size([3, 7, 4])
     assert imagined.evaluations == 7 * 4 * 5
-    assert imagined.frames is not None and imagined.frames.shape == (3, 7, 4, 5, 16)
+    assert imagined.frames is not None and imagined.frames.shape == (3, 7, 4, 5, 6 + 16)
     for head in (imagined.reward, imagined.success, imagined.uncertainty):
         assert head is not None and head.shape == (3, 7, 4, 5)
     assert wam.value(imagined.leaf).shape == (3, 7, 4, 3)
@@ -161,7 +166,9 @@ def test_imagination_can_go_on_from_a_leaf() -> None:
 
 
 def test_the_probe_does_not_shape_the_latent() -> None:
-    wam = model(loss_weights={name: 0.0 for name in ("consistency", "reward", "success", "value", "policy")})
+    wam = model(
+        loss_weights={name: 0.0 for name in ("consistency", "observation", "reward", "success", "value", "policy")}
+    )
     wam.loss(linear_batch(8, 4, torch.Generator().manual_seed(0)))["loss"].backward()
     assert wam.probe[0].weight.grad.abs().sum() > 0
     assert all(p.grad is None or p.grad.abs().sum() == 0 for p in wam.encoder.parameters())
@@ -215,20 +222,41 @@ def test_it_learns_a_linear_system_its_expert_and_its_reward() -> None:
     assert (action - test["label"][:, 0]).abs().mean() < 0.15
 
 
-def test_a_better_action_of_ones_own_weighs_more() -> None:
-    wam = model(own_temperature=1.0)
-    weight = wam._own_weight(torch.tensor([[-1.0, 0.0, 1.0]]), torch.ones(1, 3))
-    assert weight[0, 0] < weight[0, 1] < weight[0, 2] <= 10.0
-    assert (model()._own_weight(torch.randn(2, 3), torch.ones(2, 3)) == 1).all()
+def test_a_latent_keeps_the_standardised_observation() -> None:
+    wam = model()
+    wam.set_normalisation({"state": {"mean": torch.full((6,), 2.0), "std": torch.full((6,), 4.0), "change": STEP}})
+    torch.testing.assert_close(state_of(wam)["z"][:, :6], (observation()["state"] - 2.0) / 4.0)
 
 
-def test_the_encoder_reads_the_differences_of_points_in_decimetres() -> None:
-    wam = model(points={"state": [0, 3]})
-    assert wam.first_point.tolist() == [0, 1, 2]
-    assert wam.second_point.tolist() == [3, 4, 5]
-    assert wam.encoder[0].in_features == model().encoder[0].in_features + 3
-    with pytest.raises(ValueError, match="has 6 numbers"):
-        model(points={"state": [0, 4]})
+def test_a_number_that_never_changed_is_imagined_as_constant() -> None:
+    wam = model()
+    change = STEP.clone()
+    change[2] = 0.0
+    wam.set_normalisation({"state": {"mean": torch.zeros(6), "std": torch.ones(6), "change": change}})
+    state = state_of(wam)
+    frames = wam.imagine(state, torch.rand(3, 2, 5, 2), with_frames=True).frames
+    assert frames is not None
+    now = state["z"][:, None, None, None]
+    assert torch.equal(frames[..., 2], now[..., 2].expand_as(frames[..., 2]))
+    assert not torch.equal(frames[..., 1], now[..., 1].expand_as(frames[..., 1]))
+
+
+def test_members_learn_nothing_from_the_episodes_they_leave_out() -> None:
+    wam = model(values=4, loss_weights={"policy": 0.0, "value": 0.0})
+    batch = linear_batch(8, 4, torch.Generator().manual_seed(0))
+    batch["episode"] = torch.full((8,), 2)  # members leave out the episodes of their own number, modulo 4
+    wam.loss(batch)["loss"].backward()
+    for network in (wam.dynamics, wam.outcome):
+        moved = network[-1].weight.grad.abs().sum(dim=(1, 2))
+        assert moved[2] == 0
+        assert (moved[[0, 1, 3]] > 0).all()
+    wam = model(values=4)
+    wam.loss(batch)["loss"].backward()
+    moved = wam.values[-1].weight.grad.abs().sum(dim=(1, 2))
+    assert moved[2] == 0
+    assert (moved[[0, 1, 3]] > 0).all()
+    with pytest.raises(ValueError, match="left_out is 1"):
+        model(left_out=1.0)
 
 
 def test_only_the_models_own_successes_are_imitated_without_a_label() -> None:
@@ -243,7 +271,7 @@ def test_only_the_models_own_successes_are_imitated_without_a_label() -> None:
 
 def test_a_constant_feature_does_not_blow_up() -> None:
     wam = model()
-    wam.set_normalisation({"state": {"mean": torch.ones(6), "std": torch.zeros(6)}})
+    wam.set_normalisation({"state": {"mean": torch.ones(6), "std": torch.zeros(6), "change": torch.zeros(6)}})
     assert state_of(wam)["z"].isfinite().all()
 
 

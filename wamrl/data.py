@@ -423,9 +423,9 @@ class EpisodeDataset:
         executed; `label` [B, T, A] and `label_valid` [B, T]; `reward`, `success`, `terminated`, `valid` [B, T]
         (`valid` is False past the episode's end, where the last frame repeats and the rest is zero);
         `steps_to_success` [B, T+1], control steps until the first success at or after a frame, 0 from the first
-        success on, inf in an episode without one; `task`, `episode_success`, `step` (of the window's start) [B];
-        `imitate` [B], a successful episode of a model's own policy or planner: its actions are worth imitating,
-        those of a noisy expert or of luck are not.
+        success on, inf in an episode without one; `task`, `episode_success`, `step` (of the window's start),
+        `episode` (its number in this dataset) [B]; `imitate` [B], a successful episode of a model's own policy or
+        planner: its actions are worth imitating, those of a noisy expert or of luck are not.
 
         Raises:
             ValueError: when the data was collected from dev or test start states.
@@ -489,6 +489,7 @@ class EpisodeDataset:
                 "episode_success": self._success[episode],
                 "imitate": self._imitate[episode],
                 "step": step,
+                "episode": episode,
             },
             batch_size=[rows],
         )
@@ -533,7 +534,8 @@ class EpisodeDataset:
     def statistics(self) -> dict[str, dict[str, Tensor]]:
         """Per floating-point observation key, `mean` and `std` over all frames, in the shape of one frame.
 
-        A component that hardly varies has its std raised to .001, so that dividing by it is safe.
+        `change` is the root mean square of what a component changes by in one step. A component that hardly varies has
+        its std raised to .001, so that dividing by it is safe.
         """
         rows = torch.cat(
             [
@@ -546,7 +548,10 @@ class EpisodeDataset:
             if value.is_floating_point():
                 used = value.index_select(0, rows).double()
                 std = used.std(0, correction=0).clamp_min(_STD_FLOOR)
-                found[key] = {"mean": used.mean(0).float(), "std": std.float()}
+                within = torch.ones(len(rows), dtype=torch.bool)
+                within[(self.lengths + 1).cumsum(0) - 1] = False  # the last frame of an episode
+                change = (used[1:] - used[:-1])[within[:-1]].square().mean(0).sqrt()
+                found[key] = {"mean": used.mean(0).float(), "std": std.float(), "change": change.float()}
         return found
 
     def replay_buffer(self, batch_size: int, length: int, *, seed: int | None = None) -> Any:

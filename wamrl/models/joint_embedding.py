@@ -1,17 +1,17 @@
 """The reference WAM: a joint-embedding latent model after TD-MPC2 (Hansen et al., 2024, arXiv:2310.16828).
 
-An encoder maps the observation to a normalised latent; an ensemble of residual MLPs predicts the next latent from
-latent and action; heads read reward, success, value and the policy off a latent; a probe on detached latents decodes
-observation keys. Targets of the latent prediction come from a moving average of the encoder.
+A latent is the standardised observation beside learned features of it: an encoder alone, taught by few episodes, kept
+the hand's place to two centimetres only, too coarse to imagine a grasp. An ensemble of residual MLPs predicts the next
+latent from latent and action; heads read reward, success, value and the policy off a latent; a probe on detached
+latents decodes observation keys. Targets of the feature prediction come from a moving average of the encoder.
 
 Letters: B windows, T steps of a window, R rows, N candidates, M ensemble members, H actions, A action dims, D latent
-dims, E value heads, G observation features.
+dims (G + latent_dim), E value heads, G observation numbers.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
@@ -26,7 +26,6 @@ from wamrl.naming import unknown_name
 from wamrl.noise import NoiseKey
 
 LOG_STD_MIN, LOG_STD_MAX = -3.0, 0.0
-POINT_UNIT_M = 0.1  # differences of points are read in decimetres, about their spread on a table
 
 
 def normalise(x: Tensor) -> Tensor:
@@ -81,21 +80,20 @@ class JointEmbeddingWAM(WAM):
     """Encoder, latent dynamics ensemble, reward, success, values, policy and probe in one set of weights.
 
     observation: key -> shape of the keys that the encoder reads and the probe decodes (vectors).
-    points: key -> offsets of the 3-D points (metres) in its vector. The encoder also reads the differences of every two
-    points of a key: reach, grasp and place depend on them, and few demonstrations do not teach a network to subtract.
-    members: networks in the dynamics ensemble; their disagreement is the uncertainty. values: value heads E.
+    latent_dim: learned features of a latent.
+    members: dynamics networks, each with its own reward and success head; their disagreement is the uncertainty.
+    values: value heads E.
+    left_out: share of the episodes that a member, and a value head, never learns from (rounded down to a multiple of
+    1 / members), so that they disagree where few episodes decide (bootstrap ensembles: Chua et al., 2018,
+    arXiv:1805.12114). Encoder and policy learn from all.
     horizon: control steps that imagination is meant for. discount: per control step.
     reward_scale: the task's greatest reward per step; the value heads work in units of reward_scale / (1 - discount).
-    expectile: of the value regression; 0.5 is the mean over what the data did, higher leans to its better part.
-    own_temperature: an unlabelled action of the model's own in a successful episode is imitated with weight
-    exp(advantage / (standard deviation of the advantage * own_temperature)), at most 10; None: all alike.
     loss_weights: overrides of the weights in `loss`.
     """
 
     mean: Tensor
     std: Tensor
-    first_point: Tensor
-    second_point: Tensor
+    change: Tensor
     task_ids: Tensor
 
     def __init__(
@@ -105,7 +103,6 @@ class JointEmbeddingWAM(WAM):
         action_dim: int,
         tasks: Sequence[str],
         control_dt_s: float,
-        points: Mapping[str, Sequence[int]] | None = None,
         latent_dim: int = 128,
         width: int = 256,
         dynamics_width: int = 160,
@@ -113,15 +110,16 @@ class JointEmbeddingWAM(WAM):
         task_dim: int = 16,
         members: int = 8,
         values: int = 4,
+        left_out: float = 0.375,
         horizon: int = 10,
         discount: float = 0.97,
         target_rate: float = 0.01,
-        expectile: float = 0.7,
         reward_scale: float = 10.0,
-        own_temperature: float | None = None,
         loss_weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
+        if not 0.0 <= left_out < 1.0:
+            raise ValueError(f"left_out is {left_out}, but must be a share of the episodes, from 0 to less than 1")
         self.features = {key: math.prod(shape) for key, shape in observation.items()}
         self.spec = Spec(
             observation={key: tuple(shape) for key, shape in observation.items()},
@@ -137,33 +135,34 @@ class JointEmbeddingWAM(WAM):
             anatomy=Anatomy("feature", "joint-embedding", "action-conditioned rollout", "chunked"),
             ensemble_size=members,
         )
-        self.members, self.target_rate, self.expectile = members, target_rate, expectile
-        self.reward_scale, self.own_temperature = reward_scale, own_temperature
+        self.members, self.target_rate = members, target_rate
+        self.reward_scale, self.folds_left_out = reward_scale, int(left_out * members)
         self.value_unit = reward_scale / (1.0 - discount)
         self.loss_weights = {
             "consistency": 5.0,
+            "observation": 1.0,
             "reward": 0.5,
             "success": 0.5,
-            "value": 10.0,
+            "value": 5.0,
             "policy": 1.0,
             "probe": 1.0,
             **(loss_weights or {}),
         }
         total = sum(self.features.values())
-        first, second = self._pairs(points or {})
-        self.register_buffer("first_point", first, persistent=False)
-        self.register_buffer("second_point", second, persistent=False)
         self.register_buffer("mean", torch.zeros(total))
         self.register_buffer("std", torch.ones(total))
+        self.register_buffer("change", torch.ones(total))  # root mean square over one step, in units of std
         self.register_buffer("task_ids", torch.tensor([task_id(name) for name in tasks]))
         self.task_embedding = nn.Embedding(len(tasks), task_dim)
         nn.init.normal_(self.task_embedding.weight, std=1.0 / math.sqrt(task_dim))
-        self.encoder = mlp(total + first.numel() + task_dim, [width, width], latent_dim)
+        self.encoder = mlp(total + task_dim, [width, width], latent_dim)
+        self.observed, latent_dim = total, total + latent_dim
         self.dynamics = ensemble_mlp(
             members, latent_dim + task_dim + action_dim, [dynamics_width, dynamics_width], latent_dim
         )
         head_in = latent_dim + task_dim
-        self.outcome = mlp(head_in, [head_width], 2)  # reward, success logit of the frame
+        # Reward and success logit of the frame that an action led to; Meta-World's rewards read the action too.
+        self.outcome = ensemble_mlp(members, head_in + action_dim, [head_width], 2)
         self.values = ensemble_mlp(values, head_in, [head_width], 1)
         self.policy = mlp(head_in, [width, width], 2 * action_dim)
         self.probe = mlp(latent_dim, [width], total)
@@ -174,10 +173,12 @@ class JointEmbeddingWAM(WAM):
     # ---- borders -------------------------------------------------------------------------------------------------
 
     def set_normalisation(self, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Store mean and standard deviation per observation key; a constant feature keeps a deviation of one."""
+        """Store mean, std and change per observation key; a constant number keeps a deviation of one."""
         self.mean.copy_(torch.cat([torch.as_tensor(statistics[k]["mean"]).flatten() for k in self.features]))
         std = torch.cat([torch.as_tensor(statistics[k]["std"]).flatten() for k in self.features])
         self.std.copy_(torch.where(std < 1e-4, torch.ones_like(std), std))
+        change = torch.cat([torch.as_tensor(statistics[k]["change"]).flatten() for k in self.features])
+        self.change.copy_(change / self.std)
 
     def task_index(self, task: Tensor) -> Tensor:
         """Row of the task table for each `task_id` in `task`."""
@@ -193,34 +194,13 @@ class JointEmbeddingWAM(WAM):
         return (flat - self.mean) / self.std
 
     def _latent(self, encoder: nn.Module, x: Tensor, task: Tensor) -> Tensor:
-        raw = x * self.std + self.mean
-        between = (raw[..., self.second_point] - raw[..., self.first_point]) / POINT_UNIT_M
-        return normalise(encoder(torch.cat([x, between, task], dim=-1)))
-
-    def _pairs(self, points: Mapping[str, Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Indices into the flat observation of the first and the second point of every pair, three per pair."""
-        starts, begin = {}, 0
-        for key, size in self.features.items():
-            starts[key] = begin
-            begin += size
-        first: list[int] = []
-        second: list[int] = []
-        for key, offsets in points.items():
-            if key not in self.features:  # trained without this key, so there is nothing to subtract
-                continue
-            if any(not 0 <= offset <= self.features[key] - 3 for offset in offsets):
-                raise ValueError(
-                    f"points of '{key}' are {list(offsets)}, but the key has {self.features[key]} numbers; "
-                    "an offset is where three coordinates begin"
-                )
-            for one, other in itertools.combinations(offsets, 2):
-                first += [starts[key] + one + axis for axis in range(3)]
-                second += [starts[key] + other + axis for axis in range(3)]
-        return torch.tensor(first, dtype=torch.int64), torch.tensor(second, dtype=torch.int64)
+        return torch.cat([x, normalise(encoder(torch.cat([x, task], dim=-1)))], dim=-1)
 
     def _step(self, z: Tensor, task: Tensor, action: Tensor) -> Tensor:
         """Next latents [M, X, D] from [M, X, D]."""
-        return normalise(z + self.dynamics(torch.cat([z, task, action], dim=-1)))
+        x, features = z.tensor_split([self.observed], dim=-1)
+        step, turn = self.dynamics(torch.cat([z, task, action], dim=-1)).tensor_split([self.observed], dim=-1)
+        return torch.cat([x + self.change * step, normalise(features + turn)], dim=-1)
 
     def _policy(self, z: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
         mean, raw = self.policy(torch.cat([z, task], dim=-1)).chunk(2, dim=-1)
@@ -327,7 +307,7 @@ class JointEmbeddingWAM(WAM):
         rows, members = state.batch_size[0], self.members
         task = state["task"].repeat_interleave(num, 0)
         z = state["z"].repeat_interleave(num, 0)
-        mean, latents = z, []
+        mean, latents, actions = z, [], []
         z = z.expand(members, -1, -1)
         tasks = task.expand(members, -1, -1)
         for t in range(horizon):
@@ -335,8 +315,11 @@ class JointEmbeddingWAM(WAM):
             z = self._step(z, tasks, action.expand(members, -1, -1))
             mean = z.mean(0)
             latents.append(z)
+            actions.append(action)
         path = torch.stack(latents, dim=2)
-        outcome = self.outcome(torch.cat([path, tasks.unsqueeze(2).expand(-1, -1, horizon, -1)], dim=-1))
+        taken = torch.stack(actions, dim=1).expand(members, -1, -1, -1)
+        heads_in = torch.cat([path, tasks.unsqueeze(2).expand(-1, -1, horizon, -1), taken], dim=-1)
+        outcome = self.outcome(heads_in.flatten(1, 2)).unflatten(1, (-1, horizon))  # each member's own head
         # Disagreement: standard deviation over members, averaged over latent dims (torch.std is ten times slower here).
         centred = path - path.mean(0)
         spread = centred.square().mean(0).sqrt().mean(-1).view(rows, num, 1, horizon).expand(-1, -1, members, -1)
@@ -403,6 +386,9 @@ class JointEmbeddingWAM(WAM):
         start = online[:, 0]
         mask = valid.float()
         count = mask.sum().clamp(min=1.0)
+        own = torch.arange(members, device=mask.device).repeat_interleave(windows // members)  # the member of a window
+        own_mask = mask * self._sees(own, batch["episode"]).unsqueeze(-1)
+        own_count = own_mask.sum().clamp(min=1.0)
 
         # Latent prediction: member m unrolls windows m * B/M to (m + 1) * B/M.
         z = start.view(members, -1, start.shape[-1])
@@ -414,28 +400,42 @@ class JointEmbeddingWAM(WAM):
             predicted.append(z.flatten(0, 1))
         path = torch.stack(predicted, dim=1)  # [B, T+1, D], the first frame encoded, the others imagined
         before, after = path[:, :-1], path[:, 1:]
-        losses = {"consistency": ((after - target[:, 1:]).square().mean(-1) * mask).sum() / count}
+        missed, features = (after - torch.cat([x[:, 1:], target[:, 1:, self.observed :]], dim=-1)).tensor_split(
+            [self.observed], dim=-1
+        )
+        losses = {"consistency": (features.square().mean(-1) * own_mask).sum() / own_count}
+        # In units of what a number changes by in one step; one that never changes is not predicted.
+        missed = (missed / self.change.where(self.change > 0, 1.0))[..., self.change > 0]
+        missed = F.smooth_l1_loss(missed, torch.zeros_like(missed), reduction="none").mean(-1)
+        losses["observation"] = (missed * own_mask).sum() / own_count
 
-        outcome = self.outcome(torch.cat([after, tasks[:, 1:]], dim=-1))
-        losses["reward"] = (F.smooth_l1_loss(outcome[..., 0], batch["reward"], reduction="none") * mask).sum() / count
+        heads_in = torch.cat([after, tasks[:, 1:], action], dim=-1)
+        outcome = self.outcome(heads_in.view(members, -1, heads_in.shape[-1])).view(windows, steps, 2)
+        reward_error = F.smooth_l1_loss(outcome[..., 0], batch["reward"], reduction="none")
+        losses["reward"] = (reward_error * own_mask).sum() / own_count
         bce = F.binary_cross_entropy_with_logits(outcome[..., 1], batch["success"].float(), reduction="none")
-        losses["success"] = (bce * mask).sum() / count
+        losses["success"] = (bce * own_mask).sum() / own_count
 
-        # Value: expectile regression (Kostrikov et al., 2022) on one-step targets of the executed actions.
+        # Value of the model's own policy: every frame's target is one imagined step of that policy. The data's own
+        # returns would be the expert's, who comes back for an object that was not grasped; the policy does not. Each
+        # head has its own target, so that heads disagree where data are few (Ghasemipour et al., 2022,
+        # arXiv:2205.13703).
         with torch.no_grad():
-            ahead = self._values(self.target_values, torch.cat([target[:, 1:], tasks[:, 1:]], dim=-1))
-            goal = (1.0 - self.spec.discount) / self.reward_scale * batch["reward"]
-            goal = goal + self.spec.discount * ahead.mean(0) * (~batch["terminated"]).float()
+            now, frame_task = target[:, :-1], tasks[:, :-1]
+            own_action, _ = self._policy(now, frame_task)
+            ahead, reward = self._one_step(now, frame_task, own_action)
+            goal = (1.0 - self.spec.discount) / self.reward_scale * reward
+            following = self._values(self.target_values, torch.cat([ahead, frame_task], dim=-1))
+            goal = goal + self.spec.discount * following * (~batch["terminated"]).float()
         value = self._values(self.values, torch.cat([before, tasks[:, :-1]], dim=-1))
-        gap = goal - value
-        asymmetry = torch.where(gap > 0, self.expectile, 1.0 - self.expectile)
-        losses["value"] = (asymmetry * gap.square() * mask).sum() / count / value.shape[0]
+        head = torch.arange(len(value), device=mask.device)[:, None]
+        value_mask = mask * self._sees(head, batch["episode"]).unsqueeze(-1)
+        losses["value"] = ((goal - value).square() * value_mask).sum() / value_mask.sum().clamp(min=1.0)
 
         # Policy: the expert's label where there is one, else what the model itself did in a successful episode.
         labelled = batch["label_valid"]
         wanted = torch.where(labelled.unsqueeze(-1), batch["label"], action).clamp(-1.0, 1.0)
-        own = (batch["imitate"].unsqueeze(1) & ~labelled).float() * self._own_weight(gap.detach().mean(0), mask)
-        weight = torch.where(labelled, 1.0, own) * mask
+        weight = (labelled | batch["imitate"].unsqueeze(1)).float() * mask
         # Encoded frames count fully; imagined ones, at a quarter, teach the policy to act on what the model predicts.
         frames = torch.cat([online[:, :-1], before[:, 1:]], dim=1)
         mean, log_std = self._policy(frames, torch.cat([tasks[:, :-1], tasks[:, 1:-1]], dim=1))
@@ -451,14 +451,21 @@ class JointEmbeddingWAM(WAM):
         total = sum(self.loss_weights[name] * value for name, value in losses.items())
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 
-    def _own_weight(self, advantage: Tensor, mask: Tensor) -> Tensor:
-        """Weight [B, T] of imitating the model's own actions (advantage-weighted regression, Peng et al., 2019)."""
-        if self.own_temperature is None:
-            return torch.ones_like(advantage)
-        count = mask.sum().clamp(min=1.0)
-        centre = (advantage * mask).sum() / count
-        spread = (((advantage - centre).square() * mask).sum() / count).sqrt().clamp(min=1e-6)
-        return torch.exp(advantage / (spread * self.own_temperature)).clamp(max=10.0)
+    def _one_step(self, z: Tensor, task: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Next latents [B, T, D] and rewards [B, T] of [B, T, ...], every window imagined by its own member."""
+        shape = z.shape[:2]
+
+        def by_member(x: Tensor) -> Tensor:
+            return x.reshape(self.members, -1, x.shape[-1])
+
+        z, task, action = by_member(z), by_member(task), by_member(action)
+        ahead = self._step(z, task, action)
+        reward = self.outcome(torch.cat([ahead, task, action], dim=-1))[..., 0]
+        return ahead.view(*shape, -1), reward.view(shape)
+
+    def _sees(self, member: Tensor, episode: Tensor) -> Tensor:
+        """1.0 where a member learns from an episode, 0.0 where it is left out; the two are broadcast."""
+        return ((episode - member) % self.members >= self.folds_left_out).float()
 
     @torch.no_grad()
     def update_targets(self) -> None:
