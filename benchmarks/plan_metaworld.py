@@ -35,19 +35,24 @@ METHODS = ("planner", "policy", "shuffled", "random", "expert")
 
 @dataclass(frozen=True)
 class Setting:
-    """One data setting. planner_episodes: what the planner collects per task between the two trainings."""
+    """One data setting: collect `episodes` a task, train `steps`, then go `rounds` times through the loop.
+
+    A round: the planner collects `round_episodes` a task in what was learned so far, and the model trains
+    `round_steps` more on all data. Rounds teach the model what its own planner tries: where imagination flatters, the
+    planner goes, and the next round corrects it.
+    """
 
     name: str
     episodes: int
-    planner_episodes: int
     steps: int
-    planner: tuple[str, ...] = ()
-    wam: tuple[str, ...] = ()
+    rounds: int = 0
+    round_episodes: int = 0
+    round_steps: int = 0
 
 
 SETTINGS = {
-    "rich": Setting("rich", episodes=100, planner_episodes=0, steps=4000),
-    "scarce": Setting("scarce", episodes=50, planner_episodes=50, steps=4000),
+    "rich": Setting("rich", episodes=100, steps=4000),
+    "scarce": Setting("scarce", episodes=50, steps=4000, rounds=5, round_episodes=10, round_steps=1000),
 }
 
 
@@ -60,31 +65,29 @@ def stages(setting: Setting, seed: int, directory: Path) -> list[tuple[str, list
     def add(name: str, module: str, *overrides: str) -> None:
         todo.append((name, [sys.executable, "-m", f"wamrl.{module}", *overrides, f"run_dir={directory / name}"]))
 
-    def train(name: str) -> None:
+    def train(name: str, steps: int, *overrides: str) -> None:
         paths = ",".join(str(path) for path in data)
-        add(
-            name, "train", f"data=[{paths}]", "wam=reference", *setting.wam, f"steps={setting.steps}", f"seed={seed}",
-            "threads=1",
-        )  # fmt: skip
+        add(name, "train", f"data=[{paths}]", *overrides, f"steps={steps}", f"seed={seed}", "threads=1")
 
     add(
         "collect", "collect", "env=metaworld/six", f"data={setting.name}", f"path={data[0]}", f"seed={seed}",
         f"first_start={first_start}", "snapshots=false",
     )  # fmt: skip
-    train("train")
+    train("train", setting.steps, "wam=reference")
     model = directory / "train"
-    if setting.planner_episodes:
-        data.append(directory / "data_planner")
+    for number in range(1, setting.rounds + 1):
+        data.append(directory / f"data_{number}")
+        begin = first_start + setting.episodes + (number - 1) * setting.round_episodes
         add(
-            "collect_planner", "collect", "env=metaworld/six", "data=planner",
-            f"data.mixture.policy={setting.planner_episodes}", f"path={data[1]}", f"wam={model}", f"seed={seed}",
-            f"first_start={first_start + setting.episodes}", "snapshots=false", *setting.planner,
+            f"collect_{number}", "collect", "env=metaworld/six", "data=planner",
+            f"data.mixture.policy={setting.round_episodes}", f"path={data[-1]}", f"wam={model}", f"seed={seed}",
+            f"first_start={begin}", "snapshots=false",
         )  # fmt: skip
-        train("train_again")
-        model = directory / "train_again"
+        train(f"train_{number}", setting.round_steps, f"wam={model}", "learning_rate=5e-4")
+        model = directory / f"train_{number}"
     add(
         "plan", "plan", "env=metaworld/six", f"wam={model}", "split=test", "episodes=50",
-        f"first_start={FIRST_TEST_START}", f"seed={seed}", "workers=1", "video=false", *setting.planner,
+        f"first_start={FIRST_TEST_START}", f"seed={seed}", "workers=1", "video=false",
     )  # fmt: skip
     return todo
 
@@ -133,6 +136,11 @@ def _commits(out: Path, setting: Setting, seeds: Sequence[int]) -> list[str]:
     return sorted({str(json.loads(path.read_text())["versions"]["commit"]) for path in done})
 
 
+def _training_seconds(directory: Path) -> float:
+    """Of all trainings of one seed together."""
+    return sum(float(json.loads(path.read_text())["seconds"]) for path in directory.glob("train*.done"))
+
+
 def collect_metrics(out: Path, finished: Mapping[Setting, Sequence[int]]) -> tuple[dict[str, Any], list[str]]:
     """Flat metrics over the finished seeds of each setting, and the protocol hashes of the runs they came from."""
     metrics: dict[str, Any] = {}
@@ -168,11 +176,8 @@ def collect_metrics(out: Path, finished: Mapping[Setting, Sequence[int]]) -> tup
                 values = [r["timing"]["single"][f"{key}_ms"][quantile] for r in runs]
                 metrics[f"{setting.name}/plan/{key}_{quantile}_ms"] = float(np.median(values))
         metrics[f"{setting.name}/plan/evaluations"] = runs[0]["evaluations_per_plan"]
-        for stage in ("train", "train_again"):
-            done = [out / setting.name / f"seed{s}" / f"{stage}.done" for s in seeds]
-            if all(path.exists() for path in done):
-                seconds = [json.loads(path.read_text())["seconds"] for path in done]
-                metrics[f"{setting.name}/{stage}_s"] = float(np.median(seconds))
+        totals = [_training_seconds(out / setting.name / f"seed{seed}") for seed in seeds]
+        metrics[f"{setting.name}/train_s"] = float(np.median(totals))
     return metrics, sorted(set(hashes))
 
 
