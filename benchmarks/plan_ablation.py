@@ -61,7 +61,7 @@ def measure(name: str, overrides: tuple[str, ...], wam: str, episodes: int, out:
 def main() -> None:
     """Run every variant and store its success."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--wam", default="outputs/bench/plan_metaworld/scarce/seed0/train_5")
+    parser.add_argument("--wam", default="outputs/bench/plan_metaworld/scarce/seed0/train_again")
     parser.add_argument("--episodes", type=int, default=20, help="dev starts per task")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/plan_ablation"))

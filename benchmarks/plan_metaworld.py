@@ -35,24 +35,17 @@ METHODS = ("planner", "policy", "shuffled", "random", "expert")
 
 @dataclass(frozen=True)
 class Setting:
-    """One data setting: collect `episodes` a task, train `steps`, then go `rounds` times through the loop.
-
-    A round: the planner collects `round_episodes` a task in what was learned so far, and the model trains
-    `round_steps` more on all data. Rounds teach the model what its own planner tries: where imagination flatters, the
-    planner goes, and the next round corrects it.
-    """
+    """One data setting. planner_episodes: what the planner collects per task between the two trainings; 0: one only."""
 
     name: str
     episodes: int
     steps: int
-    rounds: int = 0
-    round_episodes: int = 0
-    round_steps: int = 0
+    planner_episodes: int = 0
 
 
 SETTINGS = {
     "rich": Setting("rich", episodes=100, steps=4000),
-    "scarce": Setting("scarce", episodes=50, steps=4000, rounds=5, round_episodes=10, round_steps=1000),
+    "scarce": Setting("scarce", episodes=50, steps=4000, planner_episodes=50),
 }
 
 
@@ -65,26 +58,27 @@ def stages(setting: Setting, seed: int, directory: Path) -> list[tuple[str, list
     def add(name: str, module: str, *overrides: str) -> None:
         todo.append((name, [sys.executable, "-m", f"wamrl.{module}", *overrides, f"run_dir={directory / name}"]))
 
-    def train(name: str, steps: int, *overrides: str) -> None:
+    def train(name: str) -> None:
         paths = ",".join(str(path) for path in data)
-        add(name, "train", f"data=[{paths}]", *overrides, f"steps={steps}", f"seed={seed}", "threads=1")
+        add(
+            name, "train", f"data=[{paths}]", "wam=reference", f"steps={setting.steps}", f"seed={seed}", "threads=1"
+        )  # fmt: skip
 
     add(
         "collect", "collect", "env=metaworld/six", f"data={setting.name}", f"path={data[0]}", f"seed={seed}",
         f"first_start={first_start}", "snapshots=false",
     )  # fmt: skip
-    train("train", setting.steps, "wam=reference")
+    train("train")
     model = directory / "train"
-    for number in range(1, setting.rounds + 1):
-        data.append(directory / f"data_{number}")
-        begin = first_start + setting.episodes + (number - 1) * setting.round_episodes
+    if setting.planner_episodes:
+        data.append(directory / "data_planner")
         add(
-            f"collect_{number}", "collect", "env=metaworld/six", "data=planner",
-            f"data.mixture.policy={setting.round_episodes}", f"path={data[-1]}", f"wam={model}", f"seed={seed}",
-            f"first_start={begin}", "snapshots=false",
+            "collect_planner", "collect", "env=metaworld/six", "data=planner",
+            f"data.mixture.policy={setting.planner_episodes}", f"path={data[1]}", f"wam={model}", f"seed={seed}",
+            f"first_start={first_start + setting.episodes}", "snapshots=false",
         )  # fmt: skip
-        train(f"train_{number}", setting.round_steps, f"wam={model}", "learning_rate=5e-4")
-        model = directory / f"train_{number}"
+        train("train_again")
+        model = directory / "train_again"
     add(
         "plan", "plan", "env=metaworld/six", f"wam={model}", "split=test", "episodes=50",
         f"first_start={FIRST_TEST_START}", f"seed={seed}", "workers=1", "video=false",

@@ -14,7 +14,7 @@ from wamrl.noise import NoiseKey
 
 TASKS = ("metaworld/reach-v3", "metaworld/push-v3")
 SIZES = {
-    "latent_dim": 16, "width": 24, "dynamics_width": 20, "head_width": 12, "members": 4, "values": 3, "left_out": 0.25,
+    "latent_dim": 16, "width": 24, "dynamics_width": 20, "head_width": 12, "members": 4, "values": 3,
     "horizon": 5,
 }  # fmt: skip
 STEP = torch.full((6,), 0.5)
@@ -66,7 +66,6 @@ def linear_batch(windows: int, steps: int, generator: torch.Generator) -> Tensor
             "valid": torch.ones(windows, steps, dtype=torch.bool),
             "task": torch.full((windows,), task_id(TASKS[0])),
             "imitate": success.any(1),
-            "episode": torch.arange(windows),
         },
         batch_size=[windows],
     )
@@ -239,24 +238,6 @@ def test_a_number_that_never_changed_is_imagined_as_constant() -> None:
     now = state["z"][:, None, None, None]
     assert torch.equal(frames[..., 2], now[..., 2].expand_as(frames[..., 2]))
     assert not torch.equal(frames[..., 1], now[..., 1].expand_as(frames[..., 1]))
-
-
-def test_members_learn_nothing_from_the_episodes_they_leave_out() -> None:
-    wam = model(values=4, loss_weights={"policy": 0.0, "value": 0.0})
-    batch = linear_batch(8, 4, torch.Generator().manual_seed(0))
-    batch["episode"] = torch.full((8,), 2)  # members leave out the episodes of their own number, modulo 4
-    wam.loss(batch)["loss"].backward()
-    for network in (wam.dynamics, wam.outcome):
-        moved = network[-1].weight.grad.abs().sum(dim=(1, 2))
-        assert moved[2] == 0
-        assert (moved[[0, 1, 3]] > 0).all()
-    wam = model(values=4)
-    wam.loss(batch)["loss"].backward()
-    moved = wam.values[-1].weight.grad.abs().sum(dim=(1, 2))
-    assert moved[2] == 0
-    assert (moved[[0, 1, 3]] > 0).all()
-    with pytest.raises(ValueError, match="left_out is 1"):
-        model(left_out=1.0)
 
 
 def test_only_the_models_own_successes_are_imitated_without_a_label() -> None:

@@ -423,9 +423,9 @@ class EpisodeDataset:
         executed; `label` [B, T, A] and `label_valid` [B, T]; `reward`, `success`, `terminated`, `valid` [B, T]
         (`valid` is False past the episode's end, where the last frame repeats and the rest is zero);
         `steps_to_success` [B, T+1], control steps until the first success at or after a frame, 0 from the first
-        success on, inf in an episode without one; `task`, `episode_success`, `step` (of the window's start),
-        `episode` (its number in this dataset) [B]; `imitate` [B], a successful episode of a model's own policy or
-        planner: its actions are worth imitating, those of a noisy expert or of luck are not.
+        success on, inf in an episode without one; `task`, `episode_success`, `step` (of the window's start) [B];
+        `imitate` [B], a successful episode of a model's own policy or planner: its actions are worth imitating,
+        those of a noisy expert or of luck are not.
 
         Raises:
             ValueError: when the data was collected from dev or test start states.
@@ -489,7 +489,6 @@ class EpisodeDataset:
                 "episode_success": self._success[episode],
                 "imitate": self._imitate[episode],
                 "step": step,
-                "episode": episode,
             },
             batch_size=[rows],
         )
@@ -587,7 +586,6 @@ class EpisodeDataset:
                 "label": frames["label"][at],
                 "label_valid": frames["label_valid"][at],
                 "task": self._task[episode],
-                "episode": episode,
                 "next": {
                     **following,
                     "reward": frames["reward"][at].unsqueeze(-1),

@@ -83,11 +83,9 @@ class JointEmbeddingWAM(WAM):
     latent_dim: learned features of a latent.
     members: dynamics networks, each with its own reward and success head; their disagreement is the uncertainty.
     values: value heads E.
-    left_out: share of the episodes that a member, and a value head, never learns from (rounded down to a multiple of
-    1 / members), so that they disagree where few episodes decide (bootstrap ensembles: Chua et al., 2018,
-    arXiv:1805.12114). Encoder and policy learn from all.
     horizon: control steps that imagination is meant for. discount: per control step.
     reward_scale: the task's greatest reward per step; the value heads work in units of reward_scale / (1 - discount).
+    expectile: of the value regression; 0.5 is the mean over what the data did, higher leans to its better part.
     loss_weights: overrides of the weights in `loss`.
     """
 
@@ -110,16 +108,14 @@ class JointEmbeddingWAM(WAM):
         task_dim: int = 16,
         members: int = 8,
         values: int = 4,
-        left_out: float = 0.375,
         horizon: int = 10,
         discount: float = 0.97,
         target_rate: float = 0.01,
+        expectile: float = 0.7,
         reward_scale: float = 10.0,
         loss_weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
-        if not 0.0 <= left_out < 1.0:
-            raise ValueError(f"left_out is {left_out}, but must be a share of the episodes, from 0 to less than 1")
         self.features = {key: math.prod(shape) for key, shape in observation.items()}
         self.spec = Spec(
             observation={key: tuple(shape) for key, shape in observation.items()},
@@ -135,15 +131,15 @@ class JointEmbeddingWAM(WAM):
             anatomy=Anatomy("feature", "joint-embedding", "action-conditioned rollout", "chunked"),
             ensemble_size=members,
         )
-        self.members, self.target_rate = members, target_rate
-        self.reward_scale, self.folds_left_out = reward_scale, int(left_out * members)
+        self.members, self.target_rate, self.expectile = members, target_rate, expectile
+        self.reward_scale = reward_scale
         self.value_unit = reward_scale / (1.0 - discount)
         self.loss_weights = {
             "consistency": 5.0,
             "observation": 1.0,
             "reward": 0.5,
             "success": 0.5,
-            "value": 5.0,
+            "value": 10.0,
             "policy": 1.0,
             "probe": 1.0,
             **(loss_weights or {}),
@@ -386,9 +382,6 @@ class JointEmbeddingWAM(WAM):
         start = online[:, 0]
         mask = valid.float()
         count = mask.sum().clamp(min=1.0)
-        own = torch.arange(members, device=mask.device).repeat_interleave(windows // members)  # the member of a window
-        own_mask = mask * self._sees(own, batch["episode"]).unsqueeze(-1)
-        own_count = own_mask.sum().clamp(min=1.0)
 
         # Latent prediction: member m unrolls windows m * B/M to (m + 1) * B/M.
         z = start.view(members, -1, start.shape[-1])
@@ -403,34 +396,30 @@ class JointEmbeddingWAM(WAM):
         missed, features = (after - torch.cat([x[:, 1:], target[:, 1:, self.observed :]], dim=-1)).tensor_split(
             [self.observed], dim=-1
         )
-        losses = {"consistency": (features.square().mean(-1) * own_mask).sum() / own_count}
+        losses = {"consistency": (features.square().mean(-1) * mask).sum() / count}
         # In units of what a number changes by in one step; one that never changes is not predicted.
-        missed = (missed / self.change.where(self.change > 0, 1.0))[..., self.change > 0]
-        missed = F.smooth_l1_loss(missed, torch.zeros_like(missed), reduction="none").mean(-1)
-        losses["observation"] = (missed * own_mask).sum() / own_count
+        moves = (self.change > 0).float()
+        missed = missed * moves / self.change.where(self.change > 0, 1.0)
+        missed = F.smooth_l1_loss(missed, torch.zeros_like(missed), reduction="none").sum(-1) / moves.sum().clamp(min=1)
+        losses["observation"] = (missed * mask).sum() / count
 
         heads_in = torch.cat([after, tasks[:, 1:], action], dim=-1)
         outcome = self.outcome(heads_in.view(members, -1, heads_in.shape[-1])).view(windows, steps, 2)
         reward_error = F.smooth_l1_loss(outcome[..., 0], batch["reward"], reduction="none")
-        losses["reward"] = (reward_error * own_mask).sum() / own_count
+        losses["reward"] = (reward_error * mask).sum() / count
         bce = F.binary_cross_entropy_with_logits(outcome[..., 1], batch["success"].float(), reduction="none")
-        losses["success"] = (bce * own_mask).sum() / own_count
+        losses["success"] = (bce * mask).sum() / count
 
-        # Value of the model's own policy: every frame's target is one imagined step of that policy. The data's own
-        # returns would be the expert's, who comes back for an object that was not grasped; the policy does not. Each
-        # head has its own target, so that heads disagree where data are few (Ghasemipour et al., 2022,
-        # arXiv:2205.13703).
+        # Value: expectile regression (Kostrikov et al., 2022) on one-step targets of the executed actions, each head
+        # on its own target, so that heads disagree where data are few (Ghasemipour et al., 2022, arXiv:2205.13703).
         with torch.no_grad():
-            now, frame_task = target[:, :-1], tasks[:, :-1]
-            own_action, _ = self._policy(now, frame_task)
-            ahead, reward = self._one_step(now, frame_task, own_action)
-            goal = (1.0 - self.spec.discount) / self.reward_scale * reward
-            following = self._values(self.target_values, torch.cat([ahead, frame_task], dim=-1))
-            goal = goal + self.spec.discount * following * (~batch["terminated"]).float()
+            ahead = self._values(self.target_values, torch.cat([target[:, 1:], tasks[:, 1:]], dim=-1))
+            goal = (1.0 - self.spec.discount) / self.reward_scale * batch["reward"]
+            goal = goal + self.spec.discount * ahead * (~batch["terminated"]).float()
         value = self._values(self.values, torch.cat([before, tasks[:, :-1]], dim=-1))
-        head = torch.arange(len(value), device=mask.device)[:, None]
-        value_mask = mask * self._sees(head, batch["episode"]).unsqueeze(-1)
-        losses["value"] = ((goal - value).square() * value_mask).sum() / value_mask.sum().clamp(min=1.0)
+        gap = goal - value
+        asymmetry = torch.where(gap > 0, self.expectile, 1.0 - self.expectile)
+        losses["value"] = (asymmetry * gap.square() * mask).sum() / count / value.shape[0]
 
         # Policy: the expert's label where there is one, else what the model itself did in a successful episode.
         labelled = batch["label_valid"]
@@ -450,22 +439,6 @@ class JointEmbeddingWAM(WAM):
         losses["probe"] = ((decoded - x[:, 1:]).square().mean(-1) * mask).sum() / count
         total = sum(self.loss_weights[name] * value for name, value in losses.items())
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
-
-    def _one_step(self, z: Tensor, task: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Next latents [B, T, D] and rewards [B, T] of [B, T, ...], every window imagined by its own member."""
-        shape = z.shape[:2]
-
-        def by_member(x: Tensor) -> Tensor:
-            return x.reshape(self.members, -1, x.shape[-1])
-
-        z, task, action = by_member(z), by_member(task), by_member(action)
-        ahead = self._step(z, task, action)
-        reward = self.outcome(torch.cat([ahead, task, action], dim=-1))[..., 0]
-        return ahead.view(*shape, -1), reward.view(shape)
-
-    def _sees(self, member: Tensor, episode: Tensor) -> Tensor:
-        """1.0 where a member learns from an episode, 0.0 where it is left out; the two are broadcast."""
-        return ((episode - member) % self.members >= self.folds_left_out).float()
 
     @torch.no_grad()
     def update_targets(self) -> None:
