@@ -29,9 +29,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no terminal value": ("planner.value_weight=0",),
     "no imagined rewards": ("planner.reward_weight=0",),
     "act: weighted mean of the candidates": ("planner.choose=mean",),
-    "sigma 0.05": ("planner.sigma=0.05",),
+    "sigma 0.1": ("planner.sigma=0.1",),
     "sigma 0.2": ("planner.sigma=0.2",),
-    "sigma 0.3": ("planner.sigma=0.3",),
+    "sigma 0.03": ("planner.sigma=0.03",),
     "16 candidates": ("planner.num_candidates=16",),
     "256 candidates": ("planner.num_candidates=256",),
     "no policy: noise around the last plan, 3 iterations": (

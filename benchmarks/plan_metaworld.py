@@ -35,7 +35,10 @@ METHODS = ("planner", "policy", "shuffled", "random", "expert")
 
 @dataclass(frozen=True)
 class Setting:
-    """One data setting. planner_episodes: what the planner collects per task between the two trainings; 0: one only."""
+    """One data setting. planner_episodes: what the planner collects per task between the two trainings; 0: one only.
+
+    The planner collects with twice its usual sigma, so that the second training sees what its search may try.
+    """
 
     name: str
     episodes: int
@@ -75,7 +78,7 @@ def stages(setting: Setting, seed: int, directory: Path) -> list[tuple[str, list
         add(
             "collect_planner", "collect", "env=metaworld/six", "data=planner",
             f"data.mixture.policy={setting.planner_episodes}", f"path={data[1]}", f"wam={model}", f"seed={seed}",
-            f"first_start={first_start + setting.episodes}", "snapshots=false",
+            f"first_start={first_start + setting.episodes}", "snapshots=false", "planner.sigma=0.1",
         )  # fmt: skip
         train("train_again")
         model = directory / "train_again"

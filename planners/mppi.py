@@ -72,7 +72,7 @@ def make_mppi(
     standardise: bool = True,
     num_elites: int | None = None,
     proposal: str = "policy",
-    sigma: float | Sequence[float] = 0.1,
+    sigma: float | Sequence[float] = 0.05,
     correlation: float = 0.7,
     warm_share: float = 0.0,
     refine_sigma: float | Sequence[float] | None = None,
