@@ -42,8 +42,8 @@ def model() -> WAM:
     """A small reference WAM with weights and normalisation that differ from any fresh one."""
     model = checkpoint.build(MODEL, seed=7)
     statistics = {
-        "state": {"mean": torch.arange(6.0), "std": torch.arange(1.0, 7.0)},
-        "proprioception": {"mean": torch.tensor([0.1, 0.2]), "std": torch.tensor([0.3, 0.4])},
+        "state": {"mean": torch.arange(6.0), "std": torch.arange(1.0, 7.0), "change": torch.full((6,), 0.5)},
+        "proprioception": {"mean": torch.tensor([0.1, 0.2]), "std": torch.tensor([0.3, 0.4]), "change": torch.ones(2)},
     }
     model.set_normalisation(statistics)
     return model.eval()
