@@ -210,6 +210,7 @@ def test_labels_of_other_behaviours_can_be_made_to_count(tmp_path: Path) -> None
 def test_torchrl_replay_reads_the_same_steps(dataset: EpisodeDataset) -> None:
     buffer = dataset.replay_buffer(batch_size=40, length=4, seed=0)
     assert len(buffer) == 26
+    assert "episode" in buffer.sample().keys()
     sample = buffer.sample().reshape(10, 4)
     state, after = sample["state"][..., 0], sample["next", "state"][..., 0]
     assert torch.equal(after, state + 1)

@@ -586,6 +586,7 @@ class EpisodeDataset:
                 "label": frames["label"][at],
                 "label_valid": frames["label_valid"][at],
                 "task": self._task[episode],
+                "episode": episode,
                 "next": {
                     **following,
                     "reward": frames["reward"][at].unsqueeze(-1),
