@@ -393,9 +393,7 @@ class JointEmbeddingWAM(WAM):
             predicted.append(z.flatten(0, 1))
         path = torch.stack(predicted, dim=1)  # [B, T+1, D], the first frame encoded, the others imagined
         before, after = path[:, :-1], path[:, 1:]
-        missed, features = (after - torch.cat([x[:, 1:], target[:, 1:, self.observed :]], dim=-1)).tensor_split(
-            [self.observed], dim=-1
-        )
+        missed, features = (after - target[:, 1:]).tensor_split([self.observed], dim=-1)
         losses = {"consistency": (features.square().mean(-1) * mask).sum() / count}
         # In units of what a number changes by in one step; one that never changes is not predicted.
         moves = (self.change > 0).float()
