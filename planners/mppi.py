@@ -75,10 +75,11 @@ def make_mppi(
     sigma: float | Sequence[float] = 0.05,
     correlation: float = 0.7,
     warm_share: float = 0.0,
+    behaviour_share: float = 0.5,
     refine_sigma: float | Sequence[float] | None = None,
     value_weight: float = 1.0,
     reward_weight: float = 1.0,
-    success_weight: float = 0.0,
+    success_weight: float | None = None,
     uncertainty_penalty: float = 0.0,
     uncertainty_reduce: str = "sum",
     discount: float | None = None,
@@ -95,15 +96,16 @@ def make_mppi(
     horizon: H model steps. num_candidates: N per iteration. temperature, standardise, num_elites: see `mppi_refit`.
     proposal: "policy" (candidates follow the policy, `PolicyProposer`) or "noise" (plain MPPI, `NoiseProposer`).
     sigma: standard deviation of the noise on normalised actions, one number or one per action dim.
-    correlation: of the noise of neighbouring steps, in [0, 1). warm_share: see `PolicyProposer`.
+    correlation: of the noise of neighbouring steps, in [0, 1). warm_share, behaviour_share: see `PolicyProposer`.
     refine_sigma: sigma of the iterations after the first; None is `sigma`.
     value_weight ... risk_weight: see `ReturnScorer`. gate_threshold: None searches always, else see `Uncertainty`.
     choose, shuffle_scores, compile, on_failure: see `ShootingPlanner`.
     """
     spread = check_sigma(sigma)
     _check_horizon(horizon)
-    if not 0.0 <= warm_share <= 1.0:
-        raise ValueError(f"planner.warm_share is {warm_share}, but must be in [0, 1]")
+    for name, share in (("warm_share", warm_share), ("behaviour_share", behaviour_share)):
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"planner.{name} is {share}, but must be in [0, 1]")
     if risk == "improvement" and choose == "best" and iterations > 1:
         raise ValueError(
             f"planner.risk=improvement measures each iteration against another candidate 0, so choose=best cannot "
@@ -112,7 +114,9 @@ def make_mppi(
     basis = noise_basis(horizon, correlation)
     proposer: Proposer
     if proposal == "policy":
-        proposer = PolicyProposer(horizon=horizon, sigma=spread, basis=basis, warm_share=warm_share)
+        proposer = PolicyProposer(
+            horizon=horizon, sigma=spread, basis=basis, warm_share=warm_share, behaviour_share=behaviour_share
+        )
     elif proposal == "noise":
         proposer = NoiseProposer(horizon=horizon, sigma=spread, basis=basis)
     else:

@@ -83,16 +83,21 @@ class PolicyProposer:
     Candidate 0 is the unperturbed policy. The policy reacts to what each perturbation causes, so candidates
     stay near the data. The model imagines while it proposes, so the first iteration costs one pass.
 
+    In a model with a behaviour prior, part of the candidates follow that instead, one of them unperturbed: a policy
+    taught by demonstrations does not know what to do after a slip, and no small perturbation of it does either.
+
     horizon: H steps. sigma: standard deviation of the perturbation, one number or one per action dim.
     correlation: of neighbouring steps (AR(1)), in [0, 1).
     warm_share: share of the candidates drawn around the shifted previous plan instead (around the unperturbed
     policy's chunk in rows that have none), open loop.
+    behaviour_share: share of the other candidates that follows the behaviour prior, in models that have one.
     """
 
     horizon: int
     sigma: Tensor
     basis: Tensor
     warm_share: float = 0.0
+    behaviour_share: float = 0.0
 
     needs = frozenset({"policy", "rollout"})
 
@@ -107,7 +112,13 @@ class PolicyProposer:
         num_policy = num - num_warm
         followed = perturbation[:, :num_policy].clone()
         followed[:, 0] = 0.0
-        proposal = model.propose(state, num_policy, mode="ode", noise=noise.fold(1), perturbation=followed)
+        behaviour = min(round(self.behaviour_share * num_policy), num_policy - 1)
+        if behaviour and "behaviour" in model.spec.provides:
+            followed[:, num_policy - behaviour] = 0.0
+            options = {"behaviour": behaviour}
+        else:
+            options = {}
+        proposal = model.propose(state, num_policy, mode="ode", noise=noise.fold(1), perturbation=followed, **options)
         if proposal.actions.shape[2] != self.horizon:
             raise ValueError(
                 f"the planner's horizon is {self.horizon}, but the model proposes chunks of "

@@ -30,6 +30,7 @@ class ReturnScorer:
     Steps after an episode's end count for nothing (`alive` is 0 there); without an alive head all steps count.
 
     discount: d per step; None is the model's own. Units: those of the reward.
+    success_weight: None is the model's own `success_bonus`, which its values count as well.
     risk: over the M futures, each valued by every value head: "mean"; "lower_bound" = mean - risk_weight * standard
     deviation; "worst" = minimum; "improvement" = the lower bound of the gain over candidate 0 (the unperturbed policy,
     or the last mean), each guess against the same guess of candidate 0: what all candidates share cancels, and a gain
@@ -40,7 +41,7 @@ class ReturnScorer:
 
     value_weight: float = 1.0
     reward_weight: float = 1.0
-    success_weight: float = 0.0
+    success_weight: float | None = None
     uncertainty_penalty: float = 0.0
     uncertainty_reduce: str = "sum"
     discount: float | None = None
@@ -52,6 +53,8 @@ class ReturnScorer:
         """Check the ranges, and work out what a model must answer."""
         for name in ("value_weight", "reward_weight", "success_weight", "uncertainty_penalty", "risk_weight"):
             value = getattr(self, name)
+            if value is None and name == "success_weight":
+                continue
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name} is {value}, but must be a finite number of at least 0")
         if self.discount is not None and not 0.0 < self.discount <= 1.0:
@@ -66,8 +69,8 @@ class ReturnScorer:
             "success": self.success_weight,
             "uncertainty": self.uncertainty_penalty,
         }
-        needs = frozenset(query for query, weight in weighted.items() if weight > 0)
-        if not needs - {"uncertainty"}:
+        needs = frozenset(query for query, weight in weighted.items() if weight)
+        if not needs - {"uncertainty"} and self.success_weight is not None:
             raise ValueError("value_weight, reward_weight and success_weight are all 0: no candidate could win")
         object.__setattr__(self, "needs", needs)
 
@@ -80,8 +83,9 @@ class ReturnScorer:
         if self.reward_weight > 0:
             gain = _head(imagined, "reward")
             gain = gain if self.reward_weight == 1.0 else gain * self.reward_weight
-        if self.success_weight > 0:
-            success = _head(imagined, "success") * self.success_weight
+        worth = model.spec.success_bonus if self.success_weight is None else self.success_weight
+        if worth > 0:
+            success = _head(imagined, "success") * worth
             gain = success if gain is None else gain + success
         if gain is not None:
             horizon = gain.shape[-1]
@@ -94,7 +98,11 @@ class ReturnScorer:
             if imagined.alive is not None:
                 value = value * imagined.alive[..., -1:]
             total = (value if total is None else total.unsqueeze(-1) + value).flatten(2)
-        assert total is not None  # __post_init__ refuses weights that leave nothing to sum
+        if total is None:
+            raise ValueError(
+                "value_weight and reward_weight are 0, and so is this model's success_bonus: no candidate could win; "
+                "set planner.success_weight above 0"
+            )
         if self.risk == "improvement":
             first = total[:, :1]
             total = total - first.where(first.isfinite(), 0.0)

@@ -66,6 +66,8 @@ def linear_batch(windows: int, steps: int, generator: torch.Generator) -> Tensor
             "valid": torch.ones(windows, steps, dtype=torch.bool),
             "task": torch.full((windows,), task_id(TASKS[0])),
             "imitate": success.any(1),
+            "episode_success": success.any(1),
+            "steps_to_success": torch.where(success.any(1)[:, None], torch.arange(steps, -1, -1.0), torch.inf),
         },
         batch_size=[windows],
     )
@@ -248,6 +250,55 @@ def test_only_the_models_own_successes_are_imitated_without_a_label() -> None:
     assert wam.loss(batch)["policy"] == 0
     batch["imitate"][:] = True
     assert wam.loss(batch)["policy"] != 0
+
+
+def test_the_behaviour_prior_learns_from_any_success_before_it_and_leaves_the_latents_alone() -> None:
+    wam = model()
+    batch = linear_batch(8, 4, torch.Generator().manual_seed(0))
+    batch["label_valid"][:], batch["imitate"][:] = False, False
+    batch["episode_success"][:] = False
+    assert wam.loss(batch)["behaviour"] == 0
+    batch["episode_success"][:], batch["steps_to_success"][:] = True, 0.0  # after the success
+    assert wam.loss(batch)["behaviour"] == 0
+    batch["steps_to_success"][:] = 3.0
+    weights = {name: 0.0 for name in wam.loss_weights}
+    wam.loss_weights = {**weights, "behaviour": 1.0}
+    losses = wam.loss(batch)
+    assert losses["behaviour"] > 0
+    losses["loss"].backward()
+    touched = {name.split(".")[0] for name, p in wam.named_parameters() if p.grad is not None and p.grad.any()}
+    assert touched == {"behaviour"}
+
+
+def test_the_last_candidates_follow_the_behaviour_prior_and_the_others_do_not() -> None:
+    wam = model()
+    state = state_of(wam)
+    nudge = 0.1 * torch.randn(3, 5, 4, 2)
+    plain = wam.propose(state, 5, mode="ode", perturbation=nudge)
+    mixed = wam.propose(state, 5, mode="ode", perturbation=nudge, behaviour=2)
+    torch.testing.assert_close(mixed.actions[:, :3], plain.actions[:, :3])
+    expected = wam._behaviour(state["z"], state["task"])[:, None] + nudge[:, 3:, 0]
+    torch.testing.assert_close(mixed.chain[:, 3:, 1, 0], expected)
+    torch.testing.assert_close(wam.log_prob(state, mixed), mixed.log_prob)
+    with pytest.raises(ValueError, match="from 0 to num=5"):
+        wam.propose(state, 5, mode="ode", behaviour=6)
+
+
+def test_values_count_the_success_bonus() -> None:
+    """Success for good at every step: the value is that of reward and bonus for ever."""
+    wam = model(success_bonus=3.0, discount=0.5, target_rate=1.0)
+    batch = linear_batch(64, 4, torch.Generator().manual_seed(0))
+    batch["reward"][:], batch["success"][:] = 1.0, True
+    optimiser = torch.optim.Adam(wam.parameters(), lr=3e-3)
+    for _ in range(150):
+        optimiser.zero_grad()
+        wam.loss(batch)["loss"].backward()
+        optimiser.step()
+        wam.update_targets()
+    start = wam.encode(
+        Context.from_observation(TensorDict({**batch["observation"][:, 0], "task": batch["task"]}, [64]))
+    )
+    torch.testing.assert_close(wam.value(start).mean(), torch.tensor((1.0 + 3.0) / (1.0 - 0.5)), atol=0.3, rtol=0)
 
 
 def test_a_constant_feature_does_not_blow_up() -> None:

@@ -126,13 +126,16 @@ class ToyWAM(WAM):
         noise: NoiseKey | None = None,
         perturbation: Tensor | None = None,
         horizon: int | None = None,
+        behaviour: int = 0,
     ) -> Proposal:
-        """The linear policy's chunk, closed loop in the exact model."""
+        """The linear policy's chunk, closed loop in the exact model; the behaviour prior does its opposite."""
         self.counts["propose"] += 1
+        sign = torch.ones(num, 1)
+        sign[num - behaviour :] = -1.0
         horizon = (horizon or self.spec.chunk_length) if perturbation is None else perturbation.shape[2]
 
         def act(h: int, z: Tensor) -> Tensor:
-            a = z @ self.gain.T
+            a = z @ self.gain.T * sign
             if perturbation is not None:
                 a = a + perturbation[:, :, h]
             return a.clamp(-1.0, 1.0)

@@ -27,6 +27,7 @@ QUERIES = (
     "rollout",  # imagine(state, actions): what would happen if
     "video",  # imagine(state, None): what would happen anyway
     "policy",  # propose(state)
+    "behaviour",  # propose(state, behaviour=...): what successful episodes did, whoever acted
     "inverse",  # propose(state, future=...)
     "log_prob",  # log_prob(state, proposal)
     "value",  # value(state)
@@ -37,7 +38,7 @@ QUERIES = (
     "uncertainty",  # Imagined.uncertainty is predicted
 )
 # What wam=reference answers, for the error about a query that another model does not.
-_REFERENCE = ("rollout", "policy", "log_prob", "value", "decode", "reward", "success", "uncertainty")
+_REFERENCE = ("rollout", "policy", "behaviour", "log_prob", "value", "decode", "reward", "success", "uncertainty")
 
 State: TypeAlias = TensorDict
 """Batch [R]: a model's latents, caches and suffixes. Indexing its rows is forking."""
@@ -70,6 +71,8 @@ class Spec:
     chunk_length: H of `propose`. max_horizon: the longest H that `imagine` was trained for.
     frame_stride: control steps between imagined frames. history: frames of context.
     discount: per control step. control_dt_s: seconds per control step.
+    success_bonus: what one control step in success is worth beside its reward, in the units of the reward; the model's
+    values count it, and so do planners.
     provides: the queries of `QUERIES` that the model answers.
     """
 
@@ -86,6 +89,7 @@ class Spec:
     frame_stride: int = 1
     history: int = 1
     ensemble_size: int = 1
+    success_bonus: float = 0.0
 
     def require(self, *queries: str) -> None:
         """Raise ValueError when the model does not answer one of `queries`, naming a model that does."""
@@ -207,12 +211,15 @@ class WAM(torch.nn.Module):
         noise: NoiseKey | None = None,
         perturbation: Tensor | None = None,
         horizon: int | None = None,
+        behaviour: int = 0,
     ) -> Proposal:
         """`num` action chunks from the policy; `mode="ode"` is deterministic, `"sde"` samples with `noise`.
 
         future: with it, the chunk that leads there (inverse dynamics).
         perturbation: [R, N, H, A] added to the policy's action at each step; the policy reacts to its consequences.
         horizon: H, at most `spec.chunk_length`; None is that of the perturbation, or the whole chunk.
+        behaviour: that many of the `num` chunks, the last ones, follow the behaviour prior instead of the policy: what
+        successful episodes did, whoever acted in them.
         """
         return self._refuse("policy")
 
@@ -221,7 +228,7 @@ class WAM(torch.nn.Module):
         return self._refuse("log_prob")
 
     def value(self, state: State) -> Tensor:
-        """[*state.batch, E] estimates of the discounted return to go, in the units of `Imagined.reward`."""
+        """[*state.batch, E] estimates of the discounted sum to go of reward + `spec.success_bonus` * success."""
         return self._refuse("value")
 
     def decode(self, state: State | Imagined, keys: tuple[str, ...] | None = None) -> TensorDict:

@@ -119,10 +119,18 @@ class OracleWAM(WAM):
         noise: NoiseKey | None = None,
         perturbation: Tensor | None = None,
         horizon: int | None = None,
+        behaviour: int = 0,
     ) -> Proposal:
         """The model's proposals without the model's futures: what follows from them is asked of the simulator."""
         proposal = self.model.propose(
-            state["model"], num, mode=mode, future=future, noise=noise, perturbation=perturbation, horizon=horizon
+            state["model"],
+            num,
+            mode=mode,
+            future=future,
+            noise=noise,
+            perturbation=perturbation,
+            horizon=horizon,
+            behaviour=behaviour,
         )
         return replace(proposal, imagined=None)
 

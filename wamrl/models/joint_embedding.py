@@ -2,8 +2,8 @@
 
 A latent is the standardised observation beside learned features of it: an encoder alone, taught by few episodes, kept
 the hand's place to two centimetres only, too coarse to imagine a grasp. An ensemble of residual MLPs predicts the next
-latent from latent and action; heads read reward, success, value and the policy off a latent; a probe on detached
-latents decodes observation keys. Targets of the feature prediction come from a moving average of the encoder.
+latent from latent and action; heads read reward, success, value, policy and behaviour prior off a latent; a probe on
+detached latents decodes observation keys. Targets of the feature prediction come from a moving average of the encoder.
 
 Letters: B windows, T steps of a window, R rows, N candidates, M ensemble members, H actions, A action dims, D latent
 dims (G + latent_dim), E value heads, G observation numbers.
@@ -84,7 +84,8 @@ class JointEmbeddingWAM(WAM):
     members: dynamics networks, each with its own reward and success head; their disagreement is the uncertainty.
     values: value heads E.
     horizon: control steps that imagination is meant for. discount: per control step.
-    reward_scale: the task's greatest reward per step; the value heads work in units of reward_scale / (1 - discount).
+    reward_scale: the task's greatest reward per step. success_bonus: see `Spec`; a task's reward may hardly tell a
+    success from a near one. The value heads work in units of (reward_scale + success_bonus) / (1 - discount).
     expectile: of the value regression; 0.5 is the mean over what the data did, higher leans to its better part.
     loss_weights: overrides of the weights in `loss`.
     """
@@ -113,6 +114,7 @@ class JointEmbeddingWAM(WAM):
         target_rate: float = 0.01,
         expectile: float = 0.7,
         reward_scale: float = 10.0,
+        success_bonus: float = 10.0,
         loss_weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
@@ -126,14 +128,14 @@ class JointEmbeddingWAM(WAM):
             discount=discount,
             control_dt_s=control_dt_s,
             provides=frozenset(
-                {"rollout", "policy", "log_prob", "value", "decode", "reward", "success", "uncertainty"}
+                {"rollout", "policy", "behaviour", "log_prob", "value", "decode", "reward", "success", "uncertainty"}
             ),
             anatomy=Anatomy("feature", "joint-embedding", "action-conditioned rollout", "chunked"),
             ensemble_size=members,
+            success_bonus=success_bonus,
         )
         self.members, self.target_rate, self.expectile = members, target_rate, expectile
-        self.reward_scale = reward_scale
-        self.value_unit = reward_scale / (1.0 - discount)
+        self.value_unit = (reward_scale + success_bonus) / (1.0 - discount)
         self.loss_weights = {
             "consistency": 5.0,
             "observation": 1.0,
@@ -141,6 +143,7 @@ class JointEmbeddingWAM(WAM):
             "success": 0.5,
             "value": 10.0,
             "policy": 1.0,
+            "behaviour": 1.0,
             "probe": 1.0,
             **(loss_weights or {}),
         }
@@ -161,6 +164,7 @@ class JointEmbeddingWAM(WAM):
         self.outcome = ensemble_mlp(members, head_in + action_dim, [head_width], 2)
         self.values = ensemble_mlp(values, head_in, [head_width], 1)
         self.policy = mlp(head_in, [width, width], 2 * action_dim)
+        self.behaviour = mlp(head_in, [width, width], action_dim)
         self.probe = mlp(latent_dim, [width], total)
         nn.init.zeros_(self.values[-1].weight)  # type: ignore[arg-type]
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
@@ -203,6 +207,9 @@ class JointEmbeddingWAM(WAM):
         log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(raw) + 1.0)
         return torch.tanh(mean), log_std
 
+    def _behaviour(self, z: Tensor, task: Tensor) -> Tensor:
+        return torch.tanh(self.behaviour(torch.cat([z, task], dim=-1)))
+
     # ---- queries -------------------------------------------------------------------------------------------------
 
     def encode(self, context: Context) -> State:
@@ -241,9 +248,12 @@ class JointEmbeddingWAM(WAM):
         noise: NoiseKey | None = None,
         perturbation: Tensor | None = None,
         horizon: int | None = None,
+        behaviour: int = 0,
     ) -> Proposal:
         if future is not None:
             self.spec.require("inverse")
+        if not 0 <= behaviour <= num:
+            raise ValueError(f"behaviour is {behaviour}, but must be from 0 to num={num}, of which it is a part")
         if mode not in ("ode", "sde"):
             raise ValueError(f"mode is '{mode}'; expected 'ode' (deterministic) or 'sde' (sampled)")
         rows, action_dim = state.batch_size[0], self.spec.action_dim
@@ -261,6 +271,12 @@ class JointEmbeddingWAM(WAM):
             nonlocal log_prob
             mean, log_std = self._policy(z, task)
             action = mean + log_std.exp() * draws[:, t]
+            if behaviour:
+                action = action.unflatten(0, (rows, num))
+                action[:, num - behaviour :] = self._behaviour(
+                    *(x.unflatten(0, (rows, num))[:, num - behaviour :] for x in (z, task))
+                )
+                action = action.flatten(0, 1)
             if perturbation is not None:
                 action = action + perturbation.flatten(0, 1)[:, t]
             chain[:, t] = action
@@ -412,7 +428,7 @@ class JointEmbeddingWAM(WAM):
         # on its own target, so that heads disagree where data are few (Ghasemipour et al., 2022, arXiv:2205.13703).
         with torch.no_grad():
             ahead = self._values(self.target_values, torch.cat([target[:, 1:], tasks[:, 1:]], dim=-1))
-            goal = (1.0 - self.spec.discount) / self.reward_scale * batch["reward"]
+            goal = (batch["reward"] + self.spec.success_bonus * batch["success"]) / self.value_unit
             goal = goal + self.spec.discount * ahead * (~batch["terminated"]).float()
         value = self._values(self.values, torch.cat([before, tasks[:, :-1]], dim=-1))
         gap = goal - value
@@ -425,13 +441,21 @@ class JointEmbeddingWAM(WAM):
         weight = (labelled | batch["imitate"].unsqueeze(1)).float() * mask
         # Encoded frames count fully; imagined ones, at a quarter, teach the policy to act on what the model predicts.
         frames = torch.cat([online[:, :-1], before[:, 1:]], dim=1)
-        mean, log_std = self._policy(frames, torch.cat([tasks[:, :-1], tasks[:, 1:-1]], dim=1))
+        frame_tasks = torch.cat([tasks[:, :-1], tasks[:, 1:-1]], dim=1)
+        mean, log_std = self._policy(frames, frame_tasks)
         weight = torch.cat([weight, 0.25 * weight[:, 1:]], dim=1)
         wanted = torch.cat([wanted, wanted[:, 1:]], dim=1)
         nll = -_gaussian_log_prob(wanted, mean.detach(), log_std)
         error = (mean - wanted).square().sum(-1)
         # The spread is fitted to the mean's errors (its own gradient only); 0.02 keeps it from outweighing them.
         losses["policy"] = ((error + 0.02 * nll) * weight).sum() / weight.sum().clamp(min=1.0)
+
+        # Behaviour prior: what any successful episode did before its success, whoever acted. It knows recoveries that
+        # no demonstration shows, and is less precise; a search decides where it is to be preferred.
+        weight = (batch["episode_success"].unsqueeze(1) & (batch["steps_to_success"][:, :-1] > 0)).float() * mask
+        weight = torch.cat([weight, 0.25 * weight[:, 1:]], dim=1)
+        error = (self._behaviour(frames.detach(), frame_tasks.detach()) - wanted).square().sum(-1)
+        losses["behaviour"] = (error * weight).sum() / weight.sum().clamp(min=1.0)
 
         decoded = self.probe(after.detach())
         losses["probe"] = ((decoded - x[:, 1:]).square().mean(-1) * mask).sum() / count
