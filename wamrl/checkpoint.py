@@ -157,9 +157,19 @@ def load(
         model = build(found.model, model_class=model_class)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if spec_to_dict(model.spec) != spec_to_dict(found.spec):
-        raise CheckpointError(f"{path}: the model that it builds has another spec than the one it states")
-    _check_tensors(path, tensors, model.state_dict())
+    misfit = "the model that it builds has another spec than the one it states"
+    if spec_to_dict(model.spec) == spec_to_dict(found.spec):
+        misfit = _misfit(tensors, model.state_dict())
+    if misfit:
+        commit = (found.provenance.get("versions") or {}).get("commit")
+        raise CheckpointError(
+            f"{path}: {misfit}. The file is whole, so another version of this model wrote it"
+            + (f", that of commit {commit}" if commit else "")
+            + ": train it again with `python -m wamrl.train`, or read it with that version"
+        )
+    broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise CheckpointError(f"{path}: '{broken[0]}' holds NaN or infinity")
     # load_state_dict copies into the model's own tensors, which turns half-precision storage into float32.
     model.load_state_dict(tensors)
     return model.to(device).eval()
@@ -198,7 +208,10 @@ def build(config: Mapping[str, Any], *, seed: int = 0, model_class: type[WAM] | 
         try:
             return model_class(**sizes)
         except TypeError as error:
-            raise CheckpointError(f"'{target}' cannot be built with {sorted(sizes)}: {error}") from error
+            raise CheckpointError(
+                f"'{target}' cannot be built with {sorted(sizes)}: {error}. If that is a checkpoint's, another version "
+                "of this model wrote it: train it again with `python -m wamrl.train`"
+            ) from error
 
 
 def resolve(name: str | os.PathLike[str]) -> Path:
@@ -452,18 +465,16 @@ def _metadata(path: Path, header: Mapping[str, str]) -> Metadata:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def _misfit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """Why the tensors do not fit the model; empty when they do."""
     missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or unexpected:
         parts = [f"{word} {_some(names)}" for word, names in (("lacks", missing), ("adds", unexpected)) if names]
-        raise CheckpointError(f"{path}: its tensors do not fit the model: it {' and '.join(parts)}")
+        return f"its tensors do not fit the model: it {' and '.join(parts)}"
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
-            raise CheckpointError(
-                f"{path}: '{name}' has shape {tuple(tensor.shape)}, the model takes {tuple(expected[name].shape)}"
-            )
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{path}: '{name}' holds NaN or infinity")
+            return f"'{name}' has shape {tuple(tensor.shape)}, the model takes {tuple(expected[name].shape)}"
+    return ""
 
 
 def _some(names: Sequence[str]) -> str:
