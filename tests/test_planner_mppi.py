@@ -6,6 +6,7 @@ import inspect
 import math
 import random
 import shutil
+from dataclasses import replace
 from importlib import resources
 
 import pytest
@@ -321,6 +322,7 @@ def test_a_deadline_stops_the_iterations_but_not_the_first() -> None:
         ("refine_sigma", math.inf, "refine_sigma is inf"),
         ("correlation", 1.0, r"correlation is 1.0.*\[0, 1\)"),
         ("warm_share", 1.5, "warm_share is 1.5"),
+        ("behaviour_share", -0.5, "behaviour_share is -0.5"),
         ("uncertainty_penalty", -1.0, "uncertainty_penalty is -1"),
         ("discount", 1.5, "discount is 1.5"),
         ("risk", "lower-bound", "did you mean 'lower_bound'"),
@@ -401,6 +403,36 @@ def test_a_share_of_the_candidates_surrounds_the_last_plan() -> None:
     assert ((found.candidates[0, 30:] - 0.8).abs() < 0.1).all()
     assert (found.candidates[1, 30:].abs() < 0.1).all()
     assert found.evaluations.tolist() == [160, 160]
+
+
+def test_a_share_of_the_candidates_follows_the_behaviour_prior_in_models_that_have_one() -> None:
+    for behaviour in (True, False):
+        model = ToyWAM(
+            lambda z, a: z,
+            lambda z, a, new: -(a + 0.2).square().sum(dim=-1),  # the opposite of the policy is right
+            lambda z: torch.zeros(z.shape[:-1]),
+            state_dim=1,
+            action_dim=1,
+            gain=torch.full((1, 1), 0.2),
+            behaviour=behaviour,
+        )
+        found, _ = plan(make_mppi(horizon=2, num_candidates=8, sigma=0.01), model, torch.ones(3, 1))
+        priors = found.candidates[:, 4:] if behaviour else -found.candidates[:, 4:]
+        assert torch.equal(found.candidates[:, 0], torch.full((3, 2, 1), 0.2))
+        assert (found.candidates[:, :4] - 0.2).abs().max() < 0.1 and (priors + 0.2).abs().max() < 0.1
+        assert not behaviour or torch.equal(found.candidates[:, 4], torch.full((3, 2, 1), -0.2))
+        assert (found.actions.sign() == (-1.0 if behaviour else 1.0)).all()
+
+
+def test_success_counts_for_what_the_model_says_it_is_worth() -> None:
+    model = quadratic(TARGET)
+    model.spec = replace(model.spec, success_bonus=7.0)
+    imagined = model.imagine(model.state(torch.zeros(1, 1)), TARGET.expand(1, 3, 2, 2))
+    imagined = replace(imagined, success=torch.tensor([0.0, 0.5, 1.0])[None, :, None, None].expand(1, 3, 1, 2))
+    assert ReturnScorer()(model, model.state(torch.zeros(1, 1)), imagined).tolist() == [[0.0, 7.0, 14.0]]
+    assert ReturnScorer(success_weight=1.0)(model, model.state(torch.zeros(1, 1)), imagined)[0].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="success_bonus: no candidate could win"):
+        ReturnScorer(value_weight=0, reward_weight=0)(quadratic(TARGET), model.state(torch.zeros(1, 1)), imagined)
 
 
 def test_policy_candidates_cost_one_pass_and_candidate_zero_is_the_policy() -> None:

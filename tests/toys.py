@@ -20,7 +20,8 @@ TASKS = ("toy/left-v0", "toy/right-v0")
 class ToyWAM(WAM):
     """Exact dynamics z' = transition(z, a) and reward(z, a, z'), `members` copies of the same future.
 
-    The latent is the observation `state` [D]; the policy is `gain` z, clamped. counts: calls per query.
+    The latent is the observation `state` [D]; the policy is `gain` z, clamped, and the behaviour prior, where there is
+    one, its opposite. counts: calls per query.
     """
 
     def __init__(
@@ -37,9 +38,11 @@ class ToyWAM(WAM):
         discount: float = 1.0,
         gain: Tensor | None = None,
         leave_out: tuple[str, ...] = (),
+        behaviour: bool = False,
     ) -> None:
         super().__init__()
         provides = {"rollout", "policy", "value", "reward", "uncertainty", "success"} - set(leave_out)
+        provides |= {"behaviour"} if behaviour else set()
         self.spec = Spec(
             observation={"state": (state_dim,)},
             action_dim=action_dim,
@@ -128,7 +131,7 @@ class ToyWAM(WAM):
         horizon: int | None = None,
         behaviour: int = 0,
     ) -> Proposal:
-        """The linear policy's chunk, closed loop in the exact model; the behaviour prior does its opposite."""
+        """The linear policy's chunk, closed loop in the exact model."""
         self.counts["propose"] += 1
         sign = torch.ones(num, 1)
         sign[num - behaviour :] = -1.0
