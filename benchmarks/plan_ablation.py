@@ -22,18 +22,16 @@ from benchmarks.stored import RESULTS, ROOT, Clock
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),
-    "plan every step": ("controller=single_step",),
-    "plan every 4 steps": ("controller.replan_every=4",),
-    "score: mean over the ensemble": ("planner.risk=mean",),
-    "score: lower bound over the ensemble": ("planner.risk=lower_bound",),
+    "no candidates of the behaviour prior": ("planner.behaviour_share=0",),
+    "success counts for nothing in the score": ("planner.success_weight=0",),
     "no terminal value": ("planner.value_weight=0",),
     "no imagined rewards": ("planner.reward_weight=0",),
+    "score: mean over the ensemble": ("planner.risk=mean",),
     "act: weighted mean of the candidates": ("planner.choose=mean",),
     "sigma 0.1": ("planner.sigma=0.1",),
     "sigma 0.2": ("planner.sigma=0.2",),
-    "sigma 0.03": ("planner.sigma=0.03",),
     "16 candidates": ("planner.num_candidates=16",),
-    "256 candidates": ("planner.num_candidates=256",),
+    "plan every 4 steps": ("controller.replan_every=4",),
     "no policy: noise around the last plan, 3 iterations": (
         "planner.proposal=noise", "planner.sigma=0.5", "planner.iterations=3", "planner.choose=mean",
         "planner.risk=mean",
