@@ -257,6 +257,25 @@ def test_ctrl_c_keeps_what_is_done_and_the_run_can_be_finished(wam, capsys, work
         assert read_episodes(_latest() / "episodes.csv") == everything
 
 
+def test_a_run_stopped_while_it_was_timed_is_finished_with_its_timing(wam, monkeypatch):
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as exit_:
+        patched.setattr("wamrl.plan._time_single_plans", stop)
+        main(_arguments(wam, "methods=[planner]", "video=false"))
+    assert exit_.value.code == 130
+    folder = _latest().resolve()
+    stopped = _results(folder)
+    del stopped["config"]["first_start"]  # as of a run from before that setting
+    (folder / "results.json").write_text(json.dumps(stopped))
+    main([f"resume={folder}"])
+    timing = _results()["timing"]
+    assert timing["single"]["plans"] == 3
+    assert timing["batched"]["plans"] == stopped["timing"]["batched"]["plans"]
+    assert "resume_data" not in _results()
+
+
 def test_a_changed_checkpoint_cannot_finish_a_run(wam, tmp_path, capsys):
     path = tmp_path / "own.safetensors"
     path.write_bytes(Path(wam).read_bytes())

@@ -153,7 +153,8 @@ def _stopped_run(given: Mapping[str, Any], earlier: Path) -> dict[str, Any]:
     results = json.loads((earlier / "results.json").read_text(encoding="utf-8"))
     if not results["partial"]:
         raise ValueError(f"resume={earlier}: this run is complete, there is nothing left to do; see its report.html")
-    return {**results["config"], "resume": str(earlier), "run_dir": given["run_dir"]}
+    # Settings that the stopped run did not have yet keep their defaults.
+    return {**given, **results["config"], "resume": str(earlier), "run_dir": given["run_dir"]}
 
 
 def _command_line(settings: Mapping[str, Any]) -> str:

@@ -89,6 +89,12 @@ class Run:
         self.fidelity, self.timing = before["fidelity"], before["timing"]
         self.evaluations_per_plan = before["evaluations_per_plan"]
         self.worker_rss_mib = before["peak_rss_mib"]["worker"]
+        self.video_note = before["video_note"]
+        kept = before.get("resume_data", {})
+        self.plan_log, self.oracle_log = kept.get("plan_log", []), kept.get("oracle_log", [])
+        self.observations = [
+            {k: np.asarray(v["values"], dtype=v["dtype"]) for k, v in o.items()} for o in kept.get("observations", [])
+        ]
         for film in before["videos"]:
             if self.directory.resolve() != earlier.resolve():
                 shutil.copy2(earlier / film["file"], self.directory / film["file"])
@@ -166,6 +172,12 @@ class Run:
             "config": self.settings,
         }
         results["metrics"] = _metrics(results)
+        if partial:  # what the timing is worked out from, for whoever resumes
+            observations = [
+                {k: {"values": v.tolist(), "dtype": str(v.dtype)} for k, v in o.items()} for o in self.observations
+            ]
+            logs = {"plan_log": self.plan_log, "oracle_log": self.oracle_log, "observations": observations}
+            results["resume_data"] = logs
         write_episodes(self.directory / "episodes.csv", self.episodes)
         write_json(self.directory / "traces.json", list(self.traces.values()))
         write_json(self.directory / "results.json", results)
