@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from wamrl.interfaces import WAM, Imagined, State
+from wamrl.interfaces import WAM, Imagined, Scorer, State
 from wamrl.naming import unknown_name
 from wamrl.noise import NoiseKey
 
-RISKS = ("mean", "lower_bound", "worst", "improvement")
+RISKS = ("mean", "lower_bound", "worst", "cvar", "majority", "improvement")
 REDUCTIONS = ("sum", "mean")
 
 
@@ -31,7 +31,8 @@ class ReturnScorer:
 
     discount: d per step; None is the model's own. Units: those of the reward.
     risk: over the M futures, each valued by every value head: "mean"; "lower_bound" = mean - risk_weight * standard
-    deviation; "worst" = minimum; "improvement" = the lower bound of the gain over candidate 0 (the unperturbed policy,
+    deviation; "worst" = minimum; "cvar" = mean of the worst `risk_share` of the guesses (conditional value at risk);
+    "majority" = see `majority`; "improvement" = the lower bound of the gain over candidate 0 (the unperturbed policy,
     or the last mean), each guess against the same guess of candidate 0: what all candidates share cancels, and a gain
     that the ensemble disagrees on does not count. Where candidate 0 has no finite return, the others' own counts.
     uncertainty_reduce: "sum" or "mean" over the steps (the mean divides by sum_h d^h).
@@ -46,6 +47,7 @@ class ReturnScorer:
     discount: float | None = None
     risk: str = "mean"
     risk_weight: float = 1.0
+    risk_share: float = 0.25
     needs: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,6 +60,8 @@ class ReturnScorer:
             raise ValueError(f"discount is {self.discount}, but must be in (0, 1], or null for the model's own")
         if self.risk not in RISKS:
             raise unknown_name("risk", str(self.risk), RISKS)
+        if not 0.0 < self.risk_share <= 1.0:
+            raise ValueError(f"risk_share is {self.risk_share}, but must be in (0, 1]: the share of guesses that count")
         if self.uncertainty_reduce not in REDUCTIONS:
             raise unknown_name("uncertainty_reduce", str(self.uncertainty_reduce), REDUCTIONS)
         weighted = {
@@ -100,6 +104,12 @@ class ReturnScorer:
             total = total - first.where(first.isfinite(), 0.0)
         if self.risk == "worst":
             score = total.amin(dim=-1)
+        elif self.risk == "cvar":
+            count = math.ceil(self.risk_share * total.shape[-1])
+            score = total.topk(count, dim=-1, largest=False).values.mean(dim=-1)
+            score = score.where(total.isfinite().all(dim=-1), math.nan)  # topk takes NaN for the greatest
+        elif self.risk == "majority":
+            score = majority(total)
         else:
             score = total.mean(dim=-1)
             if self.risk != "mean" and total.shape[-1] > 1:
@@ -111,6 +121,32 @@ class ReturnScorer:
                 weights = weights / weights.sum()
             score = score - self.uncertainty_penalty * (uncertainty @ weights)
         return score
+
+
+def check_comparable(scorer: Scorer, why: str) -> None:
+    """ValueError when `scorer` measures candidates against candidate 0 of their own set, so that sets differ."""
+    if getattr(scorer, "risk", None) == "improvement":
+        raise ValueError(
+            f"risk=improvement measures each set of candidates against its own candidate 0, but {why}; "
+            "set planner.iterations=1, planner.choose=mean or risk=mean"
+        )
+
+
+def majority(guesses: Tensor) -> Tensor:
+    """[R, N] the mean of the bigger camp of each candidate's guesses [R, N, G]; of all of them where camps tie.
+
+    A row's guesses fall into two camps, above and below the middle between its highest and its lowest finite guess. A
+    few outliers, the over-optimistic ones above all, then have no say (after the majority vote of Cosmos Policy,
+    arXiv:2601.16163, whose values have a scale that tells success from failure). NaN where a guess is NaN or infinite.
+    """
+    finite = guesses.isfinite()
+    high = guesses.where(finite, -math.inf).amax(dim=(1, 2), keepdim=True)
+    low = guesses.where(finite, math.inf).amin(dim=(1, 2), keepdim=True)
+    above = guesses > 0.5 * (high + low)
+    share = above.float().mean(dim=-1, keepdim=True)
+    camp = (above == (share > 0.5)) | (share == 0.5)
+    mean = (guesses.nan_to_num() * camp).sum(dim=-1) / camp.sum(dim=-1)
+    return mean.masked_fill(~finite.all(dim=-1), math.nan)
 
 
 def permutation(noise: NoiseKey, num: int) -> Tensor:

@@ -507,7 +507,7 @@ def test_a_model_that_proposes_chunks_of_another_length_is_refused() -> None:
 
 
 def test_gains_over_different_candidates_are_not_compared() -> None:
-    with pytest.raises(ValueError, match="cannot compare its 2 iterations"):
+    with pytest.raises(ValueError, match="compares its 2 iterations"):
         make_mppi(risk="improvement", choose="best", iterations=2)
 
 
@@ -541,3 +541,15 @@ def test_gains_are_zero_for_candidate_0_also_with_one_future_and_survive_its_nan
         quadratic(TARGET), TensorDict({}, batch_size=[2]), Imagined(leaf=leaf, evaluations=3, reward=reward)
     )
     torch.testing.assert_close(scores, torch.tensor([[0.0, 1.0, -1.0], [nan, 6.0, 4.0]]), equal_nan=True)
+
+
+@pytest.mark.parametrize(("risk", "expected"), [("cvar", [1.5, 4.0]), ("worst", [1.0, 0.0]), ("majority", [2.0, 8.0])])
+def test_a_risk_reads_the_guesses_as_it_says(risk: str, expected: list[float]) -> None:
+    """Five futures each; no majority believes the outlier of 10."""
+    reward = torch.tensor([[[1.0, 2.0, 3.0, 2.0, 10.0], [0.0, 8.0, 8.0, 8.0, 8.0]]])[..., None]
+    imagined = Imagined(leaf=TensorDict({}, batch_size=[1, 2, 5]), evaluations=10, reward=reward)
+    scorer = ReturnScorer(value_weight=0.0, risk=risk, risk_share=0.4)
+    scores = scorer(quadratic(TARGET), TensorDict({}, batch_size=[1]), imagined)
+    torch.testing.assert_close(scores, torch.tensor([expected]))
+    reward[0, 0, 0] = math.nan
+    assert scorer(quadratic(TARGET), TensorDict({}, batch_size=[1]), imagined)[0, 0].isnan()
