@@ -1,5 +1,6 @@
 """Planners: search over action chunks with a World Action Model."""
 
+from wamrl.planners.cem import cem_refit, make_cem
 from wamrl.planners.gates import Always, Uncertainty
 from wamrl.planners.mppi import make_mppi, mppi_refit
 from wamrl.planners.proposers import NoiseProposer, PolicyProposer
@@ -15,6 +16,8 @@ __all__ = [
     "ReturnScorer",
     "ShootingPlanner",
     "Uncertainty",
+    "cem_refit",
+    "make_cem",
     "make_mppi",
     "mppi_refit",
 ]
