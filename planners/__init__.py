@@ -1,7 +1,9 @@
 """Planners: search over action chunks with a World Action Model."""
 
+from wamrl.planners.best_of_n import make_best_of_n
 from wamrl.planners.cem import cem_refit, make_cem
 from wamrl.planners.gates import Always, Uncertainty
+from wamrl.planners.gradient import GradientPlanner, make_gradient
 from wamrl.planners.mppi import make_mppi, mppi_refit
 from wamrl.planners.proposers import NoiseProposer, PolicyProposer
 from wamrl.planners.scorers import ReturnScorer
@@ -9,6 +11,7 @@ from wamrl.planners.shooting import NonFinitePlanError, Refit, ShootingPlanner
 
 __all__ = [
     "Always",
+    "GradientPlanner",
     "NoiseProposer",
     "NonFinitePlanError",
     "PolicyProposer",
@@ -17,7 +20,9 @@ __all__ = [
     "ShootingPlanner",
     "Uncertainty",
     "cem_refit",
+    "make_best_of_n",
     "make_cem",
+    "make_gradient",
     "make_mppi",
     "mppi_refit",
 ]
