@@ -1,6 +1,7 @@
-"""Small World Action Models whose answers are known by hand.
+"""Small World Action Models whose answers are known by hand, to test planners on.
 
-All are real subclasses of `wamrl.interfaces.WAM`. Letters as in `wamrl.interfaces`.
+All are real subclasses of `wamrl.interfaces.WAM`: exact dynamics instead of learned ones. Letters as in
+`wamrl.interfaces`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ class ToyWAM(WAM):
 
     The latent is the observation `state` [D]; the policy is `gain` z, clamped. counts: calls per query.
     """
+
+    gain: Tensor
 
     def __init__(
         self,
@@ -177,7 +180,7 @@ def riccati(a: Tensor, b: Tensor, q: Tensor, r: Tensor, horizon: int) -> tuple[l
     The cost to go z P z counts the costs after z: z' Q z' + u R u + z' P' z'.
     """
     cost = [torch.zeros_like(q)]
-    gains = []
+    gains: list[Tensor] = []
     for _ in range(horizon):
         s = q + cost[0]
         k = torch.linalg.solve(r + b.T @ s @ b, b.T @ s @ a)
@@ -185,6 +188,32 @@ def riccati(a: Tensor, b: Tensor, q: Tensor, r: Tensor, horizon: int) -> tuple[l
         cost.insert(0, closed.T @ s @ closed + k.T @ r @ k)
         gains.insert(0, k)
     return gains, cost
+
+
+def maze(**options: object) -> ToyWAM:
+    """A room with a wall at x = 0.4 that is open above y = 0.4; position (x, y), a step moves by half the action.
+
+    Greedy is to go down: each step below y = -0.2 pays 1. Behind the wall, right of x = 0.8, each step pays 20; the way
+    there, up, through the door and right, pays nothing. The value is minus a hundredth of the distance from (1, 0.5).
+    """
+    treasure = torch.tensor([1.0, 0.5])
+
+    def transition(z: Tensor, a: Tensor) -> Tensor:
+        new = (z + 0.5 * a).clamp(-1.0, 1.5)
+        through = (z[..., 0] < 0.4) & (new[..., 0] >= 0.4) & (torch.minimum(z[..., 1], new[..., 1]) < 0.4)
+        return torch.where(through[..., None], torch.stack([z[..., 0], new[..., 1]], dim=-1), new)
+
+    def reward(z: Tensor, a: Tensor, new: Tensor) -> Tensor:
+        return torch.where(new[..., 0] > 0.8, 20.0, torch.where(new[..., 1] < -0.2, 1.0, 0.0))
+
+    return ToyWAM(
+        transition,
+        reward,
+        lambda z: -0.01 * (z - treasure).norm(dim=-1),
+        state_dim=2,
+        action_dim=2,
+        **options,  # type: ignore[arg-type]
+    )
 
 
 class BrokenWAM(ToyWAM):

@@ -8,12 +8,12 @@ from importlib import resources
 import pytest
 import torch
 import yaml
-from toys import quadratic
 
 from wamrl.interfaces import Budget
 from wamrl.noise import NoiseKey
 from wamrl.planners import ReturnScorer, make_cem
 from wamrl.planners.cem import cem_refit
+from wamrl.planners.toys import ToyWAM, quadratic
 
 TARGET = torch.tensor([0.3, -0.6])
 
@@ -62,8 +62,6 @@ def test_elites_are_candidates_of_the_next_iteration_and_of_the_next_plan() -> N
 
 def test_a_row_that_has_settled_is_not_searched_further() -> None:
     """The first row's rewards are flat, so its mean hardly moves; the second row's peak is far away."""
-    from toys import ToyWAM
-
     model = ToyWAM(
         lambda z, a: z,
         lambda z, a, new: -z[..., 0] * (a[..., 0] - 0.9).square(),

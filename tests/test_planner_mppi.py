@@ -12,7 +12,13 @@ import pytest
 import torch
 import yaml
 from tensordict import TensorDict
-from toys import (
+
+from wamrl.interfaces import WAM, Budget, Imagined, Plan, Planner, PlanState
+from wamrl.noise import NoiseKey
+from wamrl.planners import NonFinitePlanError, ShootingPlanner, make_mppi
+from wamrl.planners.mppi import mppi_weights
+from wamrl.planners.scorers import ReturnScorer
+from wamrl.planners.toys import (
     BrokenWAM,
     MortalWAM,
     ToyWAM,
@@ -21,12 +27,6 @@ from toys import (
     quadratic,
     riccati,
 )
-
-from wamrl.interfaces import WAM, Budget, Imagined, Plan, Planner, PlanState
-from wamrl.noise import NoiseKey
-from wamrl.planners import NonFinitePlanError, ShootingPlanner, make_mppi
-from wamrl.planners.mppi import mppi_weights
-from wamrl.planners.scorers import ReturnScorer
 
 TARGET = torch.tensor([0.3, -0.6])
 PROPOSALS = ("policy", "noise")
