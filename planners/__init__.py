@@ -4,6 +4,7 @@ from wamrl.planners.best_of_n import make_best_of_n
 from wamrl.planners.cem import cem_refit, make_cem
 from wamrl.planners.gates import Always, Uncertainty
 from wamrl.planners.gradient import GradientPlanner, make_gradient
+from wamrl.planners.mcts import MCTSPlanner, make_mcts
 from wamrl.planners.mppi import make_mppi, mppi_refit
 from wamrl.planners.proposers import NoiseProposer, PolicyProposer
 from wamrl.planners.scorers import ReturnScorer
@@ -12,6 +13,7 @@ from wamrl.planners.shooting import NonFinitePlanError, Refit, ShootingPlanner
 __all__ = [
     "Always",
     "GradientPlanner",
+    "MCTSPlanner",
     "NoiseProposer",
     "NonFinitePlanError",
     "PolicyProposer",
@@ -23,6 +25,7 @@ __all__ = [
     "make_best_of_n",
     "make_cem",
     "make_gradient",
+    "make_mcts",
     "make_mppi",
     "mppi_refit",
 ]

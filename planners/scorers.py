@@ -78,22 +78,9 @@ class ReturnScorer:
     def __call__(self, model: WAM, state: State, imagined: Imagined) -> Tensor:
         """[R, N] scores of the candidates in `imagined`."""
         discount = model.spec.discount if self.discount is None else self.discount
-        total = None  # [R, N, M], with values [R, N, M * E]
-        horizon = 0
-        gain = None  # [R, N, M, H]
-        if self.reward_weight > 0:
-            gain = _head(imagined, "reward")
-            gain = gain if self.reward_weight == 1.0 else gain * self.reward_weight
-        if self.success_weight > 0:
-            success = _head(imagined, "success") * self.success_weight
-            gain = success if gain is None else gain + success
-        if gain is not None:
-            horizon = gain.shape[-1]
-            if imagined.alive is not None:
-                gain = gain * imagined.alive
-            total = gain @ _discounts(discount, horizon, gain)
+        total = self._gain(imagined, discount)  # [R, N, M], with values [R, N, M * E]
         if self.value_weight > 0:
-            horizon = horizon or _steps(imagined)
+            horizon = _steps(imagined)
             value = model.value(imagined.leaf) * (self.value_weight * discount**horizon)
             if imagined.alive is not None:
                 value = value * imagined.alive[..., -1:]
@@ -115,12 +102,52 @@ class ReturnScorer:
             if self.risk != "mean" and total.shape[-1] > 1:
                 score = score - self.risk_weight * total.std(dim=-1, correction=0)
         if self.uncertainty_penalty > 0:
-            uncertainty = _head(imagined, "uncertainty").mean(dim=2)
-            weights = _discounts(discount, uncertainty.shape[-1], uncertainty)
-            if self.uncertainty_reduce == "mean":
-                weights = weights / weights.sum()
-            score = score - self.uncertainty_penalty * (uncertainty @ weights)
+            score = score - self._penalty(imagined, discount)
         return score
+
+    def edge(self, model: WAM, imagined: Imagined) -> tuple[Tensor, Tensor, Tensor]:
+        """The parts of the score that a search tree keeps apart: reward, discount and leaf value, each [R, N].
+
+        Means over futures and value heads; score = reward + discount * value is what `risk="mean"` gives.
+        """
+        discount = model.spec.discount if self.discount is None else self.discount
+        reward = self._gain(imagined, discount)
+        ahead = discount ** _steps(imagined)
+        shape = imagined.leaf.batch_size
+        alive = 1.0 if imagined.alive is None else imagined.alive[..., -1]
+        survival = torch.ones(shape, device=imagined.leaf.device) * alive
+        value = torch.zeros(shape, device=survival.device)
+        if self.value_weight > 0:
+            value = model.value(imagined.leaf).mean(dim=-1) * self.value_weight
+        survived = survival.mean(dim=-1)
+        value = (value * survival).mean(dim=-1) / survived.where(survived > 0, 1.0)
+        total = torch.zeros_like(value) if reward is None else reward.mean(dim=-1)
+        if self.uncertainty_penalty > 0:
+            total = total - self._penalty(imagined, discount)
+        return total, ahead * survived, value
+
+    def _gain(self, imagined: Imagined, discount: float) -> Tensor | None:
+        """[R, N, M] discounted rewards and successes of the imagined steps; None where neither has a weight."""
+        gain = None
+        if self.reward_weight > 0:
+            gain = _head(imagined, "reward")
+            gain = gain if self.reward_weight == 1.0 else gain * self.reward_weight
+        if self.success_weight > 0:
+            success = _head(imagined, "success") * self.success_weight
+            gain = success if gain is None else gain + success
+        if gain is None:
+            return None
+        if imagined.alive is not None:
+            gain = gain * imagined.alive
+        return gain @ _discounts(discount, gain.shape[-1], gain)
+
+    def _penalty(self, imagined: Imagined, discount: float) -> Tensor:
+        """[R, N] what the futures' disagreement costs."""
+        uncertainty = _head(imagined, "uncertainty").mean(dim=2)
+        weights = _discounts(discount, uncertainty.shape[-1], uncertainty)
+        if self.uncertainty_reduce == "mean":
+            weights = weights / weights.sum()
+        return self.uncertainty_penalty * (uncertainty @ weights)
 
 
 def check_comparable(scorer: Scorer, why: str) -> None:
@@ -166,5 +193,8 @@ def _head(imagined: Imagined, name: str) -> Tensor:
 
 
 def _steps(imagined: Imagined) -> int:
+    for head in (imagined.reward, imagined.success, imagined.uncertainty):
+        if head is not None:
+            return head.shape[-1]
     batch = imagined.leaf.batch_size
     return imagined.evaluations // (batch[1] * batch[2])

@@ -164,7 +164,7 @@ class ShootingPlanner:
         started = time.perf_counter()
         self.check(model)
         num, iterations, gated = self._fit(model, budget)
-        clock = _Clock(model)
+        clock = ModelClock(model)
         limits = _Limits(num, iterations, started, budget.deadline_s)
         if isinstance(self.gate, Always):
             rows = state.batch_size[0]
@@ -192,10 +192,9 @@ class ShootingPlanner:
 
     def _fit(self, model: WAM, budget: Budget) -> tuple[int, int, int]:
         """Candidates and iterations that fit the budget, and the evaluations per row that the gate takes."""
-        if budget.deadline_s is not None and not budget.deadline_s > 0:
-            raise ValueError(f"budget.deadline_s is {budget.deadline_s}, but must be above 0 seconds")
+        check_deadline(budget)
         members = model.spec.ensemble_size
-        gated = getattr(self.gate, "candidates", 0) * members * model.spec.chunk_length
+        gated = gate_cost(self.gate, model)
         if budget.evaluations is None:
             return self.num_candidates, self.iterations, gated
         each = (self.futures or members) * self.horizon
@@ -208,7 +207,9 @@ class ShootingPlanner:
         iterations = min(self.iterations, math.ceil(affordable / self.num_candidates))
         return min(self.num_candidates, affordable // iterations), iterations, gated
 
-    def _search(self, clock: _Clock, state: State, plan_state: PlanState, noise: NoiseKey, limits: _Limits) -> _Found:
+    def _search(
+        self, clock: ModelClock, state: State, plan_state: PlanState, noise: NoiseKey, limits: _Limits
+    ) -> _Found:
         """Search every row of `state`."""
         model = cast(WAM, clock)
         proposal = self.proposer(model, state, plan_state, limits.num_candidates, noise.fold(0))
@@ -229,7 +230,7 @@ class ShootingPlanner:
             spent = proposal.imagined.evaluations
         any_failed = bool(failed.any())
         if any_failed:
-            self._report(failed, limits.num_candidates)
+            report_failure(failed, limits.num_candidates, self.on_failure)
         best = _best(now) if self.choose == "best" else None
         settled: list[tuple[Tensor, _Found]] = []
         rows = None  # the rows that go on, once some have settled
@@ -307,7 +308,7 @@ class ShootingPlanner:
 
     def _search_some(
         self,
-        clock: _Clock,
+        clock: ModelClock,
         state: State,
         plan_state: PlanState,
         noise: NoiseKey,
@@ -315,22 +316,17 @@ class ShootingPlanner:
         searched: Tensor,
     ) -> _Found:
         """Search the rows where `searched` [B]; the others get the policy's own chunk, and a value of NaN."""
-        action_dim, num = clock.spec.action_dim, limits.num_candidates
+        num = limits.num_candidates
         parts: list[tuple[Tensor, _Found]] = []
         chosen = searched.nonzero()[:, 0]
         if chosen.numel():
             parts.append((chosen, self._search(clock, state[chosen], plan_state[chosen], noise[chosen], limits)))
         skipped = (~searched).nonzero()[:, 0]
         if skipped.numel():
-            calm = torch.zeros(skipped.numel(), 1, self.horizon, action_dim, device=searched.device)
-            proposal = clock.propose(state[skipped], 1, mode="ode", perturbation=calm)
-            chunk = proposal.actions[:, 0]
-            broken = ~chunk.isfinite().all(dim=-1).all(dim=-1)
+            chunk, spent, broken = policy_chunk(cast(WAM, clock), state[skipped], self.horizon)
             if broken.any():
-                self._report(broken, 1)
-            chunk = chunk.nan_to_num().clamp_(-1.0, 1.0).masked_fill(broken[:, None, None], 0.0)
+                report_failure(broken, 1, self.on_failure)
             ones = torch.ones(skipped.numel(), device=searched.device)
-            spent = 0 if proposal.imagined is None else proposal.imagined.evaluations
             policy = _Found(
                 actions=chunk,
                 mean=chunk,
@@ -370,7 +366,7 @@ class ShootingPlanner:
         mean, sigma, weights = self.refit(actions, scores.masked_fill(dead[:, None], 0.0), sigma)
         return _Iterate(actions, scores, mean.clamp(-1.0, 1.0), sigma, weights), dead
 
-    def _evaluator(self, clock: _Clock) -> Callable[..., tuple[_Iterate, Tensor, int]]:
+    def _evaluator(self, clock: ModelClock) -> Callable[..., tuple[_Iterate, Tensor, int]]:
         """`_evaluate` bound to the model, compiled where asked for."""
         if not self.compile:
             return partial(self._evaluate, cast(WAM, clock))
@@ -378,7 +374,7 @@ class ShootingPlanner:
             self._compiled = torch.compile(self._evaluate, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
         return partial(self._run_compiled, clock)
 
-    def _run_compiled(self, clock: _Clock, *arguments: Any) -> tuple[_Iterate, Tensor, int]:
+    def _run_compiled(self, clock: ModelClock, *arguments: Any) -> tuple[_Iterate, Tensor, int]:
         from torch._dynamo.exc import TorchDynamoException  # seconds to import, so only where it is needed
 
         try:
@@ -392,12 +388,6 @@ class ShootingPlanner:
 
     def _order(self, noise: NoiseKey, iteration: int, num: int) -> Tensor | None:
         return permutation(noise.fold(3).fold(iteration), num) if self.shuffle_scores else None
-
-    def _report(self, failed: Tensor, candidates: int) -> None:
-        error = NonFinitePlanError(failed.nonzero()[:, 0].tolist(), candidates)
-        if self.on_failure == "raise":
-            raise error
-        warnings.warn(f"zero actions in {len(error.rows)} row(s): {error}", RuntimeWarning, stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -431,7 +421,7 @@ class _Found:
     evaluations: Tensor
 
 
-class _Clock:
+class ModelClock:
     """A model whose queries are timed; `seconds` is the time spent inside it."""
 
     def __init__(self, model: WAM) -> None:
@@ -458,6 +448,39 @@ class _Clock:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
+
+
+def policy_chunk(model: WAM, state: State, horizon: int) -> tuple[Tensor, int, Tensor]:
+    """The policy's own chunk [R, H, A], the evaluations per row that it took, and the rows [R] where it is not finite.
+
+    Those rows' chunks are zeros.
+    """
+    device = next(iter(state.values(True, True))).device
+    calm = torch.zeros(state.batch_size[0], 1, horizon, model.spec.action_dim, device=device)
+    proposal = model.propose(state, 1, mode="ode", perturbation=calm)
+    chunk = proposal.actions[:, 0]
+    broken = ~chunk.isfinite().all(dim=-1).all(dim=-1)
+    chunk = chunk.nan_to_num().clamp_(-1.0, 1.0).masked_fill(broken[:, None, None], 0.0)
+    return chunk, 0 if proposal.imagined is None else proposal.imagined.evaluations, broken
+
+
+def report_failure(failed: Tensor, candidates: int, on_failure: str) -> None:
+    """Tell of the rows [R] in which no candidate is finite: an error, or a warning for `on_failure="hold"`."""
+    error = NonFinitePlanError(failed.nonzero()[:, 0].tolist(), candidates)
+    if on_failure == "raise":
+        raise error
+    warnings.warn(f"zero actions in {len(error.rows)} row(s): {error}", RuntimeWarning, stacklevel=3)
+
+
+def check_deadline(budget: Budget) -> None:
+    """ValueError for a deadline that is not above 0."""
+    if budget.deadline_s is not None and not budget.deadline_s > 0:
+        raise ValueError(f"budget.deadline_s is {budget.deadline_s}, but must be above 0 seconds")
+
+
+def gate_cost(gate: Gate, model: WAM) -> int:
+    """Evaluations per row that asking `gate` takes."""
+    return int(getattr(gate, "candidates", 0)) * model.spec.ensemble_size * model.spec.chunk_length
 
 
 def _joined(parts: list[tuple[Tensor, _Found]]) -> _Found:

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from wamrl.planners import make_cem, make_gradient, make_mppi
+from wamrl.planners import make_cem, make_gradient, make_mcts, make_mppi
 from wamrl.planners.conformance import CHECKS, Subject
 
 WIDE = {"num_candidates": 256, "sigma": 0.6}
@@ -16,6 +16,16 @@ WIDE = {"num_candidates": 256, "sigma": 0.6}
 
 def cem(horizon: int, **options):
     return make_cem(horizon=horizon, iterations=6, num_elites=24, **{**WIDE, **options})
+
+
+def mcts(horizon: int, **options):
+    """Two edges deep where the horizon allows; sampled edges are never refined, so it takes many."""
+    chunk = 2 if horizon <= 2 else (horizon + 1) // 2
+    num = 96 if horizon < 5 else 192
+    return make_mcts(
+        chunk=chunk, depth=-(-horizon // chunk), sigma=0.6, correlation=0.3, num_candidates=num,
+        simulations=2 * num, **options,
+    )  # fmt: skip
 
 
 SUBJECTS = {
@@ -37,6 +47,8 @@ SUBJECTS = {
     "gradient": Subject(
         lambda horizon: make_gradient(start=cem(horizon), steps=10, num_starts=4, learning_rate=0.02), regret=0.005
     ),
+    "mcts, gumbel": Subject(mcts, regret=0.12, gap=0.2),
+    "mcts, puct, with reuse": Subject(lambda horizon: mcts(horizon, search="puct", reuse=True), regret=0.12, gap=0.2),
 }  # fmt: skip
 
 

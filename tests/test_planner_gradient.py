@@ -13,8 +13,8 @@ from tensordict import TensorDict
 from wamrl.interfaces import Budget, Imagined, Proposal
 from wamrl.noise import NoiseKey
 from wamrl.planners import NonFinitePlanError, ReturnScorer, make_best_of_n, make_cem, make_gradient
-from wamrl.planners.conformance import TARGET, linear_system, plan_once, regret
-from wamrl.planners.toys import BrokenWAM, ToyWAM, quadratic, riccati
+from wamrl.planners.conformance import TARGET, plan_once, regret
+from wamrl.planners.toys import BrokenWAM, ToyWAM, linear_quadratic, quadratic, riccati
 
 
 @pytest.mark.parametrize("make", [make_best_of_n, make_gradient])
@@ -46,13 +46,15 @@ def test_gradient_steps_improve_on_their_start_and_never_lose() -> None:
 
 def test_the_gradient_goes_through_the_dynamics() -> None:
     """Alone, from a bad start, it comes near the optimum of a problem whose reward depends on earlier actions."""
-    model, (a, b, q, r) = linear_system()
+    a, b = torch.tensor([[1.0, 0.2], [0.0, 1.0]]), torch.tensor([[0.0], [0.2]])
+    q, r = torch.diag(torch.tensor([1.0, 0.1])), torch.tensor([[0.05]])
+    model = linear_quadratic(a, b, q, r, torch.zeros(2, 2))
     z = torch.tensor([[0.2, 0.0]])  # near enough for the optimum to lie inside the bounds
     start = make_cem(horizon=6, iterations=1, num_candidates=4, num_elites=1, sigma=1e-3)
     slow, _ = plan_once(start, model, z)
     found, _ = plan_once(make_gradient(start=start, steps=200, num_starts=1, learning_rate=0.02), model, z)
     optimal = -float((z @ riccati(a, b, q, r, 6)[1][0] * z).sum())
-    assert slow.value.item() < 1.02 * optimal  # costs are negative values
+    assert slow.value.item() < 1.02 * optimal  # values are negative costs
     assert found.value.item() == pytest.approx(optimal, rel=2e-3)
 
 

@@ -241,15 +241,15 @@ def test_planning_leaves_its_arguments_and_the_global_generator_alone() -> None:
 
 
 def test_steps_after_the_end_of_an_episode_do_not_count() -> None:
-    """Full speed ends the episode at step 2; the 100s and the leaf value of 1000 after that are not for it."""
+    """Full speed ends the episode at step 2; the 100s and the leaf value after that are not for it."""
     model = MortalWAM()
     planner = make_mppi(horizon=4, num_candidates=2, sigma=0.1, risk="mean")
     state = model.state(torch.zeros(1, 1))
     actions = torch.tensor([1.0, 0.0, 0.1]).view(1, 3, 1, 1).expand(1, 3, 4, 1)
     score = planner.scorer(model, state, model.imagine(state, actions))
     assert score[0, 0].item() == pytest.approx(1.0 + 2.0)  # alive in steps 0 and 1 only, and no leaf value
-    assert score[0, 1].item() == pytest.approx(0.0 + 1000.0)
-    assert score[0, 2].item() == pytest.approx(0.1 + 0.2 + 0.3 + 0.4 + 1000.0)
+    assert score[0, 1].item() == pytest.approx(0.0 + 10.0)
+    assert score[0, 2].item() == pytest.approx(0.1 + 0.2 + 0.3 + 0.4 + 10.0)
 
 
 def test_more_budget_is_never_worse_on_average() -> None:
