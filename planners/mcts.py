@@ -33,6 +33,7 @@ from wamrl.planners.shooting import (
     FAILURES,
     ModelClock,
     check_deadline,
+    count_plans,
     device_of,
     gate_cost,
     policy_chunk,
@@ -101,9 +102,10 @@ class MCTSPlanner:
         if not 0.0 <= self.widening_power <= 1.0:
             raise ValueError(f"planner.widening_power is {self.widening_power}, but must be in [0, 1]; 0.5 is usual")
         if not isinstance(self.scorer, ReturnScorer) or self.scorer.risk != "mean":
-            kind = getattr(self.scorer, "risk", type(self.scorer).__name__)
+            named = isinstance(self.scorer, ReturnScorer)
+            kind = f"risk={self.scorer.risk}" if named else type(self.scorer).__name__
             raise ValueError(
-                f"a tree needs the scorer's reward and value apart, which '{kind}' does not have; "
+                f"a tree needs the scorer's reward and value apart, which {kind} does not have; "
                 "use scorer=return with risk=mean"
             )
 
@@ -132,12 +134,17 @@ class MCTSPlanner:
             match_sigma(self.sigma, spec.action_dim)
 
     def initial_state(self, model: WAM, rows: int) -> PlanState:
-        """Fresh plan state: `warm` [B], `shift` [B] steps executed since, and with `reuse` the subtree that is kept."""
+        """Fresh plan state: `warm` [B], `shift` [B] executed steps, `plans` [B], with `reuse` the subtree that is kept.
+
+        `grown` [B] tells rows whose last plan was a search, and so left a subtree, from those that the gate skipped.
+        """
         self.check(model)
         device = device_of(model)
         entries: dict[str, Tensor | TensorDict] = {
             "warm": torch.zeros(rows, dtype=torch.bool, device=device),
             "shift": torch.zeros(rows, dtype=torch.int64, device=device),
+            "plans": torch.zeros(rows, dtype=torch.int64, device=device),
+            "grown": torch.zeros(rows, dtype=torch.bool, device=device),
         }
         if self.reuse:
             # An observation of zeros shows what the model's state consists of; nothing of it is ever read.
@@ -182,7 +189,8 @@ class MCTSPlanner:
                 whole = plan_state["tree"].clone()
                 whole[at] = tree
                 kept["tree"] = whole
-        kept["warm"] = searched.clone()
+        kept["warm"], kept["grown"] = torch.ones_like(searched), searched.clone()
+        kept["plans"] = count_plans(plan_state)
         kept["shift"] = torch.ones(rows, dtype=torch.int64, device=device)
         seconds = {"imagine": clock.seconds, "search": time.perf_counter() - started - clock.seconds}
         return dataclasses.replace(plan, searched=searched, seconds=seconds), kept
@@ -269,7 +277,12 @@ class MCTSPlanner:
         logits = self._logits(model, state) if discrete else torch.zeros(rows, slots, device=device)
         tree = self._tree(model, state, logits, self.simulations)
         if self.reuse:
-            warm = plan_state["warm"] & (plan_state["shift"] == self.chunk) & (plan_state["tree", "number"] > 0)
+            warm = (
+                plan_state["warm"]
+                & plan_state["grown"]
+                & (plan_state["shift"] == self.chunk)
+                & (plan_state["tree", "number"] > 0)
+            )
             if warm.any():
                 tree.graft(plan_state["tree"], warm.nonzero()[:, 0])
         considered = min(self.num_candidates, slots, simulations)

@@ -17,6 +17,7 @@ from wamrl.noise import NoiseKey
 
 RISKS = ("mean", "lower_bound", "worst", "cvar", "majority", "improvement")
 REDUCTIONS = ("sum", "mean")
+NORMS = ("l1", "l2")
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,7 @@ class ReturnScorer:
     Steps after an episode's end count for nothing (`alive` is 0 there); without an alive head all steps count.
 
     discount: d per step; None is the model's own. Units: those of the reward.
-    risk: over the M futures, each valued by every value head: "mean"; "lower_bound" = mean - risk_weight * standard
-    deviation; "worst" = minimum; "cvar" = mean of the worst `risk_share` of the guesses (conditional value at risk);
-    "majority" = see `majority`; "improvement" = the lower bound of the gain over candidate 0 (the unperturbed policy,
-    or the last mean), each guess against the same guess of candidate 0: what all candidates share cancels, and a gain
-    that the ensemble disagrees on does not count. Where candidate 0 has no finite return, the others' own counts.
+    risk, risk_weight, risk_share: over the M futures, each valued by every value head, see `reduce_guesses`.
     uncertainty_reduce: "sum" or "mean" over the steps (the mean divides by sum_h d^h).
     needs: the queries that the chosen weights ask of a model; a weight of 0 asks for nothing.
     """
@@ -52,16 +49,13 @@ class ReturnScorer:
 
     def __post_init__(self) -> None:
         """Check the ranges, and work out what a model must answer."""
-        for name in ("value_weight", "reward_weight", "success_weight", "uncertainty_penalty", "risk_weight"):
+        for name in ("value_weight", "reward_weight", "success_weight", "uncertainty_penalty"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name} is {value}, but must be a finite number of at least 0")
         if self.discount is not None and not 0.0 < self.discount <= 1.0:
             raise ValueError(f"discount is {self.discount}, but must be in (0, 1], or null for the model's own")
-        if self.risk not in RISKS:
-            raise unknown_name("risk", str(self.risk), RISKS)
-        if not 0.0 < self.risk_share <= 1.0:
-            raise ValueError(f"risk_share is {self.risk_share}, but must be in (0, 1]: the share of guesses that count")
+        check_risk(self.risk, self.risk_weight, self.risk_share)
         if self.uncertainty_reduce not in REDUCTIONS:
             raise unknown_name("uncertainty_reduce", str(self.uncertainty_reduce), REDUCTIONS)
         weighted = {
@@ -86,21 +80,7 @@ class ReturnScorer:
                 value = value * imagined.alive[..., -1:]
             total = (value if total is None else total.unsqueeze(-1) + value).flatten(2)
         assert total is not None  # __post_init__ refuses weights that leave nothing to sum
-        if self.risk == "improvement":
-            first = total[:, :1]
-            total = total - first.where(first.isfinite(), 0.0)
-        if self.risk == "worst":
-            score = total.amin(dim=-1)
-        elif self.risk == "cvar":
-            count = math.ceil(self.risk_share * total.shape[-1])
-            score = total.topk(count, dim=-1, largest=False).values.mean(dim=-1)
-            score = score.where(total.isfinite().all(dim=-1), math.nan)  # topk takes NaN for the greatest
-        elif self.risk == "majority":
-            score = majority(total)
-        else:
-            score = total.mean(dim=-1)
-            if self.risk != "mean" and total.shape[-1] > 1:
-                score = score - self.risk_weight * total.std(dim=-1, correction=0)
+        score = reduce_guesses(total, self.risk, self.risk_weight, self.risk_share)
         if self.uncertainty_penalty > 0:
             score = score - self._penalty(imagined, discount)
         return score
@@ -148,6 +128,116 @@ class ReturnScorer:
         if self.uncertainty_reduce == "mean":
             weights = weights / weights.sum()
         return self.uncertainty_penalty * (uncertainty @ weights)
+
+
+@dataclass(frozen=True)
+class SuccessScorer:
+    """Probability that the task succeeds at some imagined step: 1 - prod_h (1 - alive_h success_h).
+
+    Steps count as independent of each other given the future. risk, risk_weight, risk_share: over the M futures, see
+    `reduce_guesses`.
+    """
+
+    risk: str = "mean"
+    risk_weight: float = 1.0
+    risk_share: float = 0.25
+
+    needs = frozenset({"success"})
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_risk(self.risk, self.risk_weight, self.risk_share)
+
+    def __call__(self, model: WAM, state: State, imagined: Imagined) -> Tensor:
+        """[R, N] in [0, 1] for risk="mean"."""
+        success = _head(imagined, "success")
+        if imagined.alive is not None:
+            success = success * imagined.alive
+        return reduce_guesses(1.0 - (1.0 - success).prod(dim=-1), self.risk, self.risk_weight, self.risk_share)
+
+
+@dataclass(frozen=True)
+class GoalScorer:
+    """Minus the distance between where the imagination ends and the goal, in latent space (V-JEPA 2-AC uses "l1").
+
+    norm: "l1" (mean absolute difference) or "l2" (root mean square). latent: entry of the model's state that is
+    compared; the model's `encode` puts that of the goal into the entry `goal` [R, D]. risk ...: as in `SuccessScorer`.
+    """
+
+    norm: str = "l1"
+    latent: str = "z"
+    risk: str = "mean"
+    risk_weight: float = 1.0
+    risk_share: float = 0.25
+
+    needs = frozenset({"goal"})
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.norm not in NORMS:
+            raise unknown_name("norm", str(self.norm), NORMS)
+        check_risk(self.risk, self.risk_weight, self.risk_share)
+
+    def __call__(self, model: WAM, state: State, imagined: Imagined) -> Tensor:
+        """[R, N], at most 0 for risk="mean"."""
+        for name, where in (("goal", state), (self.latent, imagined.leaf)):
+            if name not in where.keys():
+                present = ", ".join(sorted(map(str, where.keys())))
+                raise ValueError(f"the goal scorer reads '{name}', but this model's state has {present}")
+        gap = imagined.leaf[self.latent] - state["goal"][:, None, None]
+        distance = gap.abs().mean(dim=-1) if self.norm == "l1" else gap.square().mean(dim=-1).sqrt()
+        return reduce_guesses(-distance, self.risk, self.risk_weight, self.risk_share)
+
+
+@dataclass(frozen=True)
+class ConsistencyScorer:
+    """How well the sampled futures of a candidate agree: minus their disagreement, averaged over the steps.
+
+    Needs neither reward nor value. A plan that does nothing is consistent too, so it ranks chunks of a policy that is
+    trusted to act, as in tau0-WM; it is no objective for free noise.
+    """
+
+    needs = frozenset({"uncertainty"})
+
+    def __call__(self, model: WAM, state: State, imagined: Imagined) -> Tensor:
+        """[R, N], at most 0."""
+        return -_head(imagined, "uncertainty").mean(dim=(2, 3))
+
+
+def check_risk(risk: str, weight: float, share: float) -> None:
+    """ValueError for what `reduce_guesses` cannot do."""
+    if risk not in RISKS:
+        raise unknown_name("risk", str(risk), RISKS)
+    if not math.isfinite(weight) or weight < 0:
+        raise ValueError(f"risk_weight is {weight}, but must be a finite number of at least 0")
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"risk_share is {share}, but must be in (0, 1]: the share of guesses that count")
+
+
+def reduce_guesses(guesses: Tensor, risk: str, weight: float, share: float) -> Tensor:
+    """[R, N] one score of the G guesses [R, N, G] of each candidate; not finite where a guess is not.
+
+    risk: "mean"; "lower_bound" = mean - weight * standard deviation; "worst" = minimum; "cvar" = mean of the worst
+    `share` of the guesses (conditional value at risk); "majority" = see `majority`; "improvement" = the lower bound of
+    the gain over candidate 0 (the unperturbed policy, or the last mean), each guess against the same guess of candidate
+    0: what all candidates share cancels, and a gain that the ensemble disagrees on does not count. Where candidate 0
+    has no finite guess, the others' own counts.
+    """
+    if risk == "worst":
+        return guesses.amin(dim=-1)
+    if risk == "cvar":
+        count = math.ceil(share * guesses.shape[-1])
+        score = guesses.topk(count, dim=-1, largest=False).values.mean(dim=-1)
+        return score.where(guesses.isfinite().all(dim=-1), math.nan)  # topk takes NaN for the greatest
+    if risk == "majority":
+        return majority(guesses)
+    if risk == "improvement":
+        first = guesses[:, :1]
+        guesses = guesses - first.where(first.isfinite(), 0.0)
+    score = guesses.mean(dim=-1)
+    if risk != "mean" and guesses.shape[-1] > 1:
+        score = score - weight * guesses.std(dim=-1, correction=0)
+    return score
 
 
 def check_comparable(scorer: Scorer, why: str) -> None:

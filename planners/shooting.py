@@ -136,7 +136,7 @@ class ShootingPlanner:
         match_sigma(self.sigma, model.spec.action_dim)
 
     def initial_state(self, model: WAM, rows: int) -> PlanState:
-        """Fresh plan state: `mean` [B, H, A] of the last plan, `warm` [B], `shift` [B] steps executed since."""
+        """Fresh plan state: `mean` [B, H, A] of the last plan, `warm` [B], `shift` [B] executed steps, `plans` [B]."""
         self.check(model)
         device = device_of(model)
         chunk = (self.horizon, model.spec.action_dim)
@@ -144,6 +144,7 @@ class ShootingPlanner:
             "mean": torch.zeros(rows, *chunk, device=device),
             "warm": torch.zeros(rows, dtype=torch.bool, device=device),
             "shift": torch.zeros(rows, dtype=torch.int64, device=device),
+            "plans": torch.zeros(rows, dtype=torch.int64, device=device),
         }
         if self.keep_elites:
             state["elites"] = torch.zeros(rows, self.keep_elites, *chunk, device=device)
@@ -174,7 +175,12 @@ class ShootingPlanner:
             searched = self.gate(cast(WAM, clock), state, plan_state)
             found = self._search_some(clock, state, plan_state, noise, limits, searched)
             found.evaluations += gated
-        carried = {"mean": found.mean, "warm": torch.ones_like(searched), "shift": torch.ones_like(found.evaluations)}
+        carried = {
+            "mean": found.mean,
+            "warm": torch.ones_like(searched),
+            "shift": torch.ones_like(found.evaluations),
+            "plans": count_plans(plan_state),
+        }
         if self.keep_elites:
             carried["elites"] = _elites(found.candidates, found.scores, self.keep_elites)
         next_state = TensorDict(carried, batch_size=[searched.shape[0]])
@@ -476,6 +482,11 @@ def check_deadline(budget: Budget) -> None:
     """ValueError for a deadline that is not above 0."""
     if budget.deadline_s is not None and not budget.deadline_s > 0:
         raise ValueError(f"budget.deadline_s is {budget.deadline_s}, but must be above 0 seconds")
+
+
+def count_plans(plan_state: PlanState) -> Tensor:
+    """[B] plans that each row has had in its episode, this one included."""
+    return plan_state["plans"] * plan_state["warm"] + 1
 
 
 def gate_cost(gate: Gate, model: WAM) -> int:

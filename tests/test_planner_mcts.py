@@ -268,7 +268,7 @@ def test_rows_that_the_gate_skips_follow_the_policy() -> None:
     assert plan.searched.tolist() == [True, False, True] and plan.value[1].isnan()
     torch.testing.assert_close(plan.actions[1], torch.tensor([0.2, 0.1]).expand(2, 2))
     torch.testing.assert_close(plan.actions[[0, 2]], alone.actions[[0, 2]])
-    assert after["warm"].tolist() == [True, False, True]
+    assert after["grown"].tolist() == [True, False, True]
 
 
 def test_a_model_that_breaks_everywhere_holds_where_that_is_asked_for() -> None:
@@ -306,7 +306,7 @@ def test_shuffled_choices_lose() -> None:
         ({"widening": 0.0}, "widening is 0"),
         ({"widening_power": 2.0}, "widening_power is 2"),
         ({"sigma": 0.0}, "sigma is 0"),
-        ({"scorer": ReturnScorer(risk="worst")}, "'worst' does not have; use scorer=return with risk=mean"),
+        ({"scorer": ReturnScorer(risk="worst")}, "risk=worst does not have; use scorer=return with risk=mean"),
         ({"on_failure": "ignore"}, "Known: hold, raise"),
     ],
 )
