@@ -1,7 +1,7 @@
 """What mctx's Gumbel MuZero and MuZero find on random discrete problems: `python -m benchmarks.make_mctx_golden`.
 
-Writes tests/golden/mctx.json, which tests/test_planner_mcts.py compares the torch trees with. Needs mctx (and with it
-jax), which wamrl does not: install it into an environment of its own, `pip install mctx`. Nothing of wamrl is imported.
+Writes tests/golden/mctx.json, which tests/test_planner_mcts.py compares the torch trees with. Needs mctx, which
+the extra `bench` brings. Nothing of wamrl is imported.
 
 A problem has random tables of next state, reward, value and prior logits. mctx breaks ties of PUCT by its random key;
 problems whose trees depend on that are left out.
