@@ -351,7 +351,7 @@ class MCTSPlanner:
             if not everyone:
                 rows = new.nonzero()[:, 0]
                 end, slot, noise = end[rows], slot[rows], noise[rows]
-            state = tree.states[end]
+            state = tree.state_of(end)
             if model.spec.action_kind == "discrete":
                 one_hot = F.one_hot(slot, tree.slots).to(tree.action.dtype)
                 proposal = Proposal(actions=one_hot[:, None, None])
@@ -417,29 +417,32 @@ class MCTSPlanner:
 
     def _first(self, tree: Tree, before: Tensor, gumbel: Tensor, visits: int) -> Tensor:
         """[R] the root's slot that a simulation starts with."""
+        open_ = self._considerable(tree)
         if self.search == "puct":
-            return self._root_choice(tree, tree.best[tree.base], tree.counts[tree.base])
-        now = tree.statistics(tree.base)
-        open_ = self._considerable(tree)
-        counts = (now.counts - before).masked_fill(~open_, math.inf)
+            if open_ is None:
+                return tree.best[tree.base]
+            now = tree.statistics(tree.base)._replace(open=open_)
+            return tree.rule(now).masked_fill(~open_, -math.inf).argmax(dim=1)
+        now = tree.statistics(tree.base)._replace(open=open_)
+        counts = now.counts - before
+        if open_ is not None:
+            counts = counts.masked_fill(~open_, math.inf)
         match = counts == visits
-        least = counts.amin(dim=1, keepdim=True)
-        match = torch.where(match.any(dim=1, keepdim=True), match, counts == least)
-        scores = gumbel + improved_logits(now._replace(open=open_))
-        return scores.masked_fill(~match, -math.inf).argmax(dim=1)
+        if not match.any(dim=1).all():  # fewer children left than the schedule thinks: the least visited ones
+            least = counts == counts.amin(dim=1, keepdim=True)
+            match = torch.where(match.any(dim=1, keepdim=True), match, least)
+        return (gumbel + improved_logits(now)).masked_fill(~match, -math.inf).argmax(dim=1)
 
-    def _considerable(self, tree: Tree) -> Tensor:
-        """[R, C] children of the root that may be searched: all that are not dead, of sampled ones those that exist."""
-        alive = ~tree.dead[tree.base]
-        return alive if tree.open_slots is None else alive & (tree.child[tree.base] >= 0)
+    def _considerable(self, tree: Tree) -> Tensor | None:
+        """[R, C] children of the root that may be searched, None for all.
 
-    def _root_choice(self, tree: Tree, best: Tensor, counts: Tensor) -> Tensor:
-        """PUCT's choice among the root's children that exist; sampled ones are not widened at the root."""
+        All that are not dead, and of sampled ones those that exist: the root is not widened.
+        """
+        alive = ~tree.dead[tree.base] if tree.any_dead else None
         if tree.open_slots is None:
-            return best
-        now = tree.statistics(tree.base)
-        open_ = self._considerable(tree)
-        return tree.rule(now._replace(open=open_)).masked_fill(~open_, -math.inf).argmax(dim=1)
+            return alive
+        there = tree.child[tree.base] >= 0
+        return there if alive is None else there & alive
 
     def _finish(
         self, tree: Tree, before: Tensor, gumbel: Tensor, spent: Tensor, noise: NoiseKey, discrete: bool

@@ -31,7 +31,7 @@ class Statistics(NamedTuple):
 
     visits, value, raw_value: [X] of the nodes; value is the mean of what was backed up, raw_value the model's own.
     counts, q, logits: [X, C] of their children: visits, reward + discount * value (0 if never visited), prior logits.
-    open: [X, C] bool, children that may be chosen.
+    open: [X, C] bool, children that may be chosen; None is all.
     """
 
     visits: Tensor
@@ -40,7 +40,7 @@ class Statistics(NamedTuple):
     counts: Tensor
     q: Tensor
     logits: Tensor
-    open: Tensor
+    open: Tensor | None
 
 
 Rule = Callable[[Statistics], Tensor]
@@ -88,6 +88,7 @@ class Tree:
         self.counts, self.q, self.logits = full(slots), full(slots), full(slots)
         self.reward, self.discount = full(slots), full(slots, fill=1.0)
         self.dead = full(slots, fill=False, dtype=torch.bool)
+        self.any_dead = False
         self.best = full(fill=0, dtype=torch.int64)
         self.action = full(*edge)  # that led to a node
         self.slot_index = torch.arange(slots, device=device)
@@ -96,23 +97,30 @@ class Tree:
         for key in self._keys:
             self.states[key] = state[key].new_zeros(total, *state[key].shape[1:])
         self.size = torch.ones(rows, dtype=torch.int64, device=device)
-        self._fill(self.base, state, logits, value)
+        for key in self._keys:
+            self.states.get(key)[self.base] = state.get(key)
+        self.logits[self.base] = logits
+        self.visits[self.base], self.value[self.base], self.raw_value[self.base] = 1.0, value, value
         self.refresh(self.base)
 
-    def _fill(self, at: Tensor, state: State, logits: Tensor, value: Tensor) -> None:
-        for key in self._keys:
-            self.states.get(key)[at] = state.get(key)
-        self.logits[at] = logits
-        self.visits[at], self.value[at], self.raw_value[at] = 1.0, value, value
-
     # ---- reading -------------------------------------------------------------------------------------------------
+
+    def state_of(self, at: Tensor) -> State:
+        """The states [X] of the nodes `at` [X]."""
+        if any(isinstance(key, tuple) for key in self._keys):
+            return self.states[at]
+        # Several times quicker than to index the TensorDict.
+        return TensorDict({key: self.states.get(key)[at] for key in self._keys}, batch_size=at.shape)
 
     def statistics(self, at: Tensor) -> Statistics:
         """What a rule reads of the nodes `at` [X]."""
         visits = self.visits[at]
-        available = ~self.dead[at]
+        available = None
         if self.open_slots is not None:
-            available &= self.slot_index < self.open_slots(visits)[:, None]
+            available = self.slot_index < self.open_slots(visits)[:, None]
+        if self.any_dead:
+            alive = ~self.dead[at]
+            available = alive if available is None else available & alive
         return Statistics(
             visits, self.value[at], self.raw_value[at], self.counts[at], self.q[at], self.logits[at], available
         )
@@ -120,8 +128,9 @@ class Tree:
     def refresh(self, at: Tensor) -> None:
         """Choose anew where a descent goes on from the nodes `at` [X]."""
         now = self.statistics(at)
-        scores = self.rule(now).masked_fill(~now.open, -math.inf)
+        scores = _masked(self.rule(now), now.open, -math.inf)
         if self.open_slots is not None:
+            assert now.open is not None
             # A slot that has just opened is tried first, the lowest one of several.
             fresh = now.open & (now.counts == 0)
             scores = torch.where(fresh, 1e30 - self.slot_index * 1e24, scores)
@@ -170,22 +179,30 @@ class Tree:
         finite is dead. Edges without a node have the row's bin for it.
         """
         sound = (reward + discount + value + action.sum(dim=(2, 3))).isfinite()
+        whole = bool(sound.all())
+        if not whole:
+            self.dead[parent, slot] |= ~sound if wanted is None else ~sound & wanted
+            self.any_dead = True
         if wanted is not None:
-            self.dead[parent, slot] |= ~sound & wanted
-            sound &= wanted
-        elif not sound.all():
-            self.dead[parent, slot] |= ~sound
+            sound, whole = sound & wanted, False
         number = self.size[rows, None] + sound.cumsum(dim=1) - 1
         at = torch.where(sound, self.base[rows, None] + number, self.trash[rows, None])
         self.size[rows] += sound.sum(dim=1)
-        new, parent, slot = at[sound], parent[sound], slot[sound]
-        base = self.base[rows, None].expand_as(at)[sound]
-        self.child[parent, slot] = number[sound]
+
+        def kept(x: Tensor) -> Tensor:
+            return x.flatten(0, 1) if whole else x[sound]  # a mask costs a search for what is True in it
+
+        new, parent, slot, base = kept(at), kept(parent), kept(slot), kept(self.base[rows, None].expand_as(at))
+        self.child[parent, slot] = kept(number)
         self.parent[new] = parent - base
         self.owner[new] = torch.where(parent == base, slot, self.owner[parent])
-        self.reward[parent, slot], self.discount[parent, slot] = reward[sound], discount[sound]
-        self.action[new] = action[sound]
-        self._fill(new, state[sound], logits[sound], value[sound])
+        self.reward[parent, slot], self.discount[parent, slot] = kept(reward), kept(discount)
+        self.action[new] = kept(action)
+        self.logits[new] = kept(logits)
+        for key in self._keys:
+            self.states.get(key)[new] = kept(state.get(key))
+        value = kept(value)
+        self.visits[new], self.value[new], self.raw_value[new] = 1.0, value, value
         return at
 
     def count_at_root(self, slots: Tensor, nodes: Tensor) -> None:
@@ -232,9 +249,6 @@ class Tree:
                 self.q[counted[level], slot[level]] = found
                 self._take_best(counted[level])
         self.refresh(torch.cat([path.flatten(), leaf]))
-        # What the bin took must not be read as a path's reward.
-        self.q[self.trash] = 0.0
-        self.counts[self.trash] = 0.0
 
     def revisit(self, leaf: Tensor) -> None:
         """Count a visit of the nodes `leaf` [X] that are as deep as a path may go."""
@@ -286,7 +300,10 @@ class Tree:
                 getattr(self, name)[at] = old
         for key in self._keys:
             self.states.get(key)[at[inner]] = kept["state"].get(key)[rows][valid][inner]
+        if self.open_slots is not None:
+            self.dead[self.base[rows]] = False  # what will be sampled there is not what broke
         self.size[rows] = number.clamp_min(1)
+        self.any_dead = self.any_dead or bool(kept["dead"][rows][valid].any())
         # Whom a node descends from: climb until the parent is the root, whose slot it then is.
         top, parent = step.expand(rows.numel(), -1), kept["parent"][rows]
         while True:
@@ -352,16 +369,17 @@ def improved_logits(now: Statistics, value_scale: float = 0.1, visit_offset: flo
     own value of the node. Completed values are scaled to [0, 1] within a node.
     """
     visited = now.counts > 0
-    prior = _prior(now).clamp_min(torch.finfo(torch.float32).tiny) * visited
-    weighted = (prior * now.q).sum(dim=1) / prior.sum(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    tiny = torch.finfo(torch.float32).tiny
+    prior = _prior(now).clamp_min(tiny) * visited
+    weighted = (prior * now.q).sum(dim=1) / prior.sum(dim=1).clamp_min(tiny)
     total = now.counts.sum(dim=1)
     mixed = (now.raw_value + total * weighted) / (total + 1.0)
     completed = torch.where(visited, now.q, mixed[:, None])
-    low = completed.masked_fill(~now.open, math.inf).amin(dim=1, keepdim=True)
-    high = completed.masked_fill(~now.open, -math.inf).amax(dim=1, keepdim=True)
+    low = _masked(completed, now.open, math.inf).amin(dim=1, keepdim=True)
+    high = _masked(completed, now.open, -math.inf).amax(dim=1, keepdim=True)
     completed = (completed - low) / (high - low).clamp_min(1e-8)
-    scale = (visit_offset + now.counts.amax(dim=1, keepdim=True)) * value_scale
-    return (now.logits + scale * completed).masked_fill(~now.open, -math.inf)
+    scale = (now.counts.amax(dim=1, keepdim=True) + visit_offset) * value_scale
+    return _masked(torch.addcmul(now.logits, scale, completed), now.open, -math.inf)
 
 
 def considered_visits(num_considered: int, num_simulations: int) -> list[int]:
@@ -384,4 +402,10 @@ def considered_visits(num_considered: int, num_simulations: int) -> list[int]:
 
 
 def _prior(now: Statistics) -> Tensor:
-    return torch.softmax(now.logits.masked_fill(~now.open, -math.inf), dim=1).nan_to_num(0.0)
+    if now.open is None:
+        return torch.softmax(now.logits, dim=1)
+    return torch.softmax(_masked(now.logits, now.open, -math.inf), dim=1).nan_to_num(0.0)
+
+
+def _masked(x: Tensor, open_: Tensor | None, fill: float) -> Tensor:
+    return x if open_ is None else x.masked_fill(~open_, fill)

@@ -249,8 +249,9 @@ def test_a_subtree_that_does_not_fit_is_cut_from_its_young_end() -> None:
         assert plan.actions.isfinite().all() and (plan_state["tree", "number"] <= 16).all()
         tree = trees[-1]
         assert (tree.size <= tree.num_nodes).all()
-        counts = tree.counts > 0
-        assert torch.equal(counts & ~tree.dead, (tree.child >= 0) & counts)
+        counted = tree.counts > 0
+        counted[tree.trash] = False
+        assert (tree.child[counted] >= 0).all() and not tree.dead.any()
 
 
 # ------------------------------------------------------------------------------------------------ plan and refusals
@@ -346,3 +347,20 @@ def test_a_rule_reads_each_node_alone_and_ignores_the_scale_of_values(rule) -> N
     scaled = now._replace(value=now.value * 64, raw_value=now.raw_value * 64, q=now.q * 64)
     torch.testing.assert_close(rule(scaled), whole)
     assert improved_logits(now).shape == (6, 5)
+
+
+def test_a_branch_that_is_broken_stays_out_of_the_search_also_in_the_next_plan() -> None:
+    """The model breaks for a[0] > 0.5 in every state; no node lies behind such an edge, and none is tried twice."""
+    target = torch.tensor([0.3, -0.6])
+    model = BrokenWAM(target, lambda z, a: a[..., 0] > 0.5, math.nan)
+    planner = make_mcts(chunk=1, depth=4, simulations=60, num_candidates=12, sigma=0.6, reuse=True)
+    trees = watched(planner)
+    state, plan_state = model.state(torch.zeros(3, 1)), planner.initial_state(model, 3)
+    for step in range(4):
+        plan, plan_state = planner.plan(model, state, plan_state, NoiseKey.for_rows(3, step=step), Budget())
+        tree = trees[-1]
+        assert tree.any_dead and (tree.action[..., 0] <= 0.5).all()
+        dead = tree.dead.clone()
+        dead[tree.trash] = False
+        assert (tree.counts[dead] == 0).all() and (tree.child[dead] < 0).all()
+        assert (plan.actions[..., 0] <= 0.5).all() and plan.value.isfinite().all()
