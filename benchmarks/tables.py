@@ -145,6 +145,22 @@ def planners(result: Mapping[str, Any]) -> str:
     return _grid(["setting", "method", "p50, ms", "p95, ms", "wamrl's of this kind / it"], rows)
 
 
+def planner_budget(result: Mapping[str, Any]) -> str:
+    """Success of every planner at every budget of model evaluations, and of its shuffled twin."""
+    metrics = result["metrics"]
+    rows = [["the policy alone", "", "", _rate(metrics["policy/policy/success"]), "", ""]]
+    for key in metrics:
+        if key.endswith("/planner/success"):
+            name, budget, *_ = key.split("/")
+            prefix = f"{name}/{budget}"
+            spent, milliseconds = metrics[f"{prefix}/evaluations_per_plan"], metrics[f"{prefix}/plan_p50_ms"]
+            shuffled = _rate(metrics[f"{prefix}/shuffled/success"])
+            rows.append([name, budget, f"{spent:.0f}", _rate(metrics[key]), shuffled, f"{milliseconds:.0f}"])
+    n = metrics["policy/policy/success"]["n"]
+    head = ["planner", "evaluations allowed", "spent per plan", f"success on dev starts, %, n = {n}", "shuffled"]
+    return _grid([*head, "ms per plan, median"], rows)
+
+
 def planners_batched(result: Mapping[str, Any]) -> str:
     """Sixteen environments in one plan, and simulations of a tree per second."""
     metrics = result["metrics"]
@@ -209,6 +225,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "ablation": ("plan_ablation", ablation),
     "overhead": ("planner_overhead", overhead),
     "planners": ("planners", planners),
+    "planner_budget": ("planner_budget", planner_budget),
     "planners_batched": ("planners", planners_batched),
     "collection": ("collect_speed", collection),
 }

@@ -206,7 +206,10 @@ def the_evaluation_budget_is_hard(subject: Subject) -> None:
 
 
 def a_deadline_is_met(subject: Subject) -> None:
-    """A model that takes 2 ms per call; the plan ends by its deadline, give or take two calls, and is still a plan."""
+    """A model that takes 2 ms per call; the plan ends by its deadline, but for a stall of the machine, and is a plan.
+
+    The median of five plans counts, and 30 ms of it are forgiven.
+    """
 
     class Slow(ToyWAM):
         def roll(self, *arguments, **options):
@@ -221,9 +224,12 @@ def a_deadline_is_met(subject: Subject) -> None:
     whole, _ = plan_once(planner, model, z)
     full = time.perf_counter() - began
     deadline = max(0.02, full / 3)
-    began = time.perf_counter()
-    some, _ = plan_once(planner, model, z, budget=Budget(deadline_s=deadline))
-    taken = time.perf_counter() - began
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        some, _ = plan_once(planner, model, z, budget=Budget(deadline_s=deadline))
+        times.append(time.perf_counter() - began)
+    taken = sorted(times)[2]
     assert taken < deadline + 0.03, f"a deadline of {deadline:.3f} s was met after {taken:.3f} s only"
     tight, _ = plan_once(planner, model, z, budget=Budget(deadline_s=1e-9))
     for plan in (some, tight):

@@ -110,6 +110,11 @@ class ShootingPlanner:
             )
         if self.stop_change is not None and not self.stop_change >= 0:
             raise ValueError(f"planner.stop_change is {self.stop_change!r}, but must be at least 0, or null")
+        if self.stop_change is not None and self.compile:
+            raise ValueError(
+                "planner.stop_change drops rows from the search as they settle, and planner.compile=true would compile "
+                "anew for every number of rows; set one of them to null or false"
+            )
         if self.choose not in CHOICES:
             raise unknown_name("choose", str(self.choose), CHOICES)
         if self.on_failure not in FAILURES:

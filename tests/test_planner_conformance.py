@@ -19,9 +19,9 @@ def cem(horizon: int, **options):
 
 
 def mcts(horizon: int, **options):
-    """Two edges deep where the horizon allows; sampled edges are never refined, so it takes many."""
+    """Two edges deep where the horizon allows; sampled edges are never refined, so known optima take many."""
     chunk = 2 if horizon <= 2 else (horizon + 1) // 2
-    num = 96 if horizon < 5 else 192
+    num = {2: 96, 5: 192, 6: 128}.get(horizon, 24)
     return make_mcts(
         chunk=chunk, depth=-(-horizon // chunk), sigma=0.6, correlation=0.3, num_candidates=num,
         simulations=2 * num, **options,
