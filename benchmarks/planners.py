@@ -57,11 +57,11 @@ OUT = RESULTS / "planners.json"
 SHOOTING = {"64x16_w16_i6": (64, 16), "512x16_w256_i6": (512, 256)}
 ITERATIONS, ELITES, ROWS = 6, 8, 16
 ROOTS, ACTIONS, WIDTH, SIMULATIONS, CONSIDERED, DEPTH = 64, 8, 256, 64, 8, 16
-# Name -> the package to install.
+# Name -> what to install; stable-worldmodel cannot be imported without its extra.
 PEERS = {
     "pytorch_mppi": "pytorch-mppi",
     "torchrl": "torchrl",
-    "stable_worldmodel": "stable-worldmodel",
+    "stable_worldmodel": "stable-worldmodel[env]",
     "mctx": "mctx",
 }
 Method = Callable[[Tensor], object]
@@ -403,11 +403,11 @@ def versions_of(peers: list[str]) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for peer in peers:
         try:
-            found[peer] = importlib.metadata.version(PEERS[peer])
+            found[peer] = importlib.metadata.version(PEERS[peer].partition("[")[0])
         except importlib.metadata.PackageNotFoundError:
             others = " ".join(p for p in peers if p != peer)
             sys.exit(
-                f"this benchmark compares with {peer}, which is not installed: pip install {PEERS[peer]}; "
+                f"this benchmark compares with {peer}, which is not installed: pip install '{PEERS[peer]}'; "
                 f"or leave it out: --peers {others}"
             )
     return found

@@ -58,5 +58,5 @@ def test_a_missing_peer_is_named_with_the_way_to_get_it_or_to_go_without(monkeyp
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     assert planners.versions_of(["torchrl"]) == {"torchrl": "1.0"}
-    with pytest.raises(SystemExit, match="pip install mctx; or leave it out: --peers torchrl"):
+    with pytest.raises(SystemExit, match="pip install 'mctx'; or leave it out: --peers torchrl"):
         planners.versions_of(["torchrl", "mctx"])
