@@ -178,6 +178,13 @@ def test_a_periodic_gate_searches_one_plan_in_a_few(make) -> None:
     assert [s[1] for s in searched] == [True, False, False, True, False, True, False]
 
 
+def test_a_choice_that_is_unknown_or_out_of_place_is_named() -> None:
+    with pytest.raises(ValueError, match="unknown scorer 'succes'; did you mean 'success'"):
+        cli.compose("plan", ["planner=cem", "scorer@planner.scorer=succes"])
+    with pytest.raises(ValueError, match="the planner that was chosen has no choice of scorer at 'planner.scorer'"):
+        cli.compose("plan", ["planner=mppi", "scorer@planner.scorer=success"])
+
+
 @pytest.mark.parametrize("planner", ["cem", "icem", "best_of_n"])
 @pytest.mark.parametrize("gate", sorted(p.name.removesuffix(".yaml") for p in (CONFIGS / "gate").iterdir()))
 @pytest.mark.parametrize("scorer", sorted(p.name.removesuffix(".yaml") for p in (CONFIGS / "scorer").iterdir()))
