@@ -299,10 +299,11 @@ class MCTSPlanner:
         slowest = time.perf_counter() - started
         for i in range(done, simulations):
             begun = time.perf_counter()
+            # A simulation takes less than the root, whose time is all that is known before the first one.
             if deadline_s is not None and i > 0 and begun - started + slowest > deadline_s:
                 break
             if i == done:
-                slowest = 0.0  # that of the root says nothing about a simulation
+                slowest = 0.0
             first = self._first(tree, before, gumbel, schedule[i])
             spent += self._simulate(model, tree, first, noise.fold(1).fold(i))
             slowest = max(slowest, time.perf_counter() - begun)
@@ -365,7 +366,7 @@ class MCTSPlanner:
                 end[:, None],
                 slot[:, None],
                 state=reached,
-                action=proposal.actions,
+                action=proposal.actions.clamp(-1.0, 1.0),
                 reward=reward,
                 discount=discount,
                 value=value,
