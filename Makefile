@@ -13,7 +13,7 @@ EXTRAS := metaworld,minari,dev
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
-BENCHMARKS ?= plan_metaworld planner_overhead
+BENCHMARKS ?= plan_metaworld planner_overhead planners
 ARGS ?=
 
 .PHONY: help setup plan test checkpoint lint bench tables clean

@@ -39,16 +39,17 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def measure(name: str, overrides: tuple[str, ...], wam: str, episodes: int, out: Path) -> dict[str, Any]:
-    """The results of one variant; a finished one is read, not run again."""
+def measure(
+    name: str, overrides: tuple[str, ...], wam: str, episodes: int, out: Path, methods: str = "planner"
+) -> dict[str, Any]:
+    """The results of one variant on dev starts; a finished one is read, not run again. methods: joined by commas."""
     directory = out / "".join(c if c.isalnum() else "_" for c in name)
     results = directory / "results.json"
     if not results.exists() or json.loads(results.read_text())["partial"]:
         shutil.rmtree(directory, ignore_errors=True)
         command = [
             sys.executable, "-m", "wamrl.plan", f"wam={wam}", "split=dev", f"episodes={episodes}", "workers=1",
-            "video=false", "methods=[planner,policy]" if name == "default" else "methods=[planner]",
-            "latency_plans=20", *overrides, f"run_dir={directory}",
+            "video=false", f"methods=[{methods}]", "latency_plans=20", *overrides, f"run_dir={directory}",
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if done.returncode:
@@ -68,7 +69,15 @@ def main() -> None:
     clock = Clock()
     with ThreadPoolExecutor(arguments.jobs) as pool:
         futures = {
-            name: pool.submit(measure, name, overrides, arguments.wam, arguments.episodes, arguments.out)
+            name: pool.submit(
+                measure,
+                name,
+                overrides,
+                arguments.wam,
+                arguments.episodes,
+                arguments.out,
+                "planner,policy" if name == "default" else "planner",
+            )
             for name, overrides in VARIANTS.items()
         }
         runs = {name: future.result() for name, future in futures.items()}

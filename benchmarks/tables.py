@@ -131,6 +131,58 @@ def overhead(result: Mapping[str, Any]) -> str:
     return _grid(head, rows)
 
 
+def planners(result: Mapping[str, Any]) -> str:
+    """Milliseconds per plan of every planner and peer, and how wamrl's planner of the same kind compares."""
+    metrics = result["metrics"]
+    rows = []
+    for key in metrics:
+        if key.startswith("shooting/") and key.endswith("/plan_p50_ms"):
+            _, setting, method, _ = key.split("/")
+            ours = f"wamrl_{method.rsplit('_', 1)[1]}"
+            ratio = "" if method == ours else f"{metrics[f'shooting/{setting}/{ours}/ratio_to_{method}']:.2f}"
+            p95 = metrics[f"shooting/{setting}/{method}/plan_p95_ms"]
+            rows.append([setting, method, f"{metrics[key]:.1f}", f"{p95:.1f}", ratio])
+    return _grid(["setting", "method", "p50, ms", "p95, ms", "wamrl's of this kind / it"], rows)
+
+
+def planner_budget(result: Mapping[str, Any]) -> str:
+    """Success of every planner at every budget of model evaluations, and of its shuffled twin."""
+    metrics = result["metrics"]
+    rows = [["the policy alone", "", "", _rate(metrics["policy/policy/success"]), "", ""]]
+    for key in metrics:
+        if key.endswith("/planner/success"):
+            name, budget, *_ = key.split("/")
+            prefix = f"{name}/{budget}"
+            spent, milliseconds = metrics[f"{prefix}/evaluations_per_plan"], metrics[f"{prefix}/plan_p50_ms"]
+            shuffled = _rate(metrics[f"{prefix}/shuffled/success"])
+            rows.append([name, budget, f"{spent:.0f}", _rate(metrics[key]), shuffled, f"{milliseconds:.0f}"])
+    n = metrics["policy/policy/success"]["n"]
+    head = ["planner", "evaluations allowed", "spent per plan", f"success on dev starts, %, n = {n}", "shuffled"]
+    return _grid([*head, "ms per plan, median"], rows)
+
+
+def planners_batched(result: Mapping[str, Any]) -> str:
+    """Sixteen environments in one plan, and simulations of a tree per second."""
+    metrics = result["metrics"]
+    rows = []
+    if "rows/wamrl_at_once/plans_p50_ms" in metrics:
+        rows += [
+            [
+                f"16 environments: wamrl at once / {name.replace('_', ' ')}",
+                f"{metrics[f'rows/wamrl_at_once/ratio_to_{name}']:.2f}",
+            ]
+            for name in ("wamrl_in_turn", "pytorch_mppi_in_turn")
+        ]
+    if "tree/mctx/simulations_per_s" in metrics:
+        rows += [
+            [f"tree, 64 roots: {name}, simulations/s", f"{metrics[f'tree/{name}/simulations_per_s']:.0f}"]
+            for name in ("wamrl", "mctx")
+        ]
+        rows.append(["tree: wamrl's simulations/s over mctx's", f"{metrics['tree/wamrl/ratio_to_mctx']:.2f}"])
+        rows.append(["tree: mctx's first call (compilation), s", f"{metrics['tree/mctx/first_call_s']:.1f}"])
+    return _grid(["what", "measured"], rows)
+
+
 def collection(result: Mapping[str, Any]) -> str:
     """Control steps per CPU second of the collector and of a bare expert loop, and images per CPU second."""
     metrics = result["metrics"]
@@ -172,6 +224,9 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "latency": ("plan_metaworld", latency),
     "ablation": ("plan_ablation", ablation),
     "overhead": ("planner_overhead", overhead),
+    "planners": ("planners", planners),
+    "planner_budget": ("planner_budget", planner_budget),
+    "planners_batched": ("planners", planners_batched),
     "collection": ("collect_speed", collection),
 }
 

@@ -1,20 +1,36 @@
 """Planners: search over action chunks with a World Action Model."""
 
-from wamrl.planners.gates import Always, Uncertainty
+from wamrl.planners.best_of_n import make_best_of_n
+from wamrl.planners.cem import cem_refit, make_cem
+from wamrl.planners.gates import Always, CriticalPhase, Periodic, Uncertainty
+from wamrl.planners.gradient import GradientPlanner, make_gradient
+from wamrl.planners.mcts import MCTSPlanner, make_mcts
 from wamrl.planners.mppi import make_mppi, mppi_refit
 from wamrl.planners.proposers import NoiseProposer, PolicyProposer
-from wamrl.planners.scorers import ReturnScorer
+from wamrl.planners.scorers import ConsistencyScorer, GoalScorer, ReturnScorer, SuccessScorer
 from wamrl.planners.shooting import NonFinitePlanError, Refit, ShootingPlanner
 
 __all__ = [
     "Always",
+    "ConsistencyScorer",
+    "CriticalPhase",
+    "GoalScorer",
+    "GradientPlanner",
+    "MCTSPlanner",
     "NoiseProposer",
     "NonFinitePlanError",
+    "Periodic",
     "PolicyProposer",
     "Refit",
     "ReturnScorer",
     "ShootingPlanner",
+    "SuccessScorer",
     "Uncertainty",
+    "cem_refit",
+    "make_best_of_n",
+    "make_cem",
+    "make_gradient",
+    "make_mcts",
     "make_mppi",
     "mppi_refit",
 ]

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wamrl.interfaces import WAM, PlanState, State
+from wamrl.interfaces import WAM, Imagined, PlanState, State
+from wamrl.planners.scorers import ReturnScorer
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,62 @@ class Uncertainty:
 
     def __call__(self, model: WAM, state: State, plan_state: PlanState) -> Tensor:
         """[B] True where the mean disagreement is above the threshold, or is not a number."""
-        proposal = model.propose(state, 1, mode="ode")
-        imagined = proposal.imagined
-        if imagined is None:
-            imagined = model.imagine(state, proposal.actions)
+        imagined = own_chunk(model, state)
         if imagined.uncertainty is None:
             raise ValueError("the uncertainty gate needs Imagined.uncertainty, but this model left it out")
         return ~(imagined.uncertainty.mean(dim=(1, 2, 3)) <= self.threshold)
+
+
+@dataclass(frozen=True)
+class CriticalPhase:
+    """Search a row where the policy's own chunk is imagined to fall short of what its value promises.
+
+    The shortfall is V(now) - (discounted reward of the chunk + discounted V(its end)), means over futures and value
+    heads: about 0 while all goes as the value expects, above it where the policy is about to lose something (after
+    DreamAvoid, which imagines in critical phases only). threshold: in the units of the reward. Costs one imagined chunk
+    per row, which counts as `candidates` against the budget.
+    """
+
+    threshold: float
+
+    needs = frozenset({"policy", "reward", "value"})
+    candidates = 1
+
+    def __post_init__(self) -> None:
+        """Refuse a threshold that no shortfall can be compared with."""
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"gate threshold is {self.threshold}, but must be a finite number")
+
+    def __call__(self, model: WAM, state: State, plan_state: PlanState) -> Tensor:
+        """[B] True where the shortfall is above the threshold, or is not a number."""
+        reward, discount, value = ReturnScorer().edge(model, own_chunk(model, state))
+        shortfall = model.value(state).mean(dim=-1) - (reward + discount * value)[:, 0]
+        return ~(shortfall <= self.threshold)
+
+
+@dataclass(frozen=True)
+class Periodic:
+    """Search one plan in `every`, the first of each episode among them: a budget over plans.
+
+    Reads `plans` [B] of the plan state, how many plans a row has had.
+    """
+
+    every: int
+
+    needs = frozenset({"policy"})
+    candidates = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a period that is none."""
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(f"gate.every is {self.every!r}, but must be a whole number of at least 1")
+
+    def __call__(self, model: WAM, state: State, plan_state: PlanState) -> Tensor:
+        """[B] True in every `every`-th plan of a row."""
+        return (plan_state["plans"] % self.every == 0) | ~plan_state["warm"]
+
+
+def own_chunk(model: WAM, state: State) -> Imagined:
+    """The futures of the policy's own chunk, N = 1."""
+    proposal = model.propose(state, 1, mode="ode")
+    return model.imagine(state, proposal.actions) if proposal.imagined is None else proposal.imagined

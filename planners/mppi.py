@@ -15,12 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wamrl.interfaces import Gate, Proposer
+from wamrl.interfaces import Gate
 from wamrl.naming import unknown_name
 from wamrl.planners.gates import Always, Uncertainty
-from wamrl.planners.proposers import NoiseProposer, PolicyProposer, check_sigma, noise_basis
-from wamrl.planners.scorers import ReturnScorer
+from wamrl.planners.proposers import NoiseProposer, PolicyProposer, check_sigma
+from wamrl.planners.scorers import ReturnScorer, check_comparable
 from wamrl.planners.shooting import Refit, ShootingPlanner
+from wamrl.planners.temporal import temporal_basis
 
 PROPOSALS = ("policy", "noise")
 
@@ -74,6 +75,8 @@ def make_mppi(
     proposal: str = "policy",
     sigma: float | Sequence[float] = 0.05,
     correlation: float = 0.7,
+    knots: int | None = None,
+    spline: str = "cubic",
     warm_share: float = 0.0,
     behaviour_share: float = 0.5,
     refine_sigma: float | Sequence[float] | None = None,
@@ -96,44 +99,36 @@ def make_mppi(
     horizon: H model steps. num_candidates: N per iteration. temperature, standardise, num_elites: see `mppi_refit`.
     proposal: "policy" (candidates follow the policy, `PolicyProposer`) or "noise" (plain MPPI, `NoiseProposer`).
     sigma: standard deviation of the noise on normalised actions, one number or one per action dim.
-    correlation: of the noise of neighbouring steps, in [0, 1). warm_share, behaviour_share: see `PolicyProposer`.
+    correlation: of the noise of neighbouring steps, in [0, 1); of neighbouring knots where there are `knots`.
+    knots, spline: draw the noise at that many steps and interpolate, see `temporal_basis`.
+    warm_share, behaviour_share: see `PolicyProposer`.
     refine_sigma: sigma of the iterations after the first; None is `sigma`.
     value_weight ... risk_weight: see `ReturnScorer`. gate_threshold: None searches always, else see `Uncertainty`.
     choose, shuffle_scores, compile, on_failure: see `ShootingPlanner`.
     """
-    spread = check_sigma(sigma)
-    _check_horizon(horizon)
+    spread = check_sigma(sigma, "planner.sigma")
     for name, share in (("warm_share", warm_share), ("behaviour_share", behaviour_share)):
         if not 0.0 <= share <= 1.0:
             raise ValueError(f"planner.{name} is {share}, but must be in [0, 1]")
-    if risk == "improvement" and choose == "best" and iterations > 1:
-        raise ValueError(
-            f"planner.risk=improvement measures each iteration against another candidate 0, so choose=best cannot "
-            f"compare its {iterations} iterations; set planner.iterations=1, planner.choose=mean or planner.risk=mean"
-        )
-    basis = noise_basis(horizon, correlation)
-    proposer: Proposer
-    if proposal == "policy":
-        proposer = PolicyProposer(
-            horizon=horizon, sigma=spread, basis=basis, warm_share=warm_share, behaviour_share=behaviour_share
-        )
-    elif proposal == "noise":
-        proposer = NoiseProposer(horizon=horizon, sigma=spread, basis=basis)
-    else:
-        raise unknown_name("planner.proposal", str(proposal), PROPOSALS)
+    basis = temporal_basis(horizon, correlation=correlation, knots=knots, spline=spline)
+    shares = {"warm_share": warm_share, "behaviour_share": behaviour_share}
+    proposer = make_proposer(proposal, horizon=horizon, sigma=spread, basis=basis, **shares)
     gate: Gate = Always() if gate_threshold is None else Uncertainty(threshold=gate_threshold)
+    scorer = ReturnScorer(
+        value_weight=value_weight,
+        reward_weight=reward_weight,
+        success_weight=success_weight,
+        uncertainty_penalty=uncertainty_penalty,
+        uncertainty_reduce=uncertainty_reduce,
+        discount=discount,
+        risk=risk,
+        risk_weight=risk_weight,
+    )
+    if iterations > 1 and choose == "best":
+        check_comparable(scorer, f"planner.choose=best compares its {iterations} iterations")
     return ShootingPlanner(
         proposer=proposer,
-        scorer=ReturnScorer(
-            value_weight=value_weight,
-            reward_weight=reward_weight,
-            success_weight=success_weight,
-            uncertainty_penalty=uncertainty_penalty,
-            uncertainty_reduce=uncertainty_reduce,
-            discount=discount,
-            risk=risk,
-            risk_weight=risk_weight,
-        ),
+        scorer=scorer,
         gate=gate,
         refit=mppi_refit(temperature=temperature, standardise=standardise, num_elites=num_elites),
         horizon=horizon,
@@ -148,7 +143,20 @@ def make_mppi(
     )
 
 
-def _check_horizon(horizon: int) -> None:
-    # noise_basis needs it before ShootingPlanner can check it.
-    if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
-        raise ValueError(f"planner.horizon is {horizon!r}, but must be a whole number of at least 1")
+def make_proposer(
+    proposal: str,
+    *,
+    horizon: int,
+    sigma: Tensor,
+    basis: Tensor,
+    warm_share: float = 0.0,
+    behaviour_share: float = 0.0,
+) -> PolicyProposer | NoiseProposer:
+    """Candidates that follow the policy ("policy") or surround the last plan ("noise")."""
+    if proposal == "policy":
+        return PolicyProposer(
+            horizon=horizon, sigma=sigma, basis=basis, warm_share=warm_share, behaviour_share=behaviour_share
+        )
+    if proposal == "noise":
+        return NoiseProposer(horizon=horizon, sigma=sigma, basis=basis)
+    raise unknown_name("planner.proposal", str(proposal), PROPOSALS)

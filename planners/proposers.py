@@ -32,11 +32,11 @@ def noise_basis(horizon: int, correlation: float = 0.0) -> Tensor:
 
 
 def coloured_noise(noise: NoiseKey, basis: Tensor, *shape: int, action_dim: int) -> Tensor:
-    """[R, *shape, H, A] noise of unit variance, coloured over time by `basis` [H, H]."""
-    horizon = basis.shape[0]
-    if horizon == 1 or basis[1, 0] == 0:
+    """[R, *shape, H, A] noise of unit variance, coloured over time by `basis` [H, K], see `temporal_basis`."""
+    horizon, knots = basis.shape
+    if horizon == 1 or (knots == horizon and basis[1, 0] == 0):
         return noise.normal(*shape, horizon, action_dim)
-    return (noise.normal(*shape, action_dim, horizon) @ basis.T).transpose(-1, -2)
+    return (noise.normal(*shape, action_dim, knots) @ basis.T).transpose(-1, -2)
 
 
 def check_sigma(sigma: float | Sequence[float], name: str = "sigma") -> Tensor:

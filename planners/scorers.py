@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from wamrl.interfaces import WAM, Imagined, State
+from wamrl.interfaces import WAM, Imagined, Scorer, State
 from wamrl.naming import unknown_name
 from wamrl.noise import NoiseKey
 
-RISKS = ("mean", "lower_bound", "worst", "improvement")
+RISKS = ("mean", "lower_bound", "worst", "cvar", "majority", "improvement")
 REDUCTIONS = ("sum", "mean")
+NORMS = ("l1", "l2")
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,7 @@ class ReturnScorer:
 
     discount: d per step; None is the model's own. Units: those of the reward.
     success_weight: None is the model's own `success_bonus`, which its values count as well.
-    risk: over the M futures, each valued by every value head: "mean"; "lower_bound" = mean - risk_weight * standard
-    deviation; "worst" = minimum; "improvement" = the lower bound of the gain over candidate 0 (the unperturbed policy,
-    or the last mean), each guess against the same guess of candidate 0: what all candidates share cancels, and a gain
-    that the ensemble disagrees on does not count. Where candidate 0 has no finite return, the others' own counts.
+    risk, risk_weight, risk_share: over the M futures, each valued by every value head, see `reduce_guesses`.
     uncertainty_reduce: "sum" or "mean" over the steps (the mean divides by sum_h d^h).
     needs: the queries that the chosen weights ask of a model; a weight of 0 asks for nothing.
     """
@@ -47,11 +45,12 @@ class ReturnScorer:
     discount: float | None = None
     risk: str = "mean"
     risk_weight: float = 1.0
+    risk_share: float = 0.25
     needs: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
         """Check the ranges, and work out what a model must answer."""
-        for name in ("value_weight", "reward_weight", "success_weight", "uncertainty_penalty", "risk_weight"):
+        for name in ("value_weight", "reward_weight", "success_weight", "uncertainty_penalty"):
             value = getattr(self, name)
             if value is None and name == "success_weight":
                 continue
@@ -59,8 +58,7 @@ class ReturnScorer:
                 raise ValueError(f"{name} is {value}, but must be a finite number of at least 0")
         if self.discount is not None and not 0.0 < self.discount <= 1.0:
             raise ValueError(f"discount is {self.discount}, but must be in (0, 1], or null for the model's own")
-        if self.risk not in RISKS:
-            raise unknown_name("risk", str(self.risk), RISKS)
+        check_risk(self.risk, self.risk_weight, self.risk_share)
         if self.uncertainty_reduce not in REDUCTIONS:
             raise unknown_name("uncertainty_reduce", str(self.uncertainty_reduce), REDUCTIONS)
         weighted = {
@@ -77,23 +75,9 @@ class ReturnScorer:
     def __call__(self, model: WAM, state: State, imagined: Imagined) -> Tensor:
         """[R, N] scores of the candidates in `imagined`."""
         discount = model.spec.discount if self.discount is None else self.discount
-        total = None  # [R, N, M], with values [R, N, M * E]
-        horizon = 0
-        gain = None  # [R, N, M, H]
-        if self.reward_weight > 0:
-            gain = _head(imagined, "reward")
-            gain = gain if self.reward_weight == 1.0 else gain * self.reward_weight
-        worth = model.spec.success_bonus if self.success_weight is None else self.success_weight
-        if worth > 0:
-            success = _head(imagined, "success") * worth
-            gain = success if gain is None else gain + success
-        if gain is not None:
-            horizon = gain.shape[-1]
-            if imagined.alive is not None:
-                gain = gain * imagined.alive
-            total = gain @ _discounts(discount, horizon, gain)
+        total = self._gain(model, imagined, discount)  # [R, N, M], with values [R, N, M * E]
         if self.value_weight > 0:
-            horizon = horizon or _steps(imagined)
+            horizon = _steps(imagined)
             value = model.value(imagined.leaf) * (self.value_weight * discount**horizon)
             if imagined.alive is not None:
                 value = value * imagined.alive[..., -1:]
@@ -103,22 +87,191 @@ class ReturnScorer:
                 "value_weight and reward_weight are 0, and so is this model's success_bonus: no candidate could win; "
                 "set planner.success_weight above 0"
             )
-        if self.risk == "improvement":
-            first = total[:, :1]
-            total = total - first.where(first.isfinite(), 0.0)
-        if self.risk == "worst":
-            score = total.amin(dim=-1)
-        else:
-            score = total.mean(dim=-1)
-            if self.risk != "mean" and total.shape[-1] > 1:
-                score = score - self.risk_weight * total.std(dim=-1, correction=0)
+        score = reduce_guesses(total, self.risk, self.risk_weight, self.risk_share)
         if self.uncertainty_penalty > 0:
-            uncertainty = _head(imagined, "uncertainty").mean(dim=2)
-            weights = _discounts(discount, uncertainty.shape[-1], uncertainty)
-            if self.uncertainty_reduce == "mean":
-                weights = weights / weights.sum()
-            score = score - self.uncertainty_penalty * (uncertainty @ weights)
+            score = score - self._penalty(imagined, discount)
         return score
+
+    def edge(self, model: WAM, imagined: Imagined) -> tuple[Tensor, Tensor, Tensor]:
+        """The parts of the score that a search tree keeps apart: reward, discount and leaf value, each [R, N].
+
+        Means over futures and value heads; score = reward + discount * value is what `risk="mean"` gives.
+        """
+        discount = model.spec.discount if self.discount is None else self.discount
+        reward = self._gain(model, imagined, discount)
+        ahead = discount ** _steps(imagined)
+        shape = imagined.leaf.batch_size
+        alive = 1.0 if imagined.alive is None else imagined.alive[..., -1]
+        survival = torch.ones(shape, device=imagined.leaf.device) * alive
+        value = torch.zeros(shape, device=survival.device)
+        if self.value_weight > 0:
+            value = model.value(imagined.leaf).mean(dim=-1) * self.value_weight
+        survived = survival.mean(dim=-1)
+        value = (value * survival).mean(dim=-1) / survived.where(survived > 0, 1.0)
+        total = torch.zeros_like(value) if reward is None else reward.mean(dim=-1)
+        if self.uncertainty_penalty > 0:
+            total = total - self._penalty(imagined, discount)
+        return total, ahead * survived, value
+
+    def _gain(self, model: WAM, imagined: Imagined, discount: float) -> Tensor | None:
+        """[R, N, M] discounted rewards and successes of the imagined steps; None where neither has a weight."""
+        gain = None
+        if self.reward_weight > 0:
+            gain = _head(imagined, "reward")
+            gain = gain if self.reward_weight == 1.0 else gain * self.reward_weight
+        worth = model.spec.success_bonus if self.success_weight is None else self.success_weight
+        if worth > 0:
+            success = _head(imagined, "success") * worth
+            gain = success if gain is None else gain + success
+        if gain is None:
+            return None
+        if imagined.alive is not None:
+            gain = gain * imagined.alive
+        return gain @ _discounts(discount, gain.shape[-1], gain)
+
+    def _penalty(self, imagined: Imagined, discount: float) -> Tensor:
+        """[R, N] what the futures' disagreement costs."""
+        uncertainty = _head(imagined, "uncertainty").mean(dim=2)
+        weights = _discounts(discount, uncertainty.shape[-1], uncertainty)
+        if self.uncertainty_reduce == "mean":
+            weights = weights / weights.sum()
+        return self.uncertainty_penalty * (uncertainty @ weights)
+
+
+@dataclass(frozen=True)
+class SuccessScorer:
+    """Probability that the task succeeds at some imagined step: 1 - prod_h (1 - alive_h success_h).
+
+    Steps count as independent of each other given the future. risk, risk_weight, risk_share: over the M futures, see
+    `reduce_guesses`.
+    """
+
+    risk: str = "mean"
+    risk_weight: float = 1.0
+    risk_share: float = 0.25
+
+    needs = frozenset({"success"})
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_risk(self.risk, self.risk_weight, self.risk_share)
+
+    def __call__(self, model: WAM, state: State, imagined: Imagined) -> Tensor:
+        """[R, N] in [0, 1] for risk="mean"."""
+        success = _head(imagined, "success")
+        if imagined.alive is not None:
+            success = success * imagined.alive
+        return reduce_guesses(1.0 - (1.0 - success).prod(dim=-1), self.risk, self.risk_weight, self.risk_share)
+
+
+@dataclass(frozen=True)
+class GoalScorer:
+    """Minus the distance between where the imagination ends and the goal, in latent space (V-JEPA 2-AC uses "l1").
+
+    norm: "l1" (mean absolute difference) or "l2" (root mean square). latent: entry of the model's state that is
+    compared; the model's `encode` puts that of the goal into the entry `goal` [R, D]. risk ...: as in `SuccessScorer`.
+    """
+
+    norm: str = "l1"
+    latent: str = "z"
+    risk: str = "mean"
+    risk_weight: float = 1.0
+    risk_share: float = 0.25
+
+    needs = frozenset({"goal"})
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.norm not in NORMS:
+            raise unknown_name("norm", str(self.norm), NORMS)
+        check_risk(self.risk, self.risk_weight, self.risk_share)
+
+    def __call__(self, model: WAM, state: State, imagined: Imagined) -> Tensor:
+        """[R, N], at most 0 for risk="mean"."""
+        for name, where in (("goal", state), (self.latent, imagined.leaf)):
+            if name not in where.keys():
+                present = ", ".join(sorted(map(str, where.keys())))
+                raise ValueError(f"the goal scorer reads '{name}', but this model's state has {present}")
+        gap = imagined.leaf[self.latent] - state["goal"][:, None, None]
+        distance = gap.abs().mean(dim=-1) if self.norm == "l1" else gap.square().mean(dim=-1).sqrt()
+        return reduce_guesses(-distance, self.risk, self.risk_weight, self.risk_share)
+
+
+@dataclass(frozen=True)
+class ConsistencyScorer:
+    """How well the sampled futures of a candidate agree: minus their disagreement, averaged over the steps.
+
+    Needs neither reward nor value. A plan that does nothing is consistent too, so it ranks chunks of a policy that is
+    trusted to act, as in tau0-WM; it is no objective for free noise.
+    """
+
+    needs = frozenset({"uncertainty"})
+
+    def __call__(self, model: WAM, state: State, imagined: Imagined) -> Tensor:
+        """[R, N], at most 0."""
+        return -_head(imagined, "uncertainty").mean(dim=(2, 3))
+
+
+def check_risk(risk: str, weight: float, share: float) -> None:
+    """ValueError for what `reduce_guesses` cannot do."""
+    if risk not in RISKS:
+        raise unknown_name("risk", str(risk), RISKS)
+    if not math.isfinite(weight) or weight < 0:
+        raise ValueError(f"risk_weight is {weight}, but must be a finite number of at least 0")
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"risk_share is {share}, but must be in (0, 1]: the share of guesses that count")
+
+
+def reduce_guesses(guesses: Tensor, risk: str, weight: float, share: float) -> Tensor:
+    """[R, N] one score of the G guesses [R, N, G] of each candidate; not finite where a guess is not.
+
+    risk: "mean"; "lower_bound" = mean - weight * standard deviation; "worst" = minimum; "cvar" = mean of the worst
+    `share` of the guesses (conditional value at risk); "majority" = see `majority`; "improvement" = the lower bound of
+    the gain over candidate 0 (the unperturbed policy, or the last mean), each guess against the same guess of candidate
+    0: what all candidates share cancels, and a gain that the ensemble disagrees on does not count. Where candidate 0
+    has no finite guess, the others' own counts.
+    """
+    if risk == "worst":
+        return guesses.amin(dim=-1)
+    if risk == "cvar":
+        count = math.ceil(share * guesses.shape[-1])
+        score = guesses.topk(count, dim=-1, largest=False).values.mean(dim=-1)
+        return score.where(guesses.isfinite().all(dim=-1), math.nan)  # topk takes NaN for the greatest
+    if risk == "majority":
+        return majority(guesses)
+    if risk == "improvement":
+        first = guesses[:, :1]
+        guesses = guesses - first.where(first.isfinite(), 0.0)
+    score = guesses.mean(dim=-1)
+    if risk != "mean" and guesses.shape[-1] > 1:
+        score = score - weight * guesses.std(dim=-1, correction=0)
+    return score
+
+
+def check_comparable(scorer: Scorer, why: str) -> None:
+    """ValueError when `scorer` measures candidates against candidate 0 of their own set, so that sets differ."""
+    if getattr(scorer, "risk", None) == "improvement":
+        raise ValueError(
+            f"risk=improvement measures each set of candidates against its own candidate 0, but {why}; "
+            "set planner.iterations=1, planner.choose=mean or risk=mean"
+        )
+
+
+def majority(guesses: Tensor) -> Tensor:
+    """[R, N] the mean of the bigger camp of each candidate's guesses [R, N, G]; of all of them where camps tie.
+
+    A row's guesses fall into two camps, above and below the middle between its highest and its lowest finite guess. A
+    few outliers, the over-optimistic ones above all, then have no say (after the majority vote of Cosmos Policy,
+    arXiv:2601.16163, whose values have a scale that tells success from failure). NaN where a guess is NaN or infinite.
+    """
+    finite = guesses.isfinite()
+    high = guesses.where(finite, -math.inf).amax(dim=(1, 2), keepdim=True)
+    low = guesses.where(finite, math.inf).amin(dim=(1, 2), keepdim=True)
+    above = guesses > 0.5 * (high + low)
+    share = above.float().mean(dim=-1, keepdim=True)
+    camp = (above == (share > 0.5)) | (share == 0.5)
+    mean = (guesses.nan_to_num() * camp).sum(dim=-1) / camp.sum(dim=-1)
+    return mean.masked_fill(~finite.all(dim=-1), math.nan)
 
 
 def permutation(noise: NoiseKey, num: int) -> Tensor:
@@ -138,5 +291,8 @@ def _head(imagined: Imagined, name: str) -> Tensor:
 
 
 def _steps(imagined: Imagined) -> int:
+    for head in (imagined.reward, imagined.success, imagined.uncertainty):
+        if head is not None:
+            return head.shape[-1]
     batch = imagined.leaf.batch_size
     return imagined.evaluations // (batch[1] * batch[2])

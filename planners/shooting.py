@@ -67,7 +67,11 @@ class ShootingPlanner:
 
     horizon: H model steps. num_candidates: N. iterations: the most that a plan may take. sigma: [1] or [A] standard
     deviation of the refinement. choose: "mean" returns the last refitted mean chunk, "best" the best-scored candidate
-    of all iterations. shuffle_scores: the null control; scores are permuted across the candidates of a row before
+    of all iterations. keep_elites: that many of the best candidates are candidates of the next iteration again, and
+    travel in the plan state's `elites` [B, K, H, A] to the next plan (see `wamrl.planners.elites`).
+    futures: M sampled futures per candidate; None is the model's own number.
+    stop_change: a row is done once an iteration moves no number of its mean by more than this (in action units); None
+    runs all iterations. shuffle_scores: the null control; scores are permuted across the candidates of a row before
     anything reads them. compile: one refinement iteration as a single compiled function.
     on_failure: what happens to a row none of whose candidates is finite: "raise" NonFinitePlanError, or "hold":
     a chunk of zeros (for delta actions: stay), value NaN, a RuntimeWarning, and weights that stay uniform.
@@ -83,6 +87,9 @@ class ShootingPlanner:
     sigma: Tensor
     basis: Tensor
     choose: str = "mean"
+    keep_elites: int = 0
+    futures: int | None = None
+    stop_change: float | None = None
     shuffle_scores: bool = False
     compile: bool = False
     on_failure: str = "raise"
@@ -94,6 +101,20 @@ class ShootingPlanner:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"planner.{name} is {value!r}, but must be a whole number of at least 1")
+        if self.futures is not None and (isinstance(self.futures, bool) or self.futures < 1):
+            raise ValueError(f"planner.futures is {self.futures!r}, but must be a whole number of at least 1, or null")
+        if not 0 <= self.keep_elites < self.num_candidates:
+            raise ValueError(
+                f"planner.keep_elites is {self.keep_elites!r}, but must be at least 0 and below the "
+                f"{self.num_candidates} candidates"
+            )
+        if self.stop_change is not None and not self.stop_change >= 0:
+            raise ValueError(f"planner.stop_change is {self.stop_change!r}, but must be at least 0, or null")
+        if self.stop_change is not None and self.compile:
+            raise ValueError(
+                "planner.stop_change drops rows from the search as they settle, and planner.compile=true would compile "
+                "anew for every number of rows; set one of them to null or false"
+            )
         if self.choose not in CHOICES:
             raise unknown_name("choose", str(self.choose), CHOICES)
         if self.on_failure not in FAILURES:
@@ -120,18 +141,19 @@ class ShootingPlanner:
         match_sigma(self.sigma, model.spec.action_dim)
 
     def initial_state(self, model: WAM, rows: int) -> PlanState:
-        """Fresh plan state: `mean` [B, H, A] of the last plan, `warm` [B], `shift` [B] steps executed since."""
+        """Fresh plan state: `mean` [B, H, A] of the last plan, `warm` [B], `shift` [B] executed steps, `plans` [B]."""
         self.check(model)
-        device = _device(model)
-        return TensorDict(
-            {
-                "mean": torch.zeros(rows, self.horizon, model.spec.action_dim, device=device),
-                "warm": torch.zeros(rows, dtype=torch.bool, device=device),
-                "shift": torch.zeros(rows, dtype=torch.int64, device=device),
-            },
-            batch_size=[rows],
-            device=device,
-        )
+        device = device_of(model)
+        chunk = (self.horizon, model.spec.action_dim)
+        state = {
+            "mean": torch.zeros(rows, *chunk, device=device),
+            "warm": torch.zeros(rows, dtype=torch.bool, device=device),
+            "shift": torch.zeros(rows, dtype=torch.int64, device=device),
+            "plans": torch.zeros(rows, dtype=torch.int64, device=device),
+        }
+        if self.keep_elites:
+            state["elites"] = torch.zeros(rows, self.keep_elites, *chunk, device=device)
+        return TensorDict(state, batch_size=[rows], device=device)
 
     @torch.no_grad()
     def plan(
@@ -148,7 +170,7 @@ class ShootingPlanner:
         started = time.perf_counter()
         self.check(model)
         num, iterations, gated = self._fit(model, budget)
-        clock = _Clock(model)
+        clock = ModelClock(model)
         limits = _Limits(num, iterations, started, budget.deadline_s)
         if isinstance(self.gate, Always):
             rows = state.batch_size[0]
@@ -158,10 +180,15 @@ class ShootingPlanner:
             searched = self.gate(cast(WAM, clock), state, plan_state)
             found = self._search_some(clock, state, plan_state, noise, limits, searched)
             found.evaluations += gated
-        next_state = TensorDict(
-            {"mean": found.mean, "warm": torch.ones_like(searched), "shift": torch.ones_like(found.evaluations)},
-            batch_size=[searched.shape[0]],
-        )
+        carried = {
+            "mean": found.mean,
+            "warm": torch.ones_like(searched),
+            "shift": torch.ones_like(found.evaluations),
+            "plans": count_plans(plan_state),
+        }
+        if self.keep_elites:
+            carried["elites"] = _elites(found.candidates, found.scores, self.keep_elites)
+        next_state = TensorDict(carried, batch_size=[searched.shape[0]])
         plan = Plan(
             actions=found.actions,
             value=found.value,
@@ -176,13 +203,12 @@ class ShootingPlanner:
 
     def _fit(self, model: WAM, budget: Budget) -> tuple[int, int, int]:
         """Candidates and iterations that fit the budget, and the evaluations per row that the gate takes."""
-        if budget.deadline_s is not None and not budget.deadline_s > 0:
-            raise ValueError(f"budget.deadline_s is {budget.deadline_s}, but must be above 0 seconds")
+        check_deadline(budget)
         members = model.spec.ensemble_size
-        gated = getattr(self.gate, "candidates", 0) * members * model.spec.chunk_length
+        gated = gate_cost(self.gate, model)
         if budget.evaluations is None:
             return self.num_candidates, self.iterations, gated
-        each = members * self.horizon
+        each = (self.futures or members) * self.horizon
         affordable = (budget.evaluations - gated) // each
         if affordable < 1:
             raise ValueError(
@@ -192,7 +218,9 @@ class ShootingPlanner:
         iterations = min(self.iterations, math.ceil(affordable / self.num_candidates))
         return min(self.num_candidates, affordable // iterations), iterations, gated
 
-    def _search(self, clock: _Clock, state: State, plan_state: PlanState, noise: NoiseKey, limits: _Limits) -> _Found:
+    def _search(
+        self, clock: ModelClock, state: State, plan_state: PlanState, noise: NoiseKey, limits: _Limits
+    ) -> _Found:
         """Search every row of `state`."""
         model = cast(WAM, clock)
         proposal = self.proposer(model, state, plan_state, limits.num_candidates, noise.fold(0))
@@ -207,16 +235,19 @@ class ShootingPlanner:
         if proposal.imagined is None:
             now, failed, spent = evaluate(state, actions, finite, sigma, key, order)
         else:
+            self._check_futures(proposal.imagined)
             scores = self.scorer(model, state, proposal.imagined)
             now, failed = self._refit(actions, scores, finite, sigma, order)
             spent = proposal.imagined.evaluations
         any_failed = bool(failed.any())
         if any_failed:
-            self._report(failed, limits.num_candidates)
-        if self.choose == "best":
-            best_score, best = _best(now)
+            report_failure(failed, limits.num_candidates, self.on_failure)
+        best = _best(now) if self.choose == "best" else None
+        settled: list[tuple[Tensor, _Found]] = []
+        rows = None  # the rows that go on, once some have settled
         if limits.iterations > 1:
             basis, action_dim = self.basis.to(noise.row.device), actions.shape[-1]
+            keep = min(self.keep_elites, limits.num_candidates - 1)
             finite = torch.ones_like(finite)
             slowest = time.perf_counter() - limits.started
             for i in range(1, limits.iterations):
@@ -232,36 +263,63 @@ class ShootingPlanner:
                 spread = now.sigma[:, None] if now.sigma.dim() == 3 else now.sigma
                 actions = (offsets[:, within] * spread).add_(now.mean[:, None])
                 actions[:, 0] = now.mean
+                if keep:
+                    actions[:, 1 : 1 + keep] = _elites(now.actions, now.scores, keep)
                 then, dead, cost = evaluate(state, actions.clamp_(-1.0, 1.0), finite, now.sigma, key, order)
-                now = _where(dead, now, then) if dead.any() else then
+                before, now = now.mean, _where(dead, now, then) if dead.any() else then
                 spent += cost
-                if self.choose == "best":
+                if best is not None:
                     score, chunk = _best(now)
-                    better = score > best_score
-                    best_score = torch.where(better, score, best_score)
-                    best = torch.where(better[:, None, None], chunk, best)
+                    better = score > best[0]
+                    best = torch.where(better, score, best[0]), torch.where(better[:, None, None], chunk, best[1])
                 slowest = max(slowest, time.perf_counter() - begun)
-        if self.choose == "best":
-            value, chosen = best_score, best
+                if self.stop_change is not None and i + 1 < limits.iterations:
+                    moving = (now.mean - before).abs().amax(dim=(1, 2)) > self.stop_change
+                    if not moving.all():
+                        rows = torch.arange(moving.shape[0], device=moving.device) if rows is None else rows
+                        done = ~moving
+                        settled.append((rows[done], self._found(_rows(now, done), _best_rows(best, done), spent)))
+                        rows, now, best = rows[moving], _rows(now, moving), _best_rows(best, moving)
+                        if rows.numel() == 0:
+                            break
+                        state, noise, finite, offsets = state[moving], noise[moving], finite[moving], offsets[moving]
+        found = self._found(now, best, spent)
+        if rows is not None:
+            found = _joined([*settled, (rows, found)] if rows.numel() else settled)
+        if any_failed:
+            found.actions = found.actions.masked_fill(failed[:, None, None], 0.0)
+            found.value = found.value.masked_fill(failed, math.nan)
+            if self.choose == "best":
+                found.mean = found.actions
+        return found
+
+    def _found(self, now: _Iterate, best: tuple[Tensor, Tensor] | None, spent: int) -> _Found:
+        """What the last iteration, and the best candidate where that is chosen, come to."""
+        if best is not None:
+            value, chosen = best
         else:
             value = (now.weights * now.scores.where(now.weights > 0, 0.0)).sum(dim=1)
             chosen = now.mean
-        if any_failed:
-            chosen = chosen.masked_fill(failed[:, None, None], 0.0)
-            value = value.masked_fill(failed, math.nan)
         return _Found(
             actions=chosen,
-            mean=now.mean if self.choose == "mean" else chosen,
+            mean=chosen,
             value=value,
             weights=now.weights,
             candidates=now.actions,
             scores=now.scores,
-            evaluations=torch.full((state.batch_size[0],), spent, dtype=torch.int64, device=actions.device),
+            evaluations=torch.full((chosen.shape[0],), spent, dtype=torch.int64, device=chosen.device),
         )
+
+    def _check_futures(self, imagined: Imagined) -> None:
+        if self.futures is not None and imagined.leaf.batch_size[2] != self.futures:
+            raise ValueError(
+                f"planner.futures is {self.futures}, but this model imagines {imagined.leaf.batch_size[2]} futures of "
+                "each candidate while it proposes; set planner.futures=null"
+            )
 
     def _search_some(
         self,
-        clock: _Clock,
+        clock: ModelClock,
         state: State,
         plan_state: PlanState,
         noise: NoiseKey,
@@ -269,22 +327,17 @@ class ShootingPlanner:
         searched: Tensor,
     ) -> _Found:
         """Search the rows where `searched` [B]; the others get the policy's own chunk, and a value of NaN."""
-        rows, action_dim, num = searched.shape[0], clock.spec.action_dim, limits.num_candidates
+        num = limits.num_candidates
         parts: list[tuple[Tensor, _Found]] = []
         chosen = searched.nonzero()[:, 0]
         if chosen.numel():
             parts.append((chosen, self._search(clock, state[chosen], plan_state[chosen], noise[chosen], limits)))
         skipped = (~searched).nonzero()[:, 0]
         if skipped.numel():
-            calm = torch.zeros(skipped.numel(), 1, self.horizon, action_dim, device=searched.device)
-            proposal = clock.propose(state[skipped], 1, mode="ode", perturbation=calm)
-            chunk = proposal.actions[:, 0]
-            broken = ~chunk.isfinite().all(dim=-1).all(dim=-1)
+            chunk, spent, broken = policy_chunk(cast(WAM, clock), state[skipped], self.horizon)
             if broken.any():
-                self._report(broken, 1)
-            chunk = chunk.nan_to_num().clamp_(-1.0, 1.0).masked_fill(broken[:, None, None], 0.0)
+                report_failure(broken, 1, self.on_failure)
             ones = torch.ones(skipped.numel(), device=searched.device)
-            spent = 0 if proposal.imagined is None else proposal.imagined.evaluations
             policy = _Found(
                 actions=chunk,
                 mean=chunk,
@@ -295,14 +348,7 @@ class ShootingPlanner:
                 evaluations=(ones * spent).to(torch.int64),
             )
             parts.append((skipped, policy))
-        joined = {}
-        for name in (f.name for f in fields(_Found)):
-            sample = getattr(parts[0][1], name)
-            whole = sample.new_empty(rows, *sample.shape[1:])
-            for index, part in parts:
-                whole[index] = getattr(part, name)
-            joined[name] = whole
-        return _Found(**joined)
+        return _joined(parts)
 
     def _evaluate(
         self,
@@ -315,7 +361,7 @@ class ShootingPlanner:
         order: Tensor | None,
     ) -> tuple[_Iterate, Tensor, int]:
         """The hot path: imagine `actions`, score them, refit."""
-        imagined = model.imagine(state, actions, noise=key)
+        imagined = model.imagine(state, actions, futures=self.futures, noise=key)
         iterate, dead = self._refit(actions, self.scorer(model, state, imagined), finite, sigma, order)
         return iterate, dead, imagined.evaluations
 
@@ -331,7 +377,7 @@ class ShootingPlanner:
         mean, sigma, weights = self.refit(actions, scores.masked_fill(dead[:, None], 0.0), sigma)
         return _Iterate(actions, scores, mean.clamp(-1.0, 1.0), sigma, weights), dead
 
-    def _evaluator(self, clock: _Clock) -> Callable[..., tuple[_Iterate, Tensor, int]]:
+    def _evaluator(self, clock: ModelClock) -> Callable[..., tuple[_Iterate, Tensor, int]]:
         """`_evaluate` bound to the model, compiled where asked for."""
         if not self.compile:
             return partial(self._evaluate, cast(WAM, clock))
@@ -339,7 +385,7 @@ class ShootingPlanner:
             self._compiled = torch.compile(self._evaluate, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
         return partial(self._run_compiled, clock)
 
-    def _run_compiled(self, clock: _Clock, *arguments: Any) -> tuple[_Iterate, Tensor, int]:
+    def _run_compiled(self, clock: ModelClock, *arguments: Any) -> tuple[_Iterate, Tensor, int]:
         from torch._dynamo.exc import TorchDynamoException  # seconds to import, so only where it is needed
 
         try:
@@ -353,12 +399,6 @@ class ShootingPlanner:
 
     def _order(self, noise: NoiseKey, iteration: int, num: int) -> Tensor | None:
         return permutation(noise.fold(3).fold(iteration), num) if self.shuffle_scores else None
-
-    def _report(self, failed: Tensor, candidates: int) -> None:
-        error = NonFinitePlanError(failed.nonzero()[:, 0].tolist(), candidates)
-        if self.on_failure == "raise":
-            raise error
-        warnings.warn(f"zero actions in {len(error.rows)} row(s): {error}", RuntimeWarning, stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -392,7 +432,7 @@ class _Found:
     evaluations: Tensor
 
 
-class _Clock:
+class ModelClock:
     """A model whose queries are timed; `seconds` is the time spent inside it."""
 
     def __init__(self, model: WAM) -> None:
@@ -421,6 +461,74 @@ class _Clock:
         return getattr(self.model, name)
 
 
+def policy_chunk(model: WAM, state: State, horizon: int) -> tuple[Tensor, int, Tensor]:
+    """The policy's own chunk [R, H, A], the evaluations per row that it took, and the rows [R] where it is not finite.
+
+    Those rows' chunks are zeros.
+    """
+    device = next(iter(state.values(True, True))).device
+    calm = torch.zeros(state.batch_size[0], 1, horizon, model.spec.action_dim, device=device)
+    proposal = model.propose(state, 1, mode="ode", perturbation=calm)
+    chunk = proposal.actions[:, 0]
+    broken = ~chunk.isfinite().all(dim=-1).all(dim=-1)
+    chunk = chunk.nan_to_num().clamp_(-1.0, 1.0).masked_fill(broken[:, None, None], 0.0)
+    return chunk, 0 if proposal.imagined is None else proposal.imagined.evaluations, broken
+
+
+def report_failure(failed: Tensor, candidates: int, on_failure: str) -> None:
+    """Tell of the rows [R] in which no candidate is finite: an error, or a warning for `on_failure="hold"`."""
+    error = NonFinitePlanError(failed.nonzero()[:, 0].tolist(), candidates)
+    if on_failure == "raise":
+        raise error
+    warnings.warn(f"zero actions in {len(error.rows)} row(s): {error}", RuntimeWarning, stacklevel=3)
+
+
+def check_deadline(budget: Budget) -> None:
+    """ValueError for a deadline that is not above 0."""
+    if budget.deadline_s is not None and not budget.deadline_s > 0:
+        raise ValueError(f"budget.deadline_s is {budget.deadline_s}, but must be above 0 seconds")
+
+
+def count_plans(plan_state: PlanState) -> Tensor:
+    """[B] plans that each row has had in its episode, this one included."""
+    return plan_state["plans"] * plan_state["warm"] + 1
+
+
+def gate_cost(gate: Gate, model: WAM) -> int:
+    """Evaluations per row that asking `gate` takes."""
+    return int(getattr(gate, "candidates", 0)) * model.spec.ensemble_size * model.spec.chunk_length
+
+
+def _joined(parts: list[tuple[Tensor, _Found]]) -> _Found:
+    """The findings of disjoint rows (indices [R'], finding) as one, in the order of the rows."""
+    rows = sum(index.numel() for index, _ in parts)
+    joined = {}
+    for name in (f.name for f in fields(_Found)):
+        sample = getattr(parts[0][1], name)
+        whole = sample.new_empty(rows, *sample.shape[1:])
+        for index, part in parts:
+            whole[index] = getattr(part, name)
+        joined[name] = whole
+    return _Found(**joined)
+
+
+def _rows(iterate: _Iterate, rows: Tensor) -> _Iterate:
+    """The rows [R] of an iterate that are True; what all rows share stays as it is."""
+    return _Iterate(*(part[rows] if part.shape[0] == rows.shape[0] and part.dim() > 1 else part for part in iterate))
+
+
+def _best_rows(best: tuple[Tensor, Tensor] | None, rows: Tensor) -> tuple[Tensor, Tensor] | None:
+    return None if best is None else (best[0][rows], best[1][rows])
+
+
+def _elites(actions: Tensor, scores: Tensor, num: int) -> Tensor:
+    """[R, num, H, A] the best candidates, best first; where there are fewer than `num`, the last one repeats."""
+    index = scores.nan_to_num(-math.inf).topk(min(num, scores.shape[1]), dim=1).indices
+    if index.shape[1] < num:
+        index = torch.cat([index, index[:, -1:].expand(-1, num - index.shape[1])], dim=1)
+    return actions.gather(1, index[:, :, None, None].expand(-1, -1, *actions.shape[2:]))
+
+
 def _best(iterate: _Iterate) -> tuple[Tensor, Tensor]:
     """Score [R] and chunk [R, H, A] of the best candidate."""
     score, index = iterate.scores.max(dim=1)
@@ -436,7 +544,8 @@ def _where(rows: Tensor, first: _Iterate, second: _Iterate) -> _Iterate:
     return _Iterate(*parts)
 
 
-def _device(model: WAM) -> torch.device:
+def device_of(model: WAM) -> torch.device:
+    """Where the model's weights are; the CPU for a model without any."""
     parameter = next(model.parameters(), None)
     buffer = next(model.buffers(), None)
     found = parameter if parameter is not None else buffer

@@ -122,7 +122,7 @@ def test_a_multirun_that_fails_keeps_the_jobs_that_were_done(demo, capsys):
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("planner=fats", "unknown planner 'fats'; did you mean 'fast'?"),
+        ("planner=fasst", "unknown planner 'fasst'; did you mean 'fast'?"),
         ("env=toy/pusch", "unknown env 'toy/pusch'; did you mean 'toy/push'"),
         ("env=nowhere/push", "unknown env 'nowhere/push'; did you mean 'toy/push'"),
         ("planner.horizn=3", "unknown setting of 'planner': 'horizn'; did you mean 'horizon'? Known: horizon, sigma."),
@@ -185,7 +185,7 @@ def test_help_shows_purpose_choices_settings_and_outputs(demo, capsys):
     for part in (
         "Shows how commands behave.",
         "python -m wamrl.demo planner=deep",
-        "planner= deep, fast",
+        "planner= best_of_n, cem, deep, fast, gradient, icem, mcts, mppi",
         "default: fast",
         "toy/push, toy/reach",
         "# How many episodes per task.",

@@ -8,11 +8,11 @@ import time
 import pytest
 import torch
 from tensordict import TensorDict
-from toys import TASKS, ToyWAM, observation, quadratic
 
 from wamrl.control import ModelPolicy, PlannerPolicy, RandomPolicy
 from wamrl.interfaces import Context, Plan, Policy, PolicyState, State
 from wamrl.planners import ShootingPlanner, make_mppi
+from wamrl.planners.toys import TASKS, ToyWAM, observation, quadratic
 
 TARGET = torch.tensor([0.3, -0.6])
 

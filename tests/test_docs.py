@@ -10,14 +10,12 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.envs import check_env_specs
-from toys import quadratic
 
 from wamrl import cli, plan, train
 from wamrl.control import RandomPolicy
 from wamrl.data import EpisodeDataset
 from wamrl.evaluation import Start, run_episodes
-from wamrl.interfaces import Budget
-from wamrl.noise import NoiseKey
+from wamrl.planners.conformance import CHECKS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -77,16 +75,17 @@ def own(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     environment, collect = blocks(ROOT / "docs" / "bring_your_own.md", "python")
-    (planner,) = blocks(ROOT / "docs" / "own_planner_and_model.md", "python")
+    planner, conformance = blocks(ROOT / "docs" / "own_planner_and_model.md", "python")
     Path("point_env.py").write_text(environment)
     Path("collect_point.py").write_text(collect)
     Path("my_planner.py").write_text(planner)
+    Path("conforms.py").write_text(conformance)
     for folder in ("env", "planner"):
         Path("conf", folder).mkdir(parents=True)
     Path("conf/env/point.yaml").write_text(blocks(ROOT / "docs" / "bring_your_own.md", "yaml")[0])
-    Path("conf/planner/cem.yaml").write_text(blocks(ROOT / "docs" / "own_planner_and_model.md", "yaml")[0])
+    Path("conf/planner/my_cem.yaml").write_text(blocks(ROOT / "docs" / "own_planner_and_model.md", "yaml")[0])
     yield tmp_path
-    for name in ("point_env", "my_planner"):
+    for name in ("point_env", "my_planner", "conforms"):
         sys.modules.pop(name, None)
 
 
@@ -112,19 +111,15 @@ def test_its_dataset_trains_a_model_in_which_plan_runs(own):
         "warmup_steps=1", "validation_fraction=0", "threads=1", "device=cpu", "tensorboard=false",
     ])  # fmt: skip
     plan.main([
-        "--config-dir", "conf", "env=point", "planner=cem", "wam=outputs/train/latest",
+        "--config-dir", "conf", "env=point", "planner=my_cem", "wam=outputs/train/latest",
         "methods=[planner,policy,shuffled,random]", "episodes=1", "workers=1", "num_envs=1", "latency_plans=1",
         "controller=single_step",
     ])  # fmt: skip
     assert Path("outputs/plan/latest/report.html").is_file()
 
 
-def test_its_planner_finds_the_peak_of_a_quadratic(own):
-    import my_planner
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_its_planner_conforms(own, check):
+    import conforms
 
-    target = torch.tensor([0.4, -0.3])
-    model = quadratic(target)
-    planner = my_planner.make_cem(horizon=1, num_candidates=256, iterations=6)
-    state = model.state(torch.zeros(1, 1))
-    chosen, _ = planner.plan(model, state, planner.initial_state(model, 1), NoiseKey.for_rows(1), Budget())
-    assert torch.allclose(chosen.actions[0, 0], target, atol=0.05)
+    conforms.test_my_planner_conforms(check)

@@ -13,7 +13,13 @@ import pytest
 import torch
 import yaml
 from tensordict import TensorDict
-from toys import (
+
+from wamrl.interfaces import WAM, Budget, Imagined, Plan, Planner, PlanState
+from wamrl.noise import NoiseKey
+from wamrl.planners import NonFinitePlanError, ShootingPlanner, make_mppi
+from wamrl.planners.mppi import mppi_weights
+from wamrl.planners.scorers import ReturnScorer
+from wamrl.planners.toys import (
     BrokenWAM,
     MortalWAM,
     ToyWAM,
@@ -22,12 +28,6 @@ from toys import (
     quadratic,
     riccati,
 )
-
-from wamrl.interfaces import WAM, Budget, Imagined, Plan, Planner, PlanState
-from wamrl.noise import NoiseKey
-from wamrl.planners import NonFinitePlanError, ShootingPlanner, make_mppi
-from wamrl.planners.mppi import mppi_weights
-from wamrl.planners.scorers import ReturnScorer
 
 TARGET = torch.tensor([0.3, -0.6])
 PROPOSALS = ("policy", "noise")
@@ -242,15 +242,15 @@ def test_planning_leaves_its_arguments_and_the_global_generator_alone() -> None:
 
 
 def test_steps_after_the_end_of_an_episode_do_not_count() -> None:
-    """Full speed ends the episode at step 2; the 100s and the leaf value of 1000 after that are not for it."""
+    """Full speed ends the episode at step 2; the 100s and the leaf value after that are not for it."""
     model = MortalWAM()
     planner = make_mppi(horizon=4, num_candidates=2, sigma=0.1, risk="mean")
     state = model.state(torch.zeros(1, 1))
     actions = torch.tensor([1.0, 0.0, 0.1]).view(1, 3, 1, 1).expand(1, 3, 4, 1)
     score = planner.scorer(model, state, model.imagine(state, actions))
     assert score[0, 0].item() == pytest.approx(1.0 + 2.0)  # alive in steps 0 and 1 only, and no leaf value
-    assert score[0, 1].item() == pytest.approx(0.0 + 1000.0)
-    assert score[0, 2].item() == pytest.approx(0.1 + 0.2 + 0.3 + 0.4 + 1000.0)
+    assert score[0, 1].item() == pytest.approx(0.0 + 10.0)
+    assert score[0, 2].item() == pytest.approx(0.1 + 0.2 + 0.3 + 0.4 + 10.0)
 
 
 def test_more_budget_is_never_worse_on_average() -> None:
@@ -539,7 +539,7 @@ def test_a_model_that_proposes_chunks_of_another_length_is_refused() -> None:
 
 
 def test_gains_over_different_candidates_are_not_compared() -> None:
-    with pytest.raises(ValueError, match="cannot compare its 2 iterations"):
+    with pytest.raises(ValueError, match="compares its 2 iterations"):
         make_mppi(risk="improvement", choose="best", iterations=2)
 
 
@@ -573,3 +573,15 @@ def test_gains_are_zero_for_candidate_0_also_with_one_future_and_survive_its_nan
         quadratic(TARGET), TensorDict({}, batch_size=[2]), Imagined(leaf=leaf, evaluations=3, reward=reward)
     )
     torch.testing.assert_close(scores, torch.tensor([[0.0, 1.0, -1.0], [nan, 6.0, 4.0]]), equal_nan=True)
+
+
+@pytest.mark.parametrize(("risk", "expected"), [("cvar", [1.5, 4.0]), ("worst", [1.0, 0.0]), ("majority", [2.0, 8.0])])
+def test_a_risk_reads_the_guesses_as_it_says(risk: str, expected: list[float]) -> None:
+    """Five futures each; no majority believes the outlier of 10."""
+    reward = torch.tensor([[[1.0, 2.0, 3.0, 2.0, 10.0], [0.0, 8.0, 8.0, 8.0, 8.0]]])[..., None]
+    imagined = Imagined(leaf=TensorDict({}, batch_size=[1, 2, 5]), evaluations=10, reward=reward)
+    scorer = ReturnScorer(value_weight=0.0, risk=risk, risk_share=0.4)
+    scores = scorer(quadratic(TARGET), TensorDict({}, batch_size=[1]), imagined)
+    torch.testing.assert_close(scores, torch.tensor([expected]))
+    reward[0, 0, 0] = math.nan
+    assert scorer(quadratic(TARGET), TensorDict({}, batch_size=[1]), imagined)[0, 0].isnan()

@@ -327,6 +327,12 @@ def _unknown_option(name: str, folders: Sequence[str], error: MissingConfigExcep
 
 
 def _unknown_setting(name: str, overrides: Sequence[str], folders: Sequence[str], key: str) -> Exception:
+    group, at, place = key.partition("@")
+    if at:
+        owner = place.rpartition(".")[0] or place
+        return ValueError(
+            f"the {owner} that was chosen has no choice of {group} at '{place}'; --cfg job shows what it has"
+        )
     kept = [word for word in overrides if word.lstrip("+~").partition("=")[0].partition("@")[0] != key]
     kept = _checkpoint_paths(name, kept, folders)
     try:

@@ -36,6 +36,7 @@ QUERIES = (
     "reward",  # Imagined.reward is predicted
     "success",  # Imagined.success is predicted
     "uncertainty",  # Imagined.uncertainty is predicted
+    "goal",  # encode(context with a goal) puts the goal's latent into the state's entry "goal"
 )
 # What wam=reference answers, for the error about a query that another model does not.
 _REFERENCE = ("rollout", "policy", "behaviour", "log_prob", "value", "decode", "reward", "success", "uncertainty")

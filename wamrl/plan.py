@@ -44,6 +44,7 @@ from wamrl.workers import load_model, make_env, module_of, planner_policy, remai
     "actions, the scripted expert, and the same planner with shuffled scores, all on the same start states.",
     examples=[
         "env=metaworld/push-v3 planner=mppi planner.horizon=8",
+        "planner=cem scorer@planner.scorer=success gate@planner.gate=critical_phase",
         "wam=outputs/train/latest episodes=50",
         "env=metaworld/push-v3 oracle=true",
         "-m split=dev planner.sigma=0.05,0.1,0.2",

@@ -1,6 +1,7 @@
-"""Small World Action Models whose answers are known by hand.
+"""Small World Action Models whose answers are known by hand, to test planners on.
 
-All are real subclasses of `wamrl.interfaces.WAM`. Letters as in `wamrl.interfaces`.
+All are real subclasses of `wamrl.interfaces.WAM`: exact dynamics instead of learned ones. Letters as in
+`wamrl.interfaces`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ class ToyWAM(WAM):
     The latent is the observation `state` [D]; the policy is `gain` z, clamped, and the behaviour prior, where there is
     one, its opposite. counts: calls per query.
     """
+
+    gain: Tensor
 
     def __init__(
         self,
@@ -92,7 +95,7 @@ class ToyWAM(WAM):
             reward=reward,
             success=torch.zeros_like(reward),
             uncertainty=self.uncertainty(frames_RNMHD),
-            alive=self.alive(frames_RNMHD),
+            alive=self.alive(state["z"], frames_RNMHD),
             frames=frames_RNMHD,
         )
         return torch.stack(actions, dim=2), imagined
@@ -101,8 +104,8 @@ class ToyWAM(WAM):
         """[R, N, M, H] of the frames [R, N, M, H, D]: none, the model is exact."""
         return torch.zeros(frames.shape[:-1])
 
-    def alive(self, frames: Tensor) -> Tensor | None:
-        """[R, N, M, H]: None, no episode of this toy ends."""
+    def alive(self, start: Tensor, frames: Tensor) -> Tensor | None:
+        """[R, N, M, H] of the latents `start` [R, D] and the frames after them: None, no episode of this toy ends."""
         return None
 
     def imagine(
@@ -152,15 +155,21 @@ class ToyWAM(WAM):
         return self.value_of(state["z"])[..., None].expand(*state.batch_size, 2)
 
 
-def quadratic(target: Tensor, *, scale: float = 1.0, shift: float = 0.0, **options: object) -> ToyWAM:
-    """Reward -scale |a - target|^2 + shift at every step, whatever the state: the optimum is a = target."""
-    action_dim = target.shape[-1]
+def quadratic(
+    target: Tensor, *, scale: float = 1.0, shift: float = 0.0, discount: float = 1.0, **options: object
+) -> ToyWAM:
+    """Reward -scale |a - target|^2 + shift at every step, whatever the state: the optimum is a = target.
+
+    With a discount below 1 the value is that of doing nothing for ever, without one it is 0.
+    """
+    idle = (shift - scale * float(target.square().sum())) / (1.0 - discount) if discount < 1.0 else 0.0
     return ToyWAM(
         lambda z, a: z,
         lambda z, a, new: shift - scale * (a - target).square().sum(dim=-1),
-        lambda z: torch.zeros(z.shape[:-1]),
+        lambda z: torch.full(z.shape[:-1], idle),
         state_dim=1,
-        action_dim=action_dim,
+        action_dim=target.shape[-1],
+        discount=discount,
         **options,  # type: ignore[arg-type]
     )
 
@@ -183,7 +192,7 @@ def riccati(a: Tensor, b: Tensor, q: Tensor, r: Tensor, horizon: int) -> tuple[l
     The cost to go z P z counts the costs after z: z' Q z' + u R u + z' P' z'.
     """
     cost = [torch.zeros_like(q)]
-    gains = []
+    gains: list[Tensor] = []
     for _ in range(horizon):
         s = q + cost[0]
         k = torch.linalg.solve(r + b.T @ s @ b, b.T @ s @ a)
@@ -191,6 +200,32 @@ def riccati(a: Tensor, b: Tensor, q: Tensor, r: Tensor, horizon: int) -> tuple[l
         cost.insert(0, closed.T @ s @ closed + k.T @ r @ k)
         gains.insert(0, k)
     return gains, cost
+
+
+def maze(**options: object) -> ToyWAM:
+    """A room with a wall at x = 0.4 that is open above y = 0.3; position (x, y), a step moves by half the action.
+
+    Greedy is to go down: each step below y = -0.2 pays 1. Behind the wall, right of x = 0.6, each step pays 20; the way
+    there, up, through the door and right, pays nothing. The value is minus a hundredth of the distance from (0.8, 0.5).
+    """
+    treasure = torch.tensor([0.8, 0.5])
+
+    def transition(z: Tensor, a: Tensor) -> Tensor:
+        new = (z + 0.5 * a).clamp(-1.0, 1.5)
+        through = (z[..., 0] < 0.4) & (new[..., 0] >= 0.4) & (torch.minimum(z[..., 1], new[..., 1]) < 0.3)
+        return torch.where(through[..., None], torch.stack([z[..., 0], new[..., 1]], dim=-1), new)
+
+    def reward(z: Tensor, a: Tensor, new: Tensor) -> Tensor:
+        return torch.where(new[..., 0] > 0.6, 20.0, torch.where(new[..., 1] < -0.2, 1.0, 0.0))
+
+    return ToyWAM(
+        transition,
+        reward,
+        lambda z: -0.01 * (z - treasure).norm(dim=-1),
+        state_dim=2,
+        action_dim=2,
+        **options,  # type: ignore[arg-type]
+    )
 
 
 class BrokenWAM(ToyWAM):
@@ -216,22 +251,125 @@ class UncertainWAM(ToyWAM):
 
 
 class MortalWAM(ToyWAM):
-    """z counts up by the action; the episode ends once z exceeds 1, and later steps pay an (unreachable) 100."""
+    """z counts up by the action and pays itself; the episode ends once z exceeds 1, and what follows pays 100 a step.
+
+    Nobody can have those. A state before the end is worth 10.
+    """
 
     def __init__(self, **options: object) -> None:
         super().__init__(
             lambda z, a: z + a,
             lambda z, a, new: torch.where(z[..., 0] > 1.0, 100.0, new[..., 0]),
-            lambda z: torch.full(z.shape[:-1], 1000.0),
+            lambda z: torch.where(z[..., 0] > 1.0, 0.0, 10.0),
             state_dim=1,
             action_dim=1,
             **options,  # type: ignore[arg-type]
         )
 
-    def alive(self, frames: Tensor) -> Tensor:
+    def alive(self, start: Tensor, frames: Tensor) -> Tensor:
         """1 until z exceeds 1, and 0 in the steps after that."""
-        ended = (frames[..., 0] > 1.0).cumsum(dim=-1) > 0
-        return (~torch.cat([torch.zeros_like(ended[..., :1]), ended[..., :-1]], dim=-1)).float()
+        first = start[:, None, None, None, :1].expand(*frames.shape[:3], 1, 1)
+        before = torch.cat([first, frames[..., :-1, :1]], dim=3)[..., 0]
+        return ((before > 1.0).cumsum(dim=-1) == 0).float()
+
+
+class TabularWAM(WAM):
+    """Discrete actions between numbered states: tables of next state, reward and policy logits [S, A], and value [S].
+
+    The latent `s` [R] is the number of the state, which the observation `state` [1] holds. An entry of `ends` [S, A]
+    that is True ends the episode.
+    """
+
+    def __init__(
+        self,
+        transition: Tensor,
+        reward: Tensor,
+        value: Tensor,
+        logits: Tensor,
+        *,
+        discount: float = 1.0,
+        ends: Tensor | None = None,
+        max_horizon: int = 32,
+    ) -> None:
+        super().__init__()
+        self.spec = Spec(
+            observation={"state": (1,)},
+            action_dim=reward.shape[1],
+            tasks=TASKS,
+            chunk_length=1,
+            max_horizon=max_horizon,
+            discount=discount,
+            control_dt_s=0.1,
+            provides=frozenset({"rollout", "policy", "log_prob", "value", "reward"}),
+            anatomy=Anatomy("state", "toy", "separate", "offline"),
+            action_kind="discrete",
+        )
+        self.transition, self.reward_of, self.value_of, self.logits = transition, reward, value, logits
+        self.ends = torch.zeros_like(reward, dtype=torch.bool) if ends is None else ends
+
+    def encode(self, context: Context) -> State:
+        """The number in the last frame."""
+        return self.state(context.observation["state"][:, -1, 0].long())
+
+    def state(self, s: Tensor) -> State:
+        """The state [R] of state numbers [R]."""
+        return TensorDict({"s": s}, batch_size=[s.shape[0]])
+
+    def imagine(
+        self,
+        state: State,
+        actions: Tensor | None,
+        *,
+        futures: int | None = None,
+        noise: NoiseKey | None = None,
+        with_frames: bool = False,
+    ) -> Imagined:
+        """Look up what follows the one-hot `actions` [R, N, H, A]."""
+        assert actions is not None
+        rows, num, horizon, _ = actions.shape
+        s, going = state["s"][:, None].expand(-1, num), torch.ones(rows, num)
+        rewards, alive = [], []
+        for a in actions.argmax(dim=-1).unbind(dim=2):
+            rewards.append(self.reward_of[s, a])
+            going = going * ~self.ends[s, a]
+            alive.append(going)
+            s = self.transition[s, a]
+        return Imagined(
+            leaf=TensorDict({"s": s[:, :, None]}, batch_size=[rows, num, 1]),
+            evaluations=num * horizon,
+            reward=torch.stack(rewards, dim=-1)[:, :, None],
+            alive=torch.stack(alive, dim=-1)[:, :, None] if bool(self.ends.any()) else None,
+        )
+
+    def propose(
+        self,
+        state: State,
+        num: int,
+        *,
+        mode: str = "sde",
+        future: State | None = None,
+        noise: NoiseKey | None = None,
+        perturbation: Tensor | None = None,
+        horizon: int | None = None,
+        behaviour: int = 0,
+    ) -> Proposal:
+        """The likeliest action, or with `mode="sde"` samples."""
+        logits = self.logits[state["s"]][:, None].expand(-1, num, -1)
+        if mode == "sde":
+            assert noise is not None
+            logits = logits - torch.log(-torch.log(noise.uniform(num, logits.shape[-1])))
+        one_hot = torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
+        return Proposal(actions=one_hot[:, :, None])
+
+    def log_prob(self, state: State, proposal: Proposal) -> Tensor:
+        """[R, N, 1] of chains of one step."""
+        assert proposal.chain is not None
+        log_probs = self.logits[state["s"]].log_softmax(dim=-1)
+        return (proposal.chain[:, :, -1, 0] * log_probs[:, None]).sum(dim=-1, keepdim=True)
+
+    def value(self, state: State) -> Tensor:
+        """[*batch, 1]."""
+        return self.value_of[state["s"]][..., None]
 
 
 def observation(z: Tensor, task: str = TASKS[0]) -> TensorDict:

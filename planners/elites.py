@@ -1,0 +1,57 @@
+"""Candidates that were good in the last plan are candidates again (iCEM, Pinneri et al., 2020, arXiv:2008.06389).
+
+Shapes: R rows, N candidates, K elites, H steps, A action dims.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wamrl.interfaces import WAM, PlanState, Proposal, Proposer, State
+from wamrl.noise import NoiseKey
+from wamrl.planners.proposers import coloured_noise, join_imagined, match_sigma, shifted
+
+
+@dataclass(frozen=True, eq=False)
+class EliteProposer:
+    """The candidates of `inner`, the last `num_elites` of them replaced by the elites of the last plan.
+
+    Elites are shifted by the executed steps, their last action filling the end. Rows without a last plan get noise
+    around candidate 0 instead, of shape `basis` and standard deviation `sigma`.
+    """
+
+    inner: Proposer
+    num_elites: int
+    sigma: Tensor
+    basis: Tensor
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What `inner` needs."""
+        return frozenset(getattr(self.inner, "needs", ()))
+
+    def __call__(self, model: WAM, state: State, plan_state: PlanState, num: int, noise: NoiseKey) -> Proposal:
+        """`num` candidates [R, N, H, A], imagined when `inner` imagines while proposing."""
+        keep = min(self.num_elites, num - 1)
+        proposal = self.inner(model, state, plan_state, num - keep, noise.fold(0))
+        if keep == 0:
+            return proposal
+        elites = plan_state["elites"][:, :keep]
+        rows, _, horizon, action_dim = elites.shape
+        warm = shifted(elites.flatten(0, 1), plan_state["shift"].repeat_interleave(keep)).view_as(elites)
+        device = noise.row.device
+        offset = coloured_noise(noise.fold(1), self.basis.to(device), keep, action_dim=action_dim)
+        cold = proposal.actions[:, :1].nan_to_num() + offset * match_sigma(self.sigma, action_dim).to(device)
+        again = torch.where(plan_state["warm"][:, None, None, None], warm, cold).clamp(-1.0, 1.0)
+        return joined(model, state, proposal, again, noise.fold(2))
+
+
+def joined(model: WAM, state: State, proposal: Proposal, actions: Tensor, noise: NoiseKey) -> Proposal:
+    """`proposal` followed by the chunks `actions` [R, N', H, A], imagined if the proposal is."""
+    imagined = proposal.imagined
+    if imagined is not None:
+        imagined = join_imagined(imagined, model.imagine(state, actions, noise=noise))
+    return Proposal(actions=torch.cat([proposal.actions, actions], dim=1), imagined=imagined)

@@ -1,0 +1,554 @@
+"""Monte-Carlo tree search over action chunks, for all rows at once (`wamrl.planners.tree`).
+
+An edge is a chunk of actions, a node the model's state after it. In continuous action spaces the edges are sampled from
+the policy, more of them the more often a node is visited (progressive widening, Coulom, 2007; the policy's samples have
+equal priors, as in Sampled MuZero, Hubert et al., 2021, arXiv:2104.06303). In discrete ones the edges are all actions,
+with the policy's log-probs as priors. The root is searched by sequential halving and the nodes below it by the improved
+policy (Gumbel MuZero, Danihelka et al., 2022), or all of it by PUCT (MuZero, Schrittwieser et al., 2020).
+
+Shapes: B rows, R rows that are searched, C slots for children, M sampled futures, H steps of a chunk, A action dims.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torch.nn import functional as F
+
+from wamrl.interfaces import WAM, Budget, Context, Gate, Imagined, Plan, PlanState, Proposal, State, task_id
+from wamrl.naming import unknown_name
+from wamrl.noise import NoiseKey
+from wamrl.planners.gates import Always
+from wamrl.planners.proposers import check_sigma, coloured_noise, match_sigma, noise_basis
+from wamrl.planners.scorers import ReturnScorer
+from wamrl.planners.shooting import (
+    FAILURES,
+    ModelClock,
+    check_deadline,
+    count_plans,
+    device_of,
+    gate_cost,
+    policy_chunk,
+    report_failure,
+)
+from wamrl.planners.tree import BACKUPS, Tree, considered_visits, gumbel_rule, improved_logits, puct_rule
+
+SEARCHES = ("gumbel", "puct")
+
+
+@dataclass(eq=False)
+class MCTSPlanner:
+    """Tree search with a model that is asked for one chunk per simulation and row.
+
+    scorer: what an edge pays and what its end is worth; of its risks only "mean" has these parts.
+    chunk: H steps of an edge. depth: the most edges that a path has. simulations: chunks that are imagined per plan.
+    num_candidates: edges of the root that are considered, the policy's unperturbed chunk among them; with sampled edges
+    they are imagined in one call, which counts as that many simulations.
+    search: "gumbel" or "puct". gumbel_scale: of the noise on the root's candidates; 0 plans, 1 explores.
+    widening, widening_power: a node below the root that was visited n times has widening * n^widening_power sampled
+    edges, rounded down (at least one, at most num_candidates). sigma: standard deviation of the noise around the
+    policy's chunk, which itself is each node's first edge; None samples the policy (`propose(mode="sde")`).
+    basis: [H, H] of that noise.
+    backup: "mean" of a node's visits, or the "max" of its children: sampled edges are tries, most of them poor, and the
+    best will be executed; the mean is the safer one where the model is noisy.
+    reuse: keep the subtree behind the executed chunk for the next plan, if exactly that chunk was executed.
+    shuffle_scores: the null control: the root's choice is drawn among the candidates that were searched.
+    on_failure: as in `ShootingPlanner`.
+
+    With several futures M, rewards and values are their means, and a node goes on from one future, drawn per node.
+    """
+
+    scorer: ReturnScorer
+    gate: Gate
+    chunk: int
+    depth: int
+    simulations: int
+    num_candidates: int
+    search: str = "gumbel"
+    gumbel_scale: float = 0.0
+    backup: str = "max"
+    widening: float = 1.0
+    widening_power: float = 0.5
+    sigma: Tensor | None = None
+    basis: Tensor | None = None
+    reuse: bool = False
+    shuffle_scores: bool = False
+    on_failure: str = "raise"
+
+    def __post_init__(self) -> None:
+        """Refuse values that no plan could be made with."""
+        for name in ("chunk", "depth", "simulations", "num_candidates"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"planner.{name} is {value!r}, but must be a whole number of at least 1")
+        if self.search not in SEARCHES:
+            raise unknown_name("planner.search", str(self.search), SEARCHES)
+        if self.backup not in BACKUPS:
+            raise unknown_name("planner.backup", str(self.backup), BACKUPS)
+        if self.on_failure not in FAILURES:
+            raise unknown_name("on_failure", str(self.on_failure), FAILURES)
+        if not math.isfinite(self.gumbel_scale) or self.gumbel_scale < 0:
+            raise ValueError(f"planner.gumbel_scale is {self.gumbel_scale}, but must be at least 0; 1 explores")
+        if not math.isfinite(self.widening) or self.widening <= 0:
+            raise ValueError(f"planner.widening is {self.widening}, but must be above 0; 1 is usual")
+        if not 0.0 <= self.widening_power <= 1.0:
+            raise ValueError(f"planner.widening_power is {self.widening_power}, but must be in [0, 1]; 0.5 is usual")
+        if not isinstance(self.scorer, ReturnScorer) or self.scorer.risk != "mean":
+            named = isinstance(self.scorer, ReturnScorer)
+            kind = f"risk={self.scorer.risk}" if named else type(self.scorer).__name__
+            raise ValueError(
+                f"a tree needs the scorer's reward and value apart, which {kind} does not have; "
+                "use scorer=return with risk=mean"
+            )
+
+    @property
+    def horizon(self) -> int:
+        """H steps of the chunk that is chosen, the most that can be executed before the next plan."""
+        return self.chunk
+
+    def check(self, model: WAM) -> None:
+        """ValueError when `model` does not answer what this planner asks, or not as far ahead."""
+        spec = model.spec
+        discrete = spec.action_kind == "discrete"
+        spec.require(*sorted({"rollout", "policy"} | self.scorer.needs | set(getattr(self.gate, "needs", ()))))
+        if self.chunk * self.depth > spec.max_horizon:
+            raise ValueError(
+                f"planner.chunk * planner.depth is {self.chunk} * {self.depth} steps, but the model was trained to "
+                f"imagine {spec.max_horizon}; set planner.depth={spec.max_horizon // self.chunk} or less"
+            )
+        if discrete:
+            spec.require("log_prob")
+            if self.chunk != 1:
+                raise ValueError(f"planner.chunk is {self.chunk}, but discrete actions are searched one by one: set 1")
+        elif self.chunk > spec.chunk_length:
+            raise ValueError(f"planner.chunk is {self.chunk}, but the model proposes {spec.chunk_length} steps at most")
+        if self.sigma is not None and not discrete:
+            match_sigma(self.sigma, spec.action_dim)
+
+    def initial_state(self, model: WAM, rows: int) -> PlanState:
+        """Fresh plan state: `warm` [B], `shift` [B] executed steps, `plans` [B], with `reuse` the subtree that is kept.
+
+        `grown` [B] tells rows whose last plan was a search, and so left a subtree, from those that the gate skipped.
+        """
+        self.check(model)
+        device = device_of(model)
+        entries: dict[str, Tensor | TensorDict] = {
+            "warm": torch.zeros(rows, dtype=torch.bool, device=device),
+            "shift": torch.zeros(rows, dtype=torch.int64, device=device),
+            "plans": torch.zeros(rows, dtype=torch.int64, device=device),
+            "grown": torch.zeros(rows, dtype=torch.bool, device=device),
+        }
+        if self.reuse:
+            # An observation of zeros shows what the model's state consists of; nothing of it is ever read.
+            one = min(rows, 1)
+            shapes = {key: torch.zeros(one, *shape, device=device) for key, shape in model.spec.observation.items()}
+            shapes["task"] = torch.full((one,), task_id(model.spec.tasks[0]), device=device)
+            with torch.no_grad():
+                state = model.encode(Context.from_observation(TensorDict(shapes, batch_size=[one])))
+            tree = self._tree(model, state, torch.zeros(one, self._slots(model), device=device), self.simulations)
+            kept = tree.below(torch.zeros(one, dtype=torch.int64, device=device), self.simulations)
+            entries["tree"] = kept.expand(rows).clone() if rows else kept
+        return TensorDict(entries, batch_size=[rows], device=device)
+
+    @torch.no_grad()
+    def plan(
+        self, model: WAM, state: State, plan_state: PlanState, noise: NoiseKey, budget: Budget
+    ) -> tuple[Plan, PlanState]:
+        """Search every row of `state` [B] that the gate lets through; the others follow the policy.
+
+        budget.evaluations is hard: simulations shrink until they fit, and ValueError when not even one does.
+        budget.deadline_s: no simulation starts that would end after it (judged by the slowest so far); the first call,
+        with all of the root's candidates, always runs. The plan state returned has `shift` 1.
+        """
+        started = time.perf_counter()
+        self.check(model)
+        check_deadline(budget)
+        simulations, gated = self._fit(model, budget)
+        clock = ModelClock(model)
+        rows, device = state.batch_size[0], noise.row.device
+        if isinstance(self.gate, Always):
+            searched = torch.ones(rows, dtype=torch.bool, device=device)
+        else:
+            searched = self.gate(cast(WAM, clock), state, plan_state)
+        at = searched.nonzero()[:, 0]
+        plan, kept = self._outside(cast(WAM, clock), state, searched, gated), plan_state.copy()
+        if at.numel():
+            everyone = at.numel() == rows
+            part = (state, plan_state, noise) if everyone else (state[at], plan_state[at], noise[at])
+            found, tree = self._search(clock, *part, simulations, started, budget.deadline_s)
+            plan = found if everyone else _placed(plan, found, at, gated)
+            if tree is not None:
+                whole = plan_state["tree"].clone()
+                whole[at] = tree
+                kept["tree"] = whole
+        kept["warm"], kept["grown"] = torch.ones_like(searched), searched.clone()
+        kept["plans"] = count_plans(plan_state)
+        kept["shift"] = torch.ones(rows, dtype=torch.int64, device=device)
+        seconds = {"imagine": clock.seconds, "search": time.perf_counter() - started - clock.seconds}
+        return dataclasses.replace(plan, searched=searched, seconds=seconds), kept
+
+    # ---- before the search -----------------------------------------------------------------------------------------
+
+    def _fit(self, model: WAM, budget: Budget) -> tuple[int, int]:
+        """Simulations that fit the budget, and the evaluations per row that the gate takes."""
+        gated = gate_cost(self.gate, model)
+        if budget.evaluations is None:
+            return self.simulations, gated
+        each = model.spec.ensemble_size * self.chunk
+        affordable = (budget.evaluations - gated) // each
+        if affordable < 1:
+            raise ValueError(
+                f"budget.evaluations is {budget.evaluations} per row, but one chunk of {self.chunk} steps costs {each}"
+                + (f" and the gate {gated}" if gated else "") + f"; allow at least {each + gated}"
+            )  # fmt: skip
+        return min(self.simulations, affordable), gated
+
+    def _slots(self, model: WAM) -> int:
+        if model.spec.action_kind == "discrete":
+            return model.spec.action_dim
+        return min(self.num_candidates, self.simulations)
+
+    def _outside(self, model: WAM, state: State, searched: Tensor, gated: int) -> Plan:
+        """The plan of rows that the gate keeps from the search: the policy's own chunk, and a value of NaN."""
+        rows, slots = searched.shape[0], self._slots(model)
+        device = searched.device
+        chunk = torch.zeros(rows, self.chunk, model.spec.action_dim, device=device)
+        evaluations = torch.zeros(rows, dtype=torch.int64, device=device)
+        skipped = (~searched).nonzero()[:, 0]
+        if skipped.numel():
+            chunk[skipped], spent, broken = policy_chunk(model, state[skipped], self.chunk)
+            evaluations[skipped] = spent + gated
+            if broken.any():
+                report_failure(broken, 1, self.on_failure)
+        return Plan(
+            actions=chunk,
+            value=torch.full((rows,), math.nan, device=device),
+            weights=torch.full((rows, slots), 1.0 / slots, device=device),
+            candidates=chunk[:, None].expand(-1, slots, -1, -1).clone(),
+            scores=torch.full((rows, slots), math.nan, device=device),
+            evaluations=evaluations,
+            searched=searched,
+        )
+
+    def _tree(self, model: WAM, state: State, logits: Tensor, limit: int) -> Tree:
+        value = torch.zeros(logits.shape[0], device=logits.device)
+        if "value" in self.scorer.needs:
+            value = model.value(state).mean(dim=-1).nan_to_num(0.0, 0.0, 0.0) * self.scorer.value_weight
+        sampled = model.spec.action_kind != "discrete"
+        return Tree(
+            state,
+            logits,
+            value,
+            num_nodes=limit + 1 + (self.simulations if self.reuse else 0),
+            edge=(self.chunk, model.spec.action_dim),
+            rule=gumbel_rule() if self.search == "gumbel" else puct_rule(),
+            backup=self.backup,
+            open_slots=self._widened if sampled else None,
+        )
+
+    def _widened(self, visits: Tensor) -> Tensor:
+        return (self.widening * visits**self.widening_power).floor().clamp(1.0, self.num_candidates)
+
+    # ---- the search ------------------------------------------------------------------------------------------------
+
+    def _search(
+        self,
+        clock: ModelClock,
+        state: State,
+        plan_state: PlanState,
+        noise: NoiseKey,
+        simulations: int,
+        started: float,
+        deadline_s: float | None,
+    ) -> tuple[Plan, TensorDict | None]:
+        """Search every row of `state` [R]."""
+        model = cast(WAM, clock)
+        rows, device = state.batch_size[0], noise.row.device
+        discrete = model.spec.action_kind == "discrete"
+        slots = self._slots(model)
+        logits = self._logits(model, state) if discrete else torch.zeros(rows, slots, device=device)
+        tree = self._tree(model, state, logits, self.simulations)
+        if self.reuse:
+            warm = (
+                plan_state["warm"]
+                & plan_state["grown"]
+                & (plan_state["shift"] == self.chunk)
+                & (plan_state["tree", "number"] > 0)
+            )
+            if warm.any():
+                tree.graft(plan_state["tree"], warm.nonzero()[:, 0])
+        considered = min(self.num_candidates, slots, simulations)
+        spent = torch.zeros(rows, dtype=torch.int64, device=device)
+        before = tree.counts[tree.base].clone()
+        done = 0
+        if not discrete:
+            spent += self._open_root(model, tree, state, considered, noise.fold(0))
+            # What came from the last tree has been looked at as often as what has just been imagined: once.
+            before = (before - 1.0).clamp_min(0.0)
+            done = considered
+        gumbel = self._gumbel(noise.fold(2), slots)
+        schedule = considered_visits(considered, simulations)
+        slowest = time.perf_counter() - started
+        for i in range(done, simulations):
+            begun = time.perf_counter()
+            # A simulation takes less than the root, whose time is all that is known before the first one.
+            if deadline_s is not None and i > 0 and begun - started + slowest > deadline_s:
+                break
+            if i == done:
+                slowest = 0.0
+            first = self._first(tree, before, gumbel, schedule[i])
+            spent += self._simulate(model, tree, first, noise.fold(1).fold(i))
+            slowest = max(slowest, time.perf_counter() - begun)
+        return self._finish(tree, before, gumbel, spent, noise.fold(3), discrete)
+
+    def _gumbel(self, noise: NoiseKey, slots: int) -> Tensor:
+        """[R, C] noise on the prior logits of the root's children."""
+        if self.gumbel_scale == 0.0:
+            return torch.zeros(noise.row.shape[0], slots, device=noise.row.device)
+        return -torch.log(-torch.log(noise.uniform(slots))) * self.gumbel_scale
+
+    def _open_root(self, model: WAM, tree: Tree, state: State, num: int, noise: NoiseKey) -> int:
+        """Imagine `num` sampled chunks from the roots in one call, as their first children; evaluations per row."""
+        slot = torch.arange(num, device=noise.row.device)
+        proposal = self._sample(model, state, slot.expand(tree.rows, -1), noise)
+        imagined = self._imagined(model, state, proposal, noise.fold(1))
+        reward, discount, value = self.scorer.edge(model, imagined)
+        leaf = _one_future(imagined, noise.fold(2))
+        slots = slot.expand(tree.rows, -1)
+        free = tree.child[tree.base, :num] < 0  # others are kept from the last plan
+        nodes = tree.add(
+            torch.arange(tree.rows, device=slot.device),
+            tree.base[:, None].expand_as(slots),
+            slots,
+            state=leaf,
+            action=proposal.actions.clamp(-1.0, 1.0),
+            reward=reward,
+            discount=discount,
+            value=value,
+            logits=torch.zeros(tree.rows, num, tree.slots, device=slot.device),
+            wanted=None if bool(free.all()) else free,
+        )
+        tree.count_at_root(slots, nodes)
+        return imagined.evaluations
+
+    def _simulate(self, model: WAM, tree: Tree, first: Tensor, noise: NoiseKey) -> Tensor:
+        """One simulation per row from the roots' slots `first` [R]; evaluations [R] that it took."""
+        nodes, slots, end, slot, new = tree.descend(first, self.depth)
+        spent = torch.zeros_like(end)
+        leaf = end
+        everyone = bool(new.all())
+        if not everyone:
+            tree.revisit(end[~new])
+        if everyone or bool(new.any()):
+            rows = torch.arange(tree.rows, device=end.device)
+            if not everyone:
+                rows = new.nonzero()[:, 0]
+                end, slot, noise = end[rows], slot[rows], noise[rows]
+            state = tree.state_of(end)
+            if model.spec.action_kind == "discrete":
+                one_hot = F.one_hot(slot, tree.slots).to(tree.action.dtype)
+                proposal = Proposal(actions=one_hot[:, None, None])
+            else:
+                proposal = self._sample(model, state, slot[:, None], noise)
+            imagined = self._imagined(model, state, proposal, noise.fold(1))
+            reward, discount, value = self.scorer.edge(model, imagined)
+            reached = _one_future(imagined, noise.fold(2))
+            at = tree.add(
+                rows,
+                end[:, None],
+                slot[:, None],
+                state=reached,
+                action=proposal.actions.clamp(-1.0, 1.0),
+                reward=reward,
+                discount=discount,
+                value=value,
+                logits=self._logits(model, reached[:, 0])[:, None]
+                if model.spec.action_kind == "discrete"
+                else torch.zeros(rows.numel(), 1, tree.slots, device=rows.device),
+            )[:, 0]
+            if everyone:
+                leaf = at
+                spent += imagined.evaluations
+            else:
+                leaf = leaf.clone()
+                leaf[rows] = at
+                spent[rows] = imagined.evaluations
+        tree.back_up(nodes, slots, leaf)
+        return spent
+
+    def _sample(self, model: WAM, state: State, slots: Tensor, noise: NoiseKey) -> Proposal:
+        """Chunks [X, N, H, A] for the edges `slots` [X, N] of the states [X]; with a sigma, slot 0 is unperturbed."""
+        num = slots.shape[1]
+        if self.sigma is None:
+            proposal = model.propose(state, num, mode="sde", noise=noise, horizon=self.chunk)
+        else:
+            action_dim, device = model.spec.action_dim, slots.device
+            basis = noise_basis(self.chunk) if self.basis is None else self.basis
+            offset = coloured_noise(noise, basis.to(device), num, action_dim=action_dim) * self.sigma.to(device)
+            offset = offset.masked_fill((slots == 0)[:, :, None, None], 0.0)
+            proposal = model.propose(state, num, mode="ode", noise=noise.fold(0), perturbation=offset)
+        if proposal.actions.shape[2] != self.chunk:
+            raise ValueError(
+                f"planner.chunk is {self.chunk}, but the model proposes chunks of {proposal.actions.shape[2]} steps; "
+                f"set planner.chunk={proposal.actions.shape[2]}"
+            )
+        return proposal
+
+    def _imagined(self, model: WAM, state: State, proposal: Proposal, noise: NoiseKey) -> Imagined:
+        if proposal.imagined is not None:
+            return proposal.imagined
+        return model.imagine(state, proposal.actions.nan_to_num().clamp(-1.0, 1.0), noise=noise)
+
+    def _logits(self, model: WAM, state: State) -> Tensor:
+        """[R, A] the policy's log-probs of all discrete actions."""
+        rows, num = state.batch_size[0], model.spec.action_dim
+        device = next(iter(state.values(True, True))).device
+        actions = torch.eye(num, device=device).expand(rows, num, num)[:, :, None]
+        chain = actions[:, :, None].expand(-1, -1, 2, -1, -1)
+        proposal = Proposal(actions=actions, chain=chain, times=torch.tensor([0.0, 1.0], device=device))
+        return model.log_prob(state, proposal).sum(dim=-1).nan_to_num(-1e9, 1e9, -1e9)
+
+    def _first(self, tree: Tree, before: Tensor, gumbel: Tensor, visits: int) -> Tensor:
+        """[R] the root's slot that a simulation starts with."""
+        open_ = self._considerable(tree)
+        if self.search == "puct":
+            if open_ is None:
+                return tree.best[tree.base]
+            now = tree.statistics(tree.base)._replace(open=open_)
+            return tree.rule(now).masked_fill(~open_, -math.inf).argmax(dim=1)
+        now = tree.statistics(tree.base)._replace(open=open_)
+        counts = now.counts - before
+        if open_ is not None:
+            counts = counts.masked_fill(~open_, math.inf)
+        match = counts == visits
+        if not match.any(dim=1).all():  # fewer children left than the schedule thinks: the least visited ones
+            least = counts == counts.amin(dim=1, keepdim=True)
+            match = torch.where(match.any(dim=1, keepdim=True), match, least)
+        return (gumbel + improved_logits(now)).masked_fill(~match, -math.inf).argmax(dim=1)
+
+    def _considerable(self, tree: Tree) -> Tensor | None:
+        """[R, C] children of the root that may be searched, None for all.
+
+        All that are not dead, and of sampled ones those that exist: the root is not widened.
+        """
+        alive = ~tree.dead[tree.base] if tree.any_dead else None
+        if tree.open_slots is None:
+            return alive
+        there = tree.child[tree.base] >= 0
+        return there if alive is None else there & alive
+
+    def _finish(
+        self, tree: Tree, before: Tensor, gumbel: Tensor, spent: Tensor, noise: NoiseKey, discrete: bool
+    ) -> tuple[Plan, TensorDict | None]:
+        """The root's choice, and the subtree behind it for the next plan."""
+        now = tree.statistics(tree.base)
+        visited = (now.counts > 0) & ~tree.dead[tree.base]
+        failed = ~visited.any(dim=1)
+        if failed.any():
+            report_failure(failed, tree.slots, self.on_failure)
+        now = now._replace(open=~tree.dead[tree.base] if discrete else visited)
+        counts = (now.counts - before).masked_fill(~visited, -math.inf)
+        most = counts == counts.amax(dim=1, keepdim=True)
+        if self.shuffle_scores:
+            ranking = noise.uniform(tree.slots).masked_fill(~visited, -math.inf)
+        elif self.search == "gumbel":
+            ranking = (gumbel + improved_logits(now)).masked_fill(~(most & visited), -math.inf)
+        else:
+            ranking = now.q.masked_fill(~(most & visited), -math.inf)
+        chosen = ranking.argmax(dim=1)
+        if self.search == "gumbel":
+            weights = torch.softmax(improved_logits(now), dim=1)
+        else:
+            weights = counts.clamp_min(0.0) / counts.clamp_min(0.0).sum(dim=1, keepdim=True).clamp_min(1.0)
+        weights = torch.where(failed[:, None], torch.full_like(weights, 1.0 / tree.slots), weights)
+        if discrete:
+            candidates = torch.eye(tree.slots, device=chosen.device).expand(tree.rows, -1, -1)[:, :, None]
+        else:
+            child = tree.child[tree.base]
+            candidates = tree.action[torch.where(child >= 0, tree.base[:, None] + child, tree.trash[:, None])]
+        each = torch.arange(tree.rows, device=chosen.device)
+        plan = Plan(
+            actions=candidates[each, chosen].masked_fill(failed[:, None, None], 0.0),
+            value=now.q[each, chosen].masked_fill(failed, math.nan),
+            weights=weights,
+            candidates=candidates,
+            scores=now.q.masked_fill(~visited, -math.inf),
+            evaluations=spent,
+            searched=~failed,
+        )
+        return plan, tree.below(chosen, self.simulations) if self.reuse else None
+
+
+def _one_future(imagined: Imagined, noise: NoiseKey) -> State:
+    """[R, N] one of the M futures that each candidate ended in, drawn per candidate."""
+    rows, num, futures = imagined.leaf.batch_size
+    if futures == 1:
+        return imagined.leaf[:, :, 0]
+    drawn = (noise.uniform(num) * futures).long().clamp_max(futures - 1)
+    row = torch.arange(rows, device=drawn.device)[:, None]
+    return imagined.leaf[row, torch.arange(num, device=drawn.device), drawn]
+
+
+def _placed(whole: Plan, part: Plan, at: Tensor, gated: int) -> Plan:
+    """`whole` with the rows `at` [R] replaced by `part`."""
+    placed = {}
+    for name in ("actions", "value", "weights", "candidates", "scores", "evaluations"):
+        mine = getattr(whole, name).clone()
+        mine[at] = getattr(part, name) + (gated if name == "evaluations" else 0)
+        placed[name] = mine
+    return dataclasses.replace(whole, **placed)
+
+
+def make_mcts(
+    *,
+    chunk: int = 2,
+    depth: int = 4,
+    simulations: int = 48,
+    num_candidates: int = 16,
+    search: str = "gumbel",
+    gumbel_scale: float = 0.0,
+    backup: str = "max",
+    widening: float = 1.0,
+    widening_power: float = 0.5,
+    sigma: float | Sequence[float] | None = 0.05,
+    correlation: float = 0.7,
+    scorer: ReturnScorer | None = None,
+    gate: Gate | None = None,
+    reuse: bool = False,
+    shuffle_scores: bool = False,
+    on_failure: str = "raise",
+) -> MCTSPlanner:
+    """MCTS as `configs/planner/mcts.yaml` builds it; the defaults are the same.
+
+    sigma: one number, one per action dim, or None for the policy's own samples. correlation: of the noise of
+    neighbouring steps, in [0, 1). scorer: None is `ReturnScorer()`. gate: None searches always. The rest: see
+    `MCTSPlanner`.
+    """
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"planner.chunk is {chunk!r}, but must be a whole number of at least 1")
+    return MCTSPlanner(
+        scorer=ReturnScorer() if scorer is None else scorer,
+        gate=Always() if gate is None else gate,
+        chunk=chunk,
+        depth=depth,
+        simulations=simulations,
+        num_candidates=num_candidates,
+        search=search,
+        gumbel_scale=gumbel_scale,
+        backup=backup,
+        widening=widening,
+        widening_power=widening_power,
+        sigma=None if sigma is None else check_sigma(sigma, "planner.sigma"),
+        basis=noise_basis(chunk, correlation),
+        reuse=reuse,
+        shuffle_scores=shuffle_scores,
+        on_failure=on_failure,
+    )

@@ -1,0 +1,130 @@
+"""Every planner keeps every promise of `wamrl.planners.conformance`, and planners that break one are caught."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import pytest
+import torch
+
+from wamrl.planners import make_cem, make_gradient, make_mcts, make_mppi
+from wamrl.planners.conformance import CHECKS, Subject
+
+WIDE = {"num_candidates": 256, "sigma": 0.6}
+
+
+def cem(horizon: int, **options):
+    return make_cem(horizon=horizon, iterations=6, num_elites=24, **{**WIDE, **options})
+
+
+def mcts(horizon: int, **options):
+    """Two edges deep where the horizon allows; sampled edges are never refined, so known optima take many."""
+    chunk = 2 if horizon <= 2 else (horizon + 1) // 2
+    num = {2: 96, 5: 192, 6: 128}.get(horizon, 24)
+    return make_mcts(
+        chunk=chunk, depth=-(-horizon // chunk), sigma=0.6, correlation=0.3, num_candidates=num,
+        simulations=2 * num, **options,
+    )  # fmt: skip
+
+
+SUBJECTS = {
+    "mppi": Subject(
+        lambda horizon: make_mppi(
+            horizon=horizon, iterations=8, temperature=0.1, refine_sigma=0.2, risk="mean", choose="mean",
+            proposal="noise", correlation=0.3, **WIDE,
+        )
+    ),
+    "mppi at knots, around the policy": Subject(
+        lambda horizon: make_mppi(
+            horizon=horizon, iterations=6, num_elites=32, refine_sigma=0.2, risk="mean", knots=min(3, horizon),
+            correlation=0.0, **WIDE,
+        )
+    ),
+    "cem": Subject(cem),
+    "icem": Subject(lambda horizon: cem(horizon, keep_elites=8, momentum=0.1, exponent=1.0, proposal="noise")),
+    "cem that stops early": Subject(lambda horizon: cem(horizon, stop_change=0.02)),
+    "gradient": Subject(
+        lambda horizon: make_gradient(start=cem(horizon), steps=10, num_starts=4, learning_rate=0.02), regret=0.005
+    ),
+    "mcts, gumbel": Subject(mcts, regret=0.12, gap=0.2),
+    "mcts, puct, with reuse": Subject(lambda horizon: mcts(horizon, search="puct", reuse=True), regret=0.12, gap=0.2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_every_planner_conforms(name: str, check) -> None:
+    check(SUBJECTS[name])
+
+
+def breaking(change):
+    """CEM, whose plans are spoilt by `change(plan, state, plan_state, noise, budget) -> plan`."""
+
+    class Breaking:
+        def __init__(self, horizon: int) -> None:
+            self.inner = cem(horizon)
+
+        def initial_state(self, model, rows):
+            return self.inner.initial_state(model, rows)
+
+        def plan(self, model, state, plan_state, noise, budget):
+            plan, after = self.inner.plan(model, state, plan_state, noise, budget)
+            return change(plan, model, state, noise, budget), after
+
+    return Subject(Breaking)
+
+
+def replaced(**changes):
+    return breaking(lambda plan, *_: dataclasses.replace(plan, **{k: f(plan) for k, f in changes.items()}))
+
+
+def slept(plan, *_):
+    time.sleep(0.2)
+    return plan
+
+
+def encoded(plan, model, state, noise, budget):
+    model.counts["encode"] += 1
+    return plan
+
+
+def seeded(plan, *_):
+    return dataclasses.replace(plan, actions=(plan.actions + 0.01 * torch.rand_like(plan.actions)).clamp(-1, 1))
+
+
+DEFECTS = {
+    "a_plan_has_the_shapes_of_the_contract": replaced(weights=lambda p: p.weights * 2),
+    "it_finds_the_peak_of_a_quadratic": replaced(actions=lambda p: p.actions * 0.5),
+    "it_comes_near_the_riccati_solution": replaced(actions=lambda p: p.actions * 0.3),
+    "it_leaves_the_trap_that_catches_the_greedy": Subject(lambda horizon: cem(1)),
+    "more_budget_is_never_worse_on_average": replaced(actions=lambda p: p.candidates[:, 0] * 0),
+    "actions_stay_inside_the_bounds": replaced(actions=lambda p: p.actions * 5.2),
+    "the_evaluation_budget_is_hard": replaced(evaluations=lambda p: p.evaluations * 2),
+    "a_deadline_is_met": breaking(slept),
+    "nan_and_infinity_never_reach_an_action": replaced(actions=lambda p: p.actions / 0.0 * 0.0),
+    "a_model_that_is_broken_everywhere_is_an_error": Subject(
+        lambda horizon: dataclasses.replace(cem(horizon), scorer=lambda m, s, i: i.reward.nan_to_num().sum(dim=(2, 3)))
+    ),
+    "steps_after_an_episodes_end_do_not_count": Subject(
+        lambda horizon: dataclasses.replace(cem(horizon), scorer=lambda m, s, i: i.reward.sum(dim=(2, 3)))
+    ),
+    "the_scale_of_the_rewards_does_not_matter": Subject(
+        lambda horizon: make_mppi(horizon=horizon, standardise=False, choose="mean", risk="mean", **WIDE)
+    ),
+    "the_zero_of_the_rewards_does_not_matter": breaking(
+        lambda plan, *_: dataclasses.replace(plan, actions=plan.actions * (plan.value < 0)[:, None, None])
+    ),
+    "the_same_key_gives_the_same_plan": breaking(seeded),
+    "batched_equals_looped": breaking(seeded),
+    "rows_do_not_influence_each_other": breaking(
+        lambda plan, *_: dataclasses.replace(plan, actions=plan.actions + 1e-6 * plan.candidates.mean())
+    ),
+    "a_plan_never_encodes": breaking(encoded),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_a_planner_that_breaks_the_promise_is_caught(check) -> None:
+    with pytest.raises(AssertionError):
+        check(DEFECTS[check.__name__])

@@ -1,0 +1,366 @@
+"""Tree search: trees worked by hand, agreement with mctx, and promises beyond the conformance suite."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from wamrl.interfaces import Budget, Plan
+from wamrl.noise import NoiseKey
+from wamrl.planners import MCTSPlanner, NonFinitePlanError, ReturnScorer, make_mcts
+from wamrl.planners.conformance import plan_once
+from wamrl.planners.toys import BrokenWAM, TabularWAM, ToyWAM, quadratic
+from wamrl.planners.tree import Statistics, Tree, considered_visits, gumbel_rule, improved_logits, puct_rule
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "mctx.json").read_text(encoding="utf-8"))
+
+
+def test_the_defaults_in_python_are_those_of_the_yaml() -> None:
+    settings = yaml.safe_load((resources.files("wamrl.configs") / "planner" / "mcts.yaml").read_text(encoding="utf-8"))
+    assert settings.pop("_target_") == f"{make_mcts.__module__}.{make_mcts.__name__}"
+    settings.pop("defaults")
+    defaults = {name: option.default for name, option in inspect.signature(make_mcts).parameters.items()}
+    assert settings == {k: v for k, v in defaults.items() if k not in ("scorer", "gate")}
+
+
+# ---------------------------------------------------------------------------------------------------- golden trees
+
+
+def watched(planner: MCTSPlanner) -> list[Tree]:
+    """The trees that `planner` makes, as they are when it is done with them."""
+    trees: list[Tree] = []
+    make = planner._tree
+    planner._tree = lambda *arguments: trees.append(make(*arguments)) or trees[-1]  # type: ignore[method-assign]
+    return trees
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"), [(name, i) for name, s in GOLDEN["settings"].items() for i in range(len(s["problems"]))]
+)
+def test_trees_are_those_of_mctx(name: str, problem: int) -> None:
+    """Visits are equal, values to rounding, on the problems and noise of benchmarks/make_mctx_golden.py."""
+    setting = GOLDEN["settings"][name]
+    golden = setting["problems"][problem]
+    tables = [torch.tensor(golden[key]) for key in ("transition", "reward", "value", "logits")]
+    model = TabularWAM(*tables, discount=GOLDEN["discount"])
+    planner = make_mcts(
+        chunk=1,
+        depth=GOLDEN["depth"],
+        simulations=setting["simulations"],
+        num_candidates=setting["considered"],
+        search=setting["search"],
+        gumbel_scale=setting["gumbel_scale"],
+        backup="mean",
+    )
+    planner._gumbel = lambda noise, slots: torch.tensor(golden["gumbel"])  # type: ignore[method-assign]
+    trees = watched(planner)
+    rows = len(golden["action"])
+    state = model.state(torch.arange(rows))
+    plan, _ = planner.plan(model, state, planner.initial_state(model, rows), NoiseKey.for_rows(rows), Budget())
+    tree = trees[0]
+    assert tree.counts[tree.base].tolist() == golden["visits"]
+    visited = torch.tensor(golden["visits"]) > 0
+    torch.testing.assert_close(tree.q[tree.base][visited], torch.tensor(golden["q"])[visited], atol=2e-4, rtol=0)
+    torch.testing.assert_close(tree.value[tree.base], torch.tensor(golden["root_value"]), atol=2e-4, rtol=0)
+    torch.testing.assert_close(plan.weights, torch.tensor(golden["weights"]), atol=2e-4, rtol=0)
+    if setting["search"] == "gumbel":  # mctx's PUCT draws its action from the visits
+        assert plan.actions[:, 0].argmax(dim=1).tolist() == golden["action"]
+    assert (plan.evaluations <= setting["simulations"]).all()
+
+
+def bandit_tree() -> TabularWAM:
+    """Action 0 pays 1 and leads to a poor state; action 1 pays nothing at first, and 4 by action 0 in the next step.
+
+    States: 0 the root, 1 after action 0 (both actions pay 0), 2 after action 1 (pays 4, 0), 3 the end.
+    """
+    return TabularWAM(
+        torch.tensor([[1, 2], [3, 3], [3, 3], [3, 3]]),
+        torch.tensor([[1.0, 0.0], [0.0, 0.0], [4.0, 0.0], [0.0, 0.0]]),
+        torch.tensor([0.5, 0.0, 1.0, 0.0]),
+        torch.zeros(4, 2),
+        discount=0.5,
+    )
+
+
+def test_a_bandit_tree_worked_by_hand() -> None:
+    """Four simulations of PUCT with equal priors, mean back-ups, discount 1/2.
+
+    1. All unvisited: the first action. r = 1, V(1) = 0, so q(0) = 1; the root's mean is (0.5 + 1) / 2 = 0.75.
+    2. Root: known q = (1, 0.75 for the unvisited), own 0.75: scaled (1, 0). Prior part 1.25 * 0.5 * sqrt(2) / (1 + n)
+       = 0.884 / 2 and 0.884: scores 1.442 and 0.884. Action 0 again, then state 1's first action: r = 0, V(3) = 0.
+       State 1's mean stays 0, q(0) = 1, the root's mean is (0.5 + 1 + 1) / 3 = 0.8333.
+    3. Scaled (1, 0); prior part 1.25 * 0.5 * sqrt(3) = 1.083, / 3 = 0.361, / 1: scores 1.361 and 1.083: action 0 again.
+       State 1: q of its first action 0, all values 0, priors sqrt(2) * 0.625 / (2, 1): its second action. The root's
+       mean is (0.5 + 1 + 1 + 1) / 4 = 0.875.
+    4. Prior part 1.25 * 0.5 * 2 = 1.25, / 4 = 0.3125, / 1: scores 1.3125 and 1.25 (+ small log terms): action 0 again.
+    5. Prior part 1.25 * 0.5 * sqrt(5) = 1.398, / 5 = 0.280, / 1: scores 1.280 and 1.398: action 1 at last. r = 0,
+       V(2) = 1, so q(1) = 0.5; the root's mean is (0.5 + 4 * 1 + 0.5) / 6 = 0.8333.
+    """
+    model = bandit_tree()
+    planner = make_mcts(chunk=1, depth=3, simulations=5, num_candidates=2, search="puct", backup="mean")
+    trees = watched(planner)
+    state = model.state(torch.tensor([0]))
+    plan, _ = planner.plan(model, state, planner.initial_state(model, 1), NoiseKey.for_rows(1), Budget())
+    tree = trees[0]
+    assert tree.counts[0].tolist() == [4.0, 1.0] and tree.q[0].tolist() == pytest.approx([1.0, 0.5])
+    assert tree.value[0].item() == pytest.approx(5.0 / 6.0) and tree.visits[0] == 6
+    assert tree.child[0].tolist() == [1, 5] and tree.child[1].tolist() == [2, 3]
+    assert plan.actions[0, 0].tolist() == [1.0, 0.0] and plan.weights[0].tolist() == pytest.approx([0.8, 0.2])
+
+
+@pytest.mark.parametrize("search", ["gumbel", "puct"])
+@pytest.mark.parametrize("backup", ["mean", "max"])
+def test_deeper_search_finds_what_pays_later(search: str, backup: str) -> None:
+    """Worth 0.5 * 4 = 2 by action 1, 1 by action 0; the values at depth 1 say 0.5 and 1."""
+    model = bandit_tree()
+    state = model.state(torch.tensor([0, 0]))
+    for depth, best in ((1, 0), (3, 1)):
+        planner = make_mcts(
+            chunk=1, depth=depth, simulations=60, num_candidates=2, search=search, backup=backup, reuse=False
+        )
+        plan, _ = planner.plan(model, state, planner.initial_state(model, 2), NoiseKey.for_rows(2), Budget())
+        assert plan.actions[:, 0].argmax(dim=1).tolist() == [best, best]
+    if backup == "max":
+        torch.testing.assert_close(plan.value, torch.tensor([2.0, 2.0]))
+
+
+def test_sequential_halving_visits_as_in_the_paper() -> None:
+    """16 simulations, 4 considered: 2 rounds, 2 each for four, then 4 each for two (Danihelka et al., 2022)."""
+    assert considered_visits(4, 16) == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert considered_visits(1, 3) == [0, 1, 2]
+    assert considered_visits(8, 4) == [0, 0, 0, 0]
+
+
+def test_an_ended_episode_pays_nothing_more() -> None:
+    ends = torch.zeros(4, 2, dtype=torch.bool)
+    model = bandit_tree()
+    ends[0, 1] = True  # the action that would lead to the 4
+    dying = TabularWAM(model.transition, model.reward_of, model.value_of, model.logits, discount=0.5, ends=ends)
+    planner = make_mcts(chunk=1, depth=3, simulations=40, num_candidates=2)
+    state = dying.state(torch.tensor([0]))
+    plan, _ = planner.plan(dying, state, planner.initial_state(dying, 1), NoiseKey.for_rows(1), Budget())
+    assert plan.actions[0, 0].tolist() == [1.0, 0.0] and plan.scores[0].tolist() == pytest.approx([1.0, 0.0])
+
+
+# ------------------------------------------------------------------------------------------------ sampled edges
+
+
+def test_sampled_edges_widen_with_the_visits_and_the_first_is_the_policys() -> None:
+    model = quadratic(torch.tensor([0.3, -0.6]), gain=torch.tensor([[0.2], [0.1]]), discount=0.9)
+    planner = make_mcts(chunk=2, depth=4, simulations=200, num_candidates=8, sigma=0.4, widening_power=0.5)
+    trees = watched(planner)
+    plan_once(planner, model, torch.ones(2, 1))
+    tree = trees[0]
+    inner = torch.ones(tree.counts.shape[0], dtype=torch.bool)
+    inner[tree.base], inner[tree.trash] = False, False
+    children, visits = (tree.child >= 0).sum(dim=1)[inner], tree.visits[inner]
+    assert (children <= visits.sqrt().floor().clamp(1, 8)).all() and children.max() >= 4
+    assert ((tree.child >= 0).sum(dim=1)[tree.base] == 8).all()
+    # Slots fill in order, slot 0 with the policy's own chunk (0.2, 0.1 everywhere here).
+    policy = torch.tensor([0.2, 0.1]).expand(2, 2)
+    for parent in inner.nonzero()[:, 0].tolist() + tree.base.tolist():
+        filled = tree.child[parent] >= 0
+        assert filled.sum() == filled.long().cumprod(dim=0).sum()
+        if filled[0]:
+            base = parent // (tree.num_nodes + 1) * (tree.num_nodes + 1)
+            torch.testing.assert_close(tree.action[base + tree.child[parent, 0]], policy)
+
+
+def test_counts_of_a_tree_add_up() -> None:
+    model = quadratic(torch.tensor([0.3, -0.6]), discount=0.9)
+    planner = make_mcts(chunk=2, depth=3, simulations=100, num_candidates=8, sigma=0.4, backup="mean")
+    trees = watched(planner)
+    found, _ = plan_once(planner, model, torch.zeros(3, 1))
+    tree = trees[0]
+    assert (tree.visits[tree.base] == 101).all() and (tree.counts[tree.base].sum(dim=1) == 100).all()
+    nodes = torch.cat([base + torch.arange(int(size)) for base, size in zip(tree.base, tree.size, strict=True)])
+    leaf = tree.counts[nodes].sum(dim=1) == 0
+    depth_of = torch.zeros(tree.parent.shape[0], dtype=torch.int64)
+    for node in nodes.tolist():
+        base = node // (tree.num_nodes + 1) * (tree.num_nodes + 1)
+        if node != base:
+            depth_of[node] = depth_of[base + tree.parent[node]] + 1
+    assert depth_of.max() == 3
+    # A node is visited once when it is made and once per visit of its children; the deepest ones by revisits.
+    inner = depth_of[nodes] < 3
+    assert torch.equal(tree.visits[nodes][inner], 1 + tree.counts[nodes][inner].sum(dim=1))
+    assert (leaf | inner).all() and torch.equal(found.evaluations, (tree.size - 1) * 2)
+
+
+def test_a_subtree_goes_on_in_the_next_plan_as_if_the_search_had_not_stopped() -> None:
+    """The kept nodes have the same actions, visits and values; what is found is never worse, at equal cost."""
+    model = ToyWAM(
+        lambda z, a: z + 0.2 * a,
+        lambda z, a, new: -(new - 0.5).square().sum(dim=-1),
+        lambda z: -3.0 * (z - 0.5).square().sum(dim=-1),
+        state_dim=2,
+        action_dim=2,
+    )
+    planner = make_mcts(chunk=2, depth=4, simulations=64, num_candidates=8, sigma=0.5, reuse=True)
+    trees = watched(planner)
+    z = torch.tensor([[0.0, 0.0], [1.0, -1.0], [0.2, 0.9]])
+    first, after = plan_once(planner, model, z)
+    chosen = first.actions
+    for step in range(2):
+        z = model.transition(z, chosen[:, step])
+    after["shift"] = torch.tensor([2, 2, 1])
+    second, _ = planner.plan(model, model.state(z), after, NoiseKey.for_rows(3, step=2), Budget())
+    old, new = trees[-2], trees[-1]
+    assert torch.equal(first.evaluations, second.evaluations) or (second.evaluations <= first.evaluations).all()
+    for row, kept in enumerate((True, True, False)):
+        number = int(after["tree", "number"][row]) if kept else 1
+        assert not kept or number > 2
+        for n in range(1, number):
+            node = int(new.base[row]) + n
+            mother = int(new.base[row] + new.parent[node])
+            assert 0 <= int(new.parent[node]) < n
+            slot = int((new.child[mother] == n).nonzero()[0, 0])
+            assert int(new.owner[node]) == (slot if mother == new.base[row] else int(new.owner[mother]))
+            # Its latent is what its action leads to from its mother's, as if imagined just now.
+            state = new.states["z"][mother]
+            for step in range(2):
+                state = model.transition(state, new.action[node, step])
+            torch.testing.assert_close(state, new.states["z"][node], atol=1e-5, rtol=1e-5)
+            assert new.visits[node] >= after["tree", "visits"][row, n]
+        root_visits = float(new.visits[new.base[row]])
+        assert root_visits > 65 if kept else root_visits == 65
+    cold, _ = planner.plan(
+        model, model.state(z), planner.initial_state(model, 3), NoiseKey.for_rows(3, step=2), Budget()
+    )
+    assert torch.equal(cold.actions[2], second.actions[2])
+    assert (second.value[:2] >= cold.value[:2] - 0.02).all()
+    assert old.num_nodes == new.num_nodes == 64 * 2 + 1
+
+
+def test_a_subtree_that_does_not_fit_is_cut_from_its_young_end() -> None:
+    model = quadratic(torch.tensor([0.3]), discount=0.9)
+    planner = make_mcts(chunk=1, depth=8, simulations=16, num_candidates=2, sigma=0.5, reuse=True)
+    trees = watched(planner)
+    state, plan_state = model.state(torch.zeros(2, 1)), planner.initial_state(model, 2)
+    for step in range(12):
+        plan, plan_state = planner.plan(model, state, plan_state, NoiseKey.for_rows(2, step=step), Budget())
+        assert plan.actions.isfinite().all() and (plan_state["tree", "number"] <= 16).all()
+        tree = trees[-1]
+        assert (tree.size <= tree.num_nodes).all()
+        counted = tree.counts > 0
+        counted[tree.trash] = False
+        assert (tree.child[counted] >= 0).all() and not tree.dead.any()
+
+
+# ------------------------------------------------------------------------------------------------ plan and refusals
+
+
+def test_rows_that_the_gate_skips_follow_the_policy() -> None:
+    model = quadratic(torch.tensor([0.3, -0.6]), gain=torch.tensor([[0.2], [0.1]]), discount=0.9)
+
+    def gate(model, state, plan_state):
+        return torch.tensor([True, False, True])
+
+    options = dict(chunk=2, depth=2, simulations=32, num_candidates=8, sigma=0.4)
+    plan, after = plan_once(make_mcts(**options, gate=gate), model, torch.ones(3, 1))  # type: ignore[arg-type]
+    alone, _ = plan_once(make_mcts(**options), model, torch.ones(3, 1))  # type: ignore[arg-type]
+    assert plan.searched.tolist() == [True, False, True] and plan.value[1].isnan()
+    torch.testing.assert_close(plan.actions[1], torch.tensor([0.2, 0.1]).expand(2, 2))
+    torch.testing.assert_close(plan.actions[[0, 2]], alone.actions[[0, 2]])
+    assert after["grown"].tolist() == [True, False, True]
+
+
+def test_a_model_that_breaks_everywhere_holds_where_that_is_asked_for() -> None:
+    model = BrokenWAM(torch.tensor([0.3, -0.6]), lambda z, a: z[..., 0] > 0, math.nan)
+    planner = make_mcts(chunk=1, depth=2, simulations=8, num_candidates=4, on_failure="hold")
+    with pytest.warns(RuntimeWarning, match=r"zero actions in 1 row"):
+        plan, _ = plan_once(planner, model, torch.tensor([[0.0], [1.0]]))
+    assert (plan.actions[1] == 0).all() and plan.value[1].isnan() and plan.value[0].isfinite()
+    with pytest.raises(NonFinitePlanError, match=r"row\(s\) \[1\]"):
+        plan_once(make_mcts(chunk=1, depth=2, simulations=8, num_candidates=4), model, torch.tensor([[0.0], [1.0]]))
+
+
+def test_shuffled_choices_lose() -> None:
+    model, z = quadratic(torch.tensor([0.3, -0.6]), discount=0.9), torch.zeros(32, 1)
+    options = dict(chunk=1, depth=1, simulations=64, num_candidates=64, sigma=0.5)
+    regrets: list[torch.Tensor] = []
+    plans: list[Plan] = []
+    for shuffle in (False, True):
+        plan, _ = plan_once(make_mcts(**options, shuffle_scores=shuffle), model, z)  # type: ignore[arg-type]
+        regrets.append((plan.actions - torch.tensor([0.3, -0.6])).square().mean())
+        plans.append(plan)
+    assert regrets[0] * 5 < regrets[1] and torch.equal(plans[0].evaluations, plans[1].evaluations)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk": 0}, "chunk is 0"),
+        ({"depth": 0}, "depth is 0"),
+        ({"simulations": 0}, "simulations is 0"),
+        ({"num_candidates": 0}, "num_candidates is 0"),
+        ({"search": "gumble"}, "did you mean 'gumbel'"),
+        ({"backup": "maximum"}, "backup"),
+        ({"gumbel_scale": -1.0}, "gumbel_scale is -1"),
+        ({"widening": 0.0}, "widening is 0"),
+        ({"widening_power": 2.0}, "widening_power is 2"),
+        ({"sigma": 0.0}, "sigma is 0"),
+        ({"scorer": ReturnScorer(risk="worst")}, "risk=worst does not have; use scorer=return with risk=mean"),
+        ({"on_failure": "ignore"}, "Known: hold, raise"),
+    ],
+)
+def test_values_out_of_range_are_refused_at_construction(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_mcts(**options)
+
+
+def test_models_that_it_cannot_serve_are_refused() -> None:
+    model = quadratic(torch.tensor([0.3]))
+    with pytest.raises(ValueError, match=r"3 \* 11 steps.*imagine 32; set planner.depth=10"):
+        make_mcts(chunk=3, depth=11).initial_state(model, 1)
+    with pytest.raises(ValueError, match="chunk is 5, but the model proposes 4"):
+        make_mcts(chunk=5, depth=1).initial_state(model, 1)
+    with pytest.raises(ValueError, match="sigma has 2 entries"):
+        make_mcts(sigma=[0.1, 0.2]).initial_state(model, 1)
+    with pytest.raises(ValueError, match="discrete actions are searched one by one: set 1"):
+        make_mcts(chunk=2).initial_state(bandit_tree(), 1)
+
+
+@pytest.mark.parametrize("rule", [gumbel_rule(), puct_rule()])
+def test_a_rule_reads_each_node_alone_and_ignores_the_scale_of_values(rule) -> None:
+    draw = torch.Generator().manual_seed(0)
+    counts = torch.randint(0, 4, (6, 5), generator=draw).float()
+    now = Statistics(
+        visits=1.0 + counts.sum(dim=1),
+        value=torch.randn(6, generator=draw),
+        raw_value=torch.randn(6, generator=draw),
+        counts=counts,
+        q=torch.randn(6, 5, generator=draw) * (counts > 0),
+        logits=torch.randn(6, 5, generator=draw),
+        open=torch.ones(6, 5, dtype=torch.bool),
+    )
+    whole = rule(now)
+    for i in range(6):
+        torch.testing.assert_close(rule(Statistics(*(part[i : i + 1] for part in now))), whole[i : i + 1])
+    scaled = now._replace(value=now.value * 64, raw_value=now.raw_value * 64, q=now.q * 64)
+    torch.testing.assert_close(rule(scaled), whole)
+    assert improved_logits(now).shape == (6, 5)
+
+
+def test_a_branch_that_is_broken_stays_out_of_the_search_also_in_the_next_plan() -> None:
+    """The model breaks for a[0] > 0.5 in every state; no node lies behind such an edge, and none is tried twice."""
+    target = torch.tensor([0.3, -0.6])
+    model = BrokenWAM(target, lambda z, a: a[..., 0] > 0.5, math.nan)
+    planner = make_mcts(chunk=1, depth=4, simulations=60, num_candidates=12, sigma=0.6, reuse=True)
+    trees = watched(planner)
+    state, plan_state = model.state(torch.zeros(3, 1)), planner.initial_state(model, 3)
+    for step in range(4):
+        plan, plan_state = planner.plan(model, state, plan_state, NoiseKey.for_rows(3, step=step), Budget())
+        tree = trees[-1]
+        assert tree.any_dead and (tree.action[..., 0] <= 0.5).all()
+        dead = tree.dead.clone()
+        dead[tree.trash] = False
+        assert (tree.counts[dead] == 0).all() and (tree.child[dead] < 0).all()
+        assert (plan.actions[..., 0] <= 0.5).all() and plan.value.isfinite().all()

@@ -1,0 +1,196 @@
+"""Scorers and gates: what they compute, by hand, and that any planner takes any of them from the config."""
+
+from __future__ import annotations
+
+import math
+from importlib import resources
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from tensordict import TensorDict
+
+from wamrl import cli
+from wamrl.interfaces import Budget, Context, Gate, Imagined, Scorer
+from wamrl.noise import NoiseKey
+from wamrl.planners import (
+    ConsistencyScorer,
+    CriticalPhase,
+    GoalScorer,
+    Periodic,
+    ReturnScorer,
+    SuccessScorer,
+    make_best_of_n,
+    make_cem,
+    make_mcts,
+)
+from wamrl.planners.conformance import plan_once
+from wamrl.planners.toys import ToyWAM, quadratic
+
+TARGET = torch.tensor([0.3, -0.6])
+CONFIGS = resources.files("wamrl.configs")
+
+
+def futures(**heads: torch.Tensor) -> Imagined:
+    """Imagined heads [N, M, H] of one row."""
+    rows = {name: head[None] for name, head in heads.items()}
+    shape = next(iter(rows.values())).shape
+    leaf = TensorDict({"z": torch.zeros(*shape[:3], 1)}, batch_size=shape[:3])
+    return Imagined(leaf=leaf, evaluations=math.prod(shape[1:]), **rows)
+
+
+def test_success_is_that_of_any_step_while_the_episode_lives() -> None:
+    success = torch.tensor([[[0.5, 0.5]], [[0.0, 0.8]], [[0.0, 0.8]]])
+    alive = torch.tensor([[[1.0, 1.0]], [[1.0, 1.0]], [[1.0, 0.0]]])
+    state = TensorDict({}, batch_size=[1])
+    model = quadratic(TARGET)
+    scores = SuccessScorer()(model, state, futures(success=success, alive=alive))
+    torch.testing.assert_close(scores, torch.tensor([[0.75, 0.8, 0.0]]))
+    two = torch.tensor([[[0.2], [0.6]]])
+    assert SuccessScorer(risk="worst")(model, state, futures(success=two)).item() == pytest.approx(0.2)
+
+
+def test_consistency_is_minus_the_mean_disagreement() -> None:
+    uncertainty = torch.tensor([[[0.1, 0.3]], [[0.0, 0.0]]])
+    scores = ConsistencyScorer()(quadratic(TARGET), TensorDict({}, batch_size=[1]), futures(uncertainty=uncertainty))
+    torch.testing.assert_close(scores, torch.tensor([[-0.2, 0.0]]))
+
+
+class GoalWAM(ToyWAM):
+    """A point that moves by its action, told where it should be."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            lambda z, a: z + a,
+            lambda z, a, new: torch.zeros(z.shape[:-1]),
+            lambda z: torch.zeros(z.shape[:-1]),
+            state_dim=2,
+            action_dim=2,
+            leave_out=("reward", "value"),
+        )
+        self.spec = type(self.spec)(**{**self.spec.__dict__, "provides": self.spec.provides | {"goal"}})
+
+    def encode(self, context: Context) -> TensorDict:
+        state = super().encode(context)
+        assert context.goal is not None
+        state["goal"] = context.goal["state"]
+        return state
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_a_planner_goes_to_a_goal_that_the_model_encodes(norm: str) -> None:
+    model = GoalWAM()
+    observation = TensorDict({"state": torch.zeros(2, 2), "task": torch.zeros(2, dtype=torch.int64)}, [2])
+    goal = TensorDict({"state": torch.tensor([[0.9, -0.9], [-1.5, 0.2]])}, [2])
+    context = Context.from_observation(observation)
+    state = model.encode(Context(context.observation, context.past_actions, context.valid, context.task, goal))
+    options = dict(horizon=3, iterations=8, num_candidates=256, num_elites=24, sigma=0.5, proposal="noise")
+    planner = make_cem(**options, scorer=GoalScorer(norm=norm))  # type: ignore[arg-type]
+
+    plan, _ = planner.plan(model, state, planner.initial_state(model, 2), NoiseKey.for_rows(2), Budget())
+    assert (plan.actions.sum(dim=1) - goal["state"]).abs().max() < 0.15
+    assert (plan.value > -0.1).all()
+
+
+def test_a_scorer_that_needs_what_the_model_lacks_is_refused_by_name() -> None:
+    silent = quadratic(TARGET, leave_out=("success",))
+    with pytest.raises(ValueError, match="does not answer 'success'"):
+        make_cem(scorer=SuccessScorer()).initial_state(silent, 1)
+    with pytest.raises(ValueError, match="does not answer 'goal'.*No model of wamrl does so far"):
+        make_best_of_n(scorer=GoalScorer()).initial_state(silent, 1)
+    with pytest.raises(ValueError, match="the goal scorer reads 'x', but this model's state has z"):
+        GoalScorer(latent="x")(
+            silent, TensorDict({"goal": torch.zeros(1, 1)}, [1]), futures(reward=torch.zeros(1, 1, 1))
+        )
+    with pytest.raises(ValueError, match="SuccessScorer does not have; use scorer=return"):
+        make_mcts(scorer=SuccessScorer())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SuccessScorer(risk="cvra"), "did you mean 'cvar'"),
+        (lambda: SuccessScorer(risk_share=0.0), "risk_share is 0"),
+        (lambda: ReturnScorer(risk_weight=-1.0), "risk_weight is -1"),
+        (lambda: GoalScorer(norm="l3"), "norm"),
+        (lambda: CriticalPhase(threshold=math.nan), "threshold is nan"),
+        (lambda: Periodic(every=0), "every is 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_edge_of_a_tree_is_the_score_taken_apart() -> None:
+    torch.manual_seed(0)
+    alive = (torch.rand(5, 3, 4) > 0.2).float().cumprod(dim=-1)
+    imagined = futures(reward=torch.randn(5, 3, 4), success=torch.rand(5, 3, 4), alive=alive, uncertainty=alive * 0.3)
+    model = quadratic(TARGET, discount=0.9)
+    scorer = ReturnScorer(value_weight=0.7, success_weight=2.0, uncertainty_penalty=0.4)
+    state = TensorDict({}, batch_size=[1])
+    reward, discount, value = scorer.edge(model, imagined)
+    torch.testing.assert_close(reward + discount * value, scorer(model, state, imagined))
+
+
+def cliff() -> ToyWAM:
+    """Standing still pays 1 a step, but beyond z = 1 nothing; the value knows of no cliff."""
+    return ToyWAM(
+        lambda z, a: z + 0.5,
+        lambda z, a, new: (new[..., 0] < 1.0).float(),
+        lambda z: torch.full(z.shape[:-1], 10.0),
+        state_dim=1,
+        action_dim=1,
+        discount=0.9,
+        chunk_length=2,
+    )
+
+
+def test_the_critical_phase_is_where_the_policy_falls_short_of_its_value() -> None:
+    """V = 10 everywhere; two steps far from the cliff give 1 + 0.9 + 0.81 * 10 = 10, at it 8.1 or 9.1."""
+    model = cliff()
+    z = torch.tensor([[-5.0], [0.4], [0.6]])
+    plan_state = TensorDict({}, batch_size=[3])
+    shortfalls = [0.0, 0.9, 1.9]
+    for threshold in (-0.1, 0.5, 1.5, 2.5):
+        searched = CriticalPhase(threshold)(model, model.state(z), plan_state)
+        assert searched.tolist() == [s > threshold for s in shortfalls]
+    planner = make_cem(horizon=2, num_candidates=8, iterations=1, gate=CriticalPhase(0.5))
+    plan, _ = plan_once(planner, model, z)
+    assert plan.searched.tolist() == [False, True, True]
+    assert plan.evaluations.tolist() == [4, 18, 18]  # the gate's chunk of two steps counts
+
+
+@pytest.mark.parametrize(
+    "make", [lambda gate: make_cem(horizon=2, gate=gate), lambda gate: make_mcts(chunk=2, depth=1, gate=gate)]
+)
+def test_a_periodic_gate_searches_one_plan_in_a_few(make) -> None:
+    planner, model = make(Periodic(every=3)), quadratic(TARGET)
+    state, plan_state = model.state(torch.zeros(2, 1)), planner.initial_state(model, 2)
+
+    searched = []
+    for step in range(7):
+        if step == 5:  # the second row's episode begins anew
+            plan_state["warm"] = torch.tensor([True, False])
+        plan, plan_state = planner.plan(model, state, plan_state, NoiseKey.for_rows(2, step=step), Budget())
+        searched.append(plan.searched.tolist())
+    assert [s[0] for s in searched] == [True, False, False, True, False, False, True]
+    assert [s[1] for s in searched] == [True, False, False, True, False, True, False]
+
+
+def test_a_choice_that_is_unknown_or_out_of_place_is_named() -> None:
+    with pytest.raises(ValueError, match="unknown scorer 'succes'; did you mean 'success'"):
+        cli.compose("plan", ["planner=cem", "scorer@planner.scorer=succes"])
+    with pytest.raises(ValueError, match="the planner that was chosen has no choice of scorer at 'planner.scorer'"):
+        cli.compose("plan", ["planner=mppi", "scorer@planner.scorer=success"])
+
+
+@pytest.mark.parametrize("planner", ["cem", "icem", "best_of_n"])
+@pytest.mark.parametrize("gate", sorted(p.name.removesuffix(".yaml") for p in (CONFIGS / "gate").iterdir()))
+@pytest.mark.parametrize("scorer", sorted(p.name.removesuffix(".yaml") for p in (CONFIGS / "scorer").iterdir()))
+def test_every_scorer_and_gate_is_a_choice_of_the_config(planner: str, gate: str, scorer: str) -> None:
+    words = [f"planner={planner}", f"gate@planner.gate={gate}", f"scorer@planner.scorer={scorer}"]
+    built = instantiate(cli.plain(cli.compose("plan", words))["planner"])
+    assert isinstance(built.scorer, Scorer) and isinstance(built.gate, Gate)
+    assert type(built.scorer).__name__.lower().startswith(scorer)
+    assert type(built.gate).__name__.lower().startswith(gate.replace("_", ""))
