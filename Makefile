@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 TORCH ?= $(shell cat $(VENV)/.torch 2>/dev/null || echo cpu)
 STAMP := $(VENV)/.stamp-$(TORCH)
 CONSTRAINTS := constraints/default.txt
-EXTRAS := metaworld,minari,sb3,dev
+EXTRAS := metaworld,minari,sb3,robotics,ogbench,pusht,dm_control,mjx,dev
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)

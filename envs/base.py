@@ -5,6 +5,7 @@ Letters: B rows, R chosen rows, A action dims (or [K, A] where a chunk is the ac
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -229,7 +230,7 @@ def checked_action(
 
 def instruction(task: str) -> str:
     """The words of a task's name, for models that read text: "metaworld/pick-place-v3" is "pick place"."""
-    words = task.rpartition("/")[2].replace("_", "-").split("-")
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", task.rpartition("/")[2].replace("_", "-")).split("-")
     if len(words) > 1 and words[-1][:1] == "v" and words[-1][1:].isdigit():
         words.pop()
     return " ".join(words).lower()

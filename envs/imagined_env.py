@@ -40,8 +40,8 @@ class ImaginedEnv(RowsEnv):
     model gives NaN or infinity (`simulator_error`). It terminates where the model has an `alive` head that falls
     below one half (rewards after that count as 0), and with `stop_on_success` at success.
 
-    The same start gives the same episode, whatever the number of rows: what is random in it is keyed by its task, its
-    start, the round in which the env drew it (`start_round`) and the env's seed.
+    The same start gives the same episode, whatever the number of rows (up to rounding in the model): what is random
+    in it is keyed by its task, its start, the round in which the env drew it (`start_round`) and the env's seed.
 
     Args:
         model: answers `rollout`, `reward`, `success` and `decode`.

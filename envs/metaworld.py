@@ -30,12 +30,12 @@ from torch import Tensor
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
+from wamrl.envs.base import SPLITS, checked_action, instruction
 from wamrl.envs.rendering import Camera, SceneRenderer, mujoco
 from wamrl.interfaces import PolicyState, task_id
 from wamrl.naming import unknown_name
 
 PREFIX = "metaworld/"
-SPLITS = ("train", "dev", "test")
 SIX_TASKS = tuple(
     PREFIX + name
     for name in ("reach-v3", "push-v3", "pick-place-v3", "drawer-open-v3", "door-open-v3", "button-press-topdown-v3")
@@ -578,6 +578,7 @@ class MetaWorldEnv(EnvBase):
         self.control_dt_s = SIMULATOR_DT_S * action_repeat
         self.contact_names = CONTACT_NAMES
         self.row_tasks = tuple(self.tasks[row % len(self.tasks)] for row in range(num_envs))
+        self.instructions = tuple(instruction(task) for task in self.row_tasks)
         self.simulators = [Simulator(task, action_repeat=action_repeat) for task in self.row_tasks]
         self.snapshot_size = max(simulator.snapshot_size for simulator in self.simulators)
         self._pixels, self._snapshots = pixels, snapshots
@@ -685,18 +686,9 @@ class MetaWorldEnv(EnvBase):
         rows = self.batch_size[0]
         if self._rows is None:
             raise RuntimeError("step was called before reset; call env.reset() first")
-        action = tensordict["action"].detach().to("cpu", torch.float32)
-        if action.shape != (rows, ACTION_DIM):
-            raise ValueError(f"action has shape {tuple(action.shape)}, but this env takes ({rows}, {ACTION_DIM})")
         mask = tensordict.get("_step", None)
         chosen = torch.ones(rows, dtype=torch.bool) if mask is None else mask.reshape(rows).cpu()
-        bad = chosen & ~torch.isfinite(action).all(1)
-        if bad.any():
-            raise ValueError(
-                f"action of row(s) {torch.nonzero(bad).flatten().tolist()} holds NaN or infinity; "
-                "a simulator may only receive finite numbers"
-            )
-        actions = action.clamp(-1.0, 1.0).numpy()
+        actions = checked_action(tensordict["action"], (rows, ACTION_DIM), self.device, chosen).cpu().numpy()
         reward = torch.zeros(rows, 1)
         for row in torch.nonzero(chosen).flatten().tolist():
             _, reward[row, 0], success, failed = self.simulators[row].step(actions[row])
