@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Binary, Bounded, Composite, TensorSpec, Unbounded
@@ -20,6 +21,9 @@ from wamrl.interfaces import task_id
 from wamrl.naming import unknown_name
 
 SPLITS = ("train", "dev", "test")
+_STRIPS = {"train": (0.0, 0.4), "dev": (0.5, 0.6), "test": (0.7, 0.9)}  # of one period; the rest are guard bands
+_GUARD = 0.1
+_PERIODS = 10
 
 
 class RowsEnv(EnvBase):
@@ -47,6 +51,8 @@ class RowsEnv(EnvBase):
     action_repeat: int
     max_steps: int
     snapshot_size: int | None = None
+    # Whether what is given out shares memory with the simulator, so that it may not be changed in place.
+    gives_views = False
 
     def __init__(self, tasks: Sequence[str], num_envs: int, *, device: torch.device | str, seed: int) -> None:
         if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
@@ -159,7 +165,7 @@ class RowsEnv(EnvBase):
                     fresh.set(key, no)
             self._keep(rows, fresh)
         assert self._rows is not None
-        return self._rows.clone()
+        return self._rows.clone(recurse=not self.gives_views)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         if self._rows is None:
@@ -176,7 +182,7 @@ class RowsEnv(EnvBase):
         after = self._advance(rows, action)
         reward[rows.to(reward.device)] = after.pop("reward").to(torch.float32)
         self._keep(rows, after)
-        return self._rows.clone().set("reward", reward)
+        return self._rows.clone(recurse=not self.gives_views).set("reward", reward)
 
     def _keep(self, rows: Tensor, shown: TensorDict) -> None:
         """Put what the chosen rows show into the whole batch."""
@@ -189,6 +195,21 @@ class RowsEnv(EnvBase):
             whole = self._rows.clone()
             whole[rows.to(self._task_ids.device)] = shown.select(*whole.keys())
             self._rows = whole
+
+
+def in_split(unit: NDArray[np.float64], split: str) -> bool:
+    """Whether a reset vector, its components that matter scaled to [0, 1], lies in the strips of `split`.
+
+    The reset space is cut into parallel strips across its diagonal, ten periods of train, guard, dev, guard, test,
+    guard with shares .4 .1 .1 .1 .2 .1, by where along the diagonal a vector falls.
+    """
+    first, last = _STRIPS[split]
+    return first <= (unit.sum() / len(unit)) * _PERIODS % 1.0 < last
+
+
+def split_distance(components: int) -> float:
+    """The least distance between vectors of different splits: one guard band, .01 * sqrt(components)."""
+    return _GUARD * components**0.5 / _PERIODS
 
 
 def checked_action(

@@ -30,7 +30,7 @@ from torch import Tensor
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from wamrl.envs.base import SPLITS, checked_action, instruction
+from wamrl.envs.base import SPLITS, checked_action, in_split, instruction, split_distance
 from wamrl.envs.rendering import Camera, SceneRenderer, mujoco
 from wamrl.interfaces import PolicyState, task_id
 from wamrl.naming import unknown_name
@@ -130,11 +130,6 @@ class StartStates:
         return {"task": self.task, "split": self.split, "seed": self.seed, "min_distance": self.min_distance}
 
 
-_STRIPS = {"train": (0.0, 0.4), "dev": (0.5, 0.6), "test": (0.7, 0.9)}  # of one period; the rest are guard bands
-_GUARD = 0.1
-_PERIODS = 10
-
-
 def start_states(task: str, split: str, num: int, *, seed: int = 0) -> StartStates:
     """The first `num` start states of a split; more of them never changes the earlier ones.
 
@@ -156,8 +151,7 @@ def start_states(task: str, split: str, num: int, *, seed: int = 0) -> StartStat
         raise ValueError(f"num is {num}, but a number of start states is at least 0")
     # Drawn in powers of two so that a growing table is computed a few times only.
     vectors, dims = _draw_start_states(task, split, max(64, 1 << (num - 1).bit_length()) if num else 64, seed)
-    distance = _GUARD * dims**0.5 / _PERIODS
-    return StartStates(vectors[:num].copy(), split, task, seed, distance)
+    return StartStates(vectors[:num].copy(), split, task, seed, split_distance(dims))
 
 
 @functools.lru_cache(maxsize=512)
@@ -169,12 +163,10 @@ def _draw_start_states(task: str, split: str, num: int, seed: int) -> tuple[NDAr
         raise ValueError(f"task '{task}' always starts in the same state, so its starts cannot be split")
     digest = hashlib.sha256(f"{task}|{split}|{seed}".encode()).digest()
     rng = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big")))
-    first, last = _STRIPS[split]
     found: list[NDArray[np.float64]] = []
     while len(found) < num:
         unit = rng.random(low.size)
-        phase = (unit[effective].sum() / count) * _PERIODS % 1.0
-        if not first <= phase < last:
+        if not in_split(unit[effective], split):
             continue
         vector = low + unit * (high - low)
         if space.accepts(vector):

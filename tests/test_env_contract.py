@@ -56,8 +56,10 @@ CASES: dict[str, Case] = {
     "gymnasium/dm_cartpole_swingup": Case("shimmy", options=(("workers", 0),)),
     "gymnasium/dm_reacher_easy": Case("shimmy", options=(("workers", 0),)),
     "gymnasium/dm_cheetah_run": Case("shimmy", options=(("workers", 0),)),
+    "mjx/cartpole": Case("mujoco.mjx"),
+    "mjx/pusher": Case("mujoco.mjx"),
 }
-SLOW = {"gymnasium/cube", "gymnasium/dm_cheetah_run", "gymnasium/fetch_pick_and_place"}
+SLOW = {"mjx/pusher", "gymnasium/cube", "gymnasium/dm_cheetah_run", "gymnasium/fetch_pick_and_place"}
 Make = Callable[..., Any]
 
 
@@ -309,7 +311,7 @@ def test_settings_out_of_range_are_refused(subject):
             subject.make(**bad)
 
 
-def test_every_yaml_of_the_gymnasium_adapter_is_asked():
-    shipped = {f"gymnasium/{path.stem}" for path in (CONFIGS / "gymnasium").glob("*.yaml")}
+def test_every_shipped_yaml_is_asked():
+    shipped = {f"{folder}/{path.stem}" for folder in ("gymnasium", "mjx") for path in (CONFIGS / folder).glob("*.yaml")}
     assert shipped <= set(CASES)
     assert np.all([CASES[name].restores is None or CASES[name].restores <= 0.1 for name in shipped])
