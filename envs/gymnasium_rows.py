@@ -151,7 +151,9 @@ class Row:
             self.env = make(build, id, render=True)
         if build.pixels and len(self._images) > 1:
             raise ValueError(f"'{id}' has {len(self._images)} images, {', '.join(self._images)}; one can be `pixels`")
-        self._parts = tuple(self._vector) if isinstance(self._vector, spaces.Dict) else ()
+        boxes = self._vector.spaces if isinstance(self._vector, spaces.Dict) else {}
+        plain = all(isinstance(part, spaces.Box) for part in boxes.values())
+        self._parts = tuple(boxes) if plain else ()
         self.state_size = spaces.flatdim(self._vector) if self._vector is not None else 0
         self.actions = actions
         self._plain = isinstance(space, spaces.Box) and not self._images
@@ -219,8 +221,12 @@ class Row:
         """Keep what is observed; False, and nothing kept, when it holds NaN or infinity."""
         if self._plain:
             state = np.asarray(observation, dtype=np.float32).reshape(-1)
+        elif self._parts:  # what spaces.flatten does, in a fraction of its time
+            state = np.concatenate([observation[key].ravel() for key in self._parts], dtype=np.float32)
         elif self._vector is not None:
-            part = {key: observation[key] for key in self._parts} if self._images else observation
+            part = observation
+            if self._images:
+                part = {key: value for key, value in observation.items() if key not in self._images}
             state = np.asarray(spaces.flatten(self._vector, part), dtype=np.float32)
         else:
             state = self.state
