@@ -51,6 +51,8 @@ class RowsEnv(EnvBase):
     action_repeat: int
     max_steps: int
     snapshot_size: int | None = None
+    # Whether a reset without `start` takes the next of numbered starts; False leaves the draw to `_begin`.
+    numbered_starts = True
     # Whether what is given out shares memory with the simulator, so that it may not be changed in place.
     gives_views = False
 
@@ -72,7 +74,7 @@ class RowsEnv(EnvBase):
     # -- what a subclass fills in
 
     def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> TensorDict:
-        """Reset `rows` [R] to `start` [R] or `snapshot` [R, S]; what they show, [R]."""
+        """Reset `rows` [R] to `start` [R] or `snapshot` [R, S] (neither: as drawn here); what they show, [R]."""
         raise NotImplementedError
 
     def _advance(self, rows: Tensor, action: Tensor) -> TensorDict:
@@ -153,7 +155,7 @@ class RowsEnv(EnvBase):
             if bad.any():
                 which = rows[bad].tolist()
                 raise ValueError(f"the snapshot of row(s) {which} holds NaN or infinity and cannot be restored")
-        else:
+        elif self.numbered_starts:
             drawn = torch.tensor([self._next_start(self.row_tasks[row]) for row in rows.tolist()], dtype=torch.int64)
             start, self.start_round[rows] = drawn.view(-1, 2).unbind(1)
         if rows.numel():
