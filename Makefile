@@ -9,7 +9,10 @@ BIN := $(VENV)/bin
 TORCH ?= $(shell cat $(VENV)/.torch 2>/dev/null || echo cpu)
 STAMP := $(VENV)/.stamp-$(TORCH)
 CONSTRAINTS := constraints/default.txt
-EXTRAS := metaworld,minari,sb3,robotics,ogbench,pusht,dm_control,mjx,dev
+EXTRAS := metaworld,minari,dev
+# What the tests of the environments need on top, and nobody else.
+ENV_EXTRAS := sb3,robotics,ogbench,pusht,dm_control,mjx
+ENV_STAMP := $(VENV)/.stamp-envs
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
@@ -32,8 +35,15 @@ setup: $(STAMP) ## make .venv with pinned versions (TORCH=cuda for a GPU build o
 plan: $(STAMP) ## plan inside the shipped World Action Model on a simulated robot arm; writes outputs/plan/latest
 	@$(BIN)/python -m wamrl.plan $(ARGS)
 
-test: $(STAMP) ## run the tests (ARGS="-k name" for some of them)
+test: $(ENV_STAMP) ## run the tests (ARGS="-k name" for some of them)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+
+$(ENV_STAMP): $(STAMP)
+	@echo "installing the packages of the environments that the tests ask: $(ENV_EXTRAS)"
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-input -c $(CONSTRAINTS) --no-build-isolation \
+		-e ".[$(EXTRAS),$(ENV_EXTRAS)]"
+	@$(BIN)/python -m pip --disable-pip-version-check check
+	@touch $(ENV_STAMP)
 
 setup-isaac: $(ISAAC_STAMP) ## make .venv-isaac: real Isaac Lab on a CPU, which cannot share an environment with Meta-World
 
@@ -117,7 +127,7 @@ $(ISAAC_STAMP): pyproject.toml $(ISAAC_CONSTRAINTS)
 		$$pip --no-deps "torch==$$version"; \
 	fi; \
 	echo "installing Isaac Lab and what it needs, at the versions of $(ISAAC_CONSTRAINTS)"; \
-	$$pip --ignore-requires-python --no-deps -c $(ISAAC_CONSTRAINTS) isaaclab; \
 	$$pip -c $(ISAAC_CONSTRAINTS) $$(sed -n 's/^# needs: //p' $(ISAAC_CONSTRAINTS)); \
+	$$pip --ignore-requires-python --no-deps -c $(ISAAC_CONSTRAINTS) isaaclab; \
 	$$pip -c $(ISAAC_CONSTRAINTS) --no-deps --no-build-isolation -e .
 	@touch $(ISAAC_STAMP)

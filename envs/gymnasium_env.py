@@ -311,7 +311,7 @@ class GymnasiumEnv(RowsEnv):
         for key, name in (("contact", "contact"), ("pixels", "pixels"), ("snapshot", "snapshot")):
             if key in self.observation_spec.keys():
                 shown[key] = torch.from_numpy(views[name][at])
-        return TensorDict(shown, batch_size=[len(at)]).to(self.device)
+        return TensorDict(shown, batch_size=[len(at)], device=self.device)
 
     def _flag(self, name: str, at: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(self._views[name][at]).to(self.device, torch.bool)[:, None]
