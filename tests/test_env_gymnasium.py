@@ -244,3 +244,54 @@ def test_a_missing_package_is_answered_with_how_to_get_it(monkeypatch, package, 
 def test_what_cannot_work_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         GymnasiumEnv(**{"workers": 0, **options})
+
+
+# ----------------------------------------------------------------------------------------------------- commands
+
+
+def test_train_and_plan_take_a_preset(tmp_path, monkeypatch):
+    """Its episodes train a model, in which `plan env=gymnasium/pendulum` plans, worker processes and all."""
+    import json
+
+    from wamrl import plan, train
+    from wamrl.data import EpisodeWriter, episode_tensordict
+
+    monkeypatch.chdir(tmp_path)
+    env = GymnasiumEnv("gymnasium/Pendulum-v1", 2, workers=0, max_steps=20)
+    writer = EpisodeWriter(
+        "data",
+        {
+            "tasks": list(env.tasks),
+            "split": "train",
+            "label_behaviours": ["random"],
+            "env": {"name": "gymnasium", "control_dt_s": env.control_dt_s},
+            "plan": {"episodes": 4},
+            "provenance": {"seed": 0},
+        },
+    )
+    noise = torch.Generator().manual_seed(0)
+    for number in range(0, 4, 2):
+        td, path = env.reset(starts(number, number + 1)), []
+        while not (path and path[-1]["next", "done"].all()):
+            td = env.step(td.clone().set("action", torch.rand(2, 1, generator=noise) * 2 - 1))
+            path.append(td)
+            td = td["next"]
+        for row in range(2):
+            states = torch.stack([path[0]["state"][row], *(step["next", "state"][row] for step in path)])
+            action = torch.stack([step["action"][row] for step in path])
+            reward, success = (
+                torch.stack([step["next", key][row, 0] for step in path]) for key in ("reward", "success")
+            )
+            episode = episode_tensordict({"state": states}, action=action, label=action, reward=reward, success=success)
+            writer.write(f"episode-{number + row:03d}", episode, {"task": env.tasks[0], "behaviour": "random"})
+    small = ["wam.latent_dim=16", "wam.width=16", "wam.dynamics_width=16", "wam.head_width=16", "wam.members=2"]
+    train.main([
+        "data=data", "observation=[state]", *small, "steps=5", "batch_size=8", "length=4", "warmup_steps=1",
+        "validation_fraction=0", "threads=1", "device=cpu", "tensorboard=false",
+    ])  # fmt: skip
+    plan.main([
+        "env=gymnasium/pendulum", "env.max_steps=6", "wam=outputs/train/latest", "methods=[planner,random]",
+        "episodes=2", "split=dev", "workers=2", "num_envs=2", "latency_plans=1", "video=false",
+    ])  # fmt: skip
+    results = json.loads((tmp_path / "outputs/plan/latest/results.json").read_text())
+    assert results["summary"]["planner"]["mean"]["n"] == results["summary"]["random"]["mean"]["n"] == 2
