@@ -10,16 +10,23 @@ TORCH ?= $(shell cat $(VENV)/.torch 2>/dev/null || echo cpu)
 STAMP := $(VENV)/.stamp-$(TORCH)
 CONSTRAINTS := constraints/default.txt
 EXTRAS := metaworld,minari,dev
+# What the tests of the environments need on top, and nobody else.
+ENV_EXTRAS := sb3,robotics,ogbench,pusht,dm_control,mjx
+ENV_STAMP := $(VENV)/.stamp-envs
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 BENCHMARKS ?= plan_metaworld planner_overhead planners
 ARGS ?=
 
-.PHONY: help setup plan test checkpoint lint bench tables clean
+ISAAC := .venv-isaac
+ISAAC_STAMP := $(ISAAC)/.stamp
+ISAAC_CONSTRAINTS := constraints/isaac.txt
+
+.PHONY: help setup plan test setup-isaac test-isaac checkpoint lint bench tables clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-11s %s\n", $$1, $$2}'
 	@echo
 	@echo "  ARGS=\"...\" goes to the command: make plan ARGS=\"env=metaworld/push-v3 planner.horizon=8\""
 
@@ -28,8 +35,21 @@ setup: $(STAMP) ## make .venv with pinned versions (TORCH=cuda for a GPU build o
 plan: $(STAMP) ## plan inside the shipped World Action Model on a simulated robot arm; writes outputs/plan/latest
 	@$(BIN)/python -m wamrl.plan $(ARGS)
 
-test: $(STAMP) ## run the tests (ARGS="-k name" for some of them)
+test: $(ENV_STAMP) ## run the tests (ARGS="-k name" for some of them)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+
+$(ENV_STAMP): $(STAMP)
+	@echo "installing the packages of the environments that the tests ask: $(ENV_EXTRAS)"
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-input -c $(CONSTRAINTS) --no-build-isolation \
+		-e ".[$(EXTRAS),$(ENV_EXTRAS)]"
+	@$(BIN)/python -m pip --disable-pip-version-check check
+	@touch $(ENV_STAMP)
+
+setup-isaac: $(ISAAC_STAMP) ## make .venv-isaac: real Isaac Lab on a CPU, which cannot share an environment with Meta-World
+
+test-isaac: $(ISAAC_STAMP) ## run the tests of the Isaac Lab environments (a minute; three the first time)
+	@WARP_CACHE_PATH=$(CURDIR)/$(ISAAC)/warp-cache OMP_NUM_THREADS=1 \
+		$(ISAAC)/bin/python -m pytest -m isaac tests/test_env_isaaclab.py $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -89,3 +109,25 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	was found, so runs go on without videos; on Debian or Ubuntu: sudo apt-get install libegl1 libosmesa6")'
 	@echo $(TORCH) > $(VENV)/.torch
 	@touch $(STAMP)
+
+# Upstream supports Isaac Lab on Python 3.12 only, with several GB of CUDA libraries; its wheel is pure Python and runs on
+# 3.11 and a CPU build of torch as well, hence --no-deps and the list of what it needs.
+$(ISAAC_STAMP): pyproject.toml $(ISAAC_CONSTRAINTS)
+	@python="$(PYTHON)"; test -n "$$python" || { echo "wamrl needs Python 3.11 or 3.12; name it: make setup-isaac PYTHON=..." >&2; exit 2; }; \
+	if ! $(ISAAC)/bin/python -m pip --version >/dev/null 2>&1; then \
+		echo "making $(ISAAC) with $$python"; $$python -m venv --clear $(ISAAC); \
+	fi
+	@rm -f $(ISAAC_STAMP)
+	@pip="$(ISAAC)/bin/python -m pip --disable-pip-version-check install --quiet --no-input"; \
+	$$pip -c $(ISAAC_CONSTRAINTS) setuptools wheel; \
+	version=$$(sed -n 's/^torch==//p' $(ISAAC_CONSTRAINTS)); \
+	echo "installing torch $$version (cpu)"; \
+	if ! $$pip --no-deps "torch==$$version+cpu" 2>/dev/null && \
+	   ! $$pip --no-deps --retries 1 --timeout 30 --index-url $(CPU_WHEELS) "torch==$$version" 2>/dev/null; then \
+		$$pip --no-deps "torch==$$version"; \
+	fi; \
+	echo "installing Isaac Lab and what it needs, at the versions of $(ISAAC_CONSTRAINTS)"; \
+	$$pip -c $(ISAAC_CONSTRAINTS) $$(sed -n 's/^# needs: //p' $(ISAAC_CONSTRAINTS)); \
+	$$pip --ignore-requires-python --no-deps -c $(ISAAC_CONSTRAINTS) isaaclab; \
+	$$pip -c $(ISAAC_CONSTRAINTS) --no-deps --no-build-isolation -e .
+	@touch $(ISAAC_STAMP)

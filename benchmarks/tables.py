@@ -217,6 +217,39 @@ def ablation(result: Mapping[str, Any]) -> str:
     return _grid(["changed", f"success on dev starts, %, n = {n}", "ms per plan, median"], rows)
 
 
+def adapter(result: Mapping[str, Any]) -> str:
+    """What the Gymnasium adapter adds to a bare loop, per step and environment."""
+    metrics = result["metrics"]
+    names = [key.split("/")[1] for key in metrics if key.startswith("adapter/") and key.endswith("/ratio")]
+    rows = [
+        [name, *(f"{metrics[f'adapter/{name}/{part}_us']:.0f}" for part in ("raw", "wamrl", "overhead"))]
+        + [f"{metrics[f'adapter/{name}/ratio']:.2f}"]
+        for name in names
+    ]
+    return _grid(["environment", "bare loop, us", "wamrl, us", "difference, us", "ratio"], rows)
+
+
+def env_speed(result: Mapping[str, Any]) -> str:
+    """Steps per second of everything that runs many rows, and over what it is compared with."""
+    metrics = result["metrics"]
+    rows = []
+    for key in metrics:
+        parts = key.split("/")
+        if parts[0] == "imagined" and parts[2] == "over_metaworld":
+            rate, raw = (metrics[f"imagined/{parts[1]}/{name}"] for name in ("steps_per_s", "metaworld_steps_per_s"))
+            what = [f"imagined, {parts[1]} rows", "Meta-World's own step"]
+            rows.append([*what, f"{rate:.0f}", f"{raw:.0f}", f"{metrics[key]:.1f}"])
+        if parts[0] == "mjx" and parts[-1] == "ratio":
+            rate, raw = (metrics[f"{'/'.join(parts[:4])}/{name}"] for name in ("steps_per_s", "raw_steps_per_s"))
+            what = [f"mjx/{parts[1]} on {parts[2]}, {parts[3]} rows", "the compiled function alone"]
+            rows.append([*what, f"{rate:.0f}", f"{raw:.0f}", f"{1 / metrics[key]:.2f}"])
+    ours = metrics["workers/wamrl/steps_per_s"]
+    for name, text in (("gymnasium_async", "Gymnasium's AsyncVectorEnv"), ("torchrl_parallel", "TorchRL ParallelEnv")):
+        theirs, ratio = metrics[f"workers/{name}/steps_per_s"], metrics[f"workers/wamrl_over_{name}"]
+        rows.append(["worker processes", text, f"{ours:.0f}", f"{theirs:.0f}", f"{ratio:.2f}"])
+    return _grid(["environment", "compared with", "steps/s", "its steps/s", "ratio"], rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "success": ("plan_metaworld", success),
     "tasks": ("plan_metaworld", tasks),
@@ -228,6 +261,8 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "planner_budget": ("planner_budget", planner_budget),
     "planners_batched": ("planners", planners_batched),
     "collection": ("collect_speed", collection),
+    "adapter": ("envs", adapter),
+    "env_speed": ("envs", env_speed),
 }
 
 

@@ -30,12 +30,12 @@ from torch import Tensor
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
+from wamrl.envs.base import SPLITS, checked_action, in_split, instruction, split_distance
 from wamrl.envs.rendering import Camera, SceneRenderer, mujoco
 from wamrl.interfaces import PolicyState, task_id
 from wamrl.naming import unknown_name
 
 PREFIX = "metaworld/"
-SPLITS = ("train", "dev", "test")
 SIX_TASKS = tuple(
     PREFIX + name
     for name in ("reach-v3", "push-v3", "pick-place-v3", "drawer-open-v3", "door-open-v3", "button-press-topdown-v3")
@@ -130,11 +130,6 @@ class StartStates:
         return {"task": self.task, "split": self.split, "seed": self.seed, "min_distance": self.min_distance}
 
 
-_STRIPS = {"train": (0.0, 0.4), "dev": (0.5, 0.6), "test": (0.7, 0.9)}  # of one period; the rest are guard bands
-_GUARD = 0.1
-_PERIODS = 10
-
-
 def start_states(task: str, split: str, num: int, *, seed: int = 0) -> StartStates:
     """The first `num` start states of a split; more of them never changes the earlier ones.
 
@@ -156,8 +151,7 @@ def start_states(task: str, split: str, num: int, *, seed: int = 0) -> StartStat
         raise ValueError(f"num is {num}, but a number of start states is at least 0")
     # Drawn in powers of two so that a growing table is computed a few times only.
     vectors, dims = _draw_start_states(task, split, max(64, 1 << (num - 1).bit_length()) if num else 64, seed)
-    distance = _GUARD * dims**0.5 / _PERIODS
-    return StartStates(vectors[:num].copy(), split, task, seed, distance)
+    return StartStates(vectors[:num].copy(), split, task, seed, split_distance(dims))
 
 
 @functools.lru_cache(maxsize=512)
@@ -169,12 +163,10 @@ def _draw_start_states(task: str, split: str, num: int, seed: int) -> tuple[NDAr
         raise ValueError(f"task '{task}' always starts in the same state, so its starts cannot be split")
     digest = hashlib.sha256(f"{task}|{split}|{seed}".encode()).digest()
     rng = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big")))
-    first, last = _STRIPS[split]
     found: list[NDArray[np.float64]] = []
     while len(found) < num:
         unit = rng.random(low.size)
-        phase = (unit[effective].sum() / count) * _PERIODS % 1.0
-        if not first <= phase < last:
+        if not in_split(unit[effective], split):
             continue
         vector = low + unit * (high - low)
         if space.accepts(vector):
@@ -578,6 +570,7 @@ class MetaWorldEnv(EnvBase):
         self.control_dt_s = SIMULATOR_DT_S * action_repeat
         self.contact_names = CONTACT_NAMES
         self.row_tasks = tuple(self.tasks[row % len(self.tasks)] for row in range(num_envs))
+        self.instructions = tuple(instruction(task) for task in self.row_tasks)
         self.simulators = [Simulator(task, action_repeat=action_repeat) for task in self.row_tasks]
         self.snapshot_size = max(simulator.snapshot_size for simulator in self.simulators)
         self._pixels, self._snapshots = pixels, snapshots
@@ -685,18 +678,9 @@ class MetaWorldEnv(EnvBase):
         rows = self.batch_size[0]
         if self._rows is None:
             raise RuntimeError("step was called before reset; call env.reset() first")
-        action = tensordict["action"].detach().to("cpu", torch.float32)
-        if action.shape != (rows, ACTION_DIM):
-            raise ValueError(f"action has shape {tuple(action.shape)}, but this env takes ({rows}, {ACTION_DIM})")
         mask = tensordict.get("_step", None)
         chosen = torch.ones(rows, dtype=torch.bool) if mask is None else mask.reshape(rows).cpu()
-        bad = chosen & ~torch.isfinite(action).all(1)
-        if bad.any():
-            raise ValueError(
-                f"action of row(s) {torch.nonzero(bad).flatten().tolist()} holds NaN or infinity; "
-                "a simulator may only receive finite numbers"
-            )
-        actions = action.clamp(-1.0, 1.0).numpy()
+        actions = checked_action(tensordict["action"], (rows, ACTION_DIM), self.device, chosen).cpu().numpy()
         reward = torch.zeros(rows, 1)
         for row in torch.nonzero(chosen).flatten().tolist():
             _, reward[row, 0], success, failed = self.simulators[row].step(actions[row])

@@ -117,6 +117,15 @@ def _context_class() -> Any:
         raise RenderingUnavailable(_HELP.format(reason=reason)) from error
 
 
+def back_end() -> str:
+    """What MuJoCo draws with here: "egl", "osmesa" or "glfw".
+
+    Raises:
+        RenderingUnavailable: when the machine has none of them; it says how to get one.
+    """
+    return str(_context_class().__module__).rpartition(".")[2]
+
+
 CLOSE = Camera(azimuth=150.0, elevation=-48.0, distance=0.72, lookat=(0.0, 0.74, 0.07))
 """For reach, push and pick-place: the puck is about 4 by 6 of 64 pixels."""
 

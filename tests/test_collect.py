@@ -223,8 +223,13 @@ def test_there_is_a_config_for_every_task() -> None:
     from wamrl.envs.metaworld import SIX_TASKS, task_names
 
     folder = Path(__file__).resolve().parents[1] / "configs" / "env" / "metaworld"
-    assert {f"metaworld/{p.stem}" for p in folder.glob("*.yaml")} == {*task_names(), "metaworld/six"}
+    sets = {"metaworld/six", "metaworld/mt10", "metaworld/mt50"}
+    assert {f"metaworld/{p.stem}" for p in folder.glob("*.yaml")} == {*task_names(), *sets}
     assert tuple(compose("collect", ["env=metaworld/six"]).env.tasks) == SIX_TASKS
+    assert tuple(compose("collect", ["env=metaworld/mt50"]).env.tasks) == task_names()
+    ten = compose("collect", ["env=metaworld/mt10"]).env.tasks
+    metaworld = pytest.importorskip("metaworld")
+    assert {task.removeprefix("metaworld/") for task in ten} == set(metaworld.env_dict.MT10_V3)
     assert list(compose("collect", ["env=metaworld/hammer-v3"]).env.tasks) == ["metaworld/hammer-v3"]
 
 

@@ -18,7 +18,8 @@ LAYERS = {
     **dict.fromkeys(("models", "imagination"), 1),
     **dict.fromkeys(("envs", "planners", "agents"), 2),
     **dict.fromkeys(("data", "checkpoint", "training", "evaluation", "report", "control", "oracle", "video"), 3),
-    **dict.fromkeys(("cli", "film", "results"), 4),  # cli: what the commands share; the others: parts of plan
+    # cli: what the commands share; film, results: parts of plan; imagined: environments from checkpoint and data
+    **dict.fromkeys(("cli", "film", "results", "imagined"), 4),
     "workers": 5,
     **dict.fromkeys(("collect", "train", "plan", "posttrain", "evaluate", "loop", "bench"), 6),
     "configs": 6,

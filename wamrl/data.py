@@ -796,3 +796,35 @@ def _check_same_env(indices: Sequence[Mapping[str, Any]]) -> None:
                 f"these datasets were collected with different {key} ({sorted(map(str, values))}), so their steps last "
                 "differently long; train on one kind"
             )
+
+
+def start_frames(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    keys: Sequence[str] | None = None,
+    tasks: str | Sequence[str] | None = None,
+    first_only: bool = False,
+    training: bool = True,
+) -> TensorDict:
+    """[F] real observations at which imagined episodes may begin, with `task` (int64 `task_id`).
+
+    Args:
+        paths: dataset directories.
+        keys: observation keys; None reads all that every episode has.
+        tasks: tasks to keep; None keeps all.
+        first_only: the first frame of each episode; otherwise every frame from which an action was taken.
+        training: refuse datasets collected from dev or test start states.
+
+    Raises:
+        FileNotFoundError, ValueError: as `EpisodeDataset.open`.
+    """
+    tasks = [tasks] if isinstance(tasks, str) else tasks
+    dataset = EpisodeDataset.open(paths, keys=keys, tasks=tasks, training=training)
+    counts = torch.ones_like(dataset.lengths) if first_only else dataset.lengths
+    episode = torch.repeat_interleave(torch.arange(len(dataset)), counts)
+    step = torch.arange(len(episode)) - (counts.cumsum(0) - counts)[episode]
+    at = dataset.offsets[episode] + step
+    frames = {key: value[at] for key, value in dataset.frames["observation"].items()}
+    names = {task: task_id(task) for task in dataset.tasks}
+    task = torch.tensor([names[info["task"]] for info in dataset.episodes])[episode]
+    return TensorDict({**frames, "task": task}, batch_size=[len(episode)])

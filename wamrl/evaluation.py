@@ -215,6 +215,7 @@ class FailureTags:
     "no_approach": the hand never came within 6 cm of the object (for reach: of the goal).
     "no_motion": it came near, but the object moved less than 2 cm. "slip": the object came at least 5 cm nearer to
     its goal and then lost at least half of that. "wrong_place": the object moved, not to the goal.
+    `run_episodes` itself says "simulator_error" where the simulator failed.
     Uses Meta-World's state layout (hand 0:3, object 4:7, goal 36:39, metres); without it, every failure is "timeout".
     """
 
@@ -402,7 +403,7 @@ def run_episodes(
                     first_success_step=episode.length if success else None,
                     episode_return=episode.total,
                     length=episode.length,
-                    tag="" if success else episode.tags.tag(),
+                    tag="" if success else "simulator_error" if _failed(after, row) else episode.tags.tag(),
                 )
                 if on_episode is not None:
                     on_episode(finished[episode.start])
@@ -414,6 +415,10 @@ def run_episodes(
         policy_state = policy_state[keep]
         live = [row for row in live if row in running]
     return [finished[start] for start in starts]
+
+
+def _failed(after: TensorDict, row: int) -> bool:
+    return "simulator_error" in after.keys() and bool(after["simulator_error"][row])
 
 
 @dataclass(frozen=True)

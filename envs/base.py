@@ -1,0 +1,273 @@
+"""What the environments of wamrl share: their specs, what they refuse, and how rows are reset, stepped and kept.
+
+Letters: B rows, R chosen rows, A action dims (or [K, A] where a chunk is the action), S numbers of one snapshot.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Binary, Bounded, Composite, TensorSpec, Unbounded
+from torchrl.envs import EnvBase
+
+from wamrl.interfaces import task_id
+from wamrl.naming import unknown_name
+
+SPLITS = ("train", "dev", "test")
+_STRIPS = {"train": (0.0, 0.4), "dev": (0.5, 0.6), "test": (0.7, 0.9)}  # of one period; the rest are guard bands
+_GUARD = 0.1
+_PERIODS = 10
+
+
+class RowsEnv(EnvBase):
+    """B rows side by side, each an episode of its own; subclasses fill in `_begin` and `_advance`.
+
+    Keys of a row: the subclass's observation keys; `task` int64 [] (`task_id` of its name); `success` bool [1] (the
+    task's flag in this control step); `simulator_error` bool [1] (the simulator failed, the row is truncated and its
+    last observation repeated); `reward` float32 [1]; TorchRL's `done`, `terminated`, `truncated` [1]; and `snapshot`
+    float64 [S] where `snapshots=True`.
+
+    `reset` reads three optional keys: `_reset` bool [B, 1]; `start` int64 [B], numbers of start states; `snapshot`
+    [B, S] to restore. `start` wins where both are given; without both, a row takes the next start of its task, in an
+    order that the env's seed decides. For a partial reset hand in the whole last TensorDict, as TorchRL asks: rows
+    that are not reset keep what it holds. `step` honours TorchRL's `_step` mask: rows left out repeat what they
+    showed. Actions are float32 in [-1, 1], on the env's device; what lies outside is clamped.
+
+    tasks, row_tasks: the task names, and that of each row: row b runs tasks[b % len(tasks)]. instructions: a sentence
+    per row. start_index: [B] starts in use, -1 after a restore. start_round: [B] how often the env had gone through all
+    starts of the task when it took this one, 0 for a start that was asked for. max_steps: control steps until a row is
+    truncated. control_dt_s, action_repeat: seconds and simulator steps per control step.
+    """
+
+    batch_locked = True
+    control_dt_s: float
+    action_repeat: int
+    max_steps: int
+    snapshot_size: int | None = None
+    # Whether a reset without `start` takes the next of numbered starts; False leaves the draw to `_begin`.
+    numbered_starts = True
+    # Whether what is given out shares memory with the simulator, so that it may not be changed in place.
+    gives_views = False
+
+    def __init__(self, tasks: Sequence[str], num_envs: int, *, device: torch.device | str, seed: int) -> None:
+        if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
+            raise ValueError(f"num_envs is {num_envs!r}, but must be a whole number of at least 1")
+        if not tasks:
+            raise ValueError("tasks is empty; name at least one")
+        super().__init__(device=torch.device(device), batch_size=torch.Size([num_envs]))
+        self.tasks = tuple(tasks)
+        self.row_tasks = tuple(self.tasks[row % len(self.tasks)] for row in range(num_envs))
+        self.instructions = tuple(instruction(task) for task in self.row_tasks)
+        self.start_index = torch.full((num_envs,), -1)
+        self.start_round = torch.zeros(num_envs, dtype=torch.int64)
+        self._task_ids = torch.tensor([task_id(task) for task in self.row_tasks], device=self.device)
+        self._rows: TensorDict | None = None
+        self.set_seed(seed)
+
+    # -- what a subclass fills in
+
+    def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> TensorDict:
+        """Reset `rows` [R] to `start` [R] or `snapshot` [R, S] (neither: as drawn here); what they show, [R]."""
+        raise NotImplementedError
+
+    def _advance(self, rows: Tensor, action: Tensor) -> TensorDict:
+        """One control step of `rows` [R]; what they show, `reward`, `terminated` and `truncated`, [R]."""
+        raise NotImplementedError
+
+    def _start_count(self, task: str) -> int:
+        """How many start states a reset without `start` chooses among."""
+        raise NotImplementedError
+
+    def _declare(
+        self,
+        observation: Mapping[str, tuple[int, ...] | TensorSpec],
+        action_shape: tuple[int, ...],
+        *,
+        action_spec: TensorSpec | None = None,
+    ) -> None:
+        """Make the specs. observation: key -> shape of a row (float32), or its spec with the batch in front."""
+        rows, device = self.batch_size[0], self.device
+
+        def flag() -> Binary:
+            return Binary(n=1, shape=(rows, 1), dtype=torch.bool, device=device)
+
+        entries: dict[str, Any] = {
+            key: Unbounded(shape=(rows, *of), dtype=torch.float32, device=device) if isinstance(of, tuple) else of
+            for key, of in observation.items()
+        }
+        entries["task"] = Unbounded(shape=(rows,), dtype=torch.int64, device=device)
+        entries["success"], entries["simulator_error"] = flag(), flag()
+        if self.snapshot_size is not None:
+            entries["snapshot"] = Unbounded(shape=(rows, self.snapshot_size), dtype=torch.float64, device=device)
+        self.observation_spec = Composite(entries, shape=self.batch_size, device=device)
+        self.action_spec = action_spec or Bounded(
+            -1.0, 1.0, shape=(rows, *action_shape), dtype=torch.float32, device=device
+        )
+        self.reward_spec = Unbounded(shape=(rows, 1), dtype=torch.float32, device=device)
+        self.full_done_spec = Composite(
+            {"done": flag(), "terminated": flag(), "truncated": flag()}, shape=self.batch_size, device=device
+        )
+        self._action_shape = (rows, *action_shape)
+
+    # -- TorchRL's methods
+
+    def _set_seed(self, seed: int | None) -> None:
+        self._seed = 0 if seed is None else int(seed)
+        self._order: dict[str, list[int]] = {}
+        self._round: dict[str, int] = {}
+
+    def _next_start(self, task: str) -> tuple[int, int]:
+        """A start of the task, and the round that it belongs to."""
+        if not self._order.get(task):
+            turn = self._round.get(task, -1) + 1
+            rng = np.random.Generator(np.random.PCG64([self._seed & (2**63 - 1), task_id(task), turn]))
+            self._order[task] = rng.permutation(self._start_count(task)).tolist()[::-1]
+            self._round[task] = turn
+        return self._order[task].pop(), self._round[task]
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **_: Any) -> TensorDictBase:
+        count = self.batch_size[0]
+        given = tensordict if tensordict is not None else TensorDict({}, batch_size=self.batch_size)
+        mask = given.get("_reset", None)
+        chosen = torch.ones(count, dtype=torch.bool) if mask is None else mask.reshape(count).cpu()
+        if self._rows is None and not chosen.all():
+            raise RuntimeError("the first reset has to reset every row, but `_reset` leaves some out")
+        start, snapshot = given.get("start", None), given.get("snapshot", None)
+        rows = chosen.nonzero()[:, 0]
+        self.start_round[rows] = 0
+        if start is not None:
+            start, snapshot = start.reshape(count).cpu()[rows], None
+            if start.numel() and int(start.min()) < 0:
+                raise ValueError(f"`start` holds {int(start.min())}, but numbers of start states begin at 0")
+        elif snapshot is not None:
+            if self.snapshot_size is None or snapshot.shape != (count, self.snapshot_size):
+                takes = "cannot be restored" if self.snapshot_size is None else f"takes ({count}, {self.snapshot_size})"
+                raise ValueError(f"`snapshot` has shape {tuple(snapshot.shape)}, but this env {takes}")
+            snapshot = snapshot[rows.to(snapshot.device)]
+            bad = (~torch.isfinite(snapshot)).any(1).cpu()
+            if bad.any():
+                which = rows[bad].tolist()
+                raise ValueError(f"the snapshot of row(s) {which} holds NaN or infinity and cannot be restored")
+        elif self.numbered_starts:
+            drawn = torch.tensor([self._next_start(self.row_tasks[row]) for row in rows.tolist()], dtype=torch.int64)
+            start, self.start_round[rows] = drawn.view(-1, 2).unbind(1)
+        if rows.numel():
+            self.start_index[rows] = -1 if start is None else start
+            fresh = self._begin(rows, start, snapshot)
+            no = torch.zeros(rows.numel(), 1, dtype=torch.bool, device=self.device)
+            for key in ("success", "simulator_error", "terminated", "truncated"):
+                if key not in fresh.keys():
+                    fresh.set(key, no)
+            self._keep(rows, fresh)
+        assert self._rows is not None
+        return self._rows.clone(recurse=not self.gives_views)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        if self._rows is None:
+            raise RuntimeError("step was called before reset; call env.reset() first")
+        mask = tensordict.get("_step", None)
+        chosen = None if mask is None else mask.reshape(-1).cpu()
+        action = checked_action(tensordict["action"], self._action_shape, self.device, chosen)
+        reward = torch.zeros(self.batch_size[0], 1, device=self.device)
+        if chosen is None or bool(chosen.all()):
+            rows = torch.arange(self.batch_size[0])
+        else:
+            rows = chosen.nonzero()[:, 0]
+            action = action[rows.to(action.device)]
+        after = self._advance(rows, action)
+        reward[rows.to(reward.device)] = after.pop("reward").to(torch.float32)
+        self._keep(rows, after)
+        return self._rows.clone(recurse=not self.gives_views).set("reward", reward)
+
+    def _keep(self, rows: Tensor, shown: TensorDict) -> None:
+        """Put what the chosen rows show into the whole batch."""
+        shown.set("done", shown["terminated"] | shown["truncated"])
+        shown.set("task", self._task_ids[rows.to(self._task_ids.device)])
+        if rows.numel() == self.batch_size[0]:
+            self._rows = shown
+        else:
+            assert self._rows is not None
+            whole = self._rows.clone()
+            whole[rows.to(self._task_ids.device)] = shown.select(*whole.keys())
+            self._rows = whole
+
+
+def in_split(unit: NDArray[np.float64], split: str) -> bool:
+    """Whether a reset vector, its components that matter scaled to [0, 1], lies in the strips of `split`.
+
+    The reset space is cut into parallel strips across its diagonal, ten periods of train, guard, dev, guard, test,
+    guard with shares .4 .1 .1 .1 .2 .1, by where along the diagonal a vector falls.
+    """
+    first, last = _STRIPS[split]
+    return first <= (unit.sum() / len(unit)) * _PERIODS % 1.0 < last
+
+
+def split_distance(components: int) -> float:
+    """The least distance between vectors of different splits: one guard band, .01 * sqrt(components)."""
+    return _GUARD * components**0.5 / _PERIODS
+
+
+def checked_action(
+    action: Tensor, shape: tuple[int, ...], device: torch.device | None, chosen: Tensor | None = None
+) -> Tensor:
+    """`action` clamped to [-1, 1].
+
+    Args:
+        action: what came, [B, ...]. shape: what the environment takes.
+        shape: what the environment takes.
+        device: where the environment lives.
+        chosen: [B] bool rows that will be stepped, None for all; only those have to be finite.
+
+    Raises:
+        ValueError: another shape, dtype or device, or a number that is not finite.
+    """
+    if tuple(action.shape) != shape:
+        raise ValueError(
+            f"action has shape {tuple(action.shape)}, but this env takes {shape}: a row per environment, "
+            "then the numbers of one action"
+        )
+    if action.dtype != torch.float32:
+        raise ValueError(f"action is {action.dtype}, but this env takes torch.float32; convert it with action.float()")
+    if device is not None and action.device.type != device.type:
+        raise ValueError(
+            f"action is on {action.device}, but this env is on {device}; move it with action.to('{device}'), "
+            "or make the env with that device"
+        )
+    bad = ~torch.isfinite(action.detach()).flatten(1).all(1)
+    if chosen is not None:
+        bad = bad & chosen.to(bad.device)
+    if bool(bad.any()):
+        raise ValueError(
+            f"action of row(s) {bad.nonzero()[:, 0].tolist()} holds NaN or infinity; "
+            "a simulator may only receive finite numbers"
+        )
+    return action.detach().clamp(-1.0, 1.0)
+
+
+def instruction(task: str) -> str:
+    """The words of a task's name, for models that read text: "metaworld/pick-place-v3" is "pick place"."""
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", task.rpartition("/")[2].replace("_", "-")).split("-")
+    if len(words) > 1 and words[-1][:1] == "v" and words[-1][1:].isdigit():
+        words.pop()
+    return " ".join(words).lower()
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """`value` if it is a whole number of at least `least`; otherwise ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}")
+    return value
+
+
+def check_split(split: str) -> str:
+    """`split` if it is one of train, dev and test; otherwise UnknownNameError."""
+    if split not in SPLITS:
+        raise unknown_name("split", split, SPLITS)
+    return split

@@ -1,0 +1,383 @@
+"""Any Gymnasium environment as a batched TorchRL one, its rows stepped in worker processes.
+
+Tasks are named "gymnasium/<id>", as in "gymnasium/Pendulum-v1". configs/env/gymnasium/ holds presets.
+
+A start state is a seed of the environment's reset. Splits have seeds of their own (train 0, 3, 6, ..., dev 1, 4, ...,
+test 2, 5, ...), so no episode of one split is one of another; how far their states are apart nobody promises.
+
+Letters: B rows, R chosen rows, D numbers of `state`, C contact flags, S numbers of a snapshot.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tensordict import TensorDict
+from torch import Tensor
+from torchrl.data import Bounded, OneHot, TensorSpec
+
+from wamrl.envs.base import SPLITS, RowsEnv, check_split, whole_number
+from wamrl.envs.gymnasium_rows import PREFIX, Build, Group, Layout, Row, SharedMemory, Worker, WorkerDied
+from wamrl.naming import unknown_name
+
+_STARTS = 100_000  # seeds that resets without `start` choose among
+
+
+@dataclass(frozen=True)
+class StartStates:
+    """Start states of one task and split: rand_vec [num, 1] are the seeds; min_distance is 0, nothing is promised."""
+
+    rand_vec: NDArray[np.float64]
+    split: str
+    task: str
+    min_distance: float = 0.0
+
+    def record(self) -> dict[str, Any]:
+        """What a dataset stores about the start states it was collected from."""
+        return {"task": self.task, "split": self.split, "min_distance": self.min_distance}
+
+
+def start_states(task: str, split: str, num: int) -> StartStates:
+    """The seeds of the first `num` starts of a split; no other split has any of them."""
+    if num < 0:
+        raise ValueError(f"num is {num}, but a number of start states is at least 0")
+    seeds = np.arange(num) * len(SPLITS) + SPLITS.index(check_split(split))
+    return StartStates(seeds[:, None].astype(np.float64), split, task)
+
+
+@dataclass
+class Faults:
+    """What went wrong since the environment was made.
+
+    worker_restarts: processes that died and were started again. episodes_dropped: episodes that ended with them.
+    simulator_errors: episodes that ended because a simulator gave NaN, infinity or a diverging state.
+    """
+
+    worker_restarts: int = 0
+    episodes_dropped: int = 0
+    simulator_errors: int = 0
+
+
+class GymnasiumEnv(RowsEnv):
+    """Gymnasium environments side by side in worker processes; row b runs `tasks[b % len(tasks)]`.
+
+    Keys of a row, beside those of `RowsEnv`: `state` float32 [D], all of the observation that is no image, flattened in
+    the order of its space (a goal included); with `proprioception` `proprioception` float32, those numbers of `state`;
+    with `contacts` `contact` float32 [C]; with `pixels=True` `pixels` uint8 [3, H, W], the image in the observation,
+    or else the environment's rendering. `success` is `info["success"]` or `info["is_success"]`, False without them.
+    Actions of a Discrete space are one-hot [B, n]; those of a Box are scaled from [-1, 1] to its bounds.
+
+    A simulator that gives NaN or diverges, and a worker process that dies, truncate their rows with `simulator_error`;
+    the process is started again and its rows wait for their next reset. `faults` counts both. `snapshot` holds MuJoCo's
+    or classic control's state and the random generator.
+
+    Args:
+        tasks: one name or several, such as "gymnasium/Pendulum-v1"; several need spaces of one shape.
+        num_envs: rows B.
+        workers: processes; None is as many as cores and rows, 0 steps the rows in this process.
+        imports: packages that register the ids, such as "gymnasium_robotics".
+        kwargs: of `gymnasium.make`, such as the size of images.
+        control_dt_s: seconds per step of the Gymnasium environment; None is its attribute `dt`.
+        action_repeat: its steps per control step; rewards are summed.
+        max_steps: control steps until a row is truncated; None is the id's own limit.
+        pixels: whether rows carry images.
+        proprioception: indices into `state`.
+        contacts: flag -> two lists of MuJoCo body names; the flag says whether one of each touch.
+        snapshots: whether rows carry their full state.
+        split: which seeds resets use: "train", "dev" or "test".
+        seed: of the order of the starts. device: where observations are put; simulators run on the CPU.
+
+    Raises:
+        UnknownNameError: an unknown id, with the nearest. ModuleNotFoundError: with the line that installs it.
+        ValueError: settings out of range, spaces that have no fixed size or no bounds.
+    """
+
+    def __init__(
+        self,
+        tasks: str | Sequence[str],
+        num_envs: int = 1,
+        *,
+        workers: int | None = None,
+        imports: Sequence[str] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        control_dt_s: float | None = None,
+        action_repeat: int = 1,
+        max_steps: int | None = None,
+        pixels: bool = False,
+        proprioception: Sequence[int] = (),
+        contacts: Mapping[str, Sequence[Sequence[str]]] | None = None,
+        snapshots: bool = False,
+        split: str = "train",
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+        self.action_repeat = whole_number("action_repeat", action_repeat, 1)
+        if workers is not None:
+            whole_number("workers", workers, 0)
+        if max_steps is not None:
+            whole_number("max_steps", max_steps, 1)
+        self.split = check_split(split)
+        super().__init__(tasks, num_envs, device=device, seed=seed)
+        for task in tasks:
+            if not task.startswith(PREFIX):
+                raise unknown_name("Gymnasium task", task, [PREFIX + task], hint="Names are 'gymnasium/<id>'.")
+        sides = {name: (tuple(one), tuple(other)) for name, (one, other) in (contacts or {}).items()}
+        build = Build(
+            ids=tuple(task.removeprefix(PREFIX) for task in self.row_tasks),
+            imports=tuple(imports),
+            kwargs=dict(kwargs or {}),
+            action_repeat=action_repeat,
+            max_steps=max_steps,
+            pixels=pixels,
+            snapshots=snapshots,
+            proprioception=tuple(int(i) for i in proprioception),
+            contacts=sides,
+        )
+        self._build, self._asked_dt, self._workers_asked = build, control_dt_s, workers
+        first = Row(build, build.ids[0])
+        limit = first.max_steps
+        if limit is None:
+            raise ValueError(f"'{tasks[0]}' has no time limit of its own; give max_steps")
+        self.max_steps = int(limit)
+        dt = getattr(first.env.unwrapped, "dt", None) if control_dt_s is None else control_dt_s
+        if not isinstance(dt, int | float) or not dt > 0:
+            raise ValueError(f"'{tasks[0]}' does not say how long a step lasts; give control_dt_s, in seconds")
+        self.control_dt_s = float(dt) * action_repeat
+        if any(not 0 <= i < first.state_size for i in build.proprioception):
+            raise ValueError(f"proprioception is {list(proprioception)}, but `state` has {first.state_size} numbers")
+        self._proprioception = torch.tensor(build.proprioception, dtype=torch.int64)
+        self.contact_names = tuple(sides)
+        layout = Layout.of(first, num_envs)
+        self._check_alike(first, tasks)
+        self.faults = Faults()
+        self._lost = torch.zeros(num_envs, dtype=torch.bool)
+        count = min(os.cpu_count() or 1, num_envs) if workers is None else min(workers, num_envs)
+        self._layout = layout
+        self._group: Group | None = None
+        self._workers: list[Worker] = []
+        if count == 0:
+            self._memory: Any = bytearray(layout.bytes)
+            self._views = layout.views(self._memory)
+            self._group = Group(build, range(num_envs), self._views, first)
+        else:
+            first.env.close()
+            self._memory = SharedMemory(layout.bytes)
+            self._views = layout.views(self._memory.buffer)
+            edges = np.linspace(0, num_envs, count + 1).astype(int).tolist()
+            parts = [range(low, high) for low, high in zip(edges, edges[1:], strict=False)]
+            self._workers = [Worker(build, part, layout, self._memory) for part in parts]
+            for worker in self._workers:
+                self._expect(worker)
+        if snapshots:
+            self.snapshot_size = layout.entries["snapshot"][0][1]
+        self._declare(self._observation(first), (first.action_size,), action_spec=self._action_spec(first))
+
+    def _check_alike(self, first: Row, tasks: Sequence[str]) -> None:
+        for task in tasks[1:]:
+            other = Row(self._build, task.removeprefix(PREFIX))
+            mine, theirs = (first.state_size, first.action_size), (other.state_size, other.action_size)
+            same_snapshot = first.saver is None or first.snapshot().size == other.snapshot().size
+            other.env.close()
+            if mine != theirs or first.discrete != other.discrete or not same_snapshot:
+                raise ValueError(
+                    f"'{task}' has state and action sizes {theirs}, but '{tasks[0]}' {mine}; rows of one environment "
+                    "need equal ones (and equal snapshots), so make two environments"
+                )
+
+    def _observation(self, first: Row) -> dict[str, tuple[int, ...] | TensorSpec]:
+        entries: dict[str, tuple[int, ...] | TensorSpec] = {}
+        if first.state_size:
+            entries["state"] = (first.state_size,)
+        if self._build.proprioception:
+            entries["proprioception"] = (len(self._build.proprioception),)
+        if self.contact_names:
+            entries["contact"] = (len(self.contact_names),)
+        if "pixels" in self._views:
+            shape = self._views["pixels"].shape
+            entries["pixels"] = Bounded(0, 255, shape=shape, dtype=torch.uint8, device=self.device)
+        if not entries:
+            raise ValueError(f"'{self.tasks[0]}' observes images only; make it with pixels=True")
+        return entries
+
+    def _action_spec(self, first: Row) -> TensorSpec | None:
+        if not first.discrete:
+            return None
+        size = first.action_size
+        return OneHot(size, shape=(self.batch_size[0], size), dtype=torch.float32, device=self.device)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What makes an equal environment: `GymnasiumEnv(**config)`; plain values, fit for JSON."""
+        build = self._build
+        return {
+            "tasks": list(self.tasks),
+            "num_envs": self.batch_size[0],
+            "workers": self._workers_asked,
+            "imports": list(build.imports),
+            "kwargs": dict(build.kwargs),
+            "control_dt_s": self._asked_dt,
+            "action_repeat": self.action_repeat,
+            "max_steps": self.max_steps,
+            "pixels": build.pixels,
+            "proprioception": list(build.proprioception),
+            "contacts": {name: [list(side) for side in sides] for name, sides in build.contacts.items()},
+            "snapshots": build.snapshots,
+            "split": self.split,
+        }
+
+    def _start_count(self, task: str) -> int:
+        return _STARTS
+
+    # -- running
+
+    def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> TensorDict:
+        at = rows.numpy()
+        if start is not None:
+            self._views["seed"][at] = start.numpy() * len(SPLITS) + SPLITS.index(self.split)
+            command = "reset"
+        else:
+            assert snapshot is not None
+            self._views["snapshot"][at] = snapshot.cpu().double().numpy()
+            command = "restore"
+        self._lost[rows] = False
+        dead = self._run(command, rows)
+        if dead:  # nothing was lost that a reset needs: the same again in a new process
+            again = torch.tensor(sorted(row for worker in dead for row in worker.rows if row in set(rows.tolist())))
+            self._restart(dead, idle=rows)
+            self._lost[again] = False
+            if start is None:
+                assert snapshot is not None
+                self._views["snapshot"][at] = snapshot.cpu().double().numpy()
+            if self._run(command, again):
+                raise RuntimeError(
+                    f"a worker process died twice at a {command} of rows {again.tolist()}; see its output"
+                )
+        return self._shown(rows)
+
+    def _advance(self, rows: Tensor, action: Tensor) -> TensorDict:
+        if self._build.ids and isinstance(self.action_spec, OneHot):
+            odd = (action.sum(1) != 1) | (action.amax(1) != 1)
+            if bool(odd.any()):
+                bad = rows[odd.cpu()].tolist()
+                raise ValueError(f"action of row(s) {bad} is not one-hot: one number has to be 1 and the others 0")
+        gone = self._lost[rows]
+        alive = rows[~gone]
+        self._views["action"][rows.numpy()] = action.cpu().numpy()
+        dead = self._run("step", alive)
+        died: set[int] = set()
+        if dead:
+            died = {row for worker in dead for row in worker.rows}
+            self._restart(dead)
+        broken = gone | torch.tensor([row in died for row in rows.tolist()], dtype=torch.bool)
+        at = rows.numpy()
+        self.faults.simulator_errors += int(self._views["failed"][at[~broken.numpy()]].sum())
+        after = self._shown(rows)
+        after.set("reward", torch.from_numpy(self._views["reward"][at]).to(self.device, torch.float32)[:, None])
+        for key in ("terminated", "truncated", "success"):
+            after.set(key, self._flag(key, at))
+        after.set("simulator_error", self._flag("failed", at))
+        if bool(broken.any()):
+            assert self._rows is not None
+            lost = broken.to(self.device)
+            before = self._rows[rows.to(self.device)]
+            for key in after.keys():
+                if key in before.keys() and key in self.observation_spec.keys():
+                    shape = (-1,) + (1,) * (after[key].dim() - 1)
+                    after[key] = torch.where(lost.view(shape), before[key], after[key])
+            lost = lost[:, None]
+            after["reward"] = after["reward"].masked_fill(lost, 0.0)
+            for key, value in (
+                ("terminated", False),
+                ("success", False),
+                ("truncated", True),
+                ("simulator_error", True),
+            ):
+                after[key] = after[key].masked_fill(lost, value)
+        return after
+
+    def _shown(self, rows: Tensor) -> TensorDict:
+        views, at = self._views, rows.numpy()
+        state = torch.from_numpy(views["state"][at])
+        shown = {"state": state} if state.shape[1] else {}
+        if self._build.proprioception:
+            shown["proprioception"] = state[:, self._proprioception]
+        for key, name in (("contact", "contact"), ("pixels", "pixels"), ("snapshot", "snapshot")):
+            if key in self.observation_spec.keys():
+                shown[key] = torch.from_numpy(views[name][at])
+        return TensorDict(shown, batch_size=[len(at)], device=self.device)
+
+    def _flag(self, name: str, at: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(self._views[name][at]).to(self.device, torch.bool)[:, None]
+
+    # -- processes
+
+    def _run(self, command: str, rows: Tensor) -> list[Worker]:
+        """Let the workers do it for `rows`; those that died meanwhile."""
+        chosen = self._views["chosen"]
+        chosen[:] = 0
+        chosen[rows.numpy()] = 1
+        if self._group is not None:
+            self._group.run(command)
+            return []
+        asked, dead = [], []
+        for worker in self._workers:
+            if chosen[worker.rows.start : worker.rows.stop].any():
+                try:
+                    worker.send(command)
+                    asked.append(worker)
+                except WorkerDied:
+                    dead.append(worker)
+        error: Exception | None = None
+        for worker in asked:  # every answer is taken, also after an error, so that none is left for the next command
+            try:
+                worker.wait()
+            except WorkerDied:
+                dead.append(worker)
+            except Exception as raised:
+                error = error or raised
+        if error is not None:
+            raise error
+        return dead
+
+    def _restart(self, dead: Sequence[Worker], *, idle: Tensor | None = None) -> None:
+        """New processes for dead ones, whose rows wait for a reset. idle: rows that were in no episode."""
+        running = ~self._lost
+        if self._rows is not None:
+            running &= ~self._rows["done"][:, 0].cpu()
+        if idle is not None:
+            running[idle] = False
+        self.faults.worker_restarts += len(dead)
+        for worker in dead:
+            self.faults.episodes_dropped += int(running[worker.rows.start : worker.rows.stop].sum())
+            worker.close()
+            new = Worker(self._build, worker.rows, self._layout, self._memory)
+            self._workers[self._workers.index(worker)] = new
+            self._expect(new)
+            self._lost[worker.rows.start : worker.rows.stop] = True
+
+    def _expect(self, worker: Worker) -> None:
+        try:
+            worker.wait()
+        except WorkerDied:
+            code = worker.process.wait()
+            raise RuntimeError(
+                f"a worker process ended with exit code {code} while it made its environments; its own output says "
+                "why, and workers=0 makes them in this process"
+            ) from None
+
+    def close(self, *, raise_if_closed: bool = True) -> None:
+        """End the processes and close the environments."""
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+        for worker in self._workers:
+            worker.close()
+        self._workers = []
+        super().close(raise_if_closed=raise_if_closed)

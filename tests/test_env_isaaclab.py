@@ -1,0 +1,354 @@
+"""The promises of wamrl.envs.isaaclab_env on real Isaac Lab (`make test-isaac`); what needs none of it runs always."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+
+from wamrl.envs.isaaclab_env import IsaacLabEnv, start_states
+from wamrl.naming import UnknownNameError
+
+ROOT = Path(__file__).resolve().parents[1]
+HERE = importlib.util.find_spec("isaaclab") is not None
+isaac = pytest.mark.isaac
+needs_isaac = pytest.mark.skipif(not HERE, reason="needs Isaac Lab: make test-isaac")
+# Upstream warns about its own future.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+GROUND = """#usda 1.0
+(
+    defaultPrim = "Root"
+    metersPerUnit = 1
+    upAxis = "Z"
+)
+def Xform "Root"
+{
+    def Xform "Environment"
+    {
+        float3 xformOp:scale = (1, 1, 1)
+        uniform token[] xformOpOrder = ["xformOp:scale"]
+        def Mesh "Geometry"
+        {
+            point3f[] points = [(-50, -50, 0), (50, -50, 0), (50, 50, 0), (-50, 50, 0)]
+            int[] faceVertexCounts = [4]
+            int[] faceVertexIndices = [0, 1, 2, 3]
+            texCoord2f[] primvars:st = [(0, 0), (1, 0), (1, 1), (0, 1)] (interpolation = "varying")
+        }
+    }
+    def Plane "CollisionPlane" (prepend apiSchemas = ["PhysicsCollisionAPI"])
+    {
+        uniform token axis = "Z"
+        uniform token purpose = "guide"
+    }
+    def Scope "Looks"
+    {
+        def Material "theGrid"
+        {
+            def Shader "Shader"
+            {
+                color3f inputs:diffuse_tint = (1, 1, 1)
+            }
+        }
+    }
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def asset_root(tmp_path_factory) -> str:
+    """Stand-ins for upstream's assets: our cart and pole under its name, and a plane."""
+    root = tmp_path_factory.mktemp("assets")
+    robot = root / "Isaac/IsaacLab/Robots/Classic/Cartpole"
+    ground = root / "Isaac/IsaacLab/Environments/Grid/default_ground_plane_checker_v1"
+    robot.mkdir(parents=True)
+    ground.mkdir(parents=True)
+    (robot / "cartpole.usd").write_text((ROOT / "envs/assets/cartpole.usda").read_text())
+    (ground / "default_ground_plane.usda").write_text(GROUND)
+    return str(root)
+
+
+@pytest.fixture(scope="module", params=["Wamrl-Balance", "Wamrl-Push"])
+def env(request, asset_root):
+    made = IsaacLabEnv(f"isaaclab/{request.param}", 4, asset_root=asset_root, max_steps=20, snapshots=True)
+    yield made
+    made.close()
+
+
+def starts(*numbers: int) -> TensorDict:
+    return TensorDict({"start": torch.tensor(numbers)}, [len(numbers)])
+
+
+def follow(env: IsaacLabEnv, td: TensorDict, steps: int, level: float = 0.5) -> TensorDict:
+    found = []
+    for _ in range(steps):
+        td = env.step(td.clone().set("action", torch.full(env.action_spec.shape, level)))["next"]
+        found.append(td.clone())
+    return torch.stack(found)
+
+
+# ------------------------------------------------------------------------------------------------ without Isaac Lab
+
+
+@pytest.mark.skipif(HERE, reason="Isaac Lab is installed here")
+def test_a_missing_isaac_lab_is_answered_with_how_to_get_it():
+    with pytest.raises(ModuleNotFoundError, match="make setup-isaac"):
+        IsaacLabEnv("isaaclab/Wamrl-Push")
+
+
+def test_a_missing_asset_root_is_noticed_at_once(monkeypatch, tmp_path):
+    monkeypatch.delenv("ISAACSIM_ASSET_ROOT", raising=False)
+    with pytest.raises(ValueError, match="asset_root=<folder"):
+        IsaacLabEnv("isaaclab/Isaac-Cartpole-Direct")
+    with pytest.raises(FileNotFoundError, match="there is no folder .*Isaac"):
+        IsaacLabEnv("isaaclab/Isaac-Cartpole-Direct", asset_root=str(tmp_path))
+
+
+def test_settings_out_of_range_are_refused():
+    for options, message in (
+        ({"tasks": "Wamrl-Push"}, "did you mean 'isaaclab/Wamrl-Push'"),
+        ({"tasks": ["isaaclab/Wamrl-Push", "isaaclab/Wamrl-Balance"]}, "one env per task"),
+        ({"tasks": "isaaclab/Wamrl-Push", "num_envs": 0}, "num_envs is 0"),
+        ({"tasks": "isaaclab/Wamrl-Push", "max_steps": 0}, "max_steps is 0"),
+        ({"tasks": "isaaclab/Wamrl-Push", "split": "trian"}, "did you mean 'train'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            IsaacLabEnv(**options)
+
+
+def test_seeds_of_splits_never_meet():
+    seeds = [set(start_states("x", split, 50).rand_vec[:, 0]) for split in ("train", "dev", "test")]
+    assert not (seeds[0] & seeds[1] | seeds[0] & seeds[2] | seeds[1] & seeds[2])
+
+
+# --------------------------------------------------------------------------------------------------- on Isaac Lab
+# One simulation per process: these first, before the environment that the others share is open.
+
+
+@isaac
+@needs_isaac
+@pytest.mark.parametrize("task", ["Isaac-Cartpole-Direct", "Isaac-Cartpole"])
+def test_upstream_tasks_run_with_stand_in_assets(task, asset_root):
+    made = IsaacLabEnv(f"isaaclab/{task}", 8, asset_root=asset_root, overrides=["physics=newton_mjwarp"], max_steps=10)
+    first, second = (follow(made, made.reset(starts(*range(8))), 10, level=0.1) for _ in range(2))
+    assert torch.equal(first["state"], second["state"]) and first["state"].shape == (10, 8, 4)
+    assert first["truncated"][-1].all() and not first["truncated"][:-1].any()
+    assert made.config == {**made.config, "tasks": [f"isaaclab/{task}"], "max_steps": 10}
+    made.close()
+    made.close(raise_if_closed=False)
+
+
+@isaac
+@needs_isaac
+def test_unknown_ids_are_answered_with_near_ones(asset_root):
+    with pytest.raises(UnknownNameError, match="did you mean 'isaaclab/Isaac-Cartpole-Direct'"):
+        IsaacLabEnv("isaaclab/Isaac-Cartpole-Directt", asset_root=asset_root)
+
+
+@isaac
+@needs_isaac
+def test_ppo_learns_to_balance(asset_root):
+    from stable_baselines3 import PPO
+
+    from wamrl.envs.sb3 import RowsSB3Env
+
+    made = IsaacLabEnv("isaaclab/Wamrl-Balance", 64, asset_root=asset_root, max_steps=100)
+    env = RowsSB3Env(made)
+
+    def mean_return(learner: PPO) -> float:
+        made.set_seed(7)
+        shown, total, alive = env.reset(), np.zeros(64), np.ones(64)
+        for _ in range(100):
+            env.step_async(learner.predict(shown, deterministic=True)[0])
+            shown, reward, done, _ = env.step_wait()
+            total += reward * alive
+            alive *= ~done
+        return float(total.mean())
+
+    sizes = {"n_steps": 32, "batch_size": 512, "n_epochs": 8, "learning_rate": 2e-3, "gamma": 0.98, "gae_lambda": 0.9}
+    learner = PPO("MultiInputPolicy", env, seed=0, device="cpu", **sizes)
+    before = mean_return(learner)
+    learner.learn(64 * 32 * 15)
+    after = mean_return(learner)
+    made.close()
+    assert after > before + 10, (before, after)
+
+
+@isaac
+@needs_isaac
+def test_our_own_tasks_need_no_asset_root():
+    code = (
+        "import torch\nfrom wamrl.envs.isaaclab_env import IsaacLabEnv\n"
+        "env = IsaacLabEnv('isaaclab/Wamrl-Balance', 2)\n"
+        "td = env.step(env.reset().set('action', torch.zeros(2, 1)))['next']\n"
+        "print('finite', bool(td['state'].isfinite().all()))\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "ISAACSIM_ASSET_ROOT"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=250)
+    assert "finite True" in done.stdout, done.stderr
+
+
+@isaac
+@needs_isaac
+def test_torchrl_accepts_it(env):
+    from torchrl.envs.utils import check_env_specs
+
+    check_env_specs(env)
+    assert env.control_dt_s == pytest.approx(env.action_repeat / 120)
+
+
+@isaac
+@needs_isaac
+def test_the_same_start_is_the_same_episode_and_another_is_not(env):
+    first, second = (follow(env, env.reset(starts(0, 1, 2, 3)), 6) for _ in range(2))
+    for key in first.keys():
+        assert torch.equal(first[key], second[key]), key
+    assert not torch.equal(first["state"][:, 0], first["state"][:, 1])
+    swapped = follow(env, env.reset(starts(1, 0, 3, 2)), 6)  # whichever row it runs in, up to the row's place
+    assert torch.allclose(swapped["state"][:, 0], first["state"][:, 1], atol=1e-3)
+
+
+@isaac
+@needs_isaac
+def test_the_seed_decides_what_resets_draw(env):
+    def drawn(seed: int) -> torch.Tensor:
+        env.set_seed(seed)
+        return torch.stack([env.reset()["state"] for _ in range(2)])
+
+    before = torch.get_rng_state()
+    assert torch.equal(drawn(1), drawn(1)) and not torch.equal(drawn(1), drawn(2))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@isaac
+@needs_isaac
+def test_a_restored_row_has_the_same_future(env):
+    td = follow(env, env.reset(starts(0, 1, 2, 3)), 8)[-1]
+    saved = td["snapshot"].clone()
+    lived = follow(env, td, 6)
+    restored = []
+    for _ in range(2):
+        again = env.reset(TensorDict({"snapshot": saved}, [4]))
+        assert torch.equal(again["state"], td["state"])
+        restored.append(follow(env, again, 6))
+        env.reset()
+    assert torch.equal(restored[0]["state"], restored[1]["state"])
+    assert (restored[0]["state"] - lived["state"]).abs().max() < 1e-4
+    assert torch.equal(restored[0]["truncated"], lived["truncated"])
+
+
+@isaac
+@needs_isaac
+def test_a_partial_reset_leaves_the_other_rows_alone(env):
+    alone = follow(env, env.reset(starts(0, 1, 2, 3)), 8)
+    td = follow(env, env.reset(starts(0, 1, 2, 3)), 4)[-1]
+    mask = torch.tensor([[False], [True], [False], [False]])
+    td = env.reset(td.clone().set("_reset", mask).set("start", torch.tensor([0, 9, 0, 0]))).exclude("_reset", "start")
+    assert torch.equal(td["state"][[0, 2, 3]], alone["state"][3][[0, 2, 3]])
+    assert not torch.equal(td["state"][1], alone["state"][3][1])
+    after = follow(env, td, 4)
+    assert torch.allclose(after["state"][:, [0, 2, 3]], alone["state"][4:, [0, 2, 3]], atol=1e-5)
+
+
+@isaac
+@needs_isaac
+def test_an_episode_ends_with_its_own_last_observation(env):
+    path = follow(env, env.reset(starts(0, 1, 2, 3)), 20, level=1.0)
+    assert path["truncated"][-1].all() and not path["truncated"][:-1].any()
+    if "Balance" in env.tasks[0]:  # a pole that is pushed in one direction falls, and is seen to have fallen
+        ended = path["terminated"][..., 0].int().argmax(0)
+        assert path["terminated"].any(0).all()
+        assert all(abs(float(path["state"][ended[row], row, 2])) > 1.0 for row in range(4))
+    td, following = env.step_and_maybe_reset(path[-2].clone().set("action", torch.zeros(env.action_spec.shape)))
+    assert td["next", "done"].all() and not following["done"].any()
+    assert not torch.equal(td["next", "state"], following["state"])
+
+
+@isaac
+@needs_isaac
+def test_actions_that_do_not_fit_are_refused_and_left_out_rows_need_a_reset(env):
+    td, action = env.reset(starts(0, 1, 2, 3)), torch.zeros(env.action_spec.shape)
+    for wrong, message in ((action[:, :0], "shape"), (action.double(), "float64"), (action * torch.nan, "NaN")):
+        with pytest.raises(ValueError, match=message):
+            env.step(td.clone().set("action", wrong))
+    with pytest.raises(ValueError, match="on meta"):
+        env.step(TensorDict({**dict(td.items()), "action": action.to("meta")}, [4]))
+    left = torch.tensor([True, True, True, False])
+    after = env.step(td.clone().update({"action": action, "_step": left}))["next"]
+    assert torch.equal(after["state"][3], td["state"][3])
+    with pytest.raises(RuntimeError, match=r"row\(s\) \[3\].*reset them"):
+        env.step(after.clone().set("action", action))
+
+
+@isaac
+@needs_isaac
+def test_a_simulation_that_gives_nan_ends_its_row_only(env):
+    td = env.reset(starts(0, 1, 2, 3))
+    observe = env.raw._get_observations
+
+    def broken():
+        shown = observe()
+        shown["policy"] = shown["policy"].clone()
+        shown["policy"][2] = torch.nan
+        return shown
+
+    env.raw._get_observations = broken
+    try:
+        after = env.step(td.clone().set("action", torch.zeros(env.action_spec.shape)))["next"]
+    finally:
+        del env.raw._get_observations
+    assert after["simulator_error"][:, 0].tolist() == [False, False, True, False] == after["truncated"][:, 0].tolist()
+    assert torch.equal(after["state"][2], td["state"][2]) and after["state"].isfinite().all()
+
+
+@isaac
+@needs_isaac
+def test_the_camera_sees_what_moves(env):
+    if "Push" not in env.tasks[0]:
+        pytest.skip("only the pushing task has a camera")
+    td = env.reset(starts(0, 1, 2, 3))
+    after = follow(env, td, 10)[-1]
+    before = follow(env, env.reset(starts(0, 1, 2, 3)), 1)[-1]
+    assert after["pixels"].shape == (4, 3, 64, 64) and after["pixels"].dtype == torch.uint8
+    red, green, blue = (after["pixels"][:, i].int() for i in range(3))
+    finger, goal = (red - green > 60) & (red - blue > 60), (green - red > 60) & (green - blue > 60)
+    assert (goal.flatten(1).sum(1) > 40).all() and (finger.flatten(1).sum(1) > 2).all()
+    assert ((after["pixels"].int() - before["pixels"].int()).abs().amax(1).flatten(1) > 60).any(1).all()
+
+
+@isaac
+@needs_isaac
+def test_a_scripted_push_moves_the_cube_to_the_goal(env):
+    if "Push" not in env.tasks[0]:
+        pytest.skip("only the pushing task has a cube")
+    td, reward, success = env.reset(starts(0, 1, 2, 3)), [], torch.zeros(4, dtype=torch.bool)
+    first = td["state"][:, 4:6].clone()
+    env.max_steps, limit = 10_000, env.max_steps
+    for _ in range(240):
+        finger, cube, goal = (td["state"][:, i : i + 2] for i in (0, 4, 8))
+        way = (goal - cube) / (goal - cube).norm(dim=1, keepdim=True)
+        behind = cube - 0.1 * way
+        aligned = ((finger - cube) * way).sum(1, keepdim=True) < -0.05
+        near = ((finger - cube) - ((finger - cube) * way).sum(1, keepdim=True) * way).norm(dim=1, keepdim=True) < 0.015
+        action = torch.where(aligned & near, 0.6 * way, 6.0 * (behind - finger)).clamp(-1, 1)
+        td = env.step(td.clone().set("action", action * ~success[:, None]))["next"]
+        success |= td["success"][:, 0]
+        reward.append(td["reward"][:, 0])
+    env.max_steps = limit
+    assert ((td["state"][:, 4:6] - first).norm(dim=1) > 0.1).all()
+    assert success.float().mean() >= 0.5
+    assert (torch.stack(reward) >= 0).all() and (torch.stack(reward) <= 1).all()
+
+
+@isaac
+@needs_isaac
+def test_only_one_can_be_open(env, asset_root):
+    with pytest.raises(RuntimeError, match=r"close\(\) it first"):
+        IsaacLabEnv("isaaclab/Wamrl-Balance", asset_root=asset_root)
