@@ -12,7 +12,6 @@ from gymnasium.vector import AutoresetMode
 from tensordict import TensorDict
 from torch import Tensor
 from torchrl.envs.utils import check_env_specs
-from toys import TASKS, MortalWAM, ToyWAM, UncertainWAM, observation
 
 from wamrl.control import RandomPolicy
 from wamrl.envs.imagined_env import ImaginedEnv
@@ -20,6 +19,7 @@ from wamrl.envs.vector import RowsVectorEnv
 from wamrl.evaluation import Start, run_episodes
 from wamrl.interfaces import Imagined, State
 from wamrl.naming import UnknownNameError
+from wamrl.planners.toys import TASKS, MortalWAM, ToyWAM, UncertainWAM, observation
 
 
 class _Decoded:
