@@ -22,6 +22,7 @@ from benchmarks.stored import RESULTS, ROOT, Clock
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),
+    "scores shuffled across the candidates (null control)": ("planner.shuffle_scores=true",),
     "no candidates of the behaviour prior": ("planner.behaviour_share=0",),
     "success counts for nothing in the score": ("planner.success_weight=0",),
     "no terminal value": ("planner.value_weight=0",),
