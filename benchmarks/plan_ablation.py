@@ -64,10 +64,12 @@ def main() -> None:
     parser.add_argument("--wam", default="outputs/bench/plan_metaworld/scarce/seed0/train_again")
     parser.add_argument("--episodes", type=int, default=20, help="dev starts per task")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/plan_ablation"))
     arguments = parser.parse_args()
     os.chdir(ROOT)
     clock = Clock()
+    chosen = {name: VARIANTS[name] for name in dict.fromkeys(["default", *arguments.variants])}
     with ThreadPoolExecutor(arguments.jobs) as pool:
         futures = {
             name: pool.submit(
@@ -79,7 +81,7 @@ def main() -> None:
                 arguments.out,
                 "planner,policy" if name == "default" else "planner",
             )
-            for name, overrides in VARIANTS.items()
+            for name, overrides in chosen.items()
         }
         runs = {name: future.result() for name, future in futures.items()}
     metrics: dict[str, Any] = {}
@@ -93,7 +95,7 @@ def main() -> None:
         metrics[f"{name}/mean/planner/plan_p50_ms"] = run["timing"]["single"]["total_ms"]["p50"]
     clock.store(
         RESULTS / "plan_ablation.json",
-        config={"wam": arguments.wam, "split": "dev", "episodes": arguments.episodes, "variants": VARIANTS},
+        config={"wam": arguments.wam, "split": "dev", "episodes": arguments.episodes, "variants": chosen},
         metrics=metrics,
         protocol_hash=sorted({run["protocol_hash"] for run in runs.values()}),
     )
