@@ -97,6 +97,7 @@ def main() -> None:
         RESULTS / "plan_ablation.json",
         config={"wam": arguments.wam, "split": "dev", "episodes": arguments.episodes, "variants": chosen},
         metrics=metrics,
+        arguments=" ".join(sys.argv[1:]),
         protocol_hash=sorted({run["protocol_hash"] for run in runs.values()}),
     )
 
