@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def main() -> None:
         RESULTS / "plan_ablation.json",
         config={"wam": arguments.wam, "split": "dev", "episodes": arguments.episodes, "variants": chosen},
         metrics=metrics,
-        arguments=" ".join(sys.argv[1:]),
+        arguments=shlex.join(sys.argv[1:]),
         protocol_hash=sorted({run["protocol_hash"] for run in runs.values()}),
     )
 
