@@ -200,7 +200,10 @@ class Row:
         """Reward (sum over the repeats), terminated, truncated, success (at any repeat), and whether it failed."""
         total, terminated, truncated, success = 0.0, False, False, False
         for _ in range(self.build.action_repeat):
-            observation, reward, terminated, truncated, info = self._apply(action)
+            try:
+                observation, reward, terminated, truncated, info = self._apply(action)
+            except _physics_errors():
+                return 0.0, False, True, False, True
             total += float(reward)
             success = success or bool(info.get("success", info.get("is_success", False)))
             if terminated or truncated:
@@ -271,6 +274,12 @@ class Row:
         self._failures = self._count_failures()
         if self.build.pixels and not self._images:
             self.pixels = np.asarray(self.env.render(), dtype=np.uint8).transpose(2, 0, 1)
+
+
+def _physics_errors() -> tuple[type[Exception], ...]:
+    """What simulators raise when a state diverges, of the packages that are in use."""
+    known = (("dm_control.rl.control", "PhysicsError"), ("mujoco", "FatalError"))
+    return tuple(getattr(sys.modules[module], name) for module, name in known if module in sys.modules)
 
 
 def _split(id: str, space: spaces.Space[Any]) -> tuple[list[str], spaces.Space[Any] | None]:

@@ -198,6 +198,24 @@ def test_a_diverging_mujoco_simulation_is_tagged(tmp_path, monkeypatch):
     assert bool(after["simulator_error"]) and torch.equal(after["state"], td["state"])
 
 
+def test_a_dm_control_simulation_that_diverges_is_tagged_and_the_other_rows_go_on(tmp_path, monkeypatch):
+    """It raises where Gymnasium's own environments give NaN."""
+    pytest.importorskip("shimmy", reason="needs the extra dm_control")
+    pytest.importorskip("dm_control", reason="needs the extra dm_control")
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes its log there
+    env = GymnasiumEnv("gymnasium/dm_control/cartpole-swingup-v0", 2, workers=0, imports=["shimmy"],
+                       control_dt_s=0.01, max_steps=9, snapshots=True)  # fmt: skip
+    td = env.reset(starts(0, 1))
+    env._group.members[1]._physics[1].qvel[:] = 1e15
+    after = env.step(td.clone().set("action", torch.ones(2, 1)))["next"]
+    assert after["simulator_error"][:, 0].tolist() == [False, True] == after["truncated"][:, 0].tolist()
+    for key in ("state", "snapshot"):
+        assert torch.equal(after[key][1], td[key][1]) and not torch.equal(after[key][0], td[key][0])
+    td = env.reset(after.clone().set("_reset", after["done"].clone()))
+    again = env.step(td.set("action", torch.ones(2, 1)))["next"]
+    assert not again["simulator_error"].any() and faults(env) == (0, 0, 1)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_defect_of_an_environment_keeps_its_own_error(workers):
     env = GymnasiumEnv(**FAULTY, num_envs=1, workers=workers)
