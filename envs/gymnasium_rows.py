@@ -222,8 +222,8 @@ class Row:
 
     def _see(self, observation: Any) -> bool:
         """Keep what is observed; False, and nothing kept, when it holds NaN or infinity."""
-        if self._plain:
-            state = np.asarray(observation, dtype=np.float32).reshape(-1)
+        if self._plain:  # a copy: the environment may write its next observation into the same array
+            state = np.array(observation, dtype=np.float32).reshape(-1)
         elif self._parts:  # what spaces.flatten does, in a fraction of its time
             state = np.concatenate([observation[key].ravel() for key in self._parts], dtype=np.float32)
         elif self._vector is not None:
@@ -238,7 +238,7 @@ class Row:
         self.state = state
         if self.build.pixels:
             image = self.env.render() if not self._images else _image_of(observation, self._images)
-            self.pixels = np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
+            self.pixels = np.array(image, dtype=np.uint8).transpose(2, 0, 1)
         return True
 
     def _count_failures(self) -> int:
@@ -273,7 +273,7 @@ class Row:
         self.state = snapshot[3 : 3 + self.state_size].astype(np.float32)
         self._failures = self._count_failures()
         if self.build.pixels and not self._images:
-            self.pixels = np.asarray(self.env.render(), dtype=np.uint8).transpose(2, 0, 1)
+            self.pixels = np.array(self.env.render(), dtype=np.uint8).transpose(2, 0, 1)
 
 
 def _physics_errors() -> tuple[type[Exception], ...]:

@@ -13,7 +13,7 @@ from gymnasium import spaces
 class Faulty(gymnasium.Env[np.ndarray, np.ndarray]):
     """Counts steps from the seed. Action 1 kills the process, -1 makes the observation NaN, 0.5 the reward.
 
-    Action -0.5 raises.
+    Action -0.5 raises. Every observation is written into the same array.
     """
 
     observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
@@ -23,7 +23,8 @@ class Faulty(gymnasium.Env[np.ndarray, np.ndarray]):
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
         self.start, self.count = float(seed or 0), 0.0
-        return np.array([self.start, 0.0], np.float32), {}
+        self.seen = np.array([self.start, 0.0], np.float32)
+        return self.seen, {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         assert self.action_space.contains(action)
@@ -33,8 +34,8 @@ class Faulty(gymnasium.Env[np.ndarray, np.ndarray]):
         if normalised == -0.5:
             raise ZeroDivisionError("the simulator has a defect")
         self.count += 1.0
-        observation = np.array([self.start, np.nan if normalised == -1.0 else self.count], np.float32)
-        return observation, np.nan if normalised == 0.5 else 1.0, False, False, {"is_success": self.count >= 3.0}
+        self.seen[:] = self.start, np.nan if normalised == -1.0 else self.count
+        return self.seen, np.nan if normalised == 0.5 else 1.0, False, False, {"is_success": self.count >= 3.0}
 
 
 class Ragged(Faulty):
