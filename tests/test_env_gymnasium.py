@@ -101,6 +101,33 @@ def test_one_hot_actions_are_those_of_a_discrete_space():
         env.step(td.clone().set("action", torch.tensor([[1.0, 0.0], [0.5, 0.5]])))
 
 
+def test_gymnasium_and_sb3_see_a_discrete_space_as_theirs():
+    from gymnasium import spaces
+
+    from wamrl.envs.vector import RowsVectorEnv
+
+    env = GymnasiumEnv("gymnasium/CartPole-v1", 2, workers=0, control_dt_s=0.02)
+    vector = RowsVectorEnv(env)
+    first, _ = vector.reset(seed=0, options={"start": [0, 0]})
+    assert vector.single_action_space == spaces.Discrete(2)
+    after, *_ = vector.step(np.array([0, 1]))
+    assert after["state"][0, 1] < first["state"][0, 1] < after["state"][1, 1]  # pushed left, pushed right
+    for _ in range(60):
+        vector.step(vector.action_space.sample())
+    for wrong in (np.array([0, 2]), np.array([0, -1]), np.array([0.0, 1.0]), np.eye(2)):
+        with pytest.raises(ValueError, match="2 whole numbers from 0 to 1"):
+            vector.step(wrong)
+
+    pytest.importorskip("stable_baselines3", reason="needs the extra sb3")
+    from stable_baselines3 import PPO
+
+    from wamrl.envs.sb3 import RowsSB3Env
+
+    learner = PPO("MultiInputPolicy", RowsSB3Env(env), n_steps=16, batch_size=32, n_epochs=1, seed=0, device="cpu")
+    assert learner.action_space == spaces.Discrete(2)
+    learner.learn(32)
+
+
 def test_fingers_that_touch_the_cube_say_so():
     pytest.importorskip("gymnasium_robotics", reason="needs the extra robotics")
     env = GymnasiumEnv(
