@@ -241,6 +241,15 @@ class Row:
             self.pixels = np.array(image, dtype=np.uint8).transpose(2, 0, 1)
         return True
 
+    def image_shape(self) -> tuple[int, ...] | None:
+        """[3, H, W], None where rows carry no images."""
+        if not self.build.pixels:
+            return None
+        if self.pixels is None:
+            self.reset(0)
+        assert self.pixels is not None
+        return self.pixels.shape
+
     def _count_failures(self) -> int:
         # MuJoCo resets a state that diverges by itself and only counts it: bad qpos, qvel and qacc.
         return 0 if self._physics is None else int(self._physics[1].warning.number[4:7].sum())
@@ -502,11 +511,9 @@ class Layout:
             "seed": ((count,), "i8"),
             **flags,
         }
-        if row.build.pixels:
-            if row.pixels is None:
-                row.reset(0)
-            assert row.pixels is not None
-            entries["pixels"] = ((count, *row.pixels.shape), "u1")
+        image = row.image_shape()
+        if image is not None:
+            entries["pixels"] = ((count, *image), "u1")
         if row.saver is not None:
             entries["snapshot"] = ((count, row.snapshot().size), "f8")
         return Layout(entries)

@@ -38,6 +38,12 @@ class Faulty(gymnasium.Env[np.ndarray, np.ndarray]):
         return self.seen, np.nan if normalised == 0.5 else 1.0, False, False, {"is_success": self.count >= 3.0}
 
 
+class Slower(Faulty):
+    """Its steps last longer."""
+
+    dt = 0.2
+
+
 class Ragged(Faulty):
     """Its observation has no fixed size."""
 
@@ -68,6 +74,19 @@ class Stateful(Faulty):
         return self._observation(), *super().step(action)[1:]
 
 
-for _name in ("Faulty", "Ragged", "Unbounded", "Stateful"):
+class Wide(Stateful):
+    """Its images are wider."""
+
+    observation_space = spaces.Dict(  # type: ignore[assignment]
+        {"camera": spaces.Box(0, 255, (4, 8, 3), np.uint8), "place": spaces.Box(-1, 1, (2,), np.float64)}
+    )
+
+    def _observation(self) -> dict[str, np.ndarray]:
+        return {**super()._observation(), "camera": np.zeros((4, 8, 3), np.uint8)}
+
+
+for _name in ("Faulty", "Slower", "Ragged", "Unbounded", "Stateful", "Wide"):
     if f"wamrl-test/{_name}-v0" not in gymnasium.registry:
         gymnasium.register(f"wamrl-test/{_name}-v0", entry_point=f"faulty_envs:{_name}", max_episode_steps=10)
+if "wamrl-test/Short-v0" not in gymnasium.registry:
+    gymnasium.register("wamrl-test/Short-v0", entry_point="faulty_envs:Faulty", max_episode_steps=4)

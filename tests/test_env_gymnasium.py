@@ -29,6 +29,19 @@ def faults(env: GymnasiumEnv) -> tuple[int, int, int]:
     return env.faults.worker_restarts, env.faults.episodes_dropped, env.faults.simulator_errors
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_rows_of_several_tasks_share_one_time_limit(workers):
+    tasks = ["gymnasium/wamrl-test/Faulty-v0", "gymnasium/wamrl-test/Short-v0"]
+    env = GymnasiumEnv(tasks, 2, imports=["faulty_envs"], workers=workers)
+    td = env.reset(starts(0, 0))
+    ends = []
+    for _ in range(env.max_steps):
+        td = step(env, td, 0.0, 0.0)
+        ends.append(td["truncated"][:, 0].tolist())
+    assert env.max_steps == 10 and ends == [[False, False]] * 9 + [[True, True]]
+    env.close()
+
+
 @pytest.mark.parametrize("workers", [0, 2, 3])
 def test_processes_change_nothing(workers):
     one = GymnasiumEnv("gymnasium/Pendulum-v1", 4, workers=0)
@@ -276,6 +289,15 @@ def test_a_missing_package_is_answered_with_how_to_get_it(monkeypatch, package, 
         ({"tasks": "gymnasium/wamrl-test/Ragged-v0", "imports": ["faulty_envs"]}, "no fixed size"),
         ({"tasks": "gymnasium/wamrl-test/Unbounded-v0", "imports": ["faulty_envs"]}, "real and bounded"),
         ({"tasks": ["gymnasium/Pendulum-v1", "gymnasium/HalfCheetah-v5"], "num_envs": 2}, "make two environments"),
+        ({**FAULTY, "tasks": [FAULTY["tasks"], "gymnasium/wamrl-test/Slower-v0"]}, "lasts 0.2 s.* 0.1 s"),
+        (
+            {
+                "tasks": ["gymnasium/wamrl-test/Stateful-v0", "gymnasium/wamrl-test/Wide-v0"],
+                "imports": ["faulty_envs"],
+                "pixels": True,
+            },
+            r"images of \(3, 4, 8\), but .* \(3, 4, 6\)",
+        ),
         ({**FAULTY, "snapshots": True}, "cannot be saved"),
         ({**FAULTY, "proprioception": [5]}, "`state` has 2 numbers"),
         ({**FAULTY, "contacts": {"a": [["x"], ["y"]]}}, "no MuJoCo environment"),
