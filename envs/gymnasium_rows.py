@@ -118,7 +118,9 @@ def make(build: Build, id: str, *, render: bool = False) -> Any:
             return gymnasium.make(id, max_episode_steps=-1, disable_env_checker=True, **options)
     except (gymnasium.error.DependencyNotInstalled, ModuleNotFoundError) as error:
         reason = str(error).strip()
-        root = (getattr(error, "name", None) or "").partition(".")[0]
+        # Gymnasium's own error has no name, but that of the import behind it does.
+        missing = getattr(error, "name", None) or getattr(error.__cause__, "name", None) or ""
+        root = missing.partition(".")[0]
         line = f'; run: pip install "wamrl[{EXTRAS[root]}]"' if root in EXTRAS else ""
         raise ModuleNotFoundError(f"'{id}' needs a package that is not installed: {reason}{line}") from error
 

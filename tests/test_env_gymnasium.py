@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import numpy as np
@@ -281,6 +282,16 @@ def test_a_missing_package_is_answered_with_how_to_get_it(monkeypatch, package, 
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ModuleNotFoundError, match=rf'pip install "wamrl\[{extra}\]"'):
         GymnasiumEnv("gymnasium/Anything-v0", imports=[package])
+
+
+def test_a_missing_mujoco_is_answered_with_how_to_get_it(tmp_path):
+    """In a process that has not imported it yet."""
+    code = (
+        "import sys\nsys.modules['mujoco'] = None\nfrom wamrl.envs.gymnasium_env import GymnasiumEnv\n"
+        "GymnasiumEnv('gymnasium/HalfCheetah-v5', workers=0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert 'pip install "wamrl[metaworld]"' in done.stderr.splitlines()[-1], done.stderr
 
 
 @pytest.mark.parametrize(
