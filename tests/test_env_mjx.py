@@ -13,6 +13,7 @@ from tensordict import TensorDict
 
 pytest.importorskip("mujoco.mjx", reason="needs the extra mjx", exc_type=ImportError)
 
+import jax
 import jax.numpy as jnp
 import mujoco
 
@@ -193,6 +194,10 @@ def test_a_missing_package_is_answered_with_how_to_get_it():
 
 @pytest.mark.gpu
 def test_thousands_of_rows_on_a_gpu():
+    try:
+        jax.devices("cuda")
+    except RuntimeError as error:
+        pytest.skip(f"torch has a GPU here, but JAX has none: {error}")
     env = MJXEnv("mjx/cartpole", 4096, device="cuda")
     td = begin(env)
     assert td["state"].is_cuda
