@@ -126,6 +126,8 @@ $(ISAAC_STAMP): pyproject.toml $(ISAAC_CONSTRAINTS)
 	echo "installing torch $$version (cpu)"; \
 	if ! $$pip --no-deps "torch==$$version+cpu" 2>/dev/null && \
 	   ! $$pip --no-deps --retries 1 --timeout 30 --index-url $(CPU_WHEELS) "torch==$$version" 2>/dev/null; then \
+		echo "$(CPU_WHEELS) has no torch $$version for this machine or cannot be reached;" >&2; \
+		echo "taking torch from the default package index instead, which on Linux brings several GB of CUDA libraries" >&2; \
 		$$pip --no-deps "torch==$$version"; \
 	fi; \
 	echo "installing Isaac Lab and what it needs, at the versions of $(ISAAC_CONSTRAINTS)"; \
