@@ -13,6 +13,8 @@ EXTRAS := metaworld,minari,dev
 # What the tests of the environments need on top, and nobody else.
 ENV_EXTRAS := sb3,robotics,ogbench,pusht,dm_control,mjx
 ENV_STAMP := $(VENV)/.stamp-envs
+# Without these most tests of the environments would skip and the rest be green; with WAMRL_TEST_NEEDS pytest refuses.
+TEST_NEEDS := metaworld minari stable_baselines3 gymnasium_robotics ogbench gym_pusht shimmy dm_control mujoco jax
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
@@ -36,7 +38,7 @@ plan: $(STAMP) ## plan inside the shipped World Action Model on a simulated robo
 	@$(BIN)/python -m wamrl.plan $(ARGS)
 
 test: $(ENV_STAMP) ## run the tests (ARGS="-k name" for some of them)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+	@OMP_NUM_THREADS=1 WAMRL_TEST_NEEDS="$(TEST_NEEDS)" $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 $(ENV_STAMP): $(STAMP)
 	@echo "installing the packages of the environments that the tests ask: $(ENV_EXTRAS)"
@@ -48,7 +50,7 @@ $(ENV_STAMP): $(STAMP)
 setup-isaac: $(ISAAC_STAMP) ## make .venv-isaac: real Isaac Lab on a CPU, which cannot share an environment with Meta-World
 
 test-isaac: $(ISAAC_STAMP) ## run the tests of the Isaac Lab environments (a minute; three the first time)
-	@WARP_CACHE_PATH=$(CURDIR)/$(ISAAC)/warp-cache OMP_NUM_THREADS=1 \
+	@WARP_CACHE_PATH=$(CURDIR)/$(ISAAC)/warp-cache OMP_NUM_THREADS=1 WAMRL_TEST_NEEDS=isaaclab \
 		$(ISAAC)/bin/python -m pytest -m isaac tests/test_env_isaaclab.py $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
@@ -124,6 +126,8 @@ $(ISAAC_STAMP): pyproject.toml $(ISAAC_CONSTRAINTS)
 	echo "installing torch $$version (cpu)"; \
 	if ! $$pip --no-deps "torch==$$version+cpu" 2>/dev/null && \
 	   ! $$pip --no-deps --retries 1 --timeout 30 --index-url $(CPU_WHEELS) "torch==$$version" 2>/dev/null; then \
+		echo "$(CPU_WHEELS) has no torch $$version for this machine or cannot be reached;" >&2; \
+		echo "taking torch from the default package index instead, which on Linux brings several GB of CUDA libraries" >&2; \
 		$$pip --no-deps "torch==$$version"; \
 	fi; \
 	echo "installing Isaac Lab and what it needs, at the versions of $(ISAAC_CONSTRAINTS)"; \

@@ -37,7 +37,8 @@ class RowsEnv(EnvBase):
     `reset` reads three optional keys: `_reset` bool [B, 1]; `start` int64 [B], numbers of start states; `snapshot`
     [B, S] to restore. `start` wins where both are given; without both, a row takes the next start of its task, in an
     order that the env's seed decides. For a partial reset hand in the whole last TensorDict, as TorchRL asks: rows
-    that are not reset keep what it holds. `step` honours TorchRL's `_step` mask: rows left out repeat what they
+    that are not reset keep what it holds, and the `snapshot` that it brings along is no request to go back to it
+    (`asked_snapshot`). `step` honours TorchRL's `_step` mask: rows left out repeat what they
     showed. Actions are float32 in [-1, 1], on the env's device; what lies outside is clamped.
 
     tasks, row_tasks: the task names, and that of each row: row b runs tasks[b % len(tasks)]. instructions: a sentence
@@ -139,7 +140,7 @@ class RowsEnv(EnvBase):
         chosen = torch.ones(count, dtype=torch.bool) if mask is None else mask.reshape(count).cpu()
         if self._rows is None and not chosen.all():
             raise RuntimeError("the first reset has to reset every row, but `_reset` leaves some out")
-        start, snapshot = given.get("start", None), given.get("snapshot", None)
+        start, snapshot = given.get("start", None), asked_snapshot(given, self._rows)
         rows = chosen.nonzero()[:, 0]
         self.start_round[rows] = 0
         if start is not None:
@@ -197,6 +198,22 @@ class RowsEnv(EnvBase):
             whole = self._rows.clone()
             whole[rows.to(self._task_ids.device)] = shown.select(*whole.keys())
             self._rows = whole
+
+
+def asked_snapshot(given: TensorDictBase, shown: TensorDict | None) -> Tensor | None:
+    """The `snapshot` [B, S] that a reset is asked to restore, or None.
+
+    None too where the request is what the env showed last, `done` and all: that holds a snapshot without asking for it.
+    A request of `snapshot` without `done`, or with another snapshot in any row, is restored.
+
+    Args:
+        given: the TensorDict that came.
+        shown: what the env showed last, None before the first reset.
+    """
+    snapshot = given.get("snapshot", None)
+    if snapshot is None or shown is None or not {"done", "snapshot"} <= set(given.keys()) & set(shown.keys()):
+        return snapshot
+    return None if torch.equal(snapshot.to(shown["snapshot"]), shown["snapshot"]) else snapshot
 
 
 def in_split(unit: NDArray[np.float64], split: str) -> bool:

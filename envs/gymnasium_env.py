@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -85,7 +85,7 @@ class GymnasiumEnv(RowsEnv):
         kwargs: of `gymnasium.make`, such as the size of images.
         control_dt_s: seconds per step of the Gymnasium environment; None is its attribute `dt`.
         action_repeat: its steps per control step; rewards are summed.
-        max_steps: control steps until a row is truncated; None is the id's own limit.
+        max_steps: control steps until a row is truncated; None is the own limit of the (first) id.
         pixels: whether rows carry images.
         proprioception: indices into `state`.
         contacts: flag -> two lists of MuJoCo body names; the flag says whether one of each touch.
@@ -140,16 +140,14 @@ class GymnasiumEnv(RowsEnv):
             proprioception=tuple(int(i) for i in proprioception),
             contacts=sides,
         )
-        self._build, self._asked_dt, self._workers_asked = build, control_dt_s, workers
         first = Row(build, build.ids[0])
         limit = first.max_steps
         if limit is None:
             raise ValueError(f"'{tasks[0]}' has no time limit of its own; give max_steps")
         self.max_steps = int(limit)
-        dt = getattr(first.env.unwrapped, "dt", None) if control_dt_s is None else control_dt_s
-        if not isinstance(dt, int | float) or not dt > 0:
-            raise ValueError(f"'{tasks[0]}' does not say how long a step lasts; give control_dt_s, in seconds")
-        self.control_dt_s = float(dt) * action_repeat
+        build = replace(build, max_steps=self.max_steps)  # every row's, whatever its own id says
+        self._build, self._asked_dt, self._workers_asked = build, control_dt_s, workers
+        self.control_dt_s = self._step_seconds(first, tasks[0]) * action_repeat
         if any(not 0 <= i < first.state_size for i in build.proprioception):
             raise ValueError(f"proprioception is {list(proprioception)}, but `state` has {first.state_size} numbers")
         self._proprioception = torch.tensor(build.proprioception, dtype=torch.int64)
@@ -179,12 +177,30 @@ class GymnasiumEnv(RowsEnv):
             self.snapshot_size = layout.entries["snapshot"][0][1]
         self._declare(self._observation(first), (first.action_size,), action_spec=self._action_spec(first))
 
+    def _step_seconds(self, row: Row, task: str) -> float:
+        dt = getattr(row.env.unwrapped, "dt", None) if self._asked_dt is None else self._asked_dt
+        if not isinstance(dt, int | float) or not dt > 0:
+            raise ValueError(f"'{task}' does not say how long a step lasts; give control_dt_s, in seconds")
+        return float(dt)
+
     def _check_alike(self, first: Row, tasks: Sequence[str]) -> None:
         for task in tasks[1:]:
             other = Row(self._build, task.removeprefix(PREFIX))
             mine, theirs = (first.state_size, first.action_size), (other.state_size, other.action_size)
             same_snapshot = first.saver is None or first.snapshot().size == other.snapshot().size
+            images = (first.image_shape(), other.image_shape())
+            dt, other_dt = self._step_seconds(first, tasks[0]), self._step_seconds(other, task)
             other.env.close()
+            if images[0] != images[1]:
+                raise ValueError(
+                    f"'{task}' has images of {images[1]}, but '{tasks[0]}' of {images[0]}; rows of one environment "
+                    "need equal ones, so make two environments"
+                )
+            if dt != other_dt:
+                raise ValueError(
+                    f"a step of '{task}' lasts {other_dt:g} s, but one of '{tasks[0]}' {dt:g} s; make two "
+                    "environments, or give control_dt_s if that is wrong"
+                )
             if mine != theirs or first.discrete != other.discrete or not same_snapshot:
                 raise ValueError(
                     f"'{task}' has state and action sizes {theirs}, but '{tasks[0]}' {mine}; rows of one environment "

@@ -118,7 +118,9 @@ def make(build: Build, id: str, *, render: bool = False) -> Any:
             return gymnasium.make(id, max_episode_steps=-1, disable_env_checker=True, **options)
     except (gymnasium.error.DependencyNotInstalled, ModuleNotFoundError) as error:
         reason = str(error).strip()
-        root = (getattr(error, "name", None) or "").partition(".")[0]
+        # Gymnasium's own error has no name, but that of the import behind it does.
+        missing = getattr(error, "name", None) or getattr(error.__cause__, "name", None) or ""
+        root = missing.partition(".")[0]
         line = f'; run: pip install "wamrl[{EXTRAS[root]}]"' if root in EXTRAS else ""
         raise ModuleNotFoundError(f"'{id}' needs a package that is not installed: {reason}{line}") from error
 
@@ -200,7 +202,10 @@ class Row:
         """Reward (sum over the repeats), terminated, truncated, success (at any repeat), and whether it failed."""
         total, terminated, truncated, success = 0.0, False, False, False
         for _ in range(self.build.action_repeat):
-            observation, reward, terminated, truncated, info = self._apply(action)
+            try:
+                observation, reward, terminated, truncated, info = self._apply(action)
+            except _physics_errors():
+                return 0.0, False, True, False, True
             total += float(reward)
             success = success or bool(info.get("success", info.get("is_success", False)))
             if terminated or truncated:
@@ -219,8 +224,8 @@ class Row:
 
     def _see(self, observation: Any) -> bool:
         """Keep what is observed; False, and nothing kept, when it holds NaN or infinity."""
-        if self._plain:
-            state = np.asarray(observation, dtype=np.float32).reshape(-1)
+        if self._plain:  # a copy: the environment may write its next observation into the same array
+            state = np.array(observation, dtype=np.float32).reshape(-1)
         elif self._parts:  # what spaces.flatten does, in a fraction of its time
             state = np.concatenate([observation[key].ravel() for key in self._parts], dtype=np.float32)
         elif self._vector is not None:
@@ -235,8 +240,17 @@ class Row:
         self.state = state
         if self.build.pixels:
             image = self.env.render() if not self._images else _image_of(observation, self._images)
-            self.pixels = np.asarray(image, dtype=np.uint8).transpose(2, 0, 1)
+            self.pixels = np.array(image, dtype=np.uint8).transpose(2, 0, 1)
         return True
+
+    def image_shape(self) -> tuple[int, ...] | None:
+        """[3, H, W], None where rows carry no images."""
+        if not self.build.pixels:
+            return None
+        if self.pixels is None:
+            self.reset(0)
+        assert self.pixels is not None
+        return self.pixels.shape
 
     def _count_failures(self) -> int:
         # MuJoCo resets a state that diverges by itself and only counts it: bad qpos, qvel and qacc.
@@ -270,7 +284,13 @@ class Row:
         self.state = snapshot[3 : 3 + self.state_size].astype(np.float32)
         self._failures = self._count_failures()
         if self.build.pixels and not self._images:
-            self.pixels = np.asarray(self.env.render(), dtype=np.uint8).transpose(2, 0, 1)
+            self.pixels = np.array(self.env.render(), dtype=np.uint8).transpose(2, 0, 1)
+
+
+def _physics_errors() -> tuple[type[Exception], ...]:
+    """What simulators raise when a state diverges, of the packages that are in use."""
+    known = (("dm_control.rl.control", "PhysicsError"), ("mujoco", "FatalError"))
+    return tuple(getattr(sys.modules[module], name) for module, name in known if module in sys.modules)
 
 
 def _split(id: str, space: spaces.Space[Any]) -> tuple[list[str], spaces.Space[Any] | None]:
@@ -493,11 +513,9 @@ class Layout:
             "seed": ((count,), "i8"),
             **flags,
         }
-        if row.build.pixels:
-            if row.pixels is None:
-                row.reset(0)
-            assert row.pixels is not None
-            entries["pixels"] = ((count, *row.pixels.shape), "u1")
+        image = row.image_shape()
+        if image is not None:
+            entries["pixels"] = ((count, *image), "u1")
         if row.saver is not None:
             entries["snapshot"] = ((count, row.snapshot().size), "f8")
         return Layout(entries)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -136,10 +137,22 @@ class IsaacLabEnv(RowsEnv):
         if max_steps is not None:
             cfg.episode_length_s = max_steps * cfg.sim.dt * cfg.decimation
         self._stack = contextlib.ExitStack()
-        self._stack.enter_context(launch_simulation(cfg, {"device": str(self.device)}))
-        made: Any = gymnasium.make(id, cfg=cfg)
-        self.raw = made.unwrapped
+        self.raw: Any = None
         _open.append(self)
+        try:
+            self._open_simulation(id, cfg, launch_simulation, max_steps)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_simulation(self, id: str, cfg: Any, launch: Any, max_steps: int | None) -> None:
+        import gymnasium
+
+        num_envs = self.batch_size[0]
+        with _generators_kept():
+            self._stack.enter_context(launch(cfg, {"device": str(self.device)}))
+            made: Any = gymnasium.make(id, cfg=cfg)
+        self.raw = made.unwrapped
         self._reset_rows = self.raw._reset_idx
         self.action_repeat = int(cfg.decimation)
         self.control_dt_s = float(self.raw.step_dt)
@@ -156,7 +169,7 @@ class IsaacLabEnv(RowsEnv):
             entries[key] = tuple(value.shape[1:])
             if value.dtype == torch.uint8:
                 entries[key] = Bounded(0, 255, shape=value.shape, dtype=torch.uint8, device=self.device)
-        if snapshots:
+        if self._snapshots:
             self.snapshot_size = self._pack().shape[1]
         self._declare(entries, tuple(space.shape))
 
@@ -242,13 +255,13 @@ class IsaacLabEnv(RowsEnv):
             "success": torch.zeros_like(failed) if success is None else success.reshape(count, 1) & ~failed,
             "simulator_error": failed,
         }
+        if self._snapshots:
+            shown["snapshot"] = self._pack()
         if bool(failed[at].any()):
             assert self._rows is not None
             for key, value in shown.items():
                 broken = failed.reshape(count, *[1] * (value.dim() - 1))
                 shown[key] = torch.where(broken, self._rows[key], value)
-        if self._snapshots:
-            shown["snapshot"] = self._pack().masked_fill(failed, 0.0)
         everything = {**shown, **flags}
         return TensorDict({k: v[at] for k, v in everything.items()}, batch_size=[rows.numel()], device=self.device)
 
@@ -315,10 +328,25 @@ class IsaacLabEnv(RowsEnv):
     def close(self, *, raise_if_closed: bool = True) -> None:
         """End the simulation, so that another one can be made in this process."""
         if self in _open:
-            self.raw.close()
-            self._stack.close()
-            _open.remove(self)
+            try:
+                if self.raw is not None:
+                    self.raw.close()
+                self._stack.close()
+            finally:
+                _open.remove(self)
         super().close(raise_if_closed=raise_if_closed)
+
+
+@contextlib.contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Isaac Lab seeds the global generators of random, numpy and torch when it makes a task: inside only."""
+    ours, numpys = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(ours)
+            np.random.set_state(numpys)
 
 
 def _do_nothing(*_: Any, **__: Any) -> None:

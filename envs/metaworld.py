@@ -30,7 +30,7 @@ from torch import Tensor
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from wamrl.envs.base import SPLITS, checked_action, in_split, instruction, split_distance
+from wamrl.envs.base import SPLITS, asked_snapshot, checked_action, in_split, instruction, split_distance
 from wamrl.envs.rendering import Camera, SceneRenderer, mujoco
 from wamrl.interfaces import PolicyState, task_id
 from wamrl.naming import unknown_name
@@ -523,9 +523,9 @@ class MetaWorldEnv(EnvBase):
     keys: `_reset` bool [B, 1]; `start` int64 [B], indices into the split's start states; `snapshot` [B, S] to restore
     (an elapsed count is restored too; `start` wins where both are given). Without the latter two each row takes the
     next of its task's starts, in an order that the env's seed decides. For a partial reset hand in the whole last
-    TensorDict, as TorchRL asks: rows that are not reset keep what it holds. `start_index` [B] holds the starts in
-    use (-1 after a restore). `step` honours TorchRL's `_step` mask: rows left out repeat their last observation and
-    cost nothing.
+    TensorDict, as TorchRL asks: rows that are not reset keep what it holds, and the `snapshot` that it
+    brings along is not restored. `start_index` [B] holds the starts in use (-1 after a restore). `step` honours
+    TorchRL's `_step` mask: rows left out repeat their last observation and cost nothing.
 
     Args:
         tasks: one name or several, such as "metaworld/push-v3".
@@ -653,7 +653,7 @@ class MetaWorldEnv(EnvBase):
             self._rows = self.observation_spec.zero().update(self.full_done_spec.zero()).cpu()
             # The same memory through numpy, whose small writes are several times cheaper than torch's.
             self._views = {key: value.numpy() for key, value in self._rows.items()}
-        snapshot, start = given.get("snapshot", None), given.get("start", None)
+        snapshot, start = asked_snapshot(given, self._rows), given.get("start", None)
         if start is not None:
             snapshot = None  # the one that an earlier step left in the same TensorDict
             start = start.reshape(rows).cpu()

@@ -256,6 +256,7 @@ class Program:
         self.begin = jax.jit(jax.vmap(self._begin))
         self.advance = jax.jit(jax.vmap(self._advance))
         self.show = jax.jit(jax.vmap(self._show))
+        self.merge = jax.jit(jax.vmap(_merge))
 
     def _geom(self, name: str) -> int:
         names = [self.host.geom(i).name for i in range(self.host.ngeom)]
@@ -303,6 +304,10 @@ class Program:
         return after, shown, (~finite)[None]
 
 
+def _merge(chosen: Any, new: State, old: State) -> State:
+    return jax.tree.map(lambda a, b: jnp.where(chosen, a, b), new, old)
+
+
 @functools.lru_cache(maxsize=8)
 def _program(task: Task, physics_steps: int) -> Program:
     return Program(task, physics_steps)
@@ -330,7 +335,7 @@ class MJXEnv(RowsEnv):
     `contact` float32 [C] where it names pairs of geoms. Actions are scaled to the actuators' ctrlrange. What `reset`
     and `step` give out shares memory with JAX, so do not change it in place.
 
-    The first reset and the first step compile, for each number of rows, which takes seconds to a minute.
+    The first reset, restore and step compile, for each `num_envs`, which takes seconds to a minute.
 
     Args:
         tasks: one of `TASKS`, or with `model` a name of yours, such as "mjx/my-arm".
@@ -395,8 +400,7 @@ class MJXEnv(RowsEnv):
         self._steps = torch.zeros(num_envs, 1, dtype=torch.int64, device=self.device)
         self._proprioception = torch.tensor(task.proprioception, device=self.device)
         self._snapshots = snapshots
-        with jax.default_device(self._jax_device):
-            self._state, shown = self.program.begin(jnp.zeros((num_envs, task.start_size)))
+        self._state, shown = self.program.begin(self._put(np.zeros((num_envs, task.start_size), np.float32)))
         entries: dict[str, Any] = {"state": (shown["state"].shape[1],)}
         if task.proprioception:
             entries["proprioception"] = (len(task.proprioception),)
@@ -423,30 +427,29 @@ class MJXEnv(RowsEnv):
         return _STARTS
 
     def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> TensorDict:
-        everyone = rows.numel() == self.batch_size[0]
-        at = rows.numpy()
+        # Everything for all rows, whichever are new: another number of rows would be compiled anew.
+        count, at = self.batch_size[0], rows.numpy()
+        chosen = np.zeros(count, bool)
+        chosen[at] = True
         if snapshot is not None:
-            fresh, steps = self._unpack(snapshot)
-            with jax.default_device(self._jax_device):
-                shown = self.program.show(fresh)
+            whole = torch.zeros(count, snapshot.shape[1], dtype=snapshot.dtype, device=self.device)
+            whole[rows.to(self.device)] = snapshot.to(self.device)
+            fresh = self._put(self._unpack(whole))
+            shown = self.program.show(fresh)
+            steps = whole[rows.to(self.device), :1].long()
         else:
             assert start is not None
             table = _start_states(self.tasks[0], self.split, int(start.max()) + 1, self.task.start_size).rand_vec
-            # For all rows, whichever are new: another number of rows would be compiled anew.
-            unit = np.zeros((self.batch_size[0], self.task.start_size), np.float32)
+            unit = np.zeros((count, self.task.start_size), np.float32)
             unit[at] = table[start.numpy()]
-            with jax.default_device(self._jax_device):
-                fresh, shown = self.program.begin(jnp.asarray(unit))
-                if not everyone:
-                    fresh, shown = jax.tree.map(lambda x: x[at], (fresh, shown))
+            fresh, shown = self.program.begin(self._put(unit))
             steps = torch.zeros(rows.numel(), 1, dtype=torch.int64, device=self.device)
-        if everyone:
-            self._state = fresh
-        else:
-            self._state = {key: self._state[key].at[at].set(fresh[key]) for key in _STATE}
+        self._state = self.program.merge(self._put(chosen), fresh, self._state)
         self._steps[rows.to(self.device)] = steps
         td = self._as_tensors(shown)
         del td["reward"]
+        if rows.numel() < count:
+            td = {key: value[rows.to(self.device)] for key, value in td.items()}
         td["success"] = torch.zeros_like(td["success"])  # it is a flag of a step, and none was taken
         if self._snapshots:
             td["snapshot"] = self._pack(rows)
@@ -484,6 +487,10 @@ class MJXEnv(RowsEnv):
             td["snapshot"] = self._pack(rows)
         return TensorDict(td, batch_size=[rows.numel()], device=self.device)
 
+    def _put(self, what: Any) -> Any:
+        """On the env's device for good: JAX compiles anew for arrays that only happen to be there."""
+        return jax.device_put(what, self._jax_device)
+
     def _as_tensors(self, shown: Mapping[str, Any]) -> dict[str, Tensor]:
         td = {key: to_torch(value) for key, value in shown.items()}
         if len(self._proprioception):
@@ -495,14 +502,14 @@ class MJXEnv(RowsEnv):
         parts = [to_torch(self._state[key]).reshape(self.batch_size[0], -1)[rows].double() for key in _STATE]
         return torch.cat([self._steps[rows].double(), *parts], dim=1)
 
-    def _unpack(self, snapshot: Tensor) -> tuple[State, Tensor]:
-        snapshot, at, state = snapshot.to(self.device), 1, {}
+    def _unpack(self, snapshot: Tensor) -> State:
+        at, state = 1, {}
         for key in _STATE:
             shape = self._state[key].shape[1:]
             size = int(np.prod(shape))
             part = snapshot[:, at : at + size].float().reshape(len(snapshot), *shape)
             state[key], at = (to_jax(part) if size else jnp.zeros(part.shape)), at + size
-        return state, snapshot[:, :1].long()
+        return state
 
 
 def _task_of(name: str, model: str | Path | None, **own: Any) -> Task:

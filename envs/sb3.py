@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tensordict import TensorDict
 
 from wamrl.envs.base import RowsEnv
-from wamrl.envs.vector import as_arrays, row_spaces, step_and_reset
+from wamrl.envs.vector import as_actions, as_arrays, row_spaces, step_and_reset
 
 try:
     from stable_baselines3.common.vec_env import VecEnv
@@ -31,7 +30,7 @@ class RowsSB3Env(VecEnv):
     def __init__(self, env: RowsEnv) -> None:
         self.env = env
         self._shown: TensorDict | None = None
-        self._actions: NDArray[np.float32] | None = None
+        self._actions: NDArray[Any] | None = None
         observation, action = row_spaces(env)
         super().__init__(env.batch_size[0], observation, action)
 
@@ -43,16 +42,15 @@ class RowsSB3Env(VecEnv):
         self._shown = self.env.reset()
         return as_arrays(self.env, self._shown)
 
-    def step_async(self, actions: NDArray[np.float32]) -> None:
-        """Take the actions [B, ...]; `step_wait` executes them."""
+    def step_async(self, actions: NDArray[Any]) -> None:
+        """Take the actions [B, ...] (whole numbers [B] where the env takes one-hot ones); `step_wait` executes them."""
         self._actions = actions
 
     def step_wait(self) -> tuple[dict[str, NDArray[Any]], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
         """Observation, reward [B], done [B] and one dict per row."""
         if self._shown is None or self._actions is None:
             raise RuntimeError("step was called before reset or without actions")
-        actions = torch.as_tensor(self._actions, device=self.env.device)
-        after, self._shown = step_and_reset(self.env, self._shown, actions)
+        after, self._shown = step_and_reset(self.env, self._shown, as_actions(self.env, self._actions))
         flags = [after[key][:, 0].cpu().numpy() for key in ("done", "terminated", "success", "simulator_error")]
         done, terminated, success, failed = flags
         infos: list[dict[str, Any]] = [

@@ -17,14 +17,18 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
+from torchrl.data import OneHot
 
 from wamrl.envs.base import RowsEnv
 
 _ALWAYS = ("task", "success", "simulator_error", "snapshot", "success_probability", "uncertainty")
 
 
-def row_spaces(env: RowsEnv) -> tuple[spaces.Dict, spaces.Box]:
-    """Observation and action space of one row: the observation keys, and `task` as a number if there are several."""
+def row_spaces(env: RowsEnv) -> tuple[spaces.Dict, spaces.Box | spaces.Discrete]:
+    """Observation and action space of one row: the observation keys, and `task` as a number if there are several.
+
+    One-hot actions are numbers of a Discrete space.
+    """
     entries: dict[str, spaces.Space[Any]] = {}
     for key in observation_keys(env):
         spec = env.observation_spec[key]
@@ -35,7 +39,25 @@ def row_spaces(env: RowsEnv) -> tuple[spaces.Dict, spaces.Box]:
             entries[key] = spaces.Box(-np.inf, np.inf, shape, np.float32)
     if len(env.tasks) > 1:
         entries["task"] = spaces.Discrete(len(env.tasks))
-    return spaces.Dict(entries), spaces.Box(-1.0, 1.0, tuple(env.action_spec.shape[1:]), np.float32)
+    shape = tuple(env.action_spec.shape[1:])
+    if isinstance(env.action_spec, OneHot):
+        return spaces.Dict(entries), spaces.Discrete(shape[-1])
+    return spaces.Dict(entries), spaces.Box(-1.0, 1.0, shape, np.float32)
+
+
+def as_actions(env: RowsEnv, actions: NDArray[Any]) -> Tensor:
+    """What the environment takes for actions out of the space of `row_spaces`, a row each.
+
+    Raises:
+        ValueError: a number that a Discrete space does not have.
+    """
+    given = torch.as_tensor(actions, device=env.device)
+    if not isinstance(env.action_spec, OneHot):
+        return given
+    count, rows = env.action_spec.shape[-1], env.batch_size[0]
+    if given.shape != (rows,) or given.is_floating_point() or not bool(((given >= 0) & (given < count)).all()):
+        raise ValueError(f"actions are {given.tolist()}, but have to be {rows} whole numbers from 0 to {count - 1}")
+    return torch.nn.functional.one_hot(given.long(), count).float()
 
 
 def observation_keys(env: RowsEnv) -> list[str]:
@@ -61,13 +83,14 @@ def step_and_reset(env: RowsEnv, shown: TensorDict, action: Tensor) -> tuple[Ten
     return after, env.reset(request).exclude("_reset")
 
 
-class RowsVectorEnv(VectorEnv[dict[str, NDArray[Any]], NDArray[np.float32], NDArray[Any]]):
+class RowsVectorEnv(VectorEnv[dict[str, NDArray[Any]], NDArray[Any], NDArray[Any]]):
     """A `RowsEnv` as a Gymnasium `VectorEnv` of `num_envs` rows; auto-reset mode SAME_STEP.
 
     Observations are dicts of arrays [B, ...]; `info` holds `success`, `simulator_error` and, where the env has them,
     `success_probability` and `uncertainty`, each [B]. After an end, `info["final_obs"]` holds the observation of all
     rows before the reset, of which those in the mask `info["_final_obs"]` [B] ended, and `info["final_info"]` the same
-    for `info`. Actions are [B, A] (or [B, K, A]), numbers beyond [-1, 1] are clamped.
+    for `info`. Actions are [B, A] (or [B, K, A]), numbers beyond [-1, 1] are clamped; or [B] whole numbers where the
+    env takes one-hot ones.
 
     `reset(seed=...)` decides the order of the starts; `options` may hold `start`, [B] numbers of start states.
     """
@@ -100,12 +123,12 @@ class RowsVectorEnv(VectorEnv[dict[str, NDArray[Any]], NDArray[np.float32], NDAr
         return as_arrays(self.env, self._shown), self._info(self._shown)
 
     def step(
-        self, actions: NDArray[np.float32]
+        self, actions: NDArray[Any]
     ) -> tuple[dict[str, NDArray[Any]], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """One step of every row; those that are over are reset at once."""
         if self._shown is None:
             raise gymnasium.error.ResetNeeded("step was called before reset")
-        after, self._shown = step_and_reset(self.env, self._shown, torch.as_tensor(actions, device=self.env.device))
+        after, self._shown = step_and_reset(self.env, self._shown, as_actions(self.env, actions))
         info = self._info(self._shown)
         if self._shown is not after:
             info = {"final_obs": as_arrays(self.env, after), "final_info": self._info(after), **info}

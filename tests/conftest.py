@@ -1,8 +1,13 @@
-"""What all tests share: one thread per worker, and tests of an accelerator skip where there is none."""
+"""What all tests share: one thread per worker, and tests of an accelerator skip where there is none.
+
+Tests skip where an optional package is missing. WAMRL_TEST_NEEDS names packages that must be there: `make test` and
+`make test-isaac` install them, so that a run without them would be green for having asked nothing.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 
 import pytest
@@ -18,6 +23,17 @@ if importlib.util.find_spec("absl") is not None:
     from absl import logging as absl_logging
 
     absl_logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
+
+
+def pytest_configure() -> None:
+    """Refuse to run without what WAMRL_TEST_NEEDS names."""
+    needs = os.environ.get("WAMRL_TEST_NEEDS", "").split()
+    missing = [name for name in needs if importlib.util.find_spec(name) is None]  # imports nothing
+    if missing:
+        raise pytest.UsageError(
+            f"WAMRL_TEST_NEEDS names {', '.join(missing)}, but {sys.executable} has none such; install what is missing "
+            "(remove the .stamp files of the virtual environment and run make again), or unset the variable"
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

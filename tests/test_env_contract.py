@@ -274,6 +274,18 @@ def test_a_partial_reset_leaves_the_other_rows_alone(subject):
     assert torch.equal(td["state"][1], fresh["state"][1])
 
 
+def test_the_last_output_can_be_handed_in_for_a_reset_of_the_rows_that_are_done(subject):
+    """Its snapshot, where it holds one, is not gone back to."""
+    env = subject.env
+    td = follow(env, subject.start(0, 1, 2), actions(env, STEPS))[-1]
+    assert td["done"][1]
+    fresh = env.reset(td.clone().set("_reset", td["done"] & torch.tensor([[False], [True], [False]])))
+    assert fresh["done"][:, 0].tolist() == [bool(td["done"][0]), False, bool(td["done"][2])]
+    assert env.start_index[1] >= 0 and not torch.equal(fresh["state"][1], td["state"][1])
+    assert torch.equal(fresh["state"][[0, 2]], td["state"][[0, 2]])
+    assert not env.reset(fresh.set("_reset", fresh["done"].clone()))["done"].any()
+
+
 def test_rows_left_out_of_a_step_stay_as_they_are(subject):
     env, path = subject.env, actions(subject.env, 3)
     td = follow(env, subject.start(0, 1, 2), path[:1])[-1]

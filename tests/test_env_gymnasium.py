@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import numpy as np
@@ -27,6 +28,19 @@ def step(env: GymnasiumEnv, td: TensorDict, *actions: float) -> TensorDict:
 
 def faults(env: GymnasiumEnv) -> tuple[int, int, int]:
     return env.faults.worker_restarts, env.faults.episodes_dropped, env.faults.simulator_errors
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_rows_of_several_tasks_share_one_time_limit(workers):
+    tasks = ["gymnasium/wamrl-test/Faulty-v0", "gymnasium/wamrl-test/Short-v0"]
+    env = GymnasiumEnv(tasks, 2, imports=["faulty_envs"], workers=workers)
+    td = env.reset(starts(0, 0))
+    ends = []
+    for _ in range(env.max_steps):
+        td = step(env, td, 0.0, 0.0)
+        ends.append(td["truncated"][:, 0].tolist())
+    assert env.max_steps == 10 and ends == [[False, False]] * 9 + [[True, True]]
+    env.close()
 
 
 @pytest.mark.parametrize("workers", [0, 2, 3])
@@ -99,6 +113,33 @@ def test_one_hot_actions_are_those_of_a_discrete_space():
     assert after["state"][0, 1] < td["state"][0, 1] < after["state"][1, 1]  # pushed left, pushed right
     with pytest.raises(ValueError, match=r"row\(s\) \[1\] is not one-hot"):
         env.step(td.clone().set("action", torch.tensor([[1.0, 0.0], [0.5, 0.5]])))
+
+
+def test_gymnasium_and_sb3_see_a_discrete_space_as_theirs():
+    from gymnasium import spaces
+
+    from wamrl.envs.vector import RowsVectorEnv
+
+    env = GymnasiumEnv("gymnasium/CartPole-v1", 2, workers=0, control_dt_s=0.02)
+    vector = RowsVectorEnv(env)
+    first, _ = vector.reset(seed=0, options={"start": [0, 0]})
+    assert vector.single_action_space == spaces.Discrete(2)
+    after, *_ = vector.step(np.array([0, 1]))
+    assert after["state"][0, 1] < first["state"][0, 1] < after["state"][1, 1]  # pushed left, pushed right
+    for _ in range(60):
+        vector.step(vector.action_space.sample())
+    for wrong in (np.array([0, 2]), np.array([0, -1]), np.array([0.0, 1.0]), np.eye(2)):
+        with pytest.raises(ValueError, match="2 whole numbers from 0 to 1"):
+            vector.step(wrong)
+
+    pytest.importorskip("stable_baselines3", reason="needs the extra sb3")
+    from stable_baselines3 import PPO
+
+    from wamrl.envs.sb3 import RowsSB3Env
+
+    learner = PPO("MultiInputPolicy", RowsSB3Env(env), n_steps=16, batch_size=32, n_epochs=1, seed=0, device="cpu")
+    assert learner.action_space == spaces.Discrete(2)
+    learner.learn(32)
 
 
 def test_fingers_that_touch_the_cube_say_so():
@@ -198,6 +239,24 @@ def test_a_diverging_mujoco_simulation_is_tagged(tmp_path, monkeypatch):
     assert bool(after["simulator_error"]) and torch.equal(after["state"], td["state"])
 
 
+def test_a_dm_control_simulation_that_diverges_is_tagged_and_the_other_rows_go_on(tmp_path, monkeypatch):
+    """It raises where Gymnasium's own environments give NaN."""
+    pytest.importorskip("shimmy", reason="needs the extra dm_control")
+    pytest.importorskip("dm_control", reason="needs the extra dm_control")
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes its log there
+    env = GymnasiumEnv("gymnasium/dm_control/cartpole-swingup-v0", 2, workers=0, imports=["shimmy"],
+                       control_dt_s=0.01, max_steps=9, snapshots=True)  # fmt: skip
+    td = env.reset(starts(0, 1))
+    env._group.members[1]._physics[1].qvel[:] = 1e15
+    after = env.step(td.clone().set("action", torch.ones(2, 1)))["next"]
+    assert after["simulator_error"][:, 0].tolist() == [False, True] == after["truncated"][:, 0].tolist()
+    for key in ("state", "snapshot"):
+        assert torch.equal(after[key][1], td[key][1]) and not torch.equal(after[key][0], td[key][0])
+    td = env.reset(after.clone().set("_reset", after["done"].clone()))
+    again = env.step(td.set("action", torch.ones(2, 1)))["next"]
+    assert not again["simulator_error"].any() and faults(env) == (0, 0, 1)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_defect_of_an_environment_keeps_its_own_error(workers):
     env = GymnasiumEnv(**FAULTY, num_envs=1, workers=workers)
@@ -225,12 +284,31 @@ def test_a_missing_package_is_answered_with_how_to_get_it(monkeypatch, package, 
         GymnasiumEnv("gymnasium/Anything-v0", imports=[package])
 
 
+def test_a_missing_mujoco_is_answered_with_how_to_get_it(tmp_path):
+    """In a process that has not imported it yet."""
+    code = (
+        "import sys\nsys.modules['mujoco'] = None\nfrom wamrl.envs.gymnasium_env import GymnasiumEnv\n"
+        "GymnasiumEnv('gymnasium/HalfCheetah-v5', workers=0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert 'pip install "wamrl[metaworld]"' in done.stderr.splitlines()[-1], done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"tasks": "gymnasium/wamrl-test/Ragged-v0", "imports": ["faulty_envs"]}, "no fixed size"),
         ({"tasks": "gymnasium/wamrl-test/Unbounded-v0", "imports": ["faulty_envs"]}, "real and bounded"),
         ({"tasks": ["gymnasium/Pendulum-v1", "gymnasium/HalfCheetah-v5"], "num_envs": 2}, "make two environments"),
+        ({**FAULTY, "tasks": [FAULTY["tasks"], "gymnasium/wamrl-test/Slower-v0"]}, "lasts 0.2 s.* 0.1 s"),
+        (
+            {
+                "tasks": ["gymnasium/wamrl-test/Stateful-v0", "gymnasium/wamrl-test/Wide-v0"],
+                "imports": ["faulty_envs"],
+                "pixels": True,
+            },
+            r"images of \(3, 4, 8\), but .* \(3, 4, 6\)",
+        ),
         ({**FAULTY, "snapshots": True}, "cannot be saved"),
         ({**FAULTY, "proprioception": [5]}, "`state` has 2 numbers"),
         ({**FAULTY, "contacts": {"a": [["x"], ["y"]]}}, "no MuJoCo environment"),

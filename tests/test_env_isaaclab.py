@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,36 @@ def test_upstream_tasks_run_with_stand_in_assets(task, asset_root):
     assert made.config == {**made.config, "tasks": [f"isaaclab/{task}"], "max_steps": 10}
     made.close()
     made.close(raise_if_closed=False)
+
+
+@isaac
+@needs_isaac
+def test_one_that_cannot_be_made_leaves_room_for_the_next(asset_root, monkeypatch):
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a defect")
+
+    for where in ("gymnasium.make", "wamrl.envs.isaaclab_env.IsaacLabEnv._named"):  # before and after there is a task
+        with monkeypatch.context() as patch:
+            patch.setattr(where, broken)
+            with pytest.raises(ZeroDivisionError, match="a defect"):
+                IsaacLabEnv("isaaclab/Wamrl-Balance", 2, asset_root=asset_root)
+    made = IsaacLabEnv("isaaclab/Wamrl-Balance", 2, asset_root=asset_root)
+    assert made.reset()["state"].isfinite().all()
+    made.close()
+
+
+@isaac
+@needs_isaac
+def test_making_one_leaves_the_global_generators_alone(asset_root):
+    def drawn() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    expected = drawn()
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    made = IsaacLabEnv("isaaclab/Wamrl-Balance", 2, asset_root=asset_root, seed=5)
+    made.close()
+    assert drawn() == expected
 
 
 @isaac
@@ -305,7 +336,8 @@ def test_a_simulation_that_gives_nan_ends_its_row_only(env):
     finally:
         del env.raw._get_observations
     assert after["simulator_error"][:, 0].tolist() == [False, False, True, False] == after["truncated"][:, 0].tolist()
-    assert torch.equal(after["state"][2], td["state"][2]) and after["state"].isfinite().all()
+    assert torch.equal(after["state"][2], td["state"][2]) and torch.equal(after["snapshot"][2], td["snapshot"][2])
+    assert after["snapshot"].isfinite().all() and after["state"].isfinite().all()
 
 
 @isaac

@@ -13,6 +13,7 @@ from tensordict import TensorDict
 
 pytest.importorskip("mujoco.mjx", reason="needs the extra mjx", exc_type=ImportError)
 
+import jax
 import jax.numpy as jnp
 import mujoco
 
@@ -118,6 +119,20 @@ def test_a_simulation_that_diverges_ends_its_row_only(cartpole):
     assert cartpole.step(td.set("action", torch.zeros(64, 1)))["next"]["state"].isfinite().all()
 
 
+def test_each_function_is_compiled_once_whichever_rows_are_reset_or_restored():
+    env = MJXEnv("mjx/cartpole", 5, physics_steps=1, snapshots=True)  # a program of its own
+    td = begin(env)
+    for count in (1, 2, 5, 3):
+        for _ in range(2):
+            td = env.step(td.set("action", torch.zeros(5, 1)))["next"]
+        mask = torch.arange(5)[:, None] < count
+        td = env.reset(td.set("_reset", mask).set("start", torch.arange(5))).exclude("_reset", "start")
+        saved = TensorDict({"_reset": mask, "snapshot": td["snapshot"].clone()}, [5])
+        td = env.reset(saved).exclude("_reset")
+    compiled = {name: getattr(env.program, name)._cache_size() for name in ("begin", "advance", "show", "merge")}
+    assert compiled == {"begin": 1, "advance": 1, "show": 1, "merge": 1}
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_splits_keep_their_distance(task):
     parts = {split: start_states(task, split, 300) for split in ("train", "dev", "test")}
@@ -179,6 +194,10 @@ def test_a_missing_package_is_answered_with_how_to_get_it():
 
 @pytest.mark.gpu
 def test_thousands_of_rows_on_a_gpu():
+    try:
+        jax.devices("cuda")
+    except RuntimeError as error:
+        pytest.skip(f"torch has a GPU here, but JAX has none: {error}")
     env = MJXEnv("mjx/cartpole", 4096, device="cuda")
     td = begin(env)
     assert td["state"].is_cuda
