@@ -347,6 +347,10 @@ class MCTSPlanner:
         everyone = bool(new.all())
         if not everyone:
             tree.revisit(end[~new])
+        if tree.any_dead:
+            over = new & tree.dead[end, slot]  # all of the root's children are dead: nothing is left to imagine
+            leaf, new = torch.where(over, tree.trash, leaf), new & ~over
+            everyone = bool(new.all())
         if everyone or bool(new.any()):
             rows = torch.arange(tree.rows, device=end.device)
             if not everyone:

@@ -364,3 +364,58 @@ def test_a_branch_that_is_broken_stays_out_of_the_search_also_in_the_next_plan()
         dead[tree.trash] = False
         assert (tree.counts[dead] == 0).all() and (tree.child[dead] < 0).all()
         assert (plan.actions[..., 0] <= 0.5).all() and plan.value.isfinite().all()
+
+
+def test_a_dead_first_slot_opens_the_next_one() -> None:
+    """Behind z = 0.5 the policy's own chunk (zeros) breaks the model, and nothing else does."""
+    model = ToyWAM(
+        lambda z, a: z + 0.5 * a,
+        lambda z, a, new: torch.where((z > 0.5).all(dim=-1) & (a == 0).all(dim=-1), math.nan, new[..., 0]),
+        lambda z: z[..., 0],
+        state_dim=1,
+        action_dim=1,
+    )
+    planner = make_mcts(chunk=1, depth=4, simulations=60, num_candidates=8, sigma=0.6)
+    trees = watched(planner)
+    plan, _ = plan_once(planner, model, torch.tensor([[1.0], [0.0], [2.0]]))
+    tree = trees[0]
+    wide = tree.dead[:, 0].clone()
+    assert wide.sum() > 5 and not tree.dead[:, 1:].any()
+    assert (tree.child[wide, 0] < 0).all() and (tree.child[wide, 1] >= 0).float().mean() > 0.5
+    died = tree.dead.sum(dim=1).view(3, -1).sum(dim=1)
+    assert torch.equal(plan.evaluations, tree.size - 1 + died), "an edge was imagined twice"
+    assert torch.equal(tree.visits[tree.base], 61.0 - died)  # one that ends in nothing does not count
+    assert (plan.actions > 0).all()
+
+
+@pytest.mark.parametrize("backup", ["mean", "max"])
+@pytest.mark.parametrize("search", ["gumbel", "puct"])
+def test_a_node_without_a_living_child_is_dead(search: str, backup: str) -> None:
+    """State 1 promises 9, but both of its actions break the model; state 2 goes on to the end, state 3."""
+    model = TabularWAM(
+        torch.tensor([[1, 2], [3, 3], [3, 3], [3, 3]]),
+        torch.tensor([[1.0, 0.0], [math.nan, math.inf], [4.0, 0.0], [0.0, 0.0]]),
+        torch.tensor([0.5, 9.0, 1.0, 0.0]),
+        torch.zeros(4, 2),
+        discount=0.5,
+    )
+    planner = make_mcts(chunk=1, depth=3, simulations=40, num_candidates=2, search=search, backup=backup)
+    trees = watched(planner)
+    state = model.state(torch.tensor([0, 2]))
+    plan, _ = planner.plan(model, state, planner.initial_state(model, 2), NoiseKey.for_rows(2), Budget())
+    tree = trees[0]
+    assert tree.dead[tree.base].tolist() == [[True, False], [False, False]] and tree.dead.sum() == 3
+    assert plan.actions[:, 0].argmax(dim=1).tolist() == [1, 0] and plan.value.isfinite().all()
+    assert tree.visits[tree.base].tolist() == [39.0, 41.0]  # two simulations ended in nothing
+    if backup == "max":
+        assert plan.value[0] == 2.0
+
+
+def test_nothing_more_is_imagined_when_all_is_dead() -> None:
+    nan = torch.full((1, 2), math.nan)
+    model = TabularWAM(torch.zeros(1, 2, dtype=torch.int64), nan, torch.zeros(1), torch.zeros(1, 2))
+    planner = make_mcts(chunk=1, depth=3, simulations=40, num_candidates=2, on_failure="hold")
+    state = model.state(torch.tensor([0]))
+    with pytest.warns(RuntimeWarning, match="zero actions in 1 row"):
+        plan, _ = planner.plan(model, state, planner.initial_state(model, 1), NoiseKey.for_rows(1), Budget())
+    assert plan.evaluations.tolist() == [2] and (plan.actions == 0).all()
