@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wamrl.interfaces import WAM, Imagined, PlanState, State
+from wamrl.interfaces import WAM, Imagined, PlanState, Spec, State
 from wamrl.planners.scorers import ReturnScorer
 
 
@@ -72,6 +72,10 @@ class CriticalPhase:
         """Refuse a threshold that no shortfall can be compared with."""
         if not math.isfinite(self.threshold):
             raise ValueError(f"gate threshold is {self.threshold}, but must be a finite number")
+
+    def needs_of(self, spec: Spec) -> frozenset[str]:
+        """`needs`, and what the `success_bonus` of a model of this `spec` asks for."""
+        return self.needs | ReturnScorer().needs_of(spec)
 
     def __call__(self, model: WAM, state: State, plan_state: PlanState) -> Tensor:
         """[B] True where the shortfall is above the threshold, or is not a number."""

@@ -28,7 +28,7 @@ from wamrl.naming import unknown_name
 from wamrl.noise import NoiseKey
 from wamrl.planners.gates import Always
 from wamrl.planners.proposers import check_sigma, coloured_noise, match_sigma, noise_basis
-from wamrl.planners.scorers import ReturnScorer
+from wamrl.planners.scorers import ReturnScorer, asked_of
 from wamrl.planners.shooting import (
     FAILURES,
     ModelClock,
@@ -118,7 +118,7 @@ class MCTSPlanner:
         """ValueError when `model` does not answer what this planner asks, or not as far ahead."""
         spec = model.spec
         discrete = spec.action_kind == "discrete"
-        spec.require(*sorted({"rollout", "policy"} | self.scorer.needs | set(getattr(self.gate, "needs", ()))))
+        spec.require(*sorted({"rollout", "policy"} | asked_of(spec, self.scorer) | asked_of(spec, self.gate)))
         if self.chunk * self.depth > spec.max_horizon:
             raise ValueError(
                 f"planner.chunk * planner.depth is {self.chunk} * {self.depth} steps, but the model was trained to "

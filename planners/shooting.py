@@ -25,7 +25,7 @@ from wamrl.naming import unknown_name
 from wamrl.noise import NoiseKey
 from wamrl.planners.gates import Always
 from wamrl.planners.proposers import coloured_noise, match_sigma
-from wamrl.planners.scorers import permutation
+from wamrl.planners.scorers import asked_of, permutation
 from wamrl.provenance import has_cpp_compiler
 
 CHOICES = ("mean", "best")
@@ -127,7 +127,7 @@ class ShootingPlanner:
 
     def check(self, model: WAM) -> None:
         """ValueError when `model` does not answer what this planner asks, or not as far ahead."""
-        needs = {"rollout"}.union(*(getattr(part, "needs", ()) for part in (self.proposer, self.scorer, self.gate)))
+        needs = {"rollout"}.union(*(asked_of(model.spec, part) for part in (self.proposer, self.scorer, self.gate)))
         if not isinstance(self.gate, Always):
             needs.add("policy")
         model.spec.require(*sorted(needs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from importlib import resources
 
 import pytest
@@ -104,6 +105,24 @@ def test_a_scorer_that_needs_what_the_model_lacks_is_refused_by_name() -> None:
         )
     with pytest.raises(ValueError, match="SuccessScorer does not have; use scorer=return"):
         make_mcts(scorer=SuccessScorer())  # type: ignore[arg-type]
+
+
+def test_what_a_scorer_needs_depends_on_the_models_success_bonus() -> None:
+    """Refused before any plan, by the scorer and by a gate that reads returns, in every kind of planner."""
+    silent, worthless = quadratic(TARGET, leave_out=("success",)), quadratic(TARGET)
+    assert make_cem().initial_state(silent, 1) is not None
+    silent.spec = replace(silent.spec, success_bonus=5.0)
+    for planner in (make_cem(), make_mcts(), make_cem(scorer=ConsistencyScorer(), gate=CriticalPhase(0.5))):
+        with pytest.raises(ValueError, match="count 5.0 per step of success.*does not answer 'success'.*weight=0"):
+            planner.initial_state(silent, 1)
+    assert make_cem(scorer=ReturnScorer(success_weight=0.0)).initial_state(silent, 1) is not None
+    scorer = ReturnScorer(value_weight=0.0, reward_weight=0.0, uncertainty_penalty=1.0)
+    for make in (make_cem, make_mcts):
+        with pytest.raises(ValueError, match="success_bonus: no candidate could win"):
+            make(scorer=scorer).initial_state(worthless, 1)
+    worthless.spec = replace(worthless.spec, success_bonus=5.0)
+    assert make_mcts(scorer=scorer).initial_state(worthless, 1) is not None
+    assert scorer.needs_of(worthless.spec) == {"success", "uncertainty"}
 
 
 @pytest.mark.parametrize(

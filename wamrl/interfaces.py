@@ -284,7 +284,11 @@ class Proposer(Protocol):
 
 @runtime_checkable
 class Scorer(Protocol):
-    """How good each candidate's futures are. `needs`: the queries that the model must answer."""
+    """How good each candidate's futures are.
+
+    needs: the queries that the model must answer. Where they depend on the model, a method `needs_of(spec)` says which;
+    planners then ask that instead, before they plan (`wamrl.planners.scorers.asked_of`).
+    """
 
     @property
     def needs(self) -> frozenset[str]: ...

@@ -118,6 +118,11 @@ class JointEmbeddingWAM(WAM):
         loss_weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
+        if not math.isfinite(success_bonus) or success_bonus < 0:
+            raise ValueError(
+                f"success_bonus is {success_bonus}, but must be a finite number of at least 0: what a step of success "
+                "is worth beside its reward; 0 leaves success out of the values"
+            )
         self.features = {key: math.prod(shape) for key, shape in observation.items()}
         self.spec = Spec(
             observation={key: tuple(shape) for key, shape in observation.items()},
