@@ -138,15 +138,21 @@ def test_sequential_halving_visits_as_in_the_paper() -> None:
     assert considered_visits(8, 4) == [0, 0, 0, 0]
 
 
-def test_an_ended_episode_pays_nothing_more() -> None:
+@pytest.mark.parametrize(("pays", "best"), [(0.0, 0), (0.75, 0), (1.5, 1)])
+def test_the_step_that_ends_an_episode_pays_and_nothing_after_it(pays: float, best: int) -> None:
+    """Action 1 would lead to a state that is worth 1 and pays 4, but ends the episode; action 0 pays 1."""
     ends = torch.zeros(4, 2, dtype=torch.bool)
+    ends[0, 1] = True
     model = bandit_tree()
-    ends[0, 1] = True  # the action that would lead to the 4
+    model.reward_of[0, 1] = pays
     dying = TabularWAM(model.transition, model.reward_of, model.value_of, model.logits, discount=0.5, ends=ends)
-    planner = make_mcts(chunk=1, depth=3, simulations=40, num_candidates=2)
     state = dying.state(torch.tensor([0]))
-    plan, _ = planner.plan(dying, state, planner.initial_state(dying, 1), NoiseKey.for_rows(1), Budget())
-    assert plan.actions[0, 0].tolist() == [1.0, 0.0] and plan.scores[0].tolist() == pytest.approx([1.0, 0.0])
+    imagined = dying.imagine(state, torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])[None, None])
+    assert imagined.alive is not None and imagined.alive.flatten().tolist() == [1.0, 0.0, 0.0]
+    for depth in (1, 3):
+        planner = make_mcts(chunk=1, depth=depth, simulations=40, num_candidates=2)
+        plan, _ = planner.plan(dying, state, planner.initial_state(dying, 1), NoiseKey.for_rows(1), Budget())
+        assert plan.actions[0, 0].argmax() == best and plan.scores[0].tolist() == pytest.approx([1.0, pays])
 
 
 # ------------------------------------------------------------------------------------------------ sampled edges

@@ -26,7 +26,7 @@ from wamrl.planners import (
     make_mcts,
 )
 from wamrl.planners.conformance import plan_once
-from wamrl.planners.toys import ToyWAM, quadratic
+from wamrl.planners.toys import TabularWAM, ToyWAM, quadratic
 
 TARGET = torch.tensor([0.3, -0.6])
 CONFIGS = resources.files("wamrl.configs")
@@ -213,3 +213,13 @@ def test_every_scorer_and_gate_is_a_choice_of_the_config(planner: str, gate: str
     assert isinstance(built.scorer, Scorer) and isinstance(built.gate, Gate)
     assert type(built.scorer).__name__.lower().startswith(scorer)
     assert type(built.gate).__name__.lower().startswith(gate.replace("_", ""))
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_a_toy_without_a_behaviour_prior_refuses_to_be_asked_for_one(discrete: bool) -> None:
+    table = torch.zeros(1, 2)
+    model = TabularWAM(table.long(), table, torch.zeros(1), table) if discrete else quadratic(TARGET)
+    state = model.state(torch.zeros(1, dtype=torch.int64) if discrete else torch.zeros(1, 1))
+    assert model.propose(state, 2, mode="ode").actions.shape[1] == 2
+    with pytest.raises(ValueError, match="does not answer 'behaviour'"):
+        model.propose(state, 2, mode="ode", behaviour=1)

@@ -257,6 +257,8 @@ class JointEmbeddingWAM(WAM):
     ) -> Proposal:
         if future is not None:
             self.spec.require("inverse")
+        if behaviour:
+            self.spec.require("behaviour")
         if not 0 <= behaviour <= num:
             raise ValueError(f"behaviour is {behaviour}, but must be from 0 to num={num}, of which it is a part")
         if mode not in ("ode", "sde"):
