@@ -35,7 +35,7 @@ class Uncertainty:
     which counts as `candidates` against the budget.
     """
 
-    threshold: float
+    threshold: float = 0.05
 
     needs = frozenset({"policy", "uncertainty"})
     candidates = 1
@@ -63,7 +63,7 @@ class CriticalPhase:
     per row, which counts as `candidates` against the budget.
     """
 
-    threshold: float
+    threshold: float = 0.5
 
     needs = frozenset({"policy", "reward", "value"})
     candidates = 1
@@ -91,7 +91,7 @@ class Periodic:
     Reads `plans` [B] of the plan state, how many plans a row has had.
     """
 
-    every: int
+    every: int = 2
 
     needs = frozenset({"policy"})
     candidates = 0

@@ -45,7 +45,7 @@ class ReturnScorer:
     uncertainty_reduce: str = "sum"
     discount: float | None = None
     risk: str = "mean"
-    risk_weight: float = 1.0
+    risk_weight: float = 0.5
     risk_share: float = 0.25
     needs: frozenset[str] = field(init=False)
 
@@ -161,7 +161,7 @@ class SuccessScorer:
     """
 
     risk: str = "mean"
-    risk_weight: float = 1.0
+    risk_weight: float = 0.5
     risk_share: float = 0.25
 
     needs = frozenset({"success"})
@@ -189,7 +189,7 @@ class GoalScorer:
     norm: str = "l1"
     latent: str = "z"
     risk: str = "mean"
-    risk_weight: float = 1.0
+    risk_weight: float = 0.5
     risk_share: float = 0.25
 
     needs = frozenset({"goal"})

@@ -148,6 +148,20 @@ def test_best_of_n_takes_the_best_sample_and_counts_the_policys_own_chunk() -> N
     assert found.evaluations.tolist() == [64 * 3] * 16
 
 
+def test_best_of_n_never_looks_further_than_the_model_proposes() -> None:
+    with pytest.raises(ValueError, match="horizon is 5, but the model proposes chunks of 4 steps at most; set.*=4 or"):
+        make_best_of_n(horizon=5).initial_state(sampling(True), 1)
+
+    class Stubborn(ToyWAM):
+        def propose(self, state, num, *, horizon=None, **options) -> Proposal:
+            return super().propose(state, num, **options)
+
+    model = quadratic(TARGET)
+    model.__class__ = Stubborn
+    with pytest.raises(ValueError, match="horizon is 2, but the model proposes chunks of 4 steps; set.*=4"):
+        plan_once(make_best_of_n(horizon=2), model, torch.zeros(1, 1), budget=Budget(evaluations=8))
+
+
 def regret_of_policy() -> float:
     return float(TARGET.square().mean())
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import resources
 
 import pytest
 import torch
+import yaml
 from hydra.utils import instantiate
 from tensordict import TensorDict
 
@@ -98,7 +100,7 @@ def test_a_scorer_that_needs_what_the_model_lacks_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="does not answer 'success'"):
         make_cem(scorer=SuccessScorer()).initial_state(silent, 1)
     with pytest.raises(ValueError, match="does not answer 'goal'.*No model of wamrl does so far"):
-        make_best_of_n(scorer=GoalScorer()).initial_state(silent, 1)
+        make_best_of_n(horizon=4, scorer=GoalScorer()).initial_state(silent, 1)
     with pytest.raises(ValueError, match="the goal scorer reads 'x', but this model's state has z"):
         GoalScorer(latent="x")(
             silent, TensorDict({"goal": torch.zeros(1, 1)}, [1]), futures(reward=torch.zeros(1, 1, 1))
@@ -202,6 +204,14 @@ def test_a_choice_that_is_unknown_or_out_of_place_is_named() -> None:
         cli.compose("plan", ["planner=cem", "scorer@planner.scorer=succes"])
     with pytest.raises(ValueError, match="the planner that was chosen has no choice of scorer at 'planner.scorer'"):
         cli.compose("plan", ["planner=mppi", "scorer@planner.scorer=success"])
+
+
+@pytest.mark.parametrize("path", [f"{g}/{p.name}" for g in ("scorer", "gate") for p in (CONFIGS / g).iterdir()])
+def test_the_defaults_of_scorers_and_gates_are_those_of_their_yaml(path: str) -> None:
+    settings = yaml.safe_load((CONFIGS / path).read_text(encoding="utf-8"))
+    module, _, name = settings.pop("_target_").rpartition(".")
+    options = fields(getattr(importlib.import_module(module), name))
+    assert settings == {option.name: option.default for option in options if option.init}
 
 
 @pytest.mark.parametrize("planner", ["cem", "icem", "best_of_n"])
