@@ -119,6 +119,11 @@ class MCTSPlanner:
         spec = model.spec
         discrete = spec.action_kind == "discrete"
         spec.require(*sorted({"rollout", "policy"} | asked_of(spec, self.scorer) | asked_of(spec, self.gate)))
+        if self.chunk > spec.max_horizon:
+            raise ValueError(
+                f"planner.chunk is {self.chunk} steps, but the model was trained to imagine {spec.max_horizon}; "
+                f"set planner.chunk={spec.max_horizon} or less"
+            )
         if self.chunk * self.depth > spec.max_horizon:
             raise ValueError(
                 f"planner.chunk * planner.depth is {self.chunk} * {self.depth} steps, but the model was trained to "
@@ -392,7 +397,7 @@ class MCTSPlanner:
         """Chunks [X, N, H, A] for the edges `slots` [X, N] of the states [X]; with a sigma, slot 0 is unperturbed."""
         num = slots.shape[1]
         if self.sigma is None:
-            proposal = model.propose(state, num, mode="sde", noise=noise, horizon=self.chunk)
+            proposal = model.propose(state, num, mode="sde", noise=noise.fold(0), horizon=self.chunk)
         else:
             action_dim, device = model.spec.action_dim, slots.device
             basis = noise_basis(self.chunk) if self.basis is None else self.basis

@@ -326,6 +326,8 @@ def test_models_that_it_cannot_serve_are_refused() -> None:
     model = quadratic(torch.tensor([0.3]))
     with pytest.raises(ValueError, match=r"3 \* 11 steps.*imagine 32; set planner.depth=10"):
         make_mcts(chunk=3, depth=11).initial_state(model, 1)
+    with pytest.raises(ValueError, match=r"chunk is 33 steps.*imagine 32; set planner.chunk=32 or less"):
+        make_mcts(chunk=33, depth=1).initial_state(model, 1)
     with pytest.raises(ValueError, match="chunk is 5, but the model proposes 4"):
         make_mcts(chunk=5, depth=1).initial_state(model, 1)
     with pytest.raises(ValueError, match="sigma has 2 entries"):
