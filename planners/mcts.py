@@ -59,7 +59,8 @@ class MCTSPlanner:
     basis: [H, H] of that noise.
     backup: "mean" of a node's visits, or the "max" of its children: sampled edges are tries, most of them poor, and the
     best will be executed; the mean is the safer one where the model is noisy.
-    reuse: keep the subtree behind the executed chunk for the next plan, if exactly that chunk was executed.
+    reuse: keep the subtree behind the executed chunk for the next plan, if exactly that chunk was executed. Its nodes
+    are not imagined anew from the measured state, so that errors of the model stay in it; not always the better plan.
     shuffle_scores: the null control: the root's choice is drawn among the candidates that were searched.
     on_failure: as in `ShootingPlanner`.
 
@@ -464,7 +465,8 @@ class MCTSPlanner:
         if failed.any():
             report_failure(failed, tree.slots, self.on_failure)
         now = now._replace(open=~tree.dead[tree.base] if discrete else visited)
-        counts = (now.counts - before).masked_fill(~visited, -math.inf)
+        # Sequential halving counts what this plan has visited; PUCT goes by all visits, those of a kept subtree too.
+        counts = (now.counts if self.search == "puct" else now.counts - before).masked_fill(~visited, -math.inf)
         most = counts == counts.amax(dim=1, keepdim=True)
         if self.shuffle_scores:
             ranking = noise.uniform(tree.slots).masked_fill(~visited, -math.inf)

@@ -201,7 +201,10 @@ def test_counts_of_a_tree_add_up() -> None:
 
 
 def test_a_subtree_goes_on_in_the_next_plan_as_if_the_search_had_not_stopped() -> None:
-    """The kept nodes have the same actions, visits and values; what is found is never worse, at equal cost."""
+    """The kept nodes have the same actions, visits and values where all went as imagined, at no greater cost.
+
+    That the plan is better does not follow: the comparison below is of these rows and this noise.
+    """
     model = ToyWAM(
         lambda z, a: z + 0.2 * a,
         lambda z, a, new: -(new - 0.5).square().sum(dim=-1),
