@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from wamrl.interfaces import Budget, Plan
+from wamrl.interfaces import Budget, Imagined, Plan, Proposal
 from wamrl.noise import NoiseKey
 from wamrl.planners import MCTSPlanner, NonFinitePlanError, ReturnScorer, make_mcts
 from wamrl.planners.conformance import plan_once
@@ -201,10 +201,7 @@ def test_counts_of_a_tree_add_up() -> None:
 
 
 def test_a_subtree_goes_on_in_the_next_plan_as_if_the_search_had_not_stopped() -> None:
-    """The kept nodes have the same actions, visits and values where all went as imagined, at no greater cost.
-
-    That the plan is better does not follow: the comparison below is of these rows and this noise.
-    """
+    """The kept nodes have the same actions, visits and values where all went as imagined, at no greater cost."""
     model = ToyWAM(
         lambda z, a: z + 0.2 * a,
         lambda z, a, new: -(new - 0.5).square().sum(dim=-1),
@@ -244,7 +241,6 @@ def test_a_subtree_goes_on_in_the_next_plan_as_if_the_search_had_not_stopped() -
         model, model.state(z), planner.initial_state(model, 3), NoiseKey.for_rows(3, step=2), Budget()
     )
     assert torch.equal(cold.actions[2], second.actions[2])
-    assert (second.value[:2] >= cold.value[:2] - 0.02).all()
     assert old.num_nodes == new.num_nodes == 64 * 2 + 1
 
 
@@ -430,3 +426,24 @@ def test_nothing_more_is_imagined_when_all_is_dead() -> None:
     with pytest.warns(RuntimeWarning, match="zero actions in 1 row"):
         plan, _ = planner.plan(model, state, planner.initial_state(model, 1), NoiseKey.for_rows(1), Budget())
     assert plan.evaluations.tolist() == [2] and (plan.actions == 0).all()
+
+
+def test_samples_of_the_policy_and_their_futures_draw_from_different_keys() -> None:
+    keys: list[NoiseKey] = []
+
+    class Watching(ToyWAM):
+        def propose(self, state, num, *, noise=None, **options) -> Proposal:
+            keys.append(noise)
+            return Proposal(super().propose(state, num, **options).actions)
+
+        def imagine(self, state, actions, *, noise=None, **options) -> Imagined:
+            keys.append(noise)
+            return super().imagine(state, actions, **options)
+
+    model = quadratic(torch.tensor([0.3]))
+    model.__class__ = Watching
+    plan_once(make_mcts(simulations=8, num_candidates=4, sigma=None), model, torch.zeros(1, 1))
+    drawn = [
+        (key.fold(i).normal(4) if fold else key.normal(4)).tolist() for key in keys for fold, i in ((0, 0), (1, 1))
+    ]
+    assert len(keys) == 10 and len({str(numbers) for numbers in drawn}) == len(drawn)
