@@ -4,6 +4,10 @@ Each planner runs on the dev starts of the six tasks with a hard budget of model
 (`controller.evaluations`), beside the same planner with shuffled scores; random proposals at the same budgets and the
 policy alone are in the same table. Gated planners spend less than their budget: the table has what was spent per plan.
 
+The smallest budget gives every planner that iterates two iterations, and the gradient planner two steps. In a model
+with a behaviour prior mppi, cem, icem and gradient have candidates that follow it (`behaviour_share`); best_of_n, mcts
+and random proposals do not.
+
 Dev starts only: its numbers are not test results. The metrics go to benchmarks/results/planner_budget.json.
 """
 
@@ -21,18 +25,19 @@ from benchmarks.plan_ablation import measure
 from benchmarks.stored import RESULTS, ROOT, Clock
 
 # Evaluations per plan: one candidate of 8 steps costs 64 of the shipped model's, one for each member and step.
-BUDGETS = (256, 1024, 4096)
+BUDGETS = (2560, 5120, 10240)
+SINGLE = "planner.num_candidates=160"  # of planners with one iteration: what the greatest budget allows
 PLANNERS: dict[str, tuple[str, ...]] = {
-    "mppi": ("planner=mppi",),
+    "mppi": ("planner=mppi", SINGLE),
     "cem": ("planner=cem",),
     "icem": ("planner=icem",),
-    "best_of_n": ("planner=best_of_n", "planner.num_candidates=64"),
+    "best_of_n": ("planner=best_of_n", SINGLE),
     "gradient": ("planner=gradient",),
-    "mcts": ("planner=mcts", "planner.simulations=256", "planner.num_candidates=64"),
-    "mcts with reuse": ("planner=mcts", "planner.simulations=256", "planner.num_candidates=64", "planner.reuse=true"),
+    "mcts": ("planner=mcts", "planner.simulations=640", "planner.num_candidates=64"),
+    "mcts with reuse": ("planner=mcts", "planner.simulations=640", "planner.num_candidates=64", "planner.reuse=true"),
     "cem, critical phase": ("planner=cem", "gate@planner.gate=critical_phase"),
     "cem, one plan in two": ("planner=cem", "gate@planner.gate=periodic"),
-    "random proposals": ("planner=cem", "planner.proposal=noise", "planner.sigma=0.5", "planner.iterations=1"),
+    "random proposals": ("planner=cem", "planner.proposal=noise", "planner.sigma=0.5", "planner.iterations=1", SINGLE),
 }
 
 

@@ -63,6 +63,7 @@ def make_cem(
     min_sigma: float = 0.02,
     proposal: str = "policy",
     sigma: float | Sequence[float] = 0.1,
+    behaviour_share: float = 0.5,
     correlation: float = 0.0,
     exponent: float | None = None,
     knots: int | None = None,
@@ -82,6 +83,7 @@ def make_cem(
     keep_elites: the best that many are candidates of the next iteration, and of the next plan (0 is plain CEM).
     proposal: "policy" (the first candidates follow the policy) or "noise" (around the last plan).
     sigma: standard deviation of the first candidates, one number or one per action dim.
+    behaviour_share: of the first candidates, see `wamrl.planners.proposers.PolicyProposer`.
     correlation, exponent, knots, spline: how the noise hangs together over time, see `temporal_basis`.
     scorer: None is `ReturnScorer()`. gate: None searches always. The rest: see `ShootingPlanner`.
     """
@@ -91,7 +93,11 @@ def make_cem(
     scorer = ReturnScorer() if scorer is None else scorer
     if iterations > 1 and choose == "best":
         check_comparable(scorer, f"planner.choose=best compares its {iterations} iterations")
-    proposer: Proposer = make_proposer(proposal, horizon=horizon, sigma=spread, basis=basis)
+    if not 0.0 <= behaviour_share <= 1.0:
+        raise ValueError(f"planner.behaviour_share is {behaviour_share}, but must be in [0, 1]")
+    proposer: Proposer = make_proposer(
+        proposal, horizon=horizon, sigma=spread, basis=basis, behaviour_share=behaviour_share
+    )
     if keep_elites:
         proposer = EliteProposer(inner=proposer, num_elites=keep_elites, sigma=spread, basis=basis)
     return ShootingPlanner(
@@ -105,6 +111,7 @@ def make_cem(
         sigma=spread,
         basis=basis,
         choose=choose,
+        min_candidates=max(8, 2 * num_elites),  # of fewer, the elites would be no selection
         keep_elites=keep_elites,
         futures=futures,
         stop_change=stop_change,

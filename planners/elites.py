@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wamrl.interfaces import WAM, PlanState, Proposal, Proposer, State
+from wamrl.interfaces import WAM, PlanState, Proposal, Proposer, Spec, State
 from wamrl.noise import NoiseKey
 from wamrl.planners.proposers import coloured_noise, join_imagined, match_sigma, shifted
+from wamrl.planners.scorers import asked_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +29,9 @@ class EliteProposer:
     sigma: Tensor
     basis: Tensor
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """What `inner` needs."""
-        return frozenset(getattr(self.inner, "needs", ()))
+    def needs_of(self, spec: Spec) -> frozenset[str]:
+        """What `inner` asks of a model of this `spec`."""
+        return asked_of(spec, self.inner)
 
     def __call__(self, model: WAM, state: State, plan_state: PlanState, num: int, noise: NoiseKey) -> Proposal:
         """`num` candidates [R, N, H, A], imagined when `inner` imagines while proposing."""

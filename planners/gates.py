@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wamrl.interfaces import WAM, Imagined, PlanState, State
+from wamrl.interfaces import WAM, Imagined, PlanState, Spec, State
 from wamrl.planners.scorers import ReturnScorer
 
 
@@ -35,7 +35,7 @@ class Uncertainty:
     which counts as `candidates` against the budget.
     """
 
-    threshold: float
+    threshold: float = 0.05
 
     needs = frozenset({"policy", "uncertainty"})
     candidates = 1
@@ -63,7 +63,7 @@ class CriticalPhase:
     per row, which counts as `candidates` against the budget.
     """
 
-    threshold: float
+    threshold: float = 0.5
 
     needs = frozenset({"policy", "reward", "value"})
     candidates = 1
@@ -72,6 +72,10 @@ class CriticalPhase:
         """Refuse a threshold that no shortfall can be compared with."""
         if not math.isfinite(self.threshold):
             raise ValueError(f"gate threshold is {self.threshold}, but must be a finite number")
+
+    def needs_of(self, spec: Spec) -> frozenset[str]:
+        """`needs`, and what the `success_bonus` of a model of this `spec` asks for."""
+        return self.needs | ReturnScorer().needs_of(spec)
 
     def __call__(self, model: WAM, state: State, plan_state: PlanState) -> Tensor:
         """[B] True where the shortfall is above the threshold, or is not a number."""
@@ -87,7 +91,7 @@ class Periodic:
     Reads `plans` [B] of the plan state, how many plans a row has had.
     """
 
-    every: int
+    every: int = 2
 
     needs = frozenset({"policy"})
     candidates = 0

@@ -42,6 +42,11 @@ class GradientPlanner:
 
     def __post_init__(self) -> None:
         """Refuse values that no plan could be made with."""
+        if not isinstance(self.start, ShootingPlanner):
+            raise ValueError(
+                f"planner.start is {type(self.start).__name__}, but has to be a search that samples whole chunks; "
+                "use planner/cem@planner.start, or one of icem, mppi and best_of_n in its place"
+            )
         for name in ("steps", "num_starts"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -123,10 +128,10 @@ class GradientPlanner:
                 break
             key = noise[at].fold(t)
             last = t > steps
-            score, gradient = self._slope(model, state[at], actions[at], key, last)
+            score, gradient = self._slope(model, state[at], actions[at], key.fold(0), last)
             passes[at] += 1 if last else 2
             if self.start.shuffle_scores:
-                order = permutation(key, num)
+                order = permutation(key.fold(1), num)
                 score = score.gather(1, order)
                 gradient = gradient.gather(1, order[:, :, None, None].expand_as(gradient))
             score, which = score.nan_to_num(-math.inf, posinf=-math.inf).max(dim=1)
@@ -181,6 +186,6 @@ def make_gradient(
     start: None is `make_cem(iterations=2)`. The rest: see `GradientPlanner`.
     """
     start = make_cem(iterations=2) if start is None else start
-    if shuffle_scores:
+    if shuffle_scores and isinstance(start, ShootingPlanner):
         start = dataclasses.replace(start, shuffle_scores=True)
     return GradientPlanner(start, steps, num_starts, learning_rate, stop_change)

@@ -28,7 +28,7 @@ from wamrl.naming import unknown_name
 from wamrl.noise import NoiseKey
 from wamrl.planners.gates import Always
 from wamrl.planners.proposers import check_sigma, coloured_noise, match_sigma, noise_basis
-from wamrl.planners.scorers import ReturnScorer
+from wamrl.planners.scorers import ReturnScorer, asked_of
 from wamrl.planners.shooting import (
     FAILURES,
     ModelClock,
@@ -59,7 +59,8 @@ class MCTSPlanner:
     basis: [H, H] of that noise.
     backup: "mean" of a node's visits, or the "max" of its children: sampled edges are tries, most of them poor, and the
     best will be executed; the mean is the safer one where the model is noisy.
-    reuse: keep the subtree behind the executed chunk for the next plan, if exactly that chunk was executed.
+    reuse: keep the subtree behind the executed chunk for the next plan, if exactly that chunk was executed. Its nodes
+    are not imagined anew from the measured state, so that errors of the model stay in it; not always the better plan.
     shuffle_scores: the null control: the root's choice is drawn among the candidates that were searched.
     on_failure: as in `ShootingPlanner`.
 
@@ -118,7 +119,12 @@ class MCTSPlanner:
         """ValueError when `model` does not answer what this planner asks, or not as far ahead."""
         spec = model.spec
         discrete = spec.action_kind == "discrete"
-        spec.require(*sorted({"rollout", "policy"} | self.scorer.needs | set(getattr(self.gate, "needs", ()))))
+        spec.require(*sorted({"rollout", "policy"} | asked_of(spec, self.scorer) | asked_of(spec, self.gate)))
+        if self.chunk > spec.max_horizon:
+            raise ValueError(
+                f"planner.chunk is {self.chunk} steps, but the model was trained to imagine {spec.max_horizon}; "
+                f"set planner.chunk={spec.max_horizon} or less"
+            )
         if self.chunk * self.depth > spec.max_horizon:
             raise ValueError(
                 f"planner.chunk * planner.depth is {self.chunk} * {self.depth} steps, but the model was trained to "
@@ -347,6 +353,10 @@ class MCTSPlanner:
         everyone = bool(new.all())
         if not everyone:
             tree.revisit(end[~new])
+        if tree.any_dead:
+            over = new & tree.dead[end, slot]  # all of the root's children are dead: nothing is left to imagine
+            leaf, new = torch.where(over, tree.trash, leaf), new & ~over
+            everyone = bool(new.all())
         if everyone or bool(new.any()):
             rows = torch.arange(tree.rows, device=end.device)
             if not everyone:
@@ -388,7 +398,7 @@ class MCTSPlanner:
         """Chunks [X, N, H, A] for the edges `slots` [X, N] of the states [X]; with a sigma, slot 0 is unperturbed."""
         num = slots.shape[1]
         if self.sigma is None:
-            proposal = model.propose(state, num, mode="sde", noise=noise, horizon=self.chunk)
+            proposal = model.propose(state, num, mode="sde", noise=noise.fold(0), horizon=self.chunk)
         else:
             action_dim, device = model.spec.action_dim, slots.device
             basis = noise_basis(self.chunk) if self.basis is None else self.basis
@@ -455,7 +465,8 @@ class MCTSPlanner:
         if failed.any():
             report_failure(failed, tree.slots, self.on_failure)
         now = now._replace(open=~tree.dead[tree.base] if discrete else visited)
-        counts = (now.counts - before).masked_fill(~visited, -math.inf)
+        # Sequential halving counts what this plan has visited; PUCT goes by all visits, those of a kept subtree too.
+        counts = (now.counts if self.search == "puct" else now.counts - before).masked_fill(~visited, -math.inf)
         most = counts == counts.amax(dim=1, keepdim=True)
         if self.shuffle_scores:
             ranking = noise.uniform(tree.slots).masked_fill(~visited, -math.inf)

@@ -90,6 +90,7 @@ def make_mppi(
     risk_weight: float = 0.5,
     gate_threshold: float | None = None,
     choose: str = "best",
+    stop_change: float | None = None,
     shuffle_scores: bool = False,
     compile: bool = False,
     on_failure: str = "raise",
@@ -104,7 +105,7 @@ def make_mppi(
     warm_share, behaviour_share: see `PolicyProposer`.
     refine_sigma: sigma of the iterations after the first; None is `sigma`.
     value_weight ... risk_weight: see `ReturnScorer`. gate_threshold: None searches always, else see `Uncertainty`.
-    choose, shuffle_scores, compile, on_failure: see `ShootingPlanner`.
+    choose, stop_change, shuffle_scores, compile, on_failure: see `ShootingPlanner`.
     """
     spread = check_sigma(sigma, "planner.sigma")
     for name, share in (("warm_share", warm_share), ("behaviour_share", behaviour_share)):
@@ -137,6 +138,8 @@ def make_mppi(
         sigma=spread if refine_sigma is None else check_sigma(refine_sigma, "refine_sigma"),
         basis=basis,
         choose=choose,
+        min_candidates=max(8, 2 * (num_elites or 0)),
+        stop_change=stop_change,
         shuffle_scores=shuffle_scores,
         compile=compile,
         on_failure=on_failure,

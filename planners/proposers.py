@@ -62,6 +62,16 @@ def shifted(chunk: Tensor, steps: Tensor) -> Tensor:
     return chunk.gather(1, index[:, :, None].expand(-1, -1, chunk.shape[2]))
 
 
+def check_steps(proposal: Proposal, horizon: int) -> None:
+    """ValueError when the chunks of `proposal` do not have `horizon` steps."""
+    steps = proposal.actions.shape[2]
+    if steps != horizon:
+        raise ValueError(
+            f"the planner's horizon is {horizon}, but the model proposes chunks of {steps} steps; "
+            f"set planner.horizon={steps}"
+        )
+
+
 def join_imagined(first: Imagined, second: Imagined) -> Imagined:
     """The futures of two sets of candidates of the same rows, one after the other along N."""
     joined = {}
@@ -119,11 +129,7 @@ class PolicyProposer:
         else:
             options = {}
         proposal = model.propose(state, num_policy, mode="ode", noise=noise.fold(1), perturbation=followed, **options)
-        if proposal.actions.shape[2] != self.horizon:
-            raise ValueError(
-                f"the planner's horizon is {self.horizon}, but the model proposes chunks of "
-                f"{proposal.actions.shape[2]} steps; set planner.horizon={proposal.actions.shape[2]}"
-            )
+        check_steps(proposal, self.horizon)
         if num_warm == 0:
             return proposal
         centre = torch.where(

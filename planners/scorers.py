@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from wamrl.interfaces import WAM, Imagined, Scorer, State
+from wamrl.interfaces import WAM, Imagined, Scorer, Spec, State
 from wamrl.naming import unknown_name
 from wamrl.noise import NoiseKey
 
@@ -34,7 +34,8 @@ class ReturnScorer:
     success_weight: None is the model's own `success_bonus`, which its values count as well.
     risk, risk_weight, risk_share: over the M futures, each valued by every value head, see `reduce_guesses`.
     uncertainty_reduce: "sum" or "mean" over the steps (the mean divides by sum_h d^h).
-    needs: the queries that the chosen weights ask of a model; a weight of 0 asks for nothing.
+    needs: the queries that the chosen weights ask of any model; a weight of 0 asks for nothing. `needs_of` a model's
+    spec: what its `success_bonus` asks for as well.
     """
 
     value_weight: float = 1.0
@@ -44,7 +45,7 @@ class ReturnScorer:
     uncertainty_reduce: str = "sum"
     discount: float | None = None
     risk: str = "mean"
-    risk_weight: float = 1.0
+    risk_weight: float = 0.5
     risk_share: float = 0.25
     needs: frozenset[str] = field(init=False)
 
@@ -72,6 +73,20 @@ class ReturnScorer:
             raise ValueError("value_weight, reward_weight and success_weight are all 0: no candidate could win")
         object.__setattr__(self, "needs", needs)
 
+    def needs_of(self, spec: Spec) -> frozenset[str]:
+        """Queries that a model of this `spec` must answer; ValueError where it cannot, or where nothing would count."""
+        if self.success_weight is not None or spec.success_bonus == 0:
+            if not self.needs - {"uncertainty"}:
+                raise _nothing_counts()
+            return self.needs
+        if "success" not in spec.provides:
+            raise ValueError(
+                f"the model's values count {spec.success_bonus} per step of success (spec.success_bonus), but it does "
+                "not answer 'success', so that imagined steps and values would not go together; let the model answer "
+                "it, or set success_weight=0 to plan without it"
+            )
+        return self.needs | {"success"}
+
     def __call__(self, model: WAM, state: State, imagined: Imagined) -> Tensor:
         """[R, N] scores of the candidates in `imagined`."""
         discount = model.spec.discount if self.discount is None else self.discount
@@ -83,10 +98,7 @@ class ReturnScorer:
                 value = value * imagined.alive[..., -1:]
             total = (value if total is None else total.unsqueeze(-1) + value).flatten(2)
         if total is None:
-            raise ValueError(
-                "value_weight and reward_weight are 0, and so is this model's success_bonus: no candidate could win; "
-                "set planner.success_weight above 0"
-            )
+            raise _nothing_counts()
         score = reduce_guesses(total, self.risk, self.risk_weight, self.risk_share)
         if self.uncertainty_penalty > 0:
             score = score - self._penalty(imagined, discount)
@@ -99,6 +111,8 @@ class ReturnScorer:
         """
         discount = model.spec.discount if self.discount is None else self.discount
         reward = self._gain(model, imagined, discount)
+        if reward is None and self.value_weight == 0:
+            raise _nothing_counts()
         ahead = discount ** _steps(imagined)
         shape = imagined.leaf.batch_size
         alive = 1.0 if imagined.alive is None else imagined.alive[..., -1]
@@ -147,7 +161,7 @@ class SuccessScorer:
     """
 
     risk: str = "mean"
-    risk_weight: float = 1.0
+    risk_weight: float = 0.5
     risk_share: float = 0.25
 
     needs = frozenset({"success"})
@@ -175,7 +189,7 @@ class GoalScorer:
     norm: str = "l1"
     latent: str = "z"
     risk: str = "mean"
-    risk_weight: float = 1.0
+    risk_weight: float = 0.5
     risk_share: float = 0.25
 
     needs = frozenset({"goal"})
@@ -210,6 +224,23 @@ class ConsistencyScorer:
     def __call__(self, model: WAM, state: State, imagined: Imagined) -> Tensor:
         """[R, N], at most 0."""
         return -_head(imagined, "uncertainty").mean(dim=(2, 3))
+
+
+def asked_of(spec: Spec, part: object) -> frozenset[str]:
+    """Queries that `part` (a proposer, scorer or gate) asks of a model of this `spec`.
+
+    Those of its `needs_of(spec)` where it has that method, else its `needs`; none where it has neither.
+    """
+    if hasattr(part, "needs_of"):
+        return frozenset(part.needs_of(spec))
+    return frozenset(getattr(part, "needs", ()))
+
+
+def _nothing_counts() -> ValueError:
+    return ValueError(
+        "value_weight and reward_weight are 0, and so is this model's success_bonus: no candidate could win; "
+        "set one of them or success_weight above 0"
+    )
 
 
 def check_risk(risk: str, weight: float, share: float) -> None:

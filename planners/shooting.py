@@ -25,7 +25,7 @@ from wamrl.naming import unknown_name
 from wamrl.noise import NoiseKey
 from wamrl.planners.gates import Always
 from wamrl.planners.proposers import coloured_noise, match_sigma
-from wamrl.planners.scorers import permutation
+from wamrl.planners.scorers import asked_of, permutation
 from wamrl.provenance import has_cpp_compiler
 
 CHOICES = ("mean", "best")
@@ -65,10 +65,13 @@ class ShootingPlanner:
     The first iteration scores the proposer's candidates. Each further one draws `num_candidates` chunks around the
     refitted mean, open loop, candidate 0 being that mean; neighbouring steps are correlated through `basis`.
 
-    horizon: H model steps. num_candidates: N. iterations: the most that a plan may take. sigma: [1] or [A] standard
-    deviation of the refinement. choose: "mean" returns the last refitted mean chunk, "best" the best-scored candidate
-    of all iterations. keep_elites: that many of the best candidates are candidates of the next iteration again, and
-    travel in the plan state's `elites` [B, K, H, A] to the next plan (see `wamrl.planners.elites`).
+    horizon: H model steps. num_candidates: N. iterations: the most that a plan may take.
+    min_candidates: the fewest that an iteration is worth; a small budget takes candidates down to that many before it
+    takes iterations.
+    sigma: [1] or [A] standard deviation of the refinement. choose: "mean" returns the last refitted mean chunk, "best"
+    the best-scored candidate of all iterations.
+    keep_elites: that many of the best candidates are candidates of the next iteration again, and travel in the plan
+    state's `elites` [B, K, H, A] to the next plan (see `wamrl.planners.elites`).
     futures: M sampled futures per candidate; None is the model's own number.
     stop_change: a row is done once an iteration moves no number of its mean by more than this (in action units); None
     runs all iterations. shuffle_scores: the null control; scores are permuted across the candidates of a row before
@@ -87,6 +90,7 @@ class ShootingPlanner:
     sigma: Tensor
     basis: Tensor
     choose: str = "mean"
+    min_candidates: int = 8
     keep_elites: int = 0
     futures: int | None = None
     stop_change: float | None = None
@@ -97,7 +101,7 @@ class ShootingPlanner:
 
     def __post_init__(self) -> None:
         """Refuse values that no plan could be made with."""
-        for name in ("horizon", "num_candidates", "iterations"):
+        for name in ("horizon", "num_candidates", "iterations", "min_candidates"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"planner.{name} is {value!r}, but must be a whole number of at least 1")
@@ -127,7 +131,7 @@ class ShootingPlanner:
 
     def check(self, model: WAM) -> None:
         """ValueError when `model` does not answer what this planner asks, or not as far ahead."""
-        needs = {"rollout"}.union(*(getattr(part, "needs", ()) for part in (self.proposer, self.scorer, self.gate)))
+        needs = {"rollout"}.union(*(asked_of(model.spec, part) for part in (self.proposer, self.scorer, self.gate)))
         if not isinstance(self.gate, Always):
             needs.add("policy")
         model.spec.require(*sorted(needs))
@@ -161,9 +165,10 @@ class ShootingPlanner:
     ) -> tuple[Plan, PlanState]:
         """Search every row of `state` [B] that the gate lets through; the others follow the policy.
 
-        budget.evaluations is hard: candidates and iterations shrink until they fit, and ValueError when not even one
-        candidate does. budget.deadline_s: no iteration starts that would end after it (judged by the slowest so far);
-        the first one always runs. The plan state returned has `shift` 1: one step is expected to be executed.
+        budget.evaluations is hard: candidates become fewer, down to `min_candidates`, then iterations, then candidates
+        again; ValueError when not even one fits. budget.deadline_s: no iteration starts that would end after it (judged
+        by the slowest so far); the first one always runs. The plan state returned has `shift` 1: one step is expected
+        to be executed.
         `Plan.seconds`: "imagine" is the time inside the model, "search" the rest; a compiled iteration counts as
         the former as a whole.
         """
@@ -215,7 +220,7 @@ class ShootingPlanner:
                 f"budget.evaluations is {budget.evaluations} per row, but one candidate of {self.horizon} steps costs "
                 f"{each}" + (f" and the gate {gated}" if gated else "") + f"; allow at least {each + gated}"
             )
-        iterations = min(self.iterations, math.ceil(affordable / self.num_candidates))
+        iterations = min(self.iterations, max(1, affordable // min(self.min_candidates, self.num_candidates)))
         return min(self.num_candidates, affordable // iterations), iterations, gated
 
     def _search(

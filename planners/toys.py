@@ -136,6 +136,8 @@ class ToyWAM(WAM):
     ) -> Proposal:
         """The linear policy's chunk, closed loop in the exact model."""
         self.counts["propose"] += 1
+        if behaviour:
+            self.spec.require("behaviour")
         sign = torch.ones(num, 1)
         sign[num - behaviour :] = -1.0
         horizon = (horizon or self.spec.chunk_length) if perturbation is None else perturbation.shape[2]
@@ -277,7 +279,7 @@ class TabularWAM(WAM):
     """Discrete actions between numbered states: tables of next state, reward and policy logits [S, A], and value [S].
 
     The latent `s` [R] is the number of the state, which the observation `state` [1] holds. An entry of `ends` [S, A]
-    that is True ends the episode.
+    that is True ends the episode: that step still pays, and leads to the state S, which pays and is worth nothing.
     """
 
     def __init__(
@@ -304,8 +306,12 @@ class TabularWAM(WAM):
             anatomy=Anatomy("state", "toy", "separate", "offline"),
             action_kind="discrete",
         )
+        self.end = reward.shape[0]  # the number of the state after the end
+        if ends is not None:
+            transition = torch.cat([transition.masked_fill(ends, self.end), torch.full_like(transition[:1], self.end)])
+            reward, value, logits = (torch.cat([x, torch.zeros_like(x[:1])]) for x in (reward, value, logits))
         self.transition, self.reward_of, self.value_of, self.logits = transition, reward, value, logits
-        self.ends = torch.zeros_like(reward, dtype=torch.bool) if ends is None else ends
+        self.mortal = ends is not None
 
     def encode(self, context: Context) -> State:
         """The number in the last frame."""
@@ -327,18 +333,17 @@ class TabularWAM(WAM):
         """Look up what follows the one-hot `actions` [R, N, H, A]."""
         assert actions is not None
         rows, num, horizon, _ = actions.shape
-        s, going = state["s"][:, None].expand(-1, num), torch.ones(rows, num)
+        s = state["s"][:, None].expand(-1, num)
         rewards, alive = [], []
         for a in actions.argmax(dim=-1).unbind(dim=2):
             rewards.append(self.reward_of[s, a])
-            going = going * ~self.ends[s, a]
-            alive.append(going)
+            alive.append((s != self.end).float())
             s = self.transition[s, a]
         return Imagined(
             leaf=TensorDict({"s": s[:, :, None]}, batch_size=[rows, num, 1]),
             evaluations=num * horizon,
             reward=torch.stack(rewards, dim=-1)[:, :, None],
-            alive=torch.stack(alive, dim=-1)[:, :, None] if bool(self.ends.any()) else None,
+            alive=torch.stack(alive, dim=-1)[:, :, None] if self.mortal else None,
         )
 
     def propose(
@@ -354,6 +359,8 @@ class TabularWAM(WAM):
         behaviour: int = 0,
     ) -> Proposal:
         """The likeliest action, or with `mode="sde"` samples."""
+        if behaviour:
+            self.spec.require("behaviour")
         logits = self.logits[state["s"]][:, None].expand(-1, num, -1)
         if mode == "sde":
             assert noise is not None

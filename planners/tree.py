@@ -3,7 +3,8 @@
 The trees of mctx (DeepMind, Apache-2.0) in torch, with three differences. A node's next child depends on its own
 statistics alone, so it is kept (`best`) and only recomputed along the path that a simulation changed, for all of the
 path at once: a descent is then two look-ups per level. A child may be worth nothing because the model broke there
-(`dead`); it is never entered again. And a node may be worth its best child instead of the mean of all visits.
+(`dead`): it is never entered again, the next slot opens in its stead, and a node without any other child is dead too.
+And a node may be worth its best child instead of the mean of all visits.
 
 Letters: B rows, S nodes, C slots for children, X any number of nodes, H steps of an edge, A action dims.
 Nodes are numbered by row: node n of row b is n + b * (S + 1); node S of each row is a bin for writes that must not
@@ -115,12 +116,15 @@ class Tree:
     def statistics(self, at: Tensor) -> Statistics:
         """What a rule reads of the nodes `at` [X]."""
         visits = self.visits[at]
+        dead = self.dead[at] if self.any_dead else None
         available = None
         if self.open_slots is not None:
-            available = self.slot_index < self.open_slots(visits)[:, None]
-        if self.any_dead:
-            alive = ~self.dead[at]
-            available = alive if available is None else available & alive
+            wide = self.open_slots(visits)
+            if dead is not None:
+                wide = wide + dead.sum(dim=1)  # a dead slot takes nobody's place
+            available = self.slot_index < wide[:, None]
+        if dead is not None:
+            available = ~dead if available is None else available & ~dead
         return Statistics(
             visits, self.value[at], self.raw_value[at], self.counts[at], self.q[at], self.logits[at], available
         )
@@ -220,13 +224,18 @@ class Tree:
 
     def _take_best(self, at: Tensor) -> None:
         """The nodes `at` [X] are worth the best of their visited children."""
-        visited = self.counts[at] > 0
+        visited = (self.counts[at] > 0) & ~self.dead[at]
         best = self.q[at].masked_fill(~visited, -math.inf).amax(dim=1)
         self.value[at] = best.where(visited.any(dim=1), self.value[at])
 
     def back_up(self, nodes: list[Tensor], slots: list[Tensor], leaf: Tensor) -> None:
-        """Count the simulation that followed the path to the nodes `leaf` [B]; nothing where that is the bin."""
+        """Count the simulation that followed the path to the nodes `leaf` [B]; nothing where that is the bin.
+
+        Where it is, the last edge is dead, and so are those above it whose nodes have no other child left.
+        """
         void = leaf == self.trash
+        if self.any_dead and bool(void.any()):
+            self._close(nodes, slots, void)
         path, slot = torch.stack(nodes), torch.stack(slots)  # [D, B]
         counted = torch.where(void, self.trash, path)
         reward, discount = self.reward[counted, slot], self.discount[counted, slot]  # 0 and 1 in the bin
@@ -249,6 +258,21 @@ class Tree:
                 self.q[counted[level], slot[level]] = found
                 self._take_best(counted[level])
         self.refresh(torch.cat([path.flatten(), leaf]))
+
+    def _close(self, nodes: list[Tensor], slots: list[Tensor], void: Tensor) -> None:
+        """Pass on what died at the ends of the paths of the rows `void` [B]: dead nodes, the best of what is left."""
+        for level in reversed(range(len(nodes))):
+            at, slot = nodes[level], slots[level]
+            inside = void & (at != self.trash)
+            child = self.child[at, slot]
+            below = torch.where(inside & (child >= 0), self.base + child, self.trash)
+            exhausted = (below != self.trash) & self.dead[below].all(dim=1)
+            self.dead[at, slot] |= exhausted
+            if self.backup == "max":
+                inner = below != self.trash
+                found = self.reward[at, slot] + self.discount[at, slot] * self.value[below]
+                self.q[at, slot] = torch.where(inner, found, self.q[at, slot])
+                self._take_best(at[inside])
 
     def revisit(self, leaf: Tensor) -> None:
         """Count a visit of the nodes `leaf` [X] that are as deep as a path may go."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -282,6 +284,12 @@ def test_the_last_candidates_follow_the_behaviour_prior_and_the_others_do_not() 
     torch.testing.assert_close(wam.log_prob(state, mixed), mixed.log_prob)
     with pytest.raises(ValueError, match="from 0 to num=5"):
         wam.propose(state, 5, mode="ode", behaviour=6)
+
+
+@pytest.mark.parametrize("bonus", [-1.0, math.nan, math.inf])
+def test_a_success_bonus_that_no_value_can_count_is_refused(bonus: float) -> None:
+    with pytest.raises(ValueError, match="success_bonus is .* but must be a finite number of at least 0"):
+        model(success_bonus=bonus)
 
 
 def test_values_count_the_success_bonus() -> None:

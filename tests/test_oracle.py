@@ -110,6 +110,19 @@ def test_planning_in_the_true_simulator_reaches_the_goal():
     assert (distance() < 0.5 * first).all()
 
 
+def test_the_oracle_plans_among_the_candidates_of_its_model(pushing):
+    oracle, env = pushing
+    now = env.reset(TensorDict({"start": torch.tensor([0, 1])}, batch_size=[2]))
+    planner = make_mppi(horizon=2, num_candidates=6, behaviour_share=0.5)
+    candidates = []
+    for model in (oracle, oracle.model):
+        state = model.encode(Context.from_observation(_observed(now).select(*model.spec.observation, "task")))
+        plan, _ = planner.plan(model, state, planner.initial_state(model, 2), NoiseKey.for_rows(2), Budget())
+        candidates.append(plan.candidates)
+    assert torch.equal(*candidates)
+    assert "behaviour" in oracle.spec.provides and "decode" not in oracle.spec.provides
+
+
 def test_the_oracle_says_what_it_is_not(pushing):
     oracle, _ = pushing
     assert oracle.spec.ensemble_size == 1

@@ -13,6 +13,7 @@ from wamrl.interfaces import Budget
 from wamrl.noise import NoiseKey
 from wamrl.planners import ReturnScorer, make_cem
 from wamrl.planners.cem import cem_refit
+from wamrl.planners.conformance import plan_once
 from wamrl.planners.toys import ToyWAM, quadratic
 
 TARGET = torch.tensor([0.3, -0.6])
@@ -102,3 +103,22 @@ def test_a_row_that_has_settled_is_not_searched_further() -> None:
 def test_values_out_of_range_are_refused_at_construction(option: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_cem(**{"stop_change": 0.1 if option == "compile" else None, option: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("budget", "spent"), [(4096, 64 * 4), (1024, 64 * 4), (255, 63), (192, 48), (80, 20), (8, 2)])
+def test_a_small_budget_takes_candidates_before_iterations(budget: int, spent: int) -> None:
+    """64 x 4 candidates of 4 steps, of which 10 are elites: no iteration has fewer than 20 unless the only one does."""
+    model = quadratic(TARGET)
+    planner = make_cem(horizon=4, num_candidates=64, iterations=4, num_elites=10)
+    num, iterations, _ = planner._fit(model, Budget(evaluations=budget))
+    assert num * iterations == spent
+    assert iterations == {256: 4, 63: 3, 48: 2, 20: 1, 2: 1}[spent]
+
+
+def test_a_model_with_a_behaviour_prior_gives_the_first_candidates_of_it() -> None:
+    """The toy's policy does 0.2 and its prior -0.2; the later iterations follow neither."""
+    model = quadratic(TARGET[:1], gain=torch.tensor([[0.2]]), behaviour=True)
+    for share, priors in ((0.5, 4), (0.0, 0)):
+        planner = make_cem(horizon=2, num_candidates=8, iterations=1, sigma=0.01, behaviour_share=share)
+        plan, _ = plan_once(planner, model, torch.ones(1, 1))
+        assert int((plan.candidates[0, :, 0, 0] < 0).sum()) == priors

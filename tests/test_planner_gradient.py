@@ -12,7 +12,7 @@ from tensordict import TensorDict
 
 from wamrl.interfaces import Budget, Imagined, Proposal
 from wamrl.noise import NoiseKey
-from wamrl.planners import NonFinitePlanError, ReturnScorer, make_best_of_n, make_cem, make_gradient
+from wamrl.planners import NonFinitePlanError, ReturnScorer, make_best_of_n, make_cem, make_gradient, make_mcts
 from wamrl.planners.conformance import TARGET, plan_once, regret
 from wamrl.planners.toys import BrokenWAM, ToyWAM, linear_quadratic, quadratic, riccati
 
@@ -95,6 +95,7 @@ def test_shuffled_gradients_lose() -> None:
         ("learning_rate", 0.0, "learning_rate is 0"),
         ("stop_change", -1.0, "stop_change is -1"),
         ("start", make_best_of_n(scorer=ReturnScorer(risk="improvement")), "compares its steps"),
+        ("start", make_mcts(), "start is MCTSPlanner, but has to be a search that samples whole chunks"),
     ],
 )
 def test_values_out_of_range_are_refused_at_construction(option: str, value: object, message: str) -> None:
@@ -148,6 +149,20 @@ def test_best_of_n_takes_the_best_sample_and_counts_the_policys_own_chunk() -> N
     assert found.evaluations.tolist() == [64 * 3] * 16
 
 
+def test_best_of_n_never_looks_further_than_the_model_proposes() -> None:
+    with pytest.raises(ValueError, match="horizon is 5, but the model proposes chunks of 4 steps at most; set.*=4 or"):
+        make_best_of_n(horizon=5).initial_state(sampling(True), 1)
+
+    class Stubborn(ToyWAM):
+        def propose(self, state, num, *, horizon=None, **options) -> Proposal:
+            return super().propose(state, num, **options)
+
+    model = quadratic(TARGET)
+    model.__class__ = Stubborn
+    with pytest.raises(ValueError, match="horizon is 2, but the model proposes chunks of 4 steps; set.*=4"):
+        plan_once(make_best_of_n(horizon=2), model, torch.zeros(1, 1), budget=Budget(evaluations=8))
+
+
 def regret_of_policy() -> float:
     return float(TARGET.square().mean())
 
@@ -177,3 +192,24 @@ def test_best_of_n_survives_broken_samples_and_says_when_all_are() -> None:
         else:
             with pytest.raises(NonFinitePlanError, match="0, 1, 2, 3"):
                 plan_once(make_best_of_n(horizon=1, num_candidates=32), model, torch.zeros(4, 1))
+
+
+def test_a_gradient_step_draws_its_futures_and_its_null_control_from_different_keys(monkeypatch) -> None:
+    keys: list[NoiseKey] = []
+
+    class Watching(ToyWAM):
+        def imagine(self, state, actions, *, noise=None, **options) -> Imagined:
+            keys.append(noise)
+            return super().imagine(state, actions, **options)
+
+    def watched(key: NoiseKey, num: int) -> torch.Tensor:
+        keys.append(key)
+        return torch.arange(num).expand(key.row.shape[0], -1)
+
+    model = quadratic(TARGET)
+    model.__class__ = Watching
+    monkeypatch.setattr("wamrl.planners.gradient.permutation", watched)
+    start = make_cem(horizon=2, num_candidates=16, iterations=1)
+    plan_once(make_gradient(start=start, steps=3, shuffle_scores=True), model, torch.zeros(1, 1))
+    drawn = [tuple(key.normal(4).flatten().tolist()) for key in keys]
+    assert len(drawn) == len(set(drawn)) >= 8

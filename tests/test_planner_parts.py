@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from dataclasses import fields, replace
 from importlib import resources
 
 import pytest
 import torch
+import yaml
 from hydra.utils import instantiate
 from tensordict import TensorDict
 
@@ -25,7 +28,7 @@ from wamrl.planners import (
     make_mcts,
 )
 from wamrl.planners.conformance import plan_once
-from wamrl.planners.toys import ToyWAM, quadratic
+from wamrl.planners.toys import TabularWAM, ToyWAM, quadratic
 
 TARGET = torch.tensor([0.3, -0.6])
 CONFIGS = resources.files("wamrl.configs")
@@ -97,13 +100,31 @@ def test_a_scorer_that_needs_what_the_model_lacks_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="does not answer 'success'"):
         make_cem(scorer=SuccessScorer()).initial_state(silent, 1)
     with pytest.raises(ValueError, match="does not answer 'goal'.*No model of wamrl does so far"):
-        make_best_of_n(scorer=GoalScorer()).initial_state(silent, 1)
+        make_best_of_n(horizon=4, scorer=GoalScorer()).initial_state(silent, 1)
     with pytest.raises(ValueError, match="the goal scorer reads 'x', but this model's state has z"):
         GoalScorer(latent="x")(
             silent, TensorDict({"goal": torch.zeros(1, 1)}, [1]), futures(reward=torch.zeros(1, 1, 1))
         )
     with pytest.raises(ValueError, match="SuccessScorer does not have; use scorer=return"):
         make_mcts(scorer=SuccessScorer())  # type: ignore[arg-type]
+
+
+def test_what_a_scorer_needs_depends_on_the_models_success_bonus() -> None:
+    """Refused before any plan, by the scorer and by a gate that reads returns, in every kind of planner."""
+    silent, worthless = quadratic(TARGET, leave_out=("success",)), quadratic(TARGET)
+    assert make_cem().initial_state(silent, 1) is not None
+    silent.spec = replace(silent.spec, success_bonus=5.0)
+    for planner in (make_cem(), make_mcts(), make_cem(scorer=ConsistencyScorer(), gate=CriticalPhase(0.5))):
+        with pytest.raises(ValueError, match="count 5.0 per step of success.*does not answer 'success'.*weight=0"):
+            planner.initial_state(silent, 1)
+    assert make_cem(scorer=ReturnScorer(success_weight=0.0)).initial_state(silent, 1) is not None
+    scorer = ReturnScorer(value_weight=0.0, reward_weight=0.0, uncertainty_penalty=1.0)
+    for make in (make_cem, make_mcts):
+        with pytest.raises(ValueError, match="success_bonus: no candidate could win"):
+            make(scorer=scorer).initial_state(worthless, 1)
+    worthless.spec = replace(worthless.spec, success_bonus=5.0)
+    assert make_mcts(scorer=scorer).initial_state(worthless, 1) is not None
+    assert scorer.needs_of(worthless.spec) == {"success", "uncertainty"}
 
 
 @pytest.mark.parametrize(
@@ -185,6 +206,14 @@ def test_a_choice_that_is_unknown_or_out_of_place_is_named() -> None:
         cli.compose("plan", ["planner=mppi", "scorer@planner.scorer=success"])
 
 
+@pytest.mark.parametrize("path", [f"{g}/{p.name}" for g in ("scorer", "gate") for p in (CONFIGS / g).iterdir()])
+def test_the_defaults_of_scorers_and_gates_are_those_of_their_yaml(path: str) -> None:
+    settings = yaml.safe_load((CONFIGS / path).read_text(encoding="utf-8"))
+    module, _, name = settings.pop("_target_").rpartition(".")
+    options = fields(getattr(importlib.import_module(module), name))
+    assert settings == {option.name: option.default for option in options if option.init}
+
+
 @pytest.mark.parametrize("planner", ["cem", "icem", "best_of_n"])
 @pytest.mark.parametrize("gate", sorted(p.name.removesuffix(".yaml") for p in (CONFIGS / "gate").iterdir()))
 @pytest.mark.parametrize("scorer", sorted(p.name.removesuffix(".yaml") for p in (CONFIGS / "scorer").iterdir()))
@@ -194,3 +223,13 @@ def test_every_scorer_and_gate_is_a_choice_of_the_config(planner: str, gate: str
     assert isinstance(built.scorer, Scorer) and isinstance(built.gate, Gate)
     assert type(built.scorer).__name__.lower().startswith(scorer)
     assert type(built.gate).__name__.lower().startswith(gate.replace("_", ""))
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_a_toy_without_a_behaviour_prior_refuses_to_be_asked_for_one(discrete: bool) -> None:
+    table = torch.zeros(1, 2)
+    model = TabularWAM(table.long(), table, torch.zeros(1), table) if discrete else quadratic(TARGET)
+    state = model.state(torch.zeros(1, dtype=torch.int64) if discrete else torch.zeros(1, 1))
+    assert model.propose(state, 2, mode="ode").actions.shape[1] == 2
+    with pytest.raises(ValueError, match="does not answer 'behaviour'"):
+        model.propose(state, 2, mode="ode", behaviour=1)

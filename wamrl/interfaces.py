@@ -220,7 +220,7 @@ class WAM(torch.nn.Module):
         perturbation: [R, N, H, A] added to the policy's action at each step; the policy reacts to its consequences.
         horizon: H, at most `spec.chunk_length`; None is that of the perturbation, or the whole chunk.
         behaviour: that many of the `num` chunks, the last ones, follow the behaviour prior instead of the policy: what
-        successful episodes did, whoever acted in them.
+        successful episodes did, whoever acted in them. Above 0, a model without it refuses: spec.require("behaviour").
         """
         return self._refuse("policy")
 
@@ -284,7 +284,11 @@ class Proposer(Protocol):
 
 @runtime_checkable
 class Scorer(Protocol):
-    """How good each candidate's futures are. `needs`: the queries that the model must answer."""
+    """How good each candidate's futures are.
+
+    needs: the queries that the model must answer. Where they depend on the model, a method `needs_of(spec)` says which;
+    planners then ask that instead, before they plan (`wamrl.planners.scorers.asked_of`).
+    """
 
     @property
     def needs(self) -> frozenset[str]: ...

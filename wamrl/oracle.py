@@ -41,7 +41,9 @@ class OracleWAM(WAM):
         self.spec = replace(
             model.spec,
             observation={**model.spec.observation, "snapshot": (int(simulator.snapshot_size),)},
-            provides=frozenset({"rollout", "policy", "value", "reward", "success", "uncertainty"}),
+            # What the simulator answers, and with the model's own candidates: both plan among the same ones.
+            provides=frozenset({"rollout", "policy", "value", "reward", "success", "uncertainty"})
+            | (model.spec.provides & {"behaviour"}),
             anatomy=Anatomy("simulator state", "physics engine", "none", "planning"),
             ensemble_size=1,
         )

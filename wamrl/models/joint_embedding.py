@@ -118,6 +118,11 @@ class JointEmbeddingWAM(WAM):
         loss_weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
+        if not math.isfinite(success_bonus) or success_bonus < 0:
+            raise ValueError(
+                f"success_bonus is {success_bonus}, but must be a finite number of at least 0: what a step of success "
+                "is worth beside its reward; 0 leaves success out of the values"
+            )
         self.features = {key: math.prod(shape) for key, shape in observation.items()}
         self.spec = Spec(
             observation={key: tuple(shape) for key, shape in observation.items()},
@@ -252,6 +257,8 @@ class JointEmbeddingWAM(WAM):
     ) -> Proposal:
         if future is not None:
             self.spec.require("inverse")
+        if behaviour:
+            self.spec.require("behaviour")
         if not 0 <= behaviour <= num:
             raise ValueError(f"behaviour is {behaviour}, but must be from 0 to num={num}, of which it is a part")
         if mode not in ("ode", "sde"):
