@@ -11,7 +11,7 @@ STAMP := $(VENV)/.stamp-$(TORCH)
 CONSTRAINTS := constraints/default.txt
 EXTRAS := metaworld,minari,dev
 # What the tests of the environments need on top, and nobody else.
-ENV_EXTRAS := sb3,robotics,ogbench,pusht,dm_control,mjx
+ENV_EXTRAS := sb3,robotics,ogbench,pusht,dmcontrol,mjx
 ENV_STAMP := $(VENV)/.stamp-envs
 # Without these most tests of the environments would skip and the rest be green; with WAMRL_TEST_NEEDS pytest refuses.
 TEST_NEEDS := metaworld minari stable_baselines3 gymnasium_robotics ogbench gym_pusht shimmy dm_control mujoco jax

@@ -39,8 +39,8 @@ EXTRAS = {
     "gymnasium_robotics": "robotics",
     "ogbench": "ogbench",
     "gym_pusht": "pusht",
-    "shimmy": "dm_control",
-    "dm_control": "dm_control",
+    "shimmy": "dmcontrol",
+    "dm_control": "dmcontrol",
     "metaworld": "metaworld",
     "mujoco": "metaworld",
 }

@@ -241,8 +241,8 @@ def test_a_diverging_mujoco_simulation_is_tagged(tmp_path, monkeypatch):
 
 def test_a_dm_control_simulation_that_diverges_is_tagged_and_the_other_rows_go_on(tmp_path, monkeypatch):
     """It raises where Gymnasium's own environments give NaN."""
-    pytest.importorskip("shimmy", reason="needs the extra dm_control")
-    pytest.importorskip("dm_control", reason="needs the extra dm_control")
+    pytest.importorskip("shimmy", reason="needs the extra dmcontrol")
+    pytest.importorskip("dm_control", reason="needs the extra dmcontrol")
     monkeypatch.chdir(tmp_path)  # MuJoCo writes its log there
     env = GymnasiumEnv("gymnasium/dm_control/cartpole-swingup-v0", 2, workers=0, imports=["shimmy"],
                        control_dt_s=0.01, max_steps=9, snapshots=True)  # fmt: skip
