@@ -207,14 +207,13 @@ def ablation(result: Mapping[str, Any]) -> str:
         [
             name if method == "planner" else "the policy alone",
             _rate(metrics[f"{name}/mean/{method}/success"]),
-            f"{metrics[f'{name}/mean/planner/plan_p50_ms']:.0f}" if method == "planner" else "",
         ]
         for key in metrics
         if key.endswith("/success")
         for name, _, method, _ in [key.rsplit("/", 3)]
     ]
     n = metrics["default/mean/planner/success"]["n"]
-    return _grid(["changed", f"success on dev starts, %, n = {n}", "ms per plan, median"], rows)
+    return _grid(["changed", f"success on dev starts, %, n = {n}"], rows)
 
 
 def adapter(result: Mapping[str, Any]) -> str:
