@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,37 @@ SPLITS = ("train", "dev", "test")
 _STRIPS = {"train": (0.0, 0.4), "dev": (0.5, 0.6), "test": (0.7, 0.9)}  # of one period; the rest are guard bands
 _GUARD = 0.1
 _PERIODS = 10
+_Number = TypeVar("_Number", int, NDArray[np.int64])
+
+
+@dataclass(frozen=True)
+class StartStates:
+    """Start states of one task and split.
+
+    rand_vec: [num, V] what each start is made from. min_distance: no start of another split is nearer; 0 promises
+    nothing.
+    """
+
+    rand_vec: NDArray[np.float64]
+    split: str
+    task: str
+    min_distance: float = 0.0
+
+    def record(self) -> dict[str, Any]:
+        """What a dataset stores about the start states it was collected from."""
+        return {"task": self.task, "split": self.split, "min_distance": self.min_distance}
+
+
+def start_seed(number: _Number, split: str) -> _Number:
+    """The seed of start `number` where starts are seeds; no other split has it."""
+    return number * len(SPLITS) + SPLITS.index(check_split(split))
+
+
+def seed_start_states(task: str, split: str, num: int) -> StartStates:
+    """The first `num` starts of a split, whose rand_vec [num, 1] are seeds; how far their states are apart is open."""
+    if num < 0:
+        raise ValueError(f"num is {num}, but a number of start states is at least 0")
+    return StartStates(start_seed(np.arange(num), split)[:, None].astype(np.float64), split, task)
 
 
 class RowsEnv(EnvBase):

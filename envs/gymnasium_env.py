@@ -22,33 +22,14 @@ from tensordict import TensorDict
 from torch import Tensor
 from torchrl.data import Bounded, OneHot, TensorSpec
 
-from wamrl.envs.base import SPLITS, RowsEnv, check_split, whole_number
+from wamrl.envs.base import RowsEnv, check_split, seed_start_states, start_seed, whole_number
 from wamrl.envs.gymnasium_rows import PREFIX, Build, Group, Layout, Row, SharedMemory, Worker, WorkerDied
 from wamrl.naming import unknown_name
 
 _STARTS = 100_000  # seeds that resets without `start` choose among
 
 
-@dataclass(frozen=True)
-class StartStates:
-    """Start states of one task and split: rand_vec [num, 1] are the seeds; min_distance is 0, nothing is promised."""
-
-    rand_vec: NDArray[np.float64]
-    split: str
-    task: str
-    min_distance: float = 0.0
-
-    def record(self) -> dict[str, Any]:
-        """What a dataset stores about the start states it was collected from."""
-        return {"task": self.task, "split": self.split, "min_distance": self.min_distance}
-
-
-def start_states(task: str, split: str, num: int) -> StartStates:
-    """The seeds of the first `num` starts of a split; no other split has any of them."""
-    if num < 0:
-        raise ValueError(f"num is {num}, but a number of start states is at least 0")
-    seeds = np.arange(num) * len(SPLITS) + SPLITS.index(check_split(split))
-    return StartStates(seeds[:, None].astype(np.float64), split, task)
+start_states = seed_start_states
 
 
 @dataclass
@@ -256,7 +237,7 @@ class GymnasiumEnv(RowsEnv):
     def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> TensorDict:
         at = rows.numpy()
         if start is not None:
-            self._views["seed"][at] = start.numpy() * len(SPLITS) + SPLITS.index(self.split)
+            self._views["seed"][at] = start_seed(start.numpy(), self.split)
             command = "reset"
         else:
             assert snapshot is not None

@@ -14,18 +14,16 @@ import os
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
 from torchrl.data import Bounded, TensorSpec
 
-from wamrl.envs.base import SPLITS, RowsEnv, check_split, whole_number
+from wamrl.envs.base import RowsEnv, check_split, seed_start_states, start_seed, whole_number
 from wamrl.naming import unknown_name
 
 PREFIX = "isaaclab/"
@@ -43,26 +41,7 @@ _WRITERS = {"articulation": _ROOT | _JOINTS, "rigid_object": _ROOT}  # field of 
 _open: list[IsaacLabEnv] = []  # Isaac Lab has one simulation per process
 
 
-@dataclass(frozen=True)
-class StartStates:
-    """Start states of one task and split: rand_vec [num, 1] are the seeds; min_distance is 0, nothing is promised."""
-
-    rand_vec: NDArray[np.float64]
-    split: str
-    task: str
-    min_distance: float = 0.0
-
-    def record(self) -> dict[str, Any]:
-        """What a dataset stores about the start states it was collected from."""
-        return {"task": self.task, "split": self.split, "min_distance": self.min_distance}
-
-
-def start_states(task: str, split: str, num: int) -> StartStates:
-    """The seeds of the first `num` starts of a split; no other split has any of them."""
-    if num < 0:
-        raise ValueError(f"num is {num}, but a number of start states is at least 0")
-    seeds = np.arange(num) * len(SPLITS) + SPLITS.index(check_split(split))
-    return StartStates(seeds[:, None].astype(np.float64), split, task)
+start_states = seed_start_states
 
 
 class IsaacLabEnv(RowsEnv):
@@ -207,7 +186,7 @@ class IsaacLabEnv(RowsEnv):
         at = rows.to(self.device)
         if start is not None:
             for row, number in zip(at.int(), start.tolist(), strict=True):
-                with self._drawing(int(number) * len(SPLITS) + SPLITS.index(self.split)):
+                with self._drawing(start_seed(int(number), self.split)):
                     self._reset_rows(row[None])
         else:
             with self._drawing():

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
 
-from wamrl.envs.base import RowsEnv, check_split, in_split, split_distance, whole_number
+from wamrl.envs.base import RowsEnv, StartStates, check_split, in_split, split_distance, whole_number
 from wamrl.interfaces import task_id
 from wamrl.naming import unknown_name
 
@@ -189,20 +189,6 @@ def load_model(path: Path) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------ start states
-
-
-@dataclass(frozen=True)
-class StartStates:
-    """rand_vec: [num, V] reset vectors in [0, 1]. min_distance: to every start state of another split, Euclidean."""
-
-    rand_vec: NDArray[np.float64]
-    split: str
-    task: str
-    min_distance: float
-
-    def record(self) -> dict[str, Any]:
-        """What a dataset stores about the start states it was collected from."""
-        return {"task": self.task, "split": self.split, "min_distance": self.min_distance}
 
 
 def start_states(task: str, split: str, num: int) -> StartStates:
