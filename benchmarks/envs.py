@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import statistics
 import time
@@ -177,14 +178,12 @@ def measure_imagined(seconds: float, sizes: tuple[int, ...] = (256, 1024, 4096))
         return 50
 
     metrics = {}
-    for size in sizes:
-        env = ImaginedEnv(model, frames, size, max_steps=100)
+    for size, name in itertools.product(sizes, ("imagined", "imagined, one future")):
+        env = ImaginedEnv(model, frames, size, max_steps=100, uncertainty=name == "imagined")
         times = turns({"imagined": stepper(env, 1), "metaworld": raw}, seconds)
-        metrics[f"imagined/{size}/steps_per_s"] = 1 / statistics.median(times["imagined"])
-        metrics[f"imagined/{size}/over_metaworld"] = median_of(
-            times["metaworld"], times["imagined"], lambda a, b: a / b
-        )
-        metrics[f"imagined/{size}/metaworld_steps_per_s"] = 1 / statistics.median(times["metaworld"])
+        metrics[f"{name}/{size}/steps_per_s"] = 1 / statistics.median(times["imagined"])
+        metrics[f"{name}/{size}/over_metaworld"] = median_of(times["metaworld"], times["imagined"], lambda a, b: a / b)
+        metrics[f"{name}/{size}/metaworld_steps_per_s"] = 1 / statistics.median(times["metaworld"])
     return metrics
 
 

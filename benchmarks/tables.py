@@ -234,9 +234,9 @@ def env_speed(result: Mapping[str, Any]) -> str:
     rows = []
     for key in metrics:
         parts = key.split("/")
-        if parts[0] == "imagined" and parts[2] == "over_metaworld":
-            rate, raw = (metrics[f"imagined/{parts[1]}/{name}"] for name in ("steps_per_s", "metaworld_steps_per_s"))
-            what = [f"imagined, {parts[1]} rows", "Meta-World's own step"]
+        if parts[0].startswith("imagined") and parts[2] == "over_metaworld":
+            rate, raw = (metrics[f"{parts[0]}/{parts[1]}/{name}"] for name in ("steps_per_s", "metaworld_steps_per_s"))
+            what = [f"{parts[0]}, {parts[1]} rows", "Meta-World's own step"]
             rows.append([*what, f"{rate:.0f}", f"{raw:.0f}", f"{metrics[key]:.1f}"])
         if parts[0] == "mjx" and parts[-1] == "ratio":
             rate, raw = (metrics[f"{'/'.join(parts[:4])}/{name}"] for name in ("steps_per_s", "raw_steps_per_s"))

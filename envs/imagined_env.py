@@ -1,7 +1,8 @@
 """A World Action Model as an environment: episodes that begin at real frames and go on in imagination.
 
 A row follows one of the model's sampled futures (for an ensemble: one of its members, the same for the whole episode),
-so that its transitions fit together; the spread over all futures is the uncertainty. The observation is decoded from
+so that its transitions fit together; the spread over all futures is the uncertainty, and `uncertainty=False` does
+without it and imagines the row's own future only, which is several times cheaper. The observation is decoded from
 the imagined state by the model's probe, so that policies which know nothing of latents can act on it; the first one of
 an episode is the real frame itself.
 
@@ -50,6 +51,8 @@ class ImaginedEnv(RowsEnv):
         tasks: those to start from; None is all that the frames hold. Start number i of a task is its i-th frame.
         chunk: control steps K of one action. 1: actions are [B, A]; above it they are [B, K, A].
         max_steps: control steps of an episode; None is the model's `max_horizon`, for which it was trained.
+        uncertainty: whether rows carry it, in a model that has one. False asks the model for one future per row
+            (`WAM.follow`), not for all of them.
         uncertainty_limit: None never truncates; needs a model with `uncertainty`, in whose units it is.
         success_threshold: of the probability.
         stop_on_success: whether success terminates; the simulators of this library go on.
@@ -72,6 +75,7 @@ class ImaginedEnv(RowsEnv):
         tasks: str | Sequence[str] | None = None,
         chunk: int = 1,
         max_steps: int | None = None,
+        uncertainty: bool = True,
         uncertainty_limit: float | None = None,
         success_threshold: float = 0.5,
         stop_on_success: bool = False,
@@ -120,7 +124,12 @@ class ImaginedEnv(RowsEnv):
                 f"the model is on {parameter.device}, but the env on {self.device}; load the model with "
                 f"device='{self.device}' or make the env with device='{parameter.device}'"
             )
+        if uncertainty_limit is not None and not uncertainty:
+            raise ValueError(f"uncertainty_limit is {uncertainty_limit}, but uncertainty=false asks for none; drop one")
         self.model, self.chunk = model, chunk
+        self._uncertainty = uncertainty
+        # Rows per call: with one future per row, each network of an ensemble sees a share of them only.
+        self._block = _BLOCK * (1 if uncertainty else spec.ensemble_size)
         self.uncertainty_limit, self.success_threshold = uncertainty_limit, success_threshold
         self.stop_on_success = stop_on_success
         self.control_dt_s, self.action_repeat = spec.control_dt_s, 1
@@ -131,7 +140,8 @@ class ImaginedEnv(RowsEnv):
         self._future = torch.zeros(num_envs, device=self.device)  # which of M futures: floor(M * this)
         with torch.no_grad():
             first = self._frames[self._frames_of[tasks[0]][:1]]
-            self._state: State = model.encode(Context.from_observation(first)).repeat(num_envs)
+            begin = NoiseKey(row=self._steps[:1], step=self._steps[:1])
+            self._state: State = self._encode(first, begin).repeat(num_envs)
         self._snapshots = snapshots
         if snapshots:
             self.snapshot_size = self._pack(torch.arange(1), first.select(*self.keys)).shape[1]
@@ -140,7 +150,7 @@ class ImaginedEnv(RowsEnv):
             if frames[key].dtype == torch.uint8:
                 shapes[key] = Bounded(0, 255, shape=(num_envs, *shape), dtype=torch.uint8, device=self.device)
         shapes["success_probability"] = Bounded(0.0, 1.0, shape=(num_envs, 1), device=self.device)
-        if "uncertainty" in spec.provides:
+        if self._carries_uncertainty():
             shapes["uncertainty"] = (1,)
         self._declare(shapes, (spec.action_dim,) if chunk == 1 else (chunk, spec.action_dim))
 
@@ -152,6 +162,7 @@ class ImaginedEnv(RowsEnv):
             "tasks": list(self.tasks),
             "chunk": self.chunk,
             "max_steps": self.max_steps,
+            "uncertainty": self._uncertainty,
             "uncertainty_limit": self.uncertainty_limit,
             "success_threshold": self.success_threshold,
             "stop_on_success": self.stop_on_success,
@@ -171,21 +182,29 @@ class ImaginedEnv(RowsEnv):
             pairs = zip(rows.tolist(), start.tolist(), strict=True)
             at = [self._frame(self.row_tasks[row], number) for row, number in pairs]
             frame = self._frames[torch.tensor(at, device=self.device)]
-            self._put(rows, self.model.encode(Context.from_observation(frame)))
             rows = rows.to(self.device)
             mixed = self.start_round.to(self.device)[rows] * 0x9E3779B97F4A7 + start.to(self.device) * 0x9E3779B1
             self._identity[rows] = (self._task_ids[rows] + mixed) % (1 << 62)
             self._steps[rows] = 0
-            key = NoiseKey(row=self._identity[rows], step=self._steps[rows], seed=self._seed)
-            self._future[rows] = key.fold(0).uniform(1)[:, 0]
+            key = NoiseKey(row=self._identity[rows], step=self._steps[rows], seed=self._seed).fold(0)
+            self._future[rows] = key.uniform(1)[:, 0]
+            self._put(rows, self._encode(frame, key))
             shown = frame.select(*self.keys)
         zero = torch.zeros(rows.numel(), 1, device=self.device)
         shown.set("success_probability", zero)
-        if "uncertainty" in self.model.spec.provides:
+        if self._carries_uncertainty():
             shown.set("uncertainty", zero.clone())
         if self._snapshots:
             shown.set("snapshot", self._pack(rows, shown.select(*self.keys)))
         return shown
+
+    def _encode(self, frame: TensorDict, key: NoiseKey) -> State:
+        """State [R] of real frames [R]; without uncertainty, each row follows the one future that it will show."""
+        state = self.model.encode(Context.from_observation(frame))
+        return state if self._uncertainty else self.model.follow(state, key)
+
+    def _carries_uncertainty(self) -> bool:
+        return self._uncertainty and "uncertainty" in self.model.spec.provides
 
     def _frame(self, task: str, number: int) -> int:
         frames = self._frames_of[task]
@@ -199,9 +218,9 @@ class ImaginedEnv(RowsEnv):
         rows = rows.to(self.device)
         state = self._state if everyone else self._state[rows]
         action = action.reshape(count, 1, self.chunk, -1)
-        if self.device.type == "cpu" and count > _BLOCK:
-            parts = range(0, count, _BLOCK)
-            found = [self._imagine(rows[i : i + _BLOCK], state[i : i + _BLOCK], action[i : i + _BLOCK]) for i in parts]
+        if self.device.type == "cpu" and count > self._block:
+            parts = [slice(i, i + self._block) for i in range(0, count, self._block)]
+            found = [self._imagine(rows[part], state[part], action[part]) for part in parts]
             leaf = cast(TensorDict, torch.cat([one for one, _ in found]))
             after = cast(TensorDict, torch.cat([one for _, one in found]))
         else:
@@ -232,7 +251,7 @@ class ImaginedEnv(RowsEnv):
     def _imagine(self, rows: Tensor, state: State, action: Tensor) -> tuple[State, TensorDict]:
         """The states [R] that `rows` reach from `state` [R] by `action` [R, 1, K, A], and what they show there."""
         noise = NoiseKey(row=self._identity[rows], step=self._steps[rows], seed=self._seed)
-        imagined = self.model.imagine(state, action, noise=noise)
+        imagined = self.model.imagine(state, action, futures=None if self._uncertainty else 1, noise=noise)
         assert imagined.reward is not None and imagined.success is not None
         futures = imagined.leaf.batch_size[2]
         index = torch.arange(len(rows), device=self.device)
@@ -246,7 +265,8 @@ class ImaginedEnv(RowsEnv):
             reward, over = reward * alive, ~alive.all(1, keepdim=True)
         shown.set("reward", reward.sum(1, keepdim=True))
         shown.set("success_probability", imagined.success[index, 0, mine].amax(1, keepdim=True))
-        if imagined.uncertainty is not None:
+        if self._carries_uncertainty():
+            assert imagined.uncertainty is not None
             shown.set("uncertainty", imagined.uncertainty[index, 0, mine].amax(1, keepdim=True))
         finite = torch.ones_like(over)
         for value in shown.values():

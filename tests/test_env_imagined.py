@@ -18,6 +18,7 @@ from wamrl.envs.imagined_env import ImaginedEnv
 from wamrl.envs.vector import RowsVectorEnv
 from wamrl.evaluation import Start, run_episodes
 from wamrl.interfaces import Imagined, State
+from wamrl.models.joint_embedding import JointEmbeddingWAM
 from wamrl.naming import UnknownNameError
 from wamrl.planners.toys import TASKS, MortalWAM, ToyWAM, UncertainWAM, observation
 
@@ -93,6 +94,39 @@ def test_an_episode_begins_at_the_real_frame_and_follows_one_member_throughout()
     member = moved[0].round()
     assert torch.allclose(moved, member.expand_as(moved), atol=1e-4)
     assert set(member.tolist()) == {0.0, 1.0, 2.0, 3.0}
+
+
+def test_without_uncertainty_a_row_imagines_its_own_future_only_and_it_is_the_same_one():
+    torch.manual_seed(0)
+    model = JointEmbeddingWAM(
+        observation={"state": (3,)}, action_dim=2, tasks=TASKS, control_dt_s=0.1, members=4,
+        latent_dim=8, width=16, dynamics_width=16, head_width=8,
+    ).eval()  # fmt: skip
+    asked: list[int] = []
+    imagine = model.imagine
+
+    def counted(*given: object, **options: object) -> Imagined:
+        found = imagine(*given, **options)  # type: ignore[arg-type]
+        asked.append(found.leaf.batch_size[2])
+        return found
+
+    model.imagine = counted  # type: ignore[method-assign]
+    real = observation(torch.randn(20, 3), TASKS[0])
+    actions = torch.rand(5, 20, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    paths = [
+        follow(ImaginedEnv(model, real, 20, uncertainty=every, snapshots=True), actions, list(range(20)))
+        for every in (True, False)
+    ]
+    assert asked == [4] * 5 + [1] * 5
+    assert "uncertainty" in paths[0].keys() and "uncertainty" not in paths[1].keys()
+    for key in ("state", "reward", "success_probability"):
+        assert torch.allclose(paths[0][key], paths[1][key], atol=1e-4), key
+    env = ImaginedEnv(model, real, 20, uncertainty=False, snapshots=True)
+    env.reset(TensorDict({"snapshot": paths[1]["snapshot"][2]}, [20]))
+    assert torch.allclose(env.step(TensorDict({"action": actions[3]}, [20]))["next", "state"], paths[1]["state"][3])
+    check_env_specs(env)
+    with pytest.raises(ValueError, match="uncertainty_limit is 1.0, but uncertainty=false"):
+        ImaginedEnv(model, real, uncertainty=False, uncertainty_limit=1.0)
 
 
 def test_reward_success_and_the_horizon_are_those_of_the_model():

@@ -101,6 +101,35 @@ def test_untrained_members_disagree_and_a_single_member_cannot() -> None:
     assert alone is not None and (alone == 0).all()
 
 
+def test_a_state_that_follows_one_future_goes_on_in_that_member_alone() -> None:
+    wam, rows = model(), 40
+    state = state_of(wam, rows)
+    key = NoiseKey(row=torch.arange(rows), step=torch.zeros(rows, dtype=torch.int64), seed=3)
+    alone = wam.follow(state, key)
+    member = alone["member"]
+    assert set(member.tolist()) == {0, 1, 2, 3} and "member" not in state.keys()
+    actions = torch.rand(rows, 3, 4, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        every = wam.imagine(state, actions[:, :, :1], with_frames=True)
+        one = wam.imagine(alone, actions[:, :, :1], futures=1, with_frames=True)
+    assert one.uncertainty is None and one.evaluations == 3
+    mine = torch.arange(rows), slice(None), member
+    for name in ("reward", "success", "frames"):
+        assert torch.allclose(getattr(one, name)[:, :, 0], getattr(every, name)[mine], atol=1e-5), name
+    # The leaf goes on in the same member, and a policy acts on that one future.
+    again = wam.imagine(one.leaf[:, 0, 0], actions[:, :, 1:2])
+    with torch.no_grad():
+        both = wam.imagine(alone, actions[:, :1, :1].repeat(1, 3, 1, 1))
+    assert torch.equal(again.leaf["member"][:, 0, 0], member)
+    assert torch.allclose(both.leaf["z"][:, 0, 0], one.leaf["z"][:, 0, 0], atol=1e-5)
+    proposal = wam.propose(alone, 2, mode="ode", horizon=3)
+    assert proposal.imagined is not None and proposal.imagined.leaf.batch_size == torch.Size([rows, 2, 1])
+    replayed = wam.imagine(alone, proposal.actions)
+    assert torch.allclose(replayed.reward, proposal.imagined.reward, atol=1e-5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="futures is 4, but this state has 1"):
+        wam.imagine(alone, actions, futures=4)
+
+
 def test_a_proposal_carries_the_futures_of_its_own_actions() -> None:
     wam = model()
     state = state_of(wam)

@@ -202,6 +202,14 @@ class WAM(torch.nn.Module):
         """
         return self._refuse("rollout")
 
+    def follow(self, state: State, noise: NoiseKey) -> State:
+        """`state` [R] with each row committed to one of the model's futures, which `noise` draws.
+
+        `imagine(..., futures=1)` of such a state, and of the leaves that come of it, goes on in that same future and
+        gives no `uncertainty`. A model that samples its futures anew in every call returns the state as it is.
+        """
+        return state
+
     def propose(
         self,
         state: State,

@@ -222,6 +222,11 @@ class JointEmbeddingWAM(WAM):
         task = self.task_embedding(self.task_index(context.task))
         return TensorDict({"z": self._latent(self.encoder, x, task), "task": task}, batch_size=x.shape[:1])
 
+    def follow(self, state: State, noise: NoiseKey) -> State:
+        """Each row's own member of the ensemble in the entry `member` [R] (TS-infinity of Chua et al., 2018)."""
+        member = (noise.uniform(1)[:, 0] * self.members).long().clamp(max=self.members - 1)
+        return state.copy().set("member", member)
+
     def imagine(
         self,
         state: State,
@@ -231,9 +236,11 @@ class JointEmbeddingWAM(WAM):
         noise: NoiseKey | None = None,
         with_frames: bool = False,
     ) -> Imagined:
-        if futures not in (None, self.members):
+        own = 1 if "member" in state.keys() else self.members
+        if futures not in (None, own):
             raise ValueError(
-                f"futures is {futures}, but this model's futures are its {self.members} ensemble members; leave it None"
+                f"futures is {futures}, but this state has {own}: the model's futures are its {self.members} ensemble "
+                "members, or the one that `follow` chose; leave it None"
             )
         if actions is None:
             self.spec.require("video")
@@ -322,31 +329,56 @@ class JointEmbeddingWAM(WAM):
     def _roll(
         self, state: State, num: int, horizon: int, act: Callable[[int, Tensor], Tensor], *, with_frames: bool = False
     ) -> Imagined:
-        """Every member takes the action that `act(t, mean latent [R*N, D])` chooses for step t."""
-        rows, members = state.batch_size[0], self.members
+        """Every member takes the action that `act(t, mean latent [R*N, D])` chooses for step t.
+
+        Rows that follow one member (`follow`) are gathered by it, so that each network sees its own rows only.
+        """
+        rows = state.batch_size[0]
+        alone = "member" in state.keys()
+        members = 1 if alone else self.members
         task = state["task"].repeat_interleave(num, 0)
         z = state["z"].repeat_interleave(num, 0)
+        if alone:
+            member = state["member"].repeat_interleave(num, 0)
+            slot, width = _places(member, self.members)
         mean, latents, actions = z, [], []
         z = z.expand(members, -1, -1)
         tasks = task.expand(members, -1, -1)
+
+        def each(network: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+            """`network`, which takes [members, X, ...], of inputs [M, R*N, ...]."""
+            if not alone:
+                return network(*inputs)
+            sorted_in = [x.new_zeros(self.members * width, *x.shape[2:]).index_copy_(0, slot, x[0]) for x in inputs]
+            out = network(*(x.unflatten(0, (self.members, width)) for x in sorted_in))
+            return out.flatten(0, 1)[slot].unsqueeze(0)
+
         for t in range(horizon):
             action = act(t, mean)
-            z = self._step(z, tasks, action.expand(members, -1, -1))
+            z = each(self._step, z, tasks, action.expand(members, -1, -1))
             mean = z.mean(0)
             latents.append(z)
             actions.append(action)
         path = torch.stack(latents, dim=2)
         taken = torch.stack(actions, dim=1).expand(members, -1, -1, -1)
         heads_in = torch.cat([path, tasks.unsqueeze(2).expand(-1, -1, horizon, -1), taken], dim=-1)
-        outcome = self.outcome(heads_in.flatten(1, 2)).unflatten(1, (-1, horizon))  # each member's own head
-        # Disagreement: standard deviation over members, averaged over latent dims (torch.std is ten times slower here).
-        centred = path - path.mean(0)
-        spread = centred.square().mean(0).sqrt().mean(-1).view(rows, num, 1, horizon).expand(-1, -1, members, -1)
+
+        def outcomes(x: Tensor) -> Tensor:  # each member's own head
+            return self.outcome(x.flatten(1, 2)).unflatten(1, (-1, horizon))
+
+        outcome = each(outcomes, heads_in)
 
         def future(x: Tensor) -> Tensor:
             return x.unflatten(1, (rows, num)).movedim(0, 2)
 
         leaf = TensorDict({"z": future(z), "task": future(tasks)}, batch_size=[rows, num, members])
+        spread = None
+        if alone:
+            leaf.set("member", member.view(rows, num, 1))
+        else:
+            # Standard deviation over members, averaged over latent dims (torch.std is ten times slower here).
+            spread = (path - path.mean(0)).square().mean(0).sqrt().mean(-1)
+            spread = spread.view(rows, num, 1, horizon).expand(-1, -1, members, -1)
         return Imagined(
             leaf=leaf,
             evaluations=num * members * horizon,
@@ -474,6 +506,16 @@ class JointEmbeddingWAM(WAM):
         """Move the target encoder and target values towards the online ones by `target_rate`."""
         for slow, fast in ((self.target_encoder, self.encoder), (self.target_values, self.values)):
             torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), self.target_rate)
+
+
+def _places(member: Tensor, members: int) -> tuple[Tensor, int]:
+    """Where each of X rows goes when they are gathered by `member` [X] into [members, width], and that width."""
+    counts = torch.bincount(member, minlength=members)
+    width = int(counts.max())
+    order = torch.argsort(member, stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(member), device=member.device) - (counts.cumsum(0) - counts)[member[order]]
+    return member * width + rank, width
 
 
 def _gaussian_log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
