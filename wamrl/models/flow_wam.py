@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Proposal, Spec, State, task_id
-from wamrl.models.coupling import POLICIES, Coupling, Layout, Stage
+from wamrl.models.coupling import POLICIES, Coupling, Stage
 from wamrl.models.dit import Cache, DiT, Stream
 from wamrl.models.flow import gaussian_log_prob, interpolate, ode_sample, sample_times, sde_sample, sde_step
 from wamrl.models.joint_embedding import ensemble_mlp, mlp, task_rows
@@ -40,6 +40,25 @@ from wamrl.noise import NoiseKey
 
 BACKBONES: dict[str, type[DiT]] = {"dit": DiT, "mot": MixtureOfTransformers}
 ANATOMY = {"dit": "iterative denoising (DiT)", "mot": "iterative denoising (mixture of transformers)"}
+
+
+Part = tuple[str, int]
+"""A segment of the coupling and the number of its copy."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A sequence of S tokens behind P cached ones.
+
+    parts: in order. mask: [1, 1, S, P + S] bool. same: [S, P + S] bool, tokens that share a noise time. inside: per
+    part, the group of each of its tokens within it. experts: (number, its parts, their tokens, group of each token).
+    """
+
+    parts: tuple[Part, ...]
+    mask: Tensor
+    same: Tensor
+    inside: list[Tensor]
+    experts: list[tuple[int, tuple[Part, ...], list[int], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -191,7 +210,7 @@ class FlowWAM(WAM):
             "future": (step * float(frame_stride), step - 1),
             "action": (torch.arange(chunk_length) + 0.5, torch.zeros(chunk_length, dtype=torch.int64)),
         }
-        self._layouts: dict[tuple[tuple[str, int], ...], Layout] = {}
+        self._sequences: dict[tuple[tuple[Part, ...], tuple[Part, ...], torch.device], Tokens] = {}
 
     # ---- borders -------------------------------------------------------------------------------------------------
 
@@ -256,10 +275,34 @@ class FlowWAM(WAM):
 
     # ---- sequences -----------------------------------------------------------------------------------------------
 
-    def _layout(self, parts: tuple[tuple[str, int], ...]) -> Layout:
-        if parts not in self._layouts:
-            self._layouts[parts] = self.coupling.layout(parts, self._tokens, self.backbone.expert_of)
-        return self._layouts[parts]
+    def _sequence(self, before: tuple[Part, ...], parts: tuple[Part, ...], device: torch.device) -> Tokens:
+        """The tokens of `parts` behind a cached prefix of `before`; made once."""
+        key = (before, parts, device)
+        if key in self._sequences:
+            return self._sequences[key]
+        whole = self.coupling.layout((*before, *parts), self._tokens, self.backbone.expert_of)
+        ordered = tuple(part for part in whole.parts if part in parts)
+        spans = [whole.spans[part] for part in ordered]
+        rows, columns = _index(spans), _index([whole.spans[part] for part in (*before, *ordered)])
+        experts = []
+        for expert in sorted({self.backbone.expert_of[self._kind(part)] for part in ordered}):
+            own = tuple(part for part in ordered if self.backbone.expert_of[self._kind(part)] == expert)
+            group, first = [], 0
+            for part in own:
+                inside = whole.group[whole.spans[part]] - whole.groups[part].start
+                group.append(inside + first)
+                first += int(inside[-1]) + 1
+            sizes = [whole.spans[part].stop - whole.spans[part].start for part in own]
+            experts.append((expert, own, sizes, torch.cat(group).to(device)))
+        self._sequences[key] = Tokens(
+            parts=ordered,
+            mask=whole.mask[rows][:, columns].to(device)[None, None],
+            same=(whole.group[rows].unsqueeze(1) == whole.group[columns]).to(device),
+            inside=[(whole.group[span] - whole.groups[part].start).to(device)
+                    for part, span in zip(ordered, spans, strict=True)],
+            experts=experts,
+        )  # fmt: skip
+        return self._sequences[key]
 
     def _embed(self, kind: str, content: Tensor, task: Tensor) -> Tensor:
         """Tokens [X, S, W] of a frame [X, L, D], future [X, J, L, D] or chunk [X, H, A]."""
@@ -271,58 +314,44 @@ class FlowWAM(WAM):
 
     def _run(
         self,
-        parts: Sequence[tuple[str, int]],
-        contents: Mapping[tuple[str, int], Tensor],
-        times: Mapping[tuple[str, int], Tensor],
+        parts: Sequence[Part],
+        contents: Mapping[Part, Tensor],
+        times: Mapping[Part, Tensor],
         task: Tensor,
         *,
-        hidden: Mapping[tuple[str, int], Tensor] | None = None,
+        hidden: Mapping[Part, Tensor] | None = None,
         prefix: Prefix | None = None,
-    ) -> tuple[dict[tuple[str, int], Tensor], Cache]:
+    ) -> tuple[dict[Part, Tensor], Cache]:
         """Velocities of `parts` (in the shape of their contents), and their keys and values.
 
         times: [X, groups of the part]. hidden: [X, groups of the part] bool, tokens that only their own group sees.
         """
         before = () if prefix is None else tuple((name, 0) for name in prefix.parts)
-        layout = self._layout(tuple(parts))
-        whole = self._layout((*before, *layout.parts)) if before else layout
-        device = task.device
-        rows = _index([whole.spans[part] for part in layout.parts])
-        columns = _index([whole.spans[part] for part in (*before, *layout.parts)])
-        mask = whole.mask[rows][:, columns].to(device)[None, None]
+        sequence = self._sequence(before, tuple(parts), task.device)
+        mask = sequence.mask
         if hidden or (prefix is not None and prefix.hidden is not None):
-            size = len(task)
-            behind = [] if prefix is None else [
-                prefix.hidden if prefix.hidden is not None
-                else torch.zeros(size, len(columns) - len(rows), dtype=torch.bool, device=device)
-            ]  # fmt: skip
-            for part in layout.parts:
+            behind = []
+            if prefix is not None:
+                length = prefix.cache[0][0].shape[2]
+                behind = [task.new_zeros(len(task), length, dtype=torch.bool)]
+                behind = behind if prefix.hidden is None else [prefix.hidden]
+            for part, inside in zip(sequence.parts, sequence.inside, strict=True):
                 flags = (hidden or {}).get(part)
-                width = layout.spans[part].stop - layout.spans[part].start
-                if flags is None:
-                    behind.append(torch.zeros(size, width, dtype=torch.bool, device=device))
-                else:
-                    own = layout.group[layout.spans[part]] - layout.groups[part].start
-                    behind.append(flags[:, own.to(device)])
-            same = (whole.group[rows].unsqueeze(1) == whole.group[columns]).to(device)
-            mask = mask & (same | ~torch.cat(behind, dim=1).unsqueeze(1)).unsqueeze(1)
-        streams = {}
-        for expert in sorted({self._expert(part) for part in layout.parts}):
-            own_parts = [part for part in layout.parts if self._expert(part) == expert]
-            x = [self._embed(self._kind(part), contents[part], task) for part in own_parts]
-            group = _index([layout.spans[part] for part in own_parts])
-            first = layout.groups[own_parts[0]].start
-            streams[expert] = Stream(
-                torch.cat(x, dim=1),
-                torch.cat([times[part] for part in own_parts], dim=1),
-                (layout.group[group] - first).to(device),
+                empty = task.new_zeros(len(task), len(inside), dtype=torch.bool)
+                behind.append(empty if flags is None else flags[:, inside])
+            mask = mask & (sequence.same | ~torch.cat(behind, dim=1).unsqueeze(1)).unsqueeze(1)
+        streams = {
+            expert: Stream(
+                torch.cat([self._embed(self._kind(part), contents[part], task) for part in own], dim=1),
+                torch.cat([times[part] for part in own], dim=1),
+                group,
             )
+            for expert, own, _, group in sequence.experts
+        }
         outputs, cache = self.backbone(streams, mask, None if prefix is None else prefix.cache)
-        velocities: dict[tuple[str, int], Tensor] = {}
-        for expert, out in outputs.items():
-            own_parts = [part for part in layout.parts if self._expert(part) == expert]
-            sizes = [layout.spans[part].stop - layout.spans[part].start for part in own_parts]
-            for part, own in zip(own_parts, out.split(sizes, dim=1), strict=True):
+        velocities: dict[Part, Tensor] = {}
+        for expert, own_parts, sizes, _ in sequence.experts:
+            for part, own in zip(own_parts, outputs[expert].split(sizes, dim=1), strict=True):
                 kind = self._kind(part)
                 if kind == "action":
                     velocities[part] = self.to_action(own)
@@ -330,11 +359,8 @@ class FlowWAM(WAM):
                     velocities[part] = self.to_future(own).unflatten(1, (self.frames, -1)) * self.moves
         return velocities, cache
 
-    def _kind(self, part: tuple[str, int]) -> str:
+    def _kind(self, part: Part) -> str:
         return self.coupling.segments[part[0]].kind
-
-    def _expert(self, part: tuple[str, int]) -> int:
-        return self.backbone.expert_of[self._kind(part)]
 
     # ---- sampling ------------------------------------------------------------------------------------------------
 
@@ -666,11 +692,11 @@ class FlowWAM(WAM):
 
         names = self.coupling.trained()
         parts = [("F", 0), *((n, c) for n in names if n != "F" for c in range(self.coupling.segments[n].copies))]
-        contents: dict[tuple[str, int], Tensor] = {("F", 0): present}
-        times: dict[tuple[str, int], Tensor] = {("F", 0): torch.ones(rows, 1, device=device)}
-        targets: dict[tuple[str, int], Tensor] = {}
-        hidden: dict[tuple[str, int], Tensor] = {}
-        draws: dict[tuple[str, int], Tensor] = {}
+        contents: dict[Part, Tensor] = {("F", 0): present}
+        times: dict[Part, Tensor] = {("F", 0): torch.ones(rows, 1, device=device)}
+        targets: dict[Part, Tensor] = {}
+        hidden: dict[Part, Tensor] = {}
+        draws: dict[Part, Tensor] = {}
         for part in sorted(parts, key=lambda part: self.coupling.rank(part[0])):
             segment = self.coupling.segments[part[0]]
             if segment.kind == "frame":
