@@ -353,8 +353,8 @@ def test_a_latent_has_zero_mean_and_unit_variance() -> None:
 def test_what_it_cannot_answer_is_refused_with_the_reason() -> None:
     wam = model()
     state = state_of(wam)
-    assert wam.spec.provides == set(interfaces._REFERENCE)
-    with pytest.raises(ValueError, match="does not answer 'video'.*No model of wamrl does"):
+    assert wam.spec.provides == set(interfaces._ANSWERS["reference"])
+    with pytest.raises(ValueError, match="does not answer 'video'.*Use wam=mot_uwm"):
         wam.imagine(state, None)
     with pytest.raises(ValueError, match="does not answer 'inverse'"):
         wam.propose(state, 1, future=state)

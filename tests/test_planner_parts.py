@@ -99,7 +99,7 @@ def test_a_scorer_that_needs_what_the_model_lacks_is_refused_by_name() -> None:
     silent = quadratic(TARGET, leave_out=("success",))
     with pytest.raises(ValueError, match="does not answer 'success'"):
         make_cem(scorer=SuccessScorer()).initial_state(silent, 1)
-    with pytest.raises(ValueError, match="does not answer 'goal'.*No model of wamrl does so far"):
+    with pytest.raises(ValueError, match="does not answer 'goal'.*wam=mot_uwm"):
         make_best_of_n(horizon=4, scorer=GoalScorer()).initial_state(silent, 1)
     with pytest.raises(ValueError, match="the goal scorer reads 'x', but this model's state has z"):
         GoalScorer(latent="x")(

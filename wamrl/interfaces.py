@@ -38,8 +38,14 @@ QUERIES = (
     "uncertainty",  # Imagined.uncertainty is predicted
     "goal",  # encode(context with a goal) puts the goal's latent into the state's entry "goal"
 )
-# What wam=reference answers, for the error about a query that another model does not.
-_REFERENCE = ("rollout", "policy", "behaviour", "log_prob", "value", "decode", "reward", "success", "uncertainty")
+# What two of the models answer, for the error about a query that another one does not.
+_ANSWERS = {
+    "mot_uwm": (
+        "rollout", "video", "policy", "inverse", "log_prob", "value", "decode", "observe", "reward", "success",
+        "uncertainty", "goal",
+    ),
+    "reference": ("rollout", "policy", "behaviour", "log_prob", "value", "decode", "reward", "success", "uncertainty"),
+}  # fmt: skip
 
 State: TypeAlias = TensorDict
 """Batch [R]: a model's latents, caches and suffixes. Indexing its rows is forking."""
@@ -98,7 +104,8 @@ class Spec:
             if query not in QUERIES:
                 raise ValueError(f"unknown query '{query}'; the queries are {', '.join(QUERIES)}")
             if query not in self.provides:
-                instead = "Use wam=reference, which does" if query in _REFERENCE else "No model of wamrl does so far"
+                able = " or ".join(f"wam={name}" for name, answers in sorted(_ANSWERS.items()) if query in answers)
+                instead = f"Use {able}, which does" if able else "No model of wamrl does so far"
                 raise ValueError(
                     f"this model ({self.anatomy.backbone}, {self.anatomy.coupling}) does not answer '{query}'; "
                     f"it provides {', '.join(sorted(self.provides))}. {instead}"

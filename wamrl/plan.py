@@ -183,8 +183,8 @@ def _prepare(settings: dict[str, Any], directory: Path, started: datetime, earli
         tasks=tasks,
         control_dt_s=env.control_dt_s,
     )
-    policy = planner_policy(settings, model)
-    policy.initial_state(1)  # asks the planner whether the model answers what it needs
+    if {"planner", "shuffled", "oracle"} & set(settings["methods"]):
+        planner_policy(settings, model).initial_state(1)  # asks the planner whether the model answers what it needs
     starts = module_of(env).start_states
     if "expert" in settings["methods"] and not hasattr(module_of(env), "ExpertPolicy"):
         others = ",".join(m for m in settings["methods"] if m != "expert")

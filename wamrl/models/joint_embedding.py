@@ -76,6 +76,15 @@ def mlp(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(inputs, outputs))
 
 
+def task_rows(task: Tensor, ids: Tensor, names: Sequence[str]) -> Tensor:
+    """Index into `names` of each `task_id` in `task`; ids: [len(names)] theirs."""
+    match = task.unsqueeze(-1) == ids
+    if not bool(match.any(-1).all()):
+        strange = task[~match.any(-1)][0].item()
+        raise unknown_name("task id", str(strange), names, hint="The checkpoint was trained on those.")
+    return match.long().argmax(-1)
+
+
 class JointEmbeddingWAM(WAM):
     """Encoder, latent dynamics ensemble, reward, success, values, policy and probe in one set of weights.
 
@@ -187,11 +196,7 @@ class JointEmbeddingWAM(WAM):
 
     def task_index(self, task: Tensor) -> Tensor:
         """Row of the task table for each `task_id` in `task`."""
-        match = task.unsqueeze(-1) == self.task_ids
-        if not bool(match.any(-1).all()):
-            strange = task[~match.any(-1)][0].item()
-            raise unknown_name("task id", str(strange), self.spec.tasks, hint="The checkpoint was trained on those.")
-        return match.long().argmax(-1)
+        return task_rows(task, self.task_ids, self.spec.tasks)
 
     def _flatten(self, observation: TensorDict) -> Tensor:
         lead = observation.batch_dims

@@ -1,0 +1,511 @@
+"""The promises of the flow-matching WAMs: masks, caches, causality, queries, and combinations that build and train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensordict import TensorDict
+
+from wamrl import checkpoint, interfaces
+from wamrl.control import ModelPolicy
+from wamrl.interfaces import Budget, Context, task_id
+from wamrl.models.coupling import Coupling
+from wamrl.models.flow_wam import FlowWAM
+from wamrl.models.substrate import GeometricSubstrate, make_substrate
+from wamrl.noise import NoiseKey
+from wamrl.planners.best_of_n import make_best_of_n
+from wamrl.planners.cem import make_cem
+from wamrl.planners.gradient import make_gradient
+from wamrl.planners.mcts import make_mcts
+from wamrl.planners.mppi import make_mppi
+from wamrl.training import TrainingOptions, fit
+
+ROOT = Path(__file__).resolve().parents[1]
+VARIANTS = ("fast", "joint", "idm", "no_cotrain", "mot_uwm")
+TASKS = ("toy/a", "toy/b")
+OBSERVATION = {"state": [6], "proprioception": [2]}
+SIZES = {"name": "mot", "width": 24, "action_width": 12, "layers": 2, "heads": 2, "head_dim": 8}
+
+
+def config(name: str, **changes) -> dict:
+    sizes = yaml.safe_load((ROOT / "configs" / "wam" / f"{name}.yaml").read_text())
+    facts = {"observation": OBSERVATION, "action_dim": 2, "tasks": list(TASKS), "control_dt_s": 0.05}
+    small = {"backbone": SIZES, "chunk_length": 4, "frame_stride": 2, "head_width": 16, "action_steps": 3}
+    return {**sizes, **facts, **small, **changes}
+
+
+def make(name: str, *, seed: int = 0, **changes) -> FlowWAM:
+    """A small model whose zero-initialised layers are not zero, so that every path carries something."""
+    model = checkpoint.build(config(name, **changes), seed=seed)
+    assert isinstance(model, FlowWAM)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.unit.fill_(0.5)
+    return model.eval()
+
+
+class Windows:
+    """A point moved by its actions, x' = x + 0.3 a; state = position, velocity, goal."""
+
+    def sample(self, batch_size: int, length: int, generator: torch.Generator) -> TensorDict:
+        draw = torch.randn(batch_size, length + 2, 2, generator=generator)
+        goal, start, action = draw[:, 0], draw[:, 1], (0.6 * draw[:, 2:]).clamp(-1, 1)
+        path = torch.cat([start.unsqueeze(1), start.unsqueeze(1) + 0.3 * action.cumsum(1)], dim=1)
+        velocity = torch.cat([torch.zeros(batch_size, 1, 2), 0.3 * action], dim=1)
+        state = torch.cat([path, velocity, goal.unsqueeze(1).expand_as(path)], dim=-1)
+        near = (path - goal.unsqueeze(1)).norm(dim=-1)[:, 1:]
+        flags = torch.ones(batch_size, length, dtype=torch.bool)
+        return TensorDict(
+            {
+                "observation": TensorDict({"state": state, "proprioception": path}, batch_size=path.shape[:2]),
+                "action": action,
+                "label": action,
+                "label_valid": flags,
+                "reward": (-near).exp(),
+                "success": near < 0.5,
+                "terminated": ~flags,
+                "valid": flags,
+                "task": torch.tensor([task_id(TASKS[b % 2]) for b in range(batch_size)]),
+                "episode_success": torch.ones(batch_size, dtype=torch.bool),
+                "imitate": torch.ones(batch_size, dtype=torch.bool),
+                "step": torch.zeros(batch_size, dtype=torch.int64),
+                "steps_to_success": torch.full((batch_size, length + 1), torch.inf),
+            },
+            batch_size=[batch_size],
+        )
+
+
+def observations(rows: int, seed: int = 0) -> TensorDict:
+    batch = Windows().sample(rows, 1, torch.Generator().manual_seed(seed))
+    return TensorDict({**batch["observation"][:, 0].to_dict(), "task": batch["task"]}, batch_size=[rows])
+
+
+def encoded(model: FlowWAM, rows: int = 3, seed: int = 0) -> TensorDict:
+    return model.encode(Context.from_observation(observations(rows, seed)))
+
+
+def random_contents(model: FlowWAM, names: tuple[str, ...], rows: int = 2):
+    generator = torch.Generator().manual_seed(5)
+    state = encoded(model, rows)
+    contents = {("F", 0): model._tokens_of(state["z"])}
+    times = {("F", 0): torch.ones(rows, 1)}
+    for name in names:
+        contents[(name, 0)] = torch.randn(rows, *model._shape(name), generator=generator)
+        groups = model.frames if model.coupling.segments[name].kind == "future" else 1
+        times[(name, 0)] = torch.rand(rows, 1, generator=generator).expand(-1, groups)
+    return contents, times, state["task"]
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------
+
+# Who sees whom, row by row, as in the table of the paper; the present frame belongs to each copy of IDM's video.
+TABLE = {
+    "fast": {"F": "F", "V": "FV", "A": "FA"},
+    "no_cotrain": {"F": "F", "V": "FV", "A": "FA"},
+    "joint": {"F": "F", "V": "FV", "A": "FVA"},
+    "idm": {"F": "F", "V": "FV", "C": "FC", "A": "FCA"},
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_mask_is_that_of_the_paper(name):
+    model = make(name)
+    parts = tuple((segment, 0) for segment in TABLE[name])
+    layout = model.coupling.layout(parts, model._tokens, model.backbone.expert_of)
+    for segment, rows in layout.spans.items():
+        for other, columns in layout.spans.items():
+            block = layout.mask[rows, columns]
+            assert bool(block.all()) == bool(block.any()) == (other[0] in TABLE[name][segment[0]]), (segment, other)
+
+
+def test_copies_do_not_see_each_other():
+    model = make("fast")
+    parts = (("F", 0), ("A", 0), ("A", 1))
+    layout = model.coupling.layout(parts, model._tokens, model.backbone.expert_of)
+    first, second = layout.spans[("A", 0)], layout.spans[("A", 1)]
+    assert layout.mask[first, first].all() and not layout.mask[first, second].any()
+
+
+def test_the_actions_of_fast_are_bit_invariant_to_the_future():
+    model = make("fast")
+    contents, times, task = random_contents(model, ("V", "A"))
+    first, _ = model._run(list(contents), contents, times, task)
+    contents[("V", 0)] = contents[("V", 0)] + 3.0
+    second, _ = model._run(list(contents), contents, times, task)
+    assert torch.equal(first[("A", 0)], second[("A", 0)])
+    assert not torch.allclose(first[("V", 0)], second[("V", 0)])
+
+
+def test_the_actions_of_joint_depend_on_the_future():
+    model = make("joint")
+    contents, times, task = random_contents(model, ("V", "A"))
+    contents[("V", 0)].requires_grad_()
+    found, _ = model._run(list(contents), contents, times, task)
+    (gradient,) = torch.autograd.grad(found[("A", 0)].sum(), contents[("V", 0)])
+    assert gradient.abs().min(dim=0).values.max() > 1e-6
+
+
+@pytest.mark.parametrize(("name", "given", "asked"), [
+    ("fast", (), "A"), ("fast", (), "V"), ("idm", ("C",), "A"), ("mot_uwm", (), "A"), ("mot_uwm", ("G",), "V"),
+    ("mot_uwm", ("V",), "I"),
+])  # fmt: skip
+@pytest.mark.parametrize("backbone", ["mot", "dit"])
+def test_cached_equals_the_full_forward(name, given, asked, backbone):
+    sizes = SIZES if backbone == "mot" else {"name": "dit", "width": 24, "layers": 2, "heads": 2, "head_dim": 8}
+    model = make(name, backbone=sizes)
+    contents, times, task = random_contents(model, (*given, asked))
+    for segment in given:
+        times[(segment, 0)] = torch.ones_like(times[(segment, 0)])
+    full, _ = model._run(list(contents), contents, times, task)
+    prefix = model._prefix(contents[("F", 0)].flatten(1), task)
+    for segment in given:
+        prefix = model._extend(prefix, segment, contents[(segment, 0)], task)
+    part = (asked, 0)
+    cached, _ = model._run([part], {part: contents[part]}, {part: times[part]}, task, prefix=prefix)
+    torch.testing.assert_close(cached[part], full[part], atol=1e-5, rtol=0.0)
+
+
+def test_what_is_absent_in_training_is_left_out_when_asked():
+    model = make("mot_uwm")
+    contents, times, task = random_contents(model, ("V", "G"))
+    hidden = {("G", 0): torch.ones(2, 1, dtype=torch.bool)}
+    shown, _ = model._run(list(contents), contents, times, task, hidden=hidden)
+    del contents[("G", 0)], times[("G", 0)]
+    without, _ = model._run(list(contents), contents, times, task)
+    torch.testing.assert_close(shown[("V", 0)], without[("V", 0)], atol=1e-6, rtol=0.0)
+
+
+def test_an_action_changes_no_frame_before_it():
+    model = make("mot_uwm")
+    state, key = encoded(model), NoiseKey.for_rows(3)
+    actions = torch.randn(3, 2, 4, 2, generator=torch.Generator().manual_seed(1)).clamp(-1, 1).requires_grad_()
+    frames = model.imagine(state, actions, noise=key, with_frames=True).frames
+    for step in range(4):
+        (gradient,) = torch.autograd.grad(frames[:, :, :, step].sum(), actions, retain_graph=True)
+        # Between two frames the path is interpolated, so a step sees the actions up to the frame that follows it.
+        frame = 2 * (step // 2 + 1)
+        assert gradient[:, :, frame:].abs().max() == 0.0 if frame < 4 else True
+        assert gradient[:, :, :frame].abs().sum(-1).min() > 0.0
+    with torch.no_grad():
+        later = actions.clone()
+        later[:, :, 2:] = -later[:, :, 2:]
+        again = model.imagine(state, later, noise=key, with_frames=True).frames
+    assert torch.equal(again[:, :, :, :2], frames[:, :, :, :2])
+    assert not torch.allclose(again[:, :, :, 2:], frames[:, :, :, 2:])
+
+
+# ---- queries ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_model_provides_what_it_answers_and_refuses_the_rest(name):
+    model = make(name)
+    state, key = encoded(model), NoiseKey.for_rows(3)
+    actions = torch.zeros(3, 2, 4, 2)
+    if name == "mot_uwm":
+        assert model.spec.provides == set(interfaces._ANSWERS["mot_uwm"])
+        imagined = model.imagine(state, actions, noise=key, futures=3, with_frames=True)
+        assert imagined.reward.shape == imagined.success.shape == imagined.uncertainty.shape == (3, 2, 3, 4)
+        assert imagined.leaf.batch_size == (3, 2, 3) and torch.equal(imagined.frames[:, :, :, -1], imagined.leaf["z"])
+        assert imagined.evaluations == 2 * 3 * 4 and imagined.uncertainty.min() > 0
+        assert model.value(imagined.leaf).shape == (3, 2, 3, 4)
+        assert model.decode(imagined)["state"].shape == (3, 2, 3, 4, 6)
+        assert model.propose(state, 2, mode="ode", future=encoded(model, seed=1)).actions.shape == (3, 2, 4, 2)
+    else:
+        with pytest.raises(ValueError, match="does not answer 'rollout'.*Use wam=mot_uwm or wam=reference"):
+            model.imagine(state, actions)
+        with pytest.raises(ValueError, match="does not answer 'inverse'.*wam=mot_uwm"):
+            model.propose(state, 1, mode="ode", future=state)
+    if name != "no_cotrain":
+        assert model.imagine(state, None, noise=key).reward.shape == (3, 1, 2, 4)
+    proposal = model.propose(state, 2, mode="ode", noise=key, horizon=3)
+    assert proposal.actions.shape == (3, 2, 3, 2) and proposal.actions.abs().max() <= 1.0
+    assert (proposal.imagined is not None) == (name in ("joint", "idm"))
+
+
+@pytest.mark.parametrize("policy", ["policy", "joint", "future_first"])
+def test_one_set_of_weights_is_three_policies(policy):
+    model = make("mot_uwm", policy=policy)
+    proposal = model.propose(encoded(model), 2, mode="ode", noise=NoiseKey.for_rows(3))
+    assert proposal.actions.shape == (3, 2, 4, 2) and proposal.actions.std() > 0
+    assert ("log_prob" in model.spec.provides) == (policy == "policy")
+
+
+@pytest.mark.parametrize("name", ["fast", "mot_uwm"])
+def test_the_stored_chain_is_replayed_with_ratio_one(name):
+    model = make(name)
+    state = encoded(model)
+    with torch.no_grad():
+        proposal = model.propose(state, 3, mode="sde", noise=NoiseKey.for_rows(3))
+        replayed = model.log_prob(state, proposal)
+    assert proposal.chain.shape == (3, 3, 4, 4, 2) and replayed.shape == (3, 3, 3)
+    torch.testing.assert_close((replayed - proposal.log_prob).exp(), torch.ones(3, 3, 3), atol=1e-5, rtol=0.0)
+    assert torch.equal(proposal.actions, proposal.chain[:, :, -1].clamp(-1, 1))
+    logs = model.log_prob(state, proposal)
+    (gradient,) = torch.autograd.grad(logs.sum(), model.to_action.weight)
+    assert gradient.abs().max() > 0
+    weight, step = model.to_action.weight, 1e-2
+    with torch.no_grad():
+        weight[0, 0] += step
+        up = model.log_prob(state, proposal).double().sum()
+        weight[0, 0] -= 2 * step
+        down = model.log_prob(state, proposal).double().sum()
+    assert float(up - down) / (2 * step) == pytest.approx(float(gradient[0, 0]), rel=2e-2)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_batched_equals_looped(name):
+    model = make(name)
+    state, key = encoded(model), NoiseKey.for_rows(3)
+    whole = model.propose(state, 2, mode="ode", noise=key).actions
+    for row in range(3):
+        index = torch.tensor([row])
+        alone = model.propose(state[index], 2, mode="ode", noise=key[index]).actions
+        torch.testing.assert_close(alone[0], whole[row], atol=1e-5, rtol=0.0)
+    if name == "mot_uwm":
+        imagined = model.imagine(state, whole, noise=key)
+        for row in range(3):
+            index = torch.tensor([row])
+            alone = model.imagine(state[index], whole[index], noise=key[index])
+            torch.testing.assert_close(alone.leaf["z"][0], imagined.leaf["z"][row], atol=1e-5, rtol=0.0)
+
+
+def test_a_long_horizon_goes_on_from_the_last_frame():
+    model = make("mot_uwm", max_horizon=8)
+    state, key = encoded(model), NoiseKey.for_rows(3)
+    actions = torch.randn(3, 2, 7, 2).clamp(-1, 1)
+    long = model.imagine(state, actions, noise=key, with_frames=True)
+    short = model.imagine(state, actions[:, :, :4], noise=key, with_frames=True)
+    assert long.reward.shape == (3, 2, 2, 7)
+    torch.testing.assert_close(long.frames[:, :, :, :4], short.frames)
+    with pytest.raises(ValueError, match="max_horizon"):
+        model.imagine(state, torch.zeros(3, 1, 9, 2))
+
+
+PLANNERS = {
+    "mppi": lambda: make_mppi(horizon=4, num_candidates=8, iterations=2, choose="mean"),
+    "cem": lambda: make_cem(horizon=4, num_candidates=8, iterations=2, keep_elites=2),
+    "best_of_n": lambda: make_best_of_n(horizon=4, num_candidates=8),
+    "gradient": lambda: make_gradient(start=make_mppi(horizon=4, num_candidates=8, risk="mean"), num_starts=2),
+    "mcts": lambda: make_mcts(chunk=2, depth=2, simulations=8, num_candidates=4),
+}
+
+
+@pytest.mark.parametrize("name", PLANNERS)
+def test_every_planner_plans_in_mot_uwm_and_refuses_fast(name):
+    planner, model = PLANNERS[name](), make("mot_uwm")
+    state = encoded(model)
+    plan, _ = planner.plan(model, state, planner.initial_state(model, 3), NoiseKey.for_rows(3), Budget())
+    assert plan.actions.shape[2] == 2 and plan.actions.isfinite().all() and (plan.evaluations > 0).all()
+    with pytest.raises(ValueError, match="wam=mot_uwm"):
+        planner.initial_state(make("fast"), 3)
+
+
+# ---- combinations ----------------------------------------------------------------------------------------------------
+
+SUBSTRATES = {
+    "tracks": {"name": "geometric", "tracks": {"point": {"state": [0, 1, 2, 3], "proprioception": [0, 1]},
+                                              "goal": {"state": [4, 5]}}},
+    "keys": {"name": "geometric"},
+    "joint": [{"name": "geometric", "keys": ["state"]}, {"name": "geometric", "keys": ["proprioception"]}],
+}  # fmt: skip
+COMBINATIONS = [
+    *[("tracks", "mot", name, "chunked") for name in VARIANTS],
+    *[("keys", "dit", name, "single_step") for name in VARIANTS],
+    *[("joint", "mot", name, "open_loop") for name in VARIANTS],
+]
+
+
+@pytest.mark.parametrize(("substrate", "backbone", "name", "deployment"), COMBINATIONS)
+def test_a_combination_builds_trains_imagines_proposes_and_acts(substrate, backbone, name, deployment):
+    sizes = SIZES if backbone == "mot" else {"name": "dit", "width": 16, "layers": 2, "heads": 2, "head_dim": 8}
+    model = checkpoint.build(config(name, substrate=SUBSTRATES[substrate], backbone=sizes))
+    assert isinstance(model, FlowWAM)
+    batch = Windows().sample(64, 4, torch.Generator().manual_seed(0))
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    history = []
+    for _ in range(12):
+        losses = model.loss(batch, noise=torch.Generator().manual_seed(1))
+        optimiser.zero_grad()
+        losses["loss"].backward()
+        optimiser.step()
+        model.update_targets()
+        history.append(float(losses["loss"].detach()))
+    assert history[-1] < history[0]
+    idle = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if name != "no_cotrain":
+        assert not idle
+    state = encoded(model)
+    if "rollout" in model.spec.provides:
+        assert model.imagine(state, torch.zeros(3, 2, 4, 2)).success.shape == (3, 2, 2, 4)
+    replan = {"chunked": 2, "single_step": 1, "open_loop": 4}[deployment]
+    policy = ModelPolicy(model, replan_every=replan)
+    action, carried = policy.act(observations(3), policy.initial_state(3), torch.ones(3, dtype=torch.bool))
+    assert action.shape == (3, 2) and int(carried["used"][0]) == 1
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_training_resumes_and_a_checkpoint_gives_the_same_answers(name, tmp_path):
+    sizes = config(name)
+    options = TrainingOptions(
+        steps=6, batch_size=8, length=4, warmup_steps=1, validate_every=3, save_every=3, validation_windows=8,
+        validation_horizon=4, tensorboard=False, seed=3,
+    )  # fmt: skip
+
+    def save(path, model, step):
+        return checkpoint.save(path, model, config={"wam": sizes})
+
+    model = checkpoint.build(sizes, seed=3)
+    result = fit(model, Windows(), options=options, run_dir=tmp_path, save_model=save, validation=Windows(), quiet=True)
+    assert ("state_error" in result.validation["by_horizon"]) == (name == "mot_uwm")
+    loaded = checkpoint.load(result.checkpoint)
+    model.eval()
+    state = encoded(model)
+    ours = model.propose(state, 2, mode="ode", noise=NoiseKey.for_rows(3)).actions
+    theirs = loaded.propose(encoded(loaded), 2, mode="ode", noise=NoiseKey.for_rows(3)).actions
+    assert torch.equal(ours, theirs)
+
+
+# ---- contradictions --------------------------------------------------------------------------------------------------
+
+F = {"kind": "frame", "sees": ["F"]}
+A = {"kind": "action", "sees": ["F", "A"]}
+V = {"kind": "future", "sees": ["F", "V"]}
+
+
+@pytest.mark.parametrize(("segments", "queries", "sentence"), [
+    ({"F": F, "V": V, "A": A, "G": {**A, "sees": ["F", "G"], "weight": 0.0}},
+     {"rollout": [{"given": {"G": "G"}, "denoise": ["V"]}]}, "V cannot see it"),
+    ({"F": F, "V": {**V, "weight": 0.0}, "A": A}, {"video": [{"denoise": ["V"]}]}, "weight is 0"),
+    ({"F": {"kind": "frame", "sees": ["F", "A"]}, "A": A}, {}, "must see itself alone"),
+    ({"A": A}, {}, "exactly one segment of kind frame"),
+    ({"F": F, "A": {**A, "sees": ["F"]}}, {}, "does not see itself"),
+    ({"F": F, "A": {**A, "copies": 2}, "V": {**V, "sees": ["F", "V", "A"]}}, {}, "copies of other noise"),
+    ({"F": F, "A": {**A, "sees": ["F", "A", "B"]}}, {}, "segment that A sees 'B'"),
+    ({"F": F, "V": V, "A": A}, {"joint": [{"denoise": ["V", "A"]}]}, "do not see each other"),
+    ({"F": F, "V": V, "A": A}, {"policy": [{"denoise": ["V"]}]}, "does not answer it"),
+    ({"F": F, "V": V, "A": A}, {"dream": [{"denoise": ["V"]}]}, "query of a coupling 'dream'"),
+    ({"F": F, "V": V, "A": {**A, "sees": ["F", "V", "A"]}},
+     {"future_first": [{"given": {"V": "V"}, "denoise": ["A"]}, {"denoise": ["V"]}]}, "does not answer it"),
+])  # fmt: skip
+def test_a_contradiction_is_refused_with_a_sentence(segments, queries, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Coupling(segments, queries)
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"frame_stride": 3}, "divides it"),
+    ({"substrate": {"name": "geometrical"}}, "geometric"),
+    ({"substrate": {"name": "geometric", "keys": ["pixels"]}}, "reads 'pixels'"),
+    ({"substrate": {"name": "geometric", "tracks": {"hand": {"state": [0, 1]}}}}, "in no track"),
+    ({"backbone": {"name": "unet"}}, "backbone"),
+    ({"observation": {"pixels": [3, 8, 8]}}, "pixel substrate"),
+    ({"policy": "joint"}, "policy of this coupling"),
+    ({"coupling": {"segments": {"F": F, "V": V}, "queries": {"video": [{"denoise": ["V"]}]}}}, "could not act"),
+    ({"futures": 0}, "futures"),
+])  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        FlowWAM(**{k: v for k, v in config("fast", **changes).items() if k != "_target_"})
+
+
+def test_short_windows_and_missing_noise_are_refused():
+    model = make("fast")
+    with pytest.raises(ValueError, match="set length=4"):
+        model.loss(Windows().sample(4, 3, torch.Generator()))
+    with pytest.raises(ValueError, match="needs noise"):
+        model.propose(encoded(model), 1, mode="sde")
+    with pytest.raises(ValueError, match="density of the action alone"):
+        joint = make("joint")
+        joint.propose(encoded(joint), 1, mode="sde", noise=NoiseKey.for_rows(3))
+
+
+# ---- substrates ------------------------------------------------------------------------------------------------------
+
+
+def test_the_geometric_substrate_decodes_what_it_encoded():
+    substrate = GeometricSubstrate({"state": [39], "proprioception": [4]})
+    assert (substrate.tokens, substrate.width) == (4, 14)
+    generator = torch.Generator().manual_seed(0)
+    frames = TensorDict(
+        {"state": torch.randn(5, 3, 39, generator=generator), "proprioception": torch.randn(5, 3, 4)}, batch_size=[5, 3]
+    )
+    before = substrate.fingerprint()
+    substrate.set_normalisation(
+        {k: {"mean": v.mean((0, 1)), "std": v.std((0, 1)), "change": 0.1 * v.std((0, 1))} for k, v in frames.items()}
+    )
+    tokens = substrate.encode(frames)
+    assert tokens.shape == (5, 3, 4, 14) and 0.9 < tokens[..., substrate.used].std() < 1.1
+    for key, value in substrate.decode(tokens).items():
+        torch.testing.assert_close(value, frames[key], atol=1e-5, rtol=1e-5)
+    assert substrate.fingerprint() != before
+
+
+def test_a_joint_substrate_has_the_tokens_of_all_its_parts():
+    whole = make_substrate(SUBSTRATES["joint"], OBSERVATION)
+    frames = TensorDict({"state": torch.randn(4, 6), "proprioception": torch.randn(4, 2)}, batch_size=[4])
+    tokens = whole.encode(frames)
+    assert tokens.shape == (4, 2, 6) and whole.describe() == "geometric and geometric"
+    for key, value in whole.decode(tokens).items():
+        torch.testing.assert_close(value, frames[key])
+
+
+# ---- a known answer --------------------------------------------------------------------------------------------------
+
+
+def test_forward_and_inverse_dynamics_agree_on_a_linear_system():
+    """With x' = x + 0.3 a the chunk's sum is the way divided by 0.3, forward and backward."""
+    wide = {"name": "dit", "width": 32, "layers": 2, "heads": 2, "head_dim": 16}
+    sizes = config("mot_uwm", backbone=wide, action_steps=8, future_steps=8, frame_stride=4)
+    segments = sizes["coupling"]["segments"]
+    segments["A"]["copies"] = 1
+    segments["V"]["clean"] = 0.5
+    model = checkpoint.build(sizes)
+    assert isinstance(model, FlowWAM)
+    windows, generator = Windows(), torch.Generator().manual_seed(0)
+    frames = windows.sample(2000, 4, generator)["observation"]
+    model.set_normalisation(
+        {
+            key: {
+                "mean": value.flatten(0, 1).mean(0),
+                "std": value.flatten(0, 1).std(0),
+                "change": (value[:, 1:] - value[:, :-1]).square().mean((0, 1)).sqrt(),
+            }
+            for key, value in frames.items()
+        }
+    )
+    steps = 400
+    optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
+    for _ in range(steps):
+        loss = model.loss(windows.sample(128, 4, generator), noise=generator)["loss"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        model.update_targets()
+    model.eval()
+    test = windows.sample(200, 4, torch.Generator().manual_seed(9))
+    now = TensorDict({**test["observation"][:, 0].to_dict(), "task": test["task"]}, batch_size=[200])
+    then = TensorDict({**test["observation"][:, 4].to_dict(), "task": test["task"]}, batch_size=[200])
+    state, goal = (model.encode(Context.from_observation(x)) for x in (now, then))
+    key = NoiseKey.for_rows(200)
+    way = test["observation"]["state"][:, 4, :2] - test["observation"]["state"][:, 0, :2]
+    with torch.no_grad():
+        imagined = model.imagine(state, test["action"].unsqueeze(1), futures=1, noise=key, with_frames=True)
+        reached = model.decode(imagined)["state"][:, 0, 0, -1, :2] - test["observation"]["state"][:, 0, :2]
+        inverse = model.propose(state, 1, mode="ode", future=goal, noise=key).actions[:, 0]
+        other = model.propose(state, 1, mode="ode", future=goal[torch.arange(200).roll(1)], noise=key).actions[:, 0]
+
+    def error(guess: torch.Tensor) -> float:
+        return float((guess - way).square().mean().sqrt() / way.square().mean().sqrt())
+
+    assert error(reached) < 0.25
+    # A chunk that knows nothing of the way is off by sqrt(2); one for another row's goal as well.
+    assert error(0.3 * inverse.sum(1)) < 0.65
+    assert error(0.3 * other.sum(1)) > 1.2

@@ -1,0 +1,278 @@
+"""Couplings: which tokens see which, at which noise times, and which questions can be asked of the result.
+
+A coupling is no network. It names segments of a sequence (the clean frame F, futures, actions), says for each which
+others its tokens may attend to and how its noise times are drawn in training, and lists for every query which segments
+are given and which are denoised. `Coupling` refuses what contradicts itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wamrl.models.dit import KINDS
+from wamrl.models.flow import TIMES
+from wamrl.naming import unknown_name
+
+TARGETS = ("label", "executed")
+QUERIES = ("policy", "joint", "future_first", "video", "rollout", "inverse")
+"""policy: p(a|c). joint: p(s,a|c) in lock step. future_first: p(s|c), then p(a|s,c). video: p(s|c).
+rollout: p(s|c,a). inverse: p(a|s,c)."""
+POLICIES = ("policy", "joint", "future_first")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens of one kind.
+
+    kind: frame, future or action. sees: the segments its tokens may attend to, itself included if it is to.
+    causal: its tokens see only what lies before them in control time. copies: independent draws of noise and time that
+    share all the rest of the sequence and do not see each other. target: of an action, the expert's clean label
+    ("label", with the executed action of a successful model where there is none), or what was executed.
+    weight: of its loss; at 0 it is not trained, and left out of training where nothing trained sees it.
+
+    Noise times in training: drawn by `times`, but 1 (clean) with probability `clean`; with probability `absent` no
+    other segment sees it, as if it were not there. `goal`: of a future, the share of its clean draws in which only the
+    last frame is there. same_as: take noise, time and content of that segment. yields_to: where
+    that segment is clean, this one is neither clean nor seen.
+    """
+
+    kind: str
+    sees: tuple[str, ...]
+    causal: bool = False
+    copies: int = 1
+    target: str = "label"
+    weight: float = 1.0
+    times: str = "logit_normal"
+    clean: float = 0.0
+    absent: float = 0.0
+    goal: float = 0.0
+    same_as: str | None = None
+    yields_to: str | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a query: `given` segments are clean, `denoise` are sampled together from noise.
+
+    given: segment -> the segment whose content it takes: itself where the caller gives it. tied: segments that are
+    shown what another one is while that is denoised.
+    """
+
+    denoise: tuple[str, ...]
+    given: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A sequence.
+
+    parts: (segment, copy) in order. spans: the tokens of each. mask: [S, S] bool, True where a row may attend to a
+    column. group: [S] int64; tokens of one group share a noise time. groups: the groups of each part.
+    """
+
+    parts: tuple[tuple[str, int], ...]
+    spans: Mapping[tuple[str, int], slice]
+    mask: Tensor
+    group: Tensor
+    groups: Mapping[tuple[str, int], slice]
+
+
+class Coupling:
+    """Segments and queries, checked.
+
+    segments: name -> fields of `Segment`. queries: name -> a list of stages, each with the fields of `Stage`.
+
+    Raises:
+        ValueError: for a mask, times or queries that contradict each other.
+    """
+
+    def __init__(
+        self, segments: Mapping[str, Mapping[str, Any]], queries: Mapping[str, Sequence[Mapping[str, Any]]]
+    ) -> None:
+        self.segments = {name: _segment(name, settings) for name, settings in segments.items()}
+        frames = [name for name, segment in self.segments.items() if segment.kind == "frame"]
+        if frames != ["F"]:
+            raise ValueError(f"a coupling has exactly one segment of kind frame, named F, but this one has {frames}")
+        for name, segment in self.segments.items():
+            self._check(name, segment)
+        self.queries = {name: [_stage(name, stage) for stage in stages] for name, stages in queries.items()}
+        for name, stages in self.queries.items():
+            self._check_query(name, stages)
+        if not any(self.trained()):
+            raise ValueError("no segment has a weight above 0, so that there is nothing to train")
+
+    def trained(self) -> tuple[str, ...]:
+        """Segments that a training sequence holds: those with a loss, and all that they see."""
+        wanted = [name for name, segment in self.segments.items() if segment.weight > 0 and segment.kind != "frame"]
+        found = list(wanted)
+        while wanted:
+            segment = self.segments[wanted.pop()]
+            ahead = [*segment.sees, *(name for name in (segment.same_as, segment.yields_to) if name)]
+            new = [name for name in ahead if name not in found]
+            found += new
+            wanted += new
+        return tuple(name for name in self.segments if name in found)
+
+    def sees(self, name: str, other: str) -> bool:
+        """Whether tokens of `name` depend on those of `other`, through any number of segments between them."""
+        reached, ahead = set(), [name]
+        while ahead:
+            for seen in self.segments[ahead.pop()].sees:
+                if seen not in reached:
+                    reached.add(seen)
+                    ahead.append(seen)
+        return other in reached
+
+    def rank(self, name: str) -> int:
+        """In which order times are drawn: after those of the segment that it yields to or is the same as."""
+        segment = self.segments[name]
+        return 2 if segment.same_as else 1 if segment.yields_to else 0
+
+    def layout(
+        self,
+        parts: Sequence[tuple[str, int]],
+        tokens: Mapping[str, tuple[Tensor, Tensor]],
+        order: Mapping[str, int],
+    ) -> Layout:
+        """The sequence of `parts` (segment, copy), grouped by the expert of their kind.
+
+        tokens: kind -> ([S] control step of each token, where action i lies at i + 1/2 and the present frame at 0; [S]
+        group of each token within the part, from 0). order: kind -> number of its expert.
+        """
+        ordered = tuple(sorted(parts, key=lambda part: order[self.segments[part[0]].kind]))
+        spans, groups, clocks, numbers, first, group = {}, {}, [], [], 0, 0
+        for part in ordered:
+            clock, own = tokens[self.segments[part[0]].kind]
+            spans[part] = slice(first, first + len(clock))
+            groups[part] = slice(group, group + int(own[-1]) + 1)
+            clocks.append(clock)
+            numbers.append(own + group)
+            first, group = spans[part].stop, groups[part].stop
+        clock = torch.cat(clocks)
+        mask = torch.zeros(first, first, dtype=torch.bool)
+        for (name, copy), rows in spans.items():
+            segment = self.segments[name]
+            for (other, twin), columns in spans.items():
+                if other in segment.sees and (other != name or twin == copy):
+                    mask[rows, columns] = (clock[columns] <= clock[rows].unsqueeze(1)) if segment.causal else True
+        return Layout(ordered, spans, mask, torch.cat(numbers), groups)
+
+    def _check(self, name: str, segment: Segment) -> None:
+        for other in segment.sees:
+            if other not in self.segments:
+                raise unknown_name(f"segment that {name} sees", other, self.segments)
+        if segment.kind == "frame" and segment.sees != ("F",):
+            raise ValueError(
+                f"F sees {', '.join(segment.sees) or 'nothing'}, but the clean frame must see itself alone: it is "
+                "encoded once, before anything else is known"
+            )
+        if segment.kind != "frame" and name not in segment.sees:
+            raise ValueError(f"{name} does not see itself, so that its tokens could not agree with each other")
+        for other in segment.sees:
+            if other != name and self.segments[other].copies > 1:
+                raise ValueError(
+                    f"{name} sees {other}, which has {self.segments[other].copies} copies of other noise each; give "
+                    f"{other} copies: 1, and let {name} have several"
+                )
+        if segment.same_as is not None:
+            twin = self.segments.get(segment.same_as)
+            if twin is None:
+                raise unknown_name(f"segment that {name} is the same as", segment.same_as, self.segments)
+            if (twin.kind, twin.target, twin.copies) != (segment.kind, segment.target, segment.copies):
+                raise ValueError(f"{name} is the same as {segment.same_as}, but differs in kind, target or copies")
+
+        if segment.yields_to is not None:
+            first = self.segments.get(segment.yields_to)
+            if first is None:
+                raise unknown_name(f"segment that {name} yields to", segment.yields_to, self.segments)
+            if first.yields_to or first.same_as or first.copies > 1:
+                raise ValueError(
+                    f"{name} yields to {segment.yields_to}, which must have times of its own and no copies"
+                )
+
+    def _check_query(self, name: str, stages: Sequence[Stage]) -> None:
+        if name not in QUERIES:
+            raise unknown_name("query of a coupling", name, QUERIES)
+        trained = set(self.trained())
+        known: set[str] = {"F"}
+        for stage in stages:
+            used = [*stage.denoise, *stage.given, *stage.given.values(), *stage.tied, *stage.tied.values()]
+            for segment in used:
+                if segment not in self.segments:
+                    raise unknown_name(f"segment of the query '{name}'", segment, self.segments)
+            for segment in stage.denoise:
+                if segment not in trained or self.segments[segment].weight <= 0:
+                    raise ValueError(
+                        f"the query '{name}' denoises {segment}, but its weight is 0, so that nothing taught it to; "
+                        "raise the weight or leave the query out"
+                    )
+            for given in stage.given:
+                if not any(self.sees(segment, given) for segment in stage.denoise):
+                    raise ValueError(
+                        f"the query '{name}' is given {given}, but {' and '.join(stage.denoise)} cannot see it under "
+                        "this mask, so that the answer would not depend on it"
+                    )
+                if any(self.sees(given, segment) for segment in stage.denoise if segment != given):
+                    raise ValueError(
+                        f"the query '{name}' is given {given}, but {given} sees what is being denoised, so that it "
+                        "could not be encoded once"
+                    )
+            for source in stage.given.values():
+                if source in known or source in stage.given:
+                    continue
+                raise ValueError(f"the query '{name}' takes {source} before any stage has denoised it")
+            known |= {*stage.denoise, *stage.given}
+        kinds = {self.segments[segment].kind for stage in stages for segment in stage.denoise}
+        shown = {self.segments[segment].kind for stage in stages for segment in stage.given}
+        last = {self.segments[segment].kind for segment in stages[-1].denoise} if stages else set()
+        wrong = {
+            "policy": "action" not in last,
+            "joint": last != {"action", "future"} or len(stages) != 1,
+            "future_first": "action" not in last or "future" not in kinds,
+            "video": last != {"future"} or "action" in shown | kinds,
+            "rollout": last != {"future"} or shown != {"action"},
+            "inverse": last != {"action"} or shown != {"future"},
+        }[name]
+        if wrong:
+            raise ValueError(
+                f"the query '{name}' denoises {', '.join(sorted(kinds)) or 'nothing'} given "
+                f"{', '.join(sorted(shown)) or 'nothing'}, which does not answer it"
+            )
+        if name == "joint" and not any(self.sees(a, b) for a in stages[0].denoise for b in stages[0].denoise if a != b):
+            raise ValueError("the query 'joint' denoises segments that do not see each other; that is no joint sample")
+
+
+def _segment(name: str, settings: Mapping[str, Any]) -> Segment:
+    known = {item.name for item in fields(Segment)}
+    for key in settings:
+        if key not in known:
+            raise unknown_name(f"setting of segment {name}", str(key), known)
+    segment = Segment(**{**settings, "sees": tuple(settings.get("sees", ()))})
+    if segment.kind not in KINDS:
+        raise unknown_name(f"kind of segment {name}", segment.kind, KINDS)
+    if segment.target not in TARGETS:
+        raise unknown_name(f"target of segment {name}", segment.target, TARGETS)
+    if segment.times not in TIMES:
+        raise unknown_name(f"times of segment {name}", segment.times, TIMES)
+    for key in ("clean", "absent", "goal"):
+        if not 0.0 <= getattr(segment, key) <= 1.0:
+            raise ValueError(f"{key} of segment {name} is {getattr(segment, key)}, expected a probability")
+    if segment.goal and segment.kind != "future":
+        raise ValueError(f"segment {name} has goal={segment.goal}, but only a future has a last frame")
+    if segment.weight < 0 or segment.copies < 1:
+        raise ValueError(f"segment {name} has weight {segment.weight} and {segment.copies} copies")
+    return segment
+
+
+def _stage(query: str, settings: Mapping[str, Any]) -> Stage:
+    known = {item.name for item in fields(Stage)}
+    for key in settings:
+        if key not in known:
+            raise unknown_name(f"setting of a stage of '{query}'", str(key), known)
+    return Stage(tuple(settings["denoise"]), dict(settings.get("given", {})), dict(settings.get("tied", {})))
