@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,15 @@ from omegaconf import DictConfig, OmegaConf
 from wamrl import checkpoint, cli
 from wamrl.data import EpisodeDataset
 from wamrl.files import write_json, write_text
+from wamrl.image_quality import decoded_quality, image_keys, metrics
 from wamrl.interfaces import WAM
+from wamrl.models.images import ImageSubstrate
+from wamrl.models.tokenizer import Tokenizer
 from wamrl.provenance import versions
 from wamrl.training import TrainingOptions, TrainingResult, fit
 
-_OPTIONS = tuple(item.name for item in fields(TrainingOptions))
+_PICTURES = 128  # held-out windows whose decoded images are judged
+_OPTIONS = tuple(item.name for item in dataclasses.fields(TrainingOptions))
 
 
 def train(
@@ -34,6 +38,7 @@ def train(
     control_dt_s: float | None = None,
     device: str = "cpu",
     model_class: type[WAM] | str | None = None,
+    tokenizer: str | Path | None = None,
     config: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> TrainingResult:
@@ -51,6 +56,8 @@ def train(
         control_dt_s: seconds per control step; None is what the dataset says.
         device: where to train.
         model_class: of a checkpoint whose model lies outside wamrl, see `checkpoint.load`.
+        tokenizer: checkpoint of a trained tokenizer through which a model of images reads them; its weights become
+            part of the model's. A checkpoint of a model has its own already.
         config: the resolved config of the command, stored in the checkpoint.
         quiet: no progress on stderr.
 
@@ -65,6 +72,11 @@ def train(
         tasks, observation = tasks or earlier.spec.tasks, observation or list(earlier.spec.observation)
     sizes = wam if isinstance(wam, Mapping) else checkpoint.read_metadata(wam).model
     model_config = {**sizes, **_facts(dataset, tasks, observation, control_dt_s)}
+    given = _tokenizer(tokenizer) if tokenizer is not None else None
+    if given is not None:
+        model_config["tokenizer"] = {**given.config, "fingerprint": given.fingerprint()}
+        if earlier is not None:
+            _check_same_tokenizer(str(wam), sizes, model_config)
     training, validation = dataset, None
     if validation_fraction:
         training, validation = dataset.split(validation_fraction, seed=options.seed)
@@ -78,6 +90,14 @@ def train(
     else:
         _check_same(wam, sizes, model_config)
         model = checkpoint.load(wam, model_class=model_class)
+    pictures = validation if image_keys(model) else None
+    if pictures is not None:
+        metrics()  # its error, if torchmetrics is missing
+    for frozen in _frozen_tokenizers(model):
+        if given is not None:
+            frozen.load_state_dict(given.state_dict())
+        training = training.with_tokens(frozen)
+        validation = validation.with_tokens(frozen) if validation is not None else None
     start = earlier.content_sha256 if earlier else None
     stored = {**(config or {}), "wam": model_config}
     provenance: dict[str, Any] = {
@@ -103,6 +123,11 @@ def train(
         identity=_identity(training, model_config, start),
         quiet=quiet,
     )
+    if pictures is not None:
+        horizon = min(options.validation_horizon, model.spec.max_horizon)
+        windows = pictures.sample(_PICTURES, horizon, torch.Generator().manual_seed(options.seed)).to(device)
+        found = {**result.validation, "images": decoded_quality(model.eval(), windows)}
+        result = dataclasses.replace(result, validation=found)
     write_json(run_dir / "results.json", _results(result, model, dataset, validation, provenance))
     return result
 
@@ -156,6 +181,7 @@ def _command(config: DictConfig, run_dir: Path) -> None:
         validation_fraction=settings["validation_fraction"],
         device=device,
         model_class=settings["wam"].get("model_class"),
+        tokenizer=settings["tokenizer"],
         config=settings,
     )
     print(_summary(result))
@@ -201,6 +227,31 @@ def _check_same(path: str | Path, stored: Mapping[str, Any], asked: Mapping[str,
     ]
     if changed:
         raise ValueError(f"{path} holds a model of other sizes or tasks than the data needs: {'; '.join(changed)}")
+
+
+def _tokenizer(name: str | Path) -> ImageSubstrate:
+    """The substrate of a trained tokenizer's checkpoint."""
+    model = checkpoint.load(name)
+    if not isinstance(model, Tokenizer):
+        raise ValueError(
+            f"tokenizer={name} holds a {type(model).__name__}; give the run of python -m wamrl.train wam=tokenizer"
+        )
+    return model.substrate
+
+
+def _frozen_tokenizers(model: WAM) -> list[ImageSubstrate]:
+    """The tokenizers in `model` that are not trained with it."""
+    parts = [part for part in model.modules() if isinstance(part, ImageSubstrate)]
+    return [part for part in parts if not any(parameter.requires_grad for parameter in part.parameters())]
+
+
+def _check_same_tokenizer(path: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    mine, other = (str((model.get("tokenizer") or {}).get("fingerprint")) for model in (stored, asked))
+    if mine != other:
+        raise ValueError(
+            f"{path} was trained on latents of the tokenizer {mine[:16]}, but the one given is {other[:16]}, whose "
+            "latents mean something else; leave tokenizer= out, the checkpoint holds its own"
+        )
 
 
 def _identity(dataset: EpisodeDataset, model_config: Mapping[str, Any], initial: str | None) -> str:
@@ -250,6 +301,12 @@ def _summary(result: TrainingResult) -> str:
             f"open-loop error after 1 / {last} steps, in standard deviations of the data: "
             f"{errors['state_error'][0]:.3f} / {errors['state_error'][-1]:.3f} "
             f"(nothing moves: {errors['state_persistence'][0]:.3f} / {errors['state_persistence'][-1]:.3f})"
+        )
+    for key, quality in result.validation.get("images", {}).items():
+        encoded = quality["encoded"]
+        lines.append(
+            f"'{key}' encoded and decoded, {quality['frames']} held-out frames: PSNR {encoded['psnr_db']:.1f} dB, "
+            f"SSIM {encoded['ssim']:.3f}"
         )
     lines.append(f"checkpoint: {result.checkpoint}")
     return "\n".join(lines)
