@@ -13,7 +13,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from wamrl.interfaces import WAM, Context
-from wamrl.models.images import unit_images
+from wamrl.models.images import ImageSubstrate, unit_images
 from wamrl.naming import RunError
 from wamrl.noise import NoiseKey
 
@@ -45,9 +45,8 @@ def image_quality(shown: Tensor, true: Tensor) -> dict[str, float]:
 
 def image_keys(model: WAM) -> tuple[str, ...]:
     """The observation keys of images that the model decodes."""
-    if "decode" not in model.spec.provides:
-        return ()
-    return tuple(key for key, shape in model.spec.observation.items() if len(shape) == 3)
+    decoded = {key for part in model.modules() if isinstance(part, ImageSubstrate) for key in part.decodes}
+    return tuple(key for key in model.spec.observation if key in decoded and "decode" in model.spec.provides)
 
 
 @torch.no_grad()

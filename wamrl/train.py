@@ -17,6 +17,7 @@ from wamrl.data import EpisodeDataset
 from wamrl.files import write_json, write_text
 from wamrl.image_quality import decoded_quality, image_keys, metrics
 from wamrl.interfaces import WAM
+from wamrl.models.foundation import advice, load_foundation
 from wamrl.models.images import ImageSubstrate
 from wamrl.models.tokenizer import Tokenizer
 from wamrl.provenance import versions
@@ -56,8 +57,8 @@ def train(
         control_dt_s: seconds per control step; None is what the dataset says.
         device: where to train.
         model_class: of a checkpoint whose model lies outside wamrl, see `checkpoint.load`.
-        tokenizer: checkpoint of a trained tokenizer through which a model of images reads them; its weights become
-            part of the model's. A checkpoint of a model has its own already.
+        tokenizer: checkpoint of a trained tokenizer, or directory of an autoencoder of diffusers, through which a model
+            of images reads them; its weights become part of the model's. A model's checkpoint has its own already.
         config: the resolved config of the command, stored in the checkpoint.
         quiet: no progress on stderr.
 
@@ -72,7 +73,7 @@ def train(
         tasks, observation = tasks or earlier.spec.tasks, observation or list(earlier.spec.observation)
     sizes = wam if isinstance(wam, Mapping) else checkpoint.read_metadata(wam).model
     model_config = {**sizes, **_facts(dataset, tasks, observation, control_dt_s)}
-    given = _tokenizer(tokenizer) if tokenizer is not None else None
+    given = _tokenizer(tokenizer, dataset) if tokenizer is not None else None
     if given is not None:
         model_config["tokenizer"] = {**given.config, "fingerprint": given.fingerprint()}
         if earlier is not None:
@@ -229,9 +230,18 @@ def _check_same(path: str | Path, stored: Mapping[str, Any], asked: Mapping[str,
         raise ValueError(f"{path} holds a model of other sizes or tasks than the data needs: {'; '.join(changed)}")
 
 
-def _tokenizer(name: str | Path) -> ImageSubstrate:
-    """The substrate of a trained tokenizer's checkpoint."""
-    model = checkpoint.load(name)
+def _tokenizer(name: str | Path, dataset: EpisodeDataset) -> ImageSubstrate:
+    """The substrate of a trained tokenizer's checkpoint, or the autoencoder in a directory that diffusers saved."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "checkpoints").is_dir() and not (folder / "model.safetensors").is_file():
+        images = [(key, shape) for key, shape in dataset.observation.items() if len(shape) == 3]
+        if len(images) != 1:
+            raise ValueError(f"tokenizer={name} reads one camera, but the data read has {len(images)} image keys")
+        return load_foundation(folder, images[0][1], key=images[0][0])
+    try:
+        model = checkpoint.load(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} A pretrained autoencoder is given by its directory. {advice()}") from error
     if not isinstance(model, Tokenizer):
         raise ValueError(
             f"tokenizer={name} holds a {type(model).__name__}; give the run of python -m wamrl.train wam=tokenizer"

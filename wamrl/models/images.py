@@ -127,6 +127,41 @@ class ImageSubstrate(Substrate):
         return F.pixel_unshuffle(standard, self.patch).flatten(2).transpose(1, 2)
 
 
+class TrainedSubstrate(ImageSubstrate):
+    """One that `wamrl.models.tokenizer.Tokenizer` trains: it has a loss and finds its latents' statistics itself."""
+
+    seen: Tensor
+
+    def __init__(
+        self, *, key: str, image_shape: Sequence[int], channels: int, grid: tuple[int, int], patch: int
+    ) -> None:
+        super().__init__(key=key, image_shape=image_shape, channels=channels, grid=grid, patch=patch)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self._moments: tuple[Tensor, Tensor] | None = None
+
+    def loss(self, images: Tensor, task: Tensor, noise: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Named scalars of images [X, 3, H, W] in [0, 1]; `loss` is to be minimised. `task` [X] int64 tells scenes."""
+        raise NotImplementedError
+
+    def see(self, latents: Tensor) -> None:
+        """Keep the moments of a batch's latents [X, C, h, w] for the next `update`."""
+        latents = latents.detach().float()
+        self._moments = (latents.mean((0, 2, 3)), latents.square().mean((0, 2, 3)))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After a step of the optimiser: move the stored mean and deviation to those of the latest batch."""
+        if self._moments is None:
+            return
+        mean, square = self._moments
+        self.seen += 1
+        rate = 1.0 / min(int(self.seen), 50)
+        square = (self.std.square() + self.mean.square()).lerp(square, rate)
+        self.mean.lerp_(mean, rate)
+        self.std.copy_((square - self.mean.square()).clamp(min=1e-8).sqrt())
+        self._moments = None
+
+
 class _Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -168,7 +203,7 @@ class _Decoder(nn.Module):
         return self.layers(self.first(latents) + self.scene)
 
 
-class PixelLatent(ImageSubstrate):
+class PixelLatent(TrainedSubstrate):
     """Latents of a convolutional variational autoencoder (Kingma & Welling, 2014, arXiv:1312.6114), decoded to pixels.
 
     The encoder's mean is what is predicted; its variance only serves training, which `loss` and `update` do.
@@ -178,8 +213,6 @@ class PixelLatent(ImageSubstrate):
     number, beside the squared error per image number in units of [-1, 1]. foreground_weight: how many times more an
     image number counts that differs from what the batch's images of the same task show there on average.
     """
-
-    seen: Tensor
 
     def __init__(
         self,
@@ -207,8 +240,6 @@ class PixelLatent(ImageSubstrate):
         self.kl_weight, self.foreground_weight = kl_weight, foreground_weight
         self.encoder = conv_encoder(channels, 2 * latent_channels)
         self.decoder = _Decoder(latent_channels, channels, (height // 8, width // 8))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-        self._moments: tuple[Tensor, Tensor] | None = None
 
     def latents(self, images: Tensor) -> Tensor:
         return self.encoder(2.0 * images - 1.0).chunk(2, dim=1)[0]
@@ -227,7 +258,7 @@ class PixelLatent(ImageSubstrate):
         weight = 1.0 + self.foreground_weight * _foreground(images, task)
         reconstruction = (weight * square).sum() / weight.expand_as(square).sum()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean()
-        self._moments = (mean.detach().mean((0, 2, 3)), mean.detach().square().mean((0, 2, 3)))
+        self.see(mean)
         mse = ((shown.detach().clamp(-1.0, 1.0) - wanted) / 2.0).square().flatten(1).mean(1)
         return {
             "loss": reconstruction + self.kl_weight * kl,
@@ -235,19 +266,6 @@ class PixelLatent(ImageSubstrate):
             "kl": kl.detach(),
             "psnr_db": (-10.0 * mse.clamp(min=1e-10).log10()).mean(),
         }
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move the latents' stored mean and deviation to those of the latest batch."""
-        if self._moments is None:
-            return
-        mean, square = self._moments
-        self.seen += 1
-        rate = 1.0 / min(int(self.seen), 50)
-        square = (self.std.square() + self.mean.square()).lerp(square, rate)
-        self.mean.lerp_(mean, rate)
-        self.std.copy_((square - self.mean.square()).clamp(min=1e-8).sqrt())
-        self._moments = None
 
 
 def _foreground(images: Tensor, task: Tensor) -> Tensor:

@@ -403,10 +403,11 @@ class JointEmbeddingWAM(WAM):
         flat = self.probe(z) * self.std + self.mean
         parts = dict(zip(self.features, flat.split(list(self.features.values()), dim=-1), strict=True))
         chosen = {k: v.unflatten(-1, self.spec.observation[k]) for k, v in parts.items() if keys is None or k in keys}
-        if self.substrate is not None and (keys is None or self.substrate.key in keys):
+        images = self.substrate.keys if self.substrate is not None else ()
+        if self.substrate is not None and (self.substrate.decodes if keys is None else set(images) & set(keys)):
             shape = (self.substrate.tokens, self.substrate.width)
-            images = self.substrate.decode(self.token_head(z).unflatten(-1, shape))
-            chosen |= {key: uint8_images(value) for key, value in images.items()}
+            decoded = self.substrate.decode(self.token_head(z).unflatten(-1, shape))
+            chosen |= {key: uint8_images(value) for key, value in decoded.items()}
         return TensorDict(chosen, batch_size=z.shape[:-1])
 
     # ---- training ------------------------------------------------------------------------------------------------

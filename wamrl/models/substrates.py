@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from wamrl.models.feature import FeatureTeacher
+from wamrl.models.foundation import CLASSES, FoundationLatent
 from wamrl.models.images import PixelLatent
 from wamrl.models.substrate import Joint, Substrate
 from wamrl.naming import unknown_name
 
-KINDS: dict[str, Callable[..., Substrate]] = {"pixel": PixelLatent}
+KINDS: dict[str, Callable[..., Substrate]] = {
+    "pixel": PixelLatent,
+    "feature": FeatureTeacher,
+    **{kind: functools.partial(FoundationLatent, kind=kind) for kind, _ in CLASSES.values()},
+}
 
 
 def build_substrate(config: Mapping[str, Any]) -> Substrate:

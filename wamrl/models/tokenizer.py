@@ -6,21 +6,15 @@ Letters: B windows, T steps of a window, X images, L tokens of a frame, D number
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
 from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Spec, State
-from wamrl.models.images import ImageSubstrate, uint8_images, unit_images
+from wamrl.models.images import TrainedSubstrate, uint8_images, unit_images
 from wamrl.models.substrates import build_substrate
-
-
-class _Trainable(Protocol):
-    def loss(self, images: Tensor, task: Tensor, noise: torch.Generator | None = None) -> dict[str, Tensor]: ...
-
-    def update(self) -> None: ...
 
 
 class Tokenizer(WAM):
@@ -48,7 +42,7 @@ class Tokenizer(WAM):
             )
         ((key, shape),) = images.items()
         built = build_substrate({**substrate, "key": key, "image_shape": shape})
-        if not isinstance(built, ImageSubstrate) or not hasattr(built, "loss"):
+        if not isinstance(built, TrainedSubstrate):
             raise ValueError(
                 f"the substrate '{substrate.get('kind')}' is not trained as a tokenizer; use pixel or feature"
             )
@@ -83,8 +77,8 @@ class Tokenizer(WAM):
     def loss(self, batch: TensorDict, *, noise: torch.Generator | None = None) -> dict[str, Tensor]:
         """Of the first frame of each window: neighbouring frames differ too little to be worth their time."""
         images = unit_images(batch["observation", self.substrate.key][:, 0], self.substrate.image_shape)
-        return cast(_Trainable, self.substrate).loss(images, batch["task"], noise)
+        return self.substrate.loss(images, batch["task"], noise)
 
     def update_targets(self) -> None:
         """What follows a step of the optimiser."""
-        cast(_Trainable, self.substrate).update()
+        self.substrate.update()
