@@ -24,7 +24,9 @@ def squares(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def small() -> FeatureTeacher:
     torch.manual_seed(0)
-    return FeatureTeacher(image_shape=SHAPE, features=8, channels=8, rate=0.05)
+    substrate = FeatureTeacher({"pixels": SHAPE}, features=8, channels=8, rate=0.05)
+    substrate.learn()
+    return substrate
 
 
 def missed_px(substrate: FeatureTeacher) -> float:
@@ -80,7 +82,7 @@ def test_it_is_encoder_only_and_says_so() -> None:
     assert substrate.decodes == ()
     with pytest.raises(ValueError, match="FeatureTeacher is encoder-only"):
         substrate.decode(torch.zeros(1, 6, 8))
-    with pytest.raises(ValueError, match="multiples of 16"):
-        FeatureTeacher(image_shape=(3, 24, 32))
+    with pytest.raises(ValueError, match="cut into tokens of 16"):
+        FeatureTeacher({"pixels": (3, 24, 32)})
     with pytest.raises(ValueError, match="between 0 and 1"):
-        FeatureTeacher(image_shape=SHAPE, blanked=1.0)
+        FeatureTeacher({"pixels": SHAPE}, blanked=1.0)

@@ -14,10 +14,11 @@ from test_tokenizer import REFERENCE, refused, write_dataset  # noqa: E402
 
 from wamrl import checkpoint  # noqa: E402
 from wamrl.models.foundation import FoundationLatent, load_foundation  # noqa: E402
-from wamrl.models.substrates import build_substrate  # noqa: E402
+from wamrl.models.substrate import make_substrate  # noqa: E402
 from wamrl.train import main  # noqa: E402
 
 SHAPE = (3, 16, 16)
+CAMERA = {"pixels": SHAPE}
 
 
 def autoencoder(kind: str):
@@ -41,7 +42,7 @@ def saved(request, tmp_path) -> Path:
 
 
 def test_tokens_are_the_autoencoders_standardised_latents_and_decode_to_its_images(saved):
-    substrate = load_foundation(saved, SHAPE, patch=2)
+    substrate = load_foundation(saved, CAMERA, patch=2)
     name = json.loads((saved / "config.json").read_text())["_class_name"]
     network, video = autoencoder(name).eval(), name.endswith("Wan")
     images = torch.randint(0, 256, (2, 3, *SHAPE), dtype=torch.uint8)
@@ -66,8 +67,8 @@ def test_tokens_are_the_autoencoders_standardised_latents_and_decode_to_its_imag
 
 
 def test_it_is_built_again_from_its_config(saved):
-    substrate = load_foundation(saved, SHAPE)
-    again = build_substrate(json.loads(json.dumps(substrate.config)))
+    substrate = load_foundation(saved, CAMERA)
+    again = make_substrate(json.loads(json.dumps(substrate.config)), CAMERA)
     again.load_state_dict(substrate.state_dict())
     assert isinstance(again, FoundationLatent) and again.fingerprint() == substrate.fingerprint()
 
@@ -77,7 +78,7 @@ def test_the_reference_model_reads_through_a_pretrained_autoencoder(saved, tmp_p
     data = write_dataset(Path("data/walk"))
     main([f"data={data}", *REFERENCE, f"tokenizer={saved}", "run_dir=pixels"])
     model = checkpoint.load("pixels")
-    assert model.substrate.fingerprint() == load_foundation(saved, SHAPE).fingerprint()  # type: ignore[attr-defined]
+    assert model.substrate.fingerprint() == load_foundation(saved, CAMERA).fingerprint()  # type: ignore[attr-defined]
     assert "pixels" in json.loads(Path("pixels/results.json").read_text())["validation"]["images"]
 
 
@@ -95,5 +96,5 @@ def test_a_path_that_is_not_there_says_what_to_download(tmp_path, monkeypatch, c
 
 
 def test_images_that_do_not_fit_its_stride_are_refused(saved):
-    with pytest.raises(ValueError, match="do not fit an autoencoder of stride 2"):
-        load_foundation(saved, (3, 15, 16))
+    with pytest.raises(ValueError, match="cut into tokens of 4 x 4"):
+        load_foundation(saved, {"pixels": (3, 18, 16)})

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from wamrl.image_quality import image_quality
 from wamrl.models.images import PixelLatent, _foreground, unit_images
-from wamrl.models.substrates import build_substrate
+from wamrl.models.substrate import make_substrate
 from wamrl.naming import UnknownNameError
 
 SHAPE = (3, 16, 24)
@@ -27,12 +27,13 @@ def squares(count: int, seed: int = 0) -> Tensor:
 
 def small(**changes: object) -> PixelLatent:
     torch.manual_seed(0)
-    return PixelLatent(image_shape=SHAPE, channels=16, patch=1, **changes)  # type: ignore[arg-type]
+    return PixelLatent({"pixels": SHAPE}, channels=16, patch=1, **changes)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def trained() -> PixelLatent:
     tokenizer = small(latent_channels=8, foreground_weight=1.0)
+    tokenizer.learn()
     noise, optimiser = torch.Generator().manual_seed(0), torch.optim.Adam(tokenizer.parameters(), lr=4e-3)
     images = unit_images(squares(512), SHAPE)
     for _ in range(250):
@@ -71,7 +72,7 @@ def test_leading_dims_stay_and_rows_do_not_influence_each_other(trained):
 
 
 def test_patches_are_cut_and_put_together_again_exactly():
-    whole, patched = small(), PixelLatent(image_shape=(3, 16, 32), channels=16, patch=2)
+    whole, patched = small(), PixelLatent({"pixels": (3, 16, 32)}, channels=16, patch=2)
     assert (whole.tokens, whole.width) == (6, 4) and (patched.tokens, patched.width) == (2, 16)
     tokens = torch.randn(5, 2, 16)
     latents = torch.nn.functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (1, 2)), 2)
@@ -122,15 +123,38 @@ def test_the_foreground_is_what_other_images_of_the_task_do_not_show():
 
 
 def test_a_substrate_is_built_again_from_its_config(trained):
-    again = build_substrate({**trained.config, "fingerprint": "of no account"})
+    again = make_substrate(trained.config, {"pixels": SHAPE, "state": (3,)})
     again.load_state_dict(trained.state_dict())
     assert again.fingerprint() == trained.fingerprint()
     torch.testing.assert_close(again.encode({"pixels": squares(2)}), trained.encode({"pixels": squares(2)}))
+    with torch.no_grad():
+        next(again.parameters()).mul_(1.001)
+    assert again.fingerprint() != trained.fingerprint()
     with pytest.raises(UnknownNameError, match="did you mean 'pixel'"):
-        build_substrate({"kind": "pixels"})
-    with pytest.raises(ValueError, match="cannot be built with.*colour"):
-        build_substrate({**trained.config, "colour": 1})
-    with pytest.raises(ValueError, match="multiples of 8"):
-        PixelLatent(image_shape=(3, 20, 20))
-    with pytest.raises(ValueError, match="must divide"):
-        PixelLatent(image_shape=SHAPE, patch=2)
+        make_substrate({"name": "pixels"}, {"pixels": SHAPE})
+    with pytest.raises(ValueError, match="cannot be cut into tokens of 16 x 16"):
+        PixelLatent({"pixels": (3, 16, 24)}, patch=2)
+    with pytest.raises(ValueError, match="channels last"):
+        PixelLatent({"pixels": (16, 24, 3)})
+    with pytest.raises(ValueError, match="one camera, not left, right"):
+        PixelLatent({"left": SHAPE, "right": SHAPE})
+
+
+def test_it_stays_frozen_until_it_is_to_learn():
+    substrate = small()
+    assert not any(parameter.requires_grad for parameter in substrate.parameters())
+    substrate.learn()
+    assert all(parameter.requires_grad for parameter in substrate.parameters())
+
+
+def test_pixels_and_tracks_are_predicted_together(trained):
+    observation = {"pixels": SHAPE, "state": (5,)}
+    joint = make_substrate([trained.config, {"name": "geometric", "keys": ["state"]}], observation)
+    joint.parts[0].load_state_dict(trained.state_dict())  # type: ignore[union-attr, index]
+    seen = {"pixels": squares(4), "state": torch.randn(4, 5)}
+    tokens = joint.encode(seen)  # type: ignore[arg-type]
+    assert tokens.shape == (4, 7, 8) and joint.describe() == "pixel and geometric" and joint.change is None
+    decoded = joint.decode(tokens)
+    torch.testing.assert_close(decoded["state"], seen["state"])
+    torch.testing.assert_close(decoded["pixels"], trained.decode(trained.encode(seen))["pixels"])
+    assert joint.used.sum() == 6 * 8 + 5

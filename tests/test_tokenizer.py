@@ -97,7 +97,7 @@ def test_latents_are_encoded_once_and_read_from_their_files_afterwards(data, tok
     substrate = checkpoint.load(tokenizer).substrate  # type: ignore[attr-defined]
     dataset = EpisodeDataset.open(data)
     first = dataset.with_tokens(substrate)
-    folder = data / "latents" / substrate.fingerprint()[:16]
+    folder = data / "latents" / substrate.fingerprint()
     files = sorted(file.name for file in folder.iterdir())
     assert files == [*(f"episode-{n}.npy" for n in range(8)), "tokenizer.json"]
     assert first.observation == {"proprioception": (2,), "pixels_tokens": (4, 4)}
@@ -121,7 +121,7 @@ def test_latents_of_another_tokenizer_are_refused(data, tokenizer):
     substrate = checkpoint.load(tokenizer).substrate  # type: ignore[attr-defined]
     dataset = EpisodeDataset.open(data)
     dataset.with_tokens(substrate)
-    folder = data / "latents" / substrate.fingerprint()[:16]
+    folder = data / "latents" / substrate.fingerprint()
     facts = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps({**facts, "fingerprint": "f" * 64}))
     with pytest.raises(ValueError, match="cached with the tokenizer ffff.*delete that folder"):
@@ -150,7 +150,7 @@ def test_the_reference_model_trains_plans_and_decodes_from_images(tokenizer, tra
     assert dict(model.spec.observation) == {"pixels": (3, SIZE, SIZE), "proprioception": (2,)}
     own = checkpoint.load(tokenizer).substrate  # type: ignore[attr-defined]
     assert model.substrate.fingerprint() == own.fingerprint(), "the tokenizer changed in training"
-    assert checkpoint.read_metadata(trained).model["tokenizer"]["fingerprint"] == own.fingerprint()
+    assert checkpoint.read_metadata(trained).provenance["tokenizers"] == [own.fingerprint()]
     with torch.no_grad():
         state = model.encode(context())
         imagined = model.imagine(state, torch.zeros(3, 2, 4, 2), with_frames=True)

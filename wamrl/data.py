@@ -654,15 +654,15 @@ def _cached_tokens(substrate: ImageSubstrate, fingerprint: str, episode: str | N
     if episode is None:  # in memory only
         return encoded()
     source = Path(episode)
-    folder = source.parent.parent / LATENTS / fingerprint[:16]
+    folder = source.parent.parent / LATENTS / fingerprint
     facts, file = folder / "tokenizer.json", folder / f"{source.name}.npy"
     if not facts.is_file():
         write_json(facts, {"fingerprint": fingerprint, "key": substrate.key, "config": dict(substrate.config)})
     stored = json.loads(facts.read_text(encoding="utf-8"))["fingerprint"]
     if stored != fingerprint:
         raise ValueError(
-            f"the latents in {folder} were cached with the tokenizer {stored[:16]}, but the model's is "
-            f"{fingerprint[:16]}; delete that folder, and they are made again"
+            f"the latents in {folder} were cached with the tokenizer {stored}, but the model's is "
+            f"{fingerprint}; delete that folder, and they are made again"
         )
     if not file.is_file():
         with atomic_path(file) as temporary:

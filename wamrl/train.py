@@ -18,7 +18,7 @@ from wamrl.files import write_json, write_text
 from wamrl.image_quality import decoded_quality, image_keys, metrics
 from wamrl.interfaces import WAM
 from wamrl.models.foundation import advice, load_foundation
-from wamrl.models.images import ImageSubstrate
+from wamrl.models.images import ImageSubstrate, check_image_shape
 from wamrl.models.tokenizer import Tokenizer
 from wamrl.provenance import versions
 from wamrl.training import TrainingOptions, TrainingResult, fit
@@ -74,10 +74,8 @@ def train(
     sizes = wam if isinstance(wam, Mapping) else checkpoint.read_metadata(wam).model
     model_config = {**sizes, **_facts(dataset, tasks, observation, control_dt_s)}
     given = _tokenizer(tokenizer, dataset) if tokenizer is not None else None
-    if given is not None:
-        model_config["tokenizer"] = {**given.config, "fingerprint": given.fingerprint()}
-        if earlier is not None:
-            _check_same_tokenizer(str(wam), sizes, model_config)
+    if isinstance(wam, Mapping):
+        model_config = _with_tokenizer(model_config, given)
     training, validation = dataset, None
     if validation_fraction:
         training, validation = dataset.split(validation_fraction, seed=options.seed)
@@ -94,9 +92,15 @@ def train(
     pictures = validation if image_keys(model) else None
     if pictures is not None:
         metrics()  # its error, if torchmetrics is missing
-    for frozen in _frozen_tokenizers(model):
-        if given is not None:
+    tokenizers = _frozen_tokenizers(model)
+    for frozen in tokenizers:
+        if given is not None and isinstance(wam, Mapping):
             frozen.load_state_dict(given.state_dict())
+        elif given is not None and given.fingerprint() != frozen.fingerprint():
+            raise ValueError(
+                f"{wam} was trained on latents of the tokenizer {frozen.fingerprint()}, but tokenizer={tokenizer} is "
+                f"{given.fingerprint()}, whose latents mean something else; leave tokenizer= out, the model has its own"
+            )
         training = training.with_tokens(frozen)
         validation = validation.with_tokens(frozen) if validation is not None else None
     start = earlier.content_sha256 if earlier else None
@@ -107,6 +111,7 @@ def train(
         "episodes": len(training),
         "steps_of_data": training.num_steps,
         "initial": start,
+        "tokenizers": [frozen.fingerprint() for frozen in tokenizers],
         "device": device,
         "threads": options.threads or torch.get_num_threads(),
     }
@@ -121,7 +126,7 @@ def train(
         validation=validation,
         scale={key: value["std"] for key, value in statistics.items()},
         device=device,
-        identity=_identity(training, model_config, start),
+        identity=_identity(training, model_config, "".join([str(start), *provenance["tokenizers"]])),
         quiet=quiet,
     )
     if pictures is not None:
@@ -234,10 +239,7 @@ def _tokenizer(name: str | Path, dataset: EpisodeDataset) -> ImageSubstrate:
     """The substrate of a trained tokenizer's checkpoint, or the autoencoder in a directory that diffusers saved."""
     folder = Path(name)
     if folder.is_dir() and not (folder / "checkpoints").is_dir() and not (folder / "model.safetensors").is_file():
-        images = [(key, shape) for key, shape in dataset.observation.items() if len(shape) == 3]
-        if len(images) != 1:
-            raise ValueError(f"tokenizer={name} reads one camera, but the data read has {len(images)} image keys")
-        return load_foundation(folder, images[0][1], key=images[0][0])
+        return load_foundation(folder, {key: shape for key, shape in dataset.observation.items() if len(shape) == 3})
     try:
         model = checkpoint.load(name)
     except FileNotFoundError as error:
@@ -246,7 +248,10 @@ def _tokenizer(name: str | Path, dataset: EpisodeDataset) -> ImageSubstrate:
         raise ValueError(
             f"tokenizer={name} holds a {type(model).__name__}; give the run of python -m wamrl.train wam=tokenizer"
         )
-    return model.substrate
+    substrate = model.substrate
+    if substrate.key in dataset.observation:
+        check_image_shape(dataset.observation[substrate.key], substrate.image_shape, substrate.key)
+    return substrate
 
 
 def _frozen_tokenizers(model: WAM) -> list[ImageSubstrate]:
@@ -255,16 +260,31 @@ def _frozen_tokenizers(model: WAM) -> list[ImageSubstrate]:
     return [part for part in parts if not any(parameter.requires_grad for parameter in part.parameters())]
 
 
-def _check_same_tokenizer(path: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    mine, other = (str((model.get("tokenizer") or {}).get("fingerprint")) for model in (stored, asked))
-    if mine != other:
+def _with_tokenizer(config: dict[str, Any], given: ImageSubstrate | None) -> dict[str, Any]:
+    """The model's config with the tokenizer that it reads images through.
+
+    It stands where the list `substrate` names `tokenizer`; a model without substrates in its config takes it as an
+    argument of that name.
+    """
+    if "substrate" not in config or config["_target_"] == f"{Tokenizer.__module__}.{Tokenizer.__name__}":
+        return config if given is None else {**config, "tokenizer": given.config}
+    several = not isinstance(config["substrate"], Mapping)
+    parts = config["substrate"] if several else [config["substrate"]]
+    wanted = [part.get("name") == "tokenizer" for part in parts]
+    if any(wanted) and given is None:
         raise ValueError(
-            f"{path} was trained on latents of the tokenizer {mine[:16]}, but the one given is {other[:16]}, whose "
-            "latents mean something else; leave tokenizer= out, the checkpoint holds its own"
+            "this model reads images through a frozen tokenizer: train one with python -m wamrl.train wam=tokenizer "
+            "observation=[pixels], and give it as tokenizer=<its run>"
         )
+    if given is not None and not any(wanted):
+        raise ValueError(
+            "tokenizer= is given, but none of the model's substrates is {name: tokenizer}, so none reads images"
+        )
+    filled = [given.config if here and given is not None else part for here, part in zip(wanted, parts, strict=True)]
+    return {**config, "substrate": filled if several else filled[0]}
 
 
-def _identity(dataset: EpisodeDataset, model_config: Mapping[str, Any], initial: str | None) -> str:
+def _identity(dataset: EpisodeDataset, model_config: Mapping[str, Any], initial: str) -> str:
     """A short name for model, data and start, so that a run is resumed with the same ones only."""
     digest = hashlib.sha256(f"{sorted(model_config.items())}{initial}".encode())
     for tensor in (dataset.offsets, dataset.lengths, dataset.frames["action"], dataset.frames["reward"]):

@@ -10,7 +10,7 @@ Letters: X images, C features, h x w grid.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,38 +22,42 @@ from wamrl.models.images import TrainedSubstrate, conv_encoder
 class FeatureTeacher(TrainedSubstrate):
     """The teacher's features as tokens, one per cell of 16 x 16 pixels; encoder-only.
 
-    image_shape: [3, H, W], multiples of 16. features: C, the numbers of a token. channels: of the first convolution.
-    rate: of the moving average per step. blanked: share of cells that the student does not see. spread: weight of the
-    variance and covariance terms.
+    observation: the camera's key -> [3, H, W], multiples of 16. features: C, the numbers of a token. channels: of the
+    first convolution. rate: of the moving average per step. blanked: share of cells that the student does not see.
+    spread: weight of the variance and covariance terms.
     """
 
     def __init__(
         self,
+        observation: Mapping[str, Sequence[int]],
         *,
-        image_shape: Sequence[int],
-        key: str = "pixels",
         features: int = 16,
         channels: int = 32,
         rate: float = 0.01,
         blanked: float = 0.5,
         spread: float = 1.0,
     ) -> None:
-        height, width = tuple(image_shape)[-2:]
-        if height % 16 or width % 16:
-            raise ValueError(f"images of {height} x {width} pixels have no cells of 16 x 16; use multiples of 16")
+        super().__init__(observation, channels=features, stride=16, patch=1)
         if not 0.0 < blanked < 1.0:
             raise ValueError(f"blanked is {blanked}, but must lie between 0 and 1")
-        super().__init__(key=key, image_shape=image_shape, channels=features, grid=(height // 16, width // 16), patch=1)
         self.config = {
-            "kind": "feature", "image_shape": list(image_shape), "key": key, "features": features, "channels": channels,
-            "rate": rate, "blanked": blanked, "spread": spread,
+            "name": "feature", "keys": [self.key], "features": features, "channels": channels, "rate": rate,
+            "blanked": blanked, "spread": spread,
         }  # fmt: skip
         self.rate, self.blanked, self.spread = rate, blanked, spread
         self.student = nn.Sequential(conv_encoder(channels, features), nn.AvgPool2d(2))
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.teacher = copy.deepcopy(self.student)
         self.predictor = nn.Sequential(
             nn.Conv2d(features, 4 * features, 3, padding=1), nn.SiLU(), nn.Conv2d(4 * features, features, 3, padding=1)
         )
+        self.requires_grad_(False)
+
+    def describe(self) -> str:
+        return "feature"
+
+    def learn(self) -> None:
+        for part in (self.student, self.predictor):
+            part.requires_grad_(True)
 
     def latents(self, images: Tensor) -> Tensor:
         return self.teacher(2.0 * images - 1.0)
@@ -63,7 +67,7 @@ class FeatureTeacher(TrainedSubstrate):
         with torch.no_grad():
             target = self.latents(images).float()
         self.see(target)
-        drawn = torch.rand(len(images), 1, *self.grid, generator=noise, device=images.device)
+        drawn = torch.rand(len(images), 1, *self.cells, generator=noise, device=images.device)
         hidden = (drawn < self.blanked).float()
         blank = F.interpolate(hidden, size=self.image_shape[-2:])
         seen = self.student((2.0 * images - 1.0) * (1.0 - blank)).float()

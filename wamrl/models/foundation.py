@@ -18,13 +18,7 @@ import torch
 from torch import Tensor
 
 from wamrl.models.images import ImageSubstrate
-from wamrl.naming import RunError, unknown_name
-
-# What diffusers calls a class -> our kind, and where one that fits is published.
-CLASSES = {
-    "AutoencoderKL": ("autoencoder_kl", "stabilityai/sd-vae-ft-mse"),
-    "AutoencoderKLWan": ("autoencoder_kl_wan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers, its folder vae"),
-}
+from wamrl.naming import RunError
 
 
 def _diffusers() -> Any:
@@ -36,63 +30,84 @@ def _diffusers() -> Any:
 
 
 class FoundationLatent(ImageSubstrate):
-    """Latents of an autoencoder of diffusers, frozen.
+    """Latents of an autoencoder of diffusers; its two kinds are below.
 
-    kind: "autoencoder_kl" or "autoencoder_kl_wan". image_shape: [3, H, W], multiples of the autoencoder's stride times
-    patch. autoencoder: its config.json as plain values. patch: latent cells per side of a token.
+    observation: the camera's key -> [3, H, W], multiples of the autoencoder's stride times patch. autoencoder: its
+    config.json as plain values. patch: latent cells per side of a token.
     """
 
+    name: str
+    made_by: str
+
     def __init__(
-        self,
-        *,
-        kind: str,
-        image_shape: Sequence[int],
-        autoencoder: Mapping[str, Any],
-        key: str = "pixels",
-        patch: int = 2,
+        self, observation: Mapping[str, Sequence[int]], *, autoencoder: Mapping[str, Any], patch: int = 2
     ) -> None:
-        names = {ours: name for name, (ours, _) in CLASSES.items()}
-        if kind not in names:
-            raise unknown_name("autoencoder", kind, names)
         plain = {name: value for name, value in autoencoder.items() if not name.startswith("_")}
-        network = getattr(_diffusers(), names[kind]).from_config(plain)
-        video = kind == "autoencoder_kl_wan"
-        config = network.config
-        stride = 2 ** (len(config.dim_mult if video else config.block_out_channels) - 1)
-        stride *= config.get("patch_size") or 1  # of Wan 2.2
-        channels = config.z_dim if video else config.latent_channels
-        height, width = tuple(image_shape)[-2:]
-        if height % stride or width % stride:
-            raise ValueError(
-                f"images of {height} x {width} pixels do not fit an autoencoder of stride {stride}; use multiples of it"
-            )
-        super().__init__(
-            key=key, image_shape=image_shape, channels=channels, grid=(height // stride, width // stride), patch=patch
-        )
-        self.decodes = (key,)
-        self.config = {"kind": kind, "image_shape": list(image_shape), "key": key, "patch": patch, "autoencoder": plain}
-        self.video = video
-        self.network = network.eval().requires_grad_(False)
-        # Their own statistics: Wan per channel, Stable Diffusion one factor and perhaps a shift.
-        if video:
-            mean, std = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
-            if len(mean) != channels or len(std) != channels:
-                raise ValueError(f"latents_mean has {len(mean)} numbers, but the autoencoder has {channels} channels")
-        else:
-            mean = torch.full((channels,), float(config.get("shift_factor") or 0.0))
-            std = torch.full((channels,), 1.0 / float(config.scaling_factor))
+        network = getattr(_diffusers(), self.made_by).from_config(plain)
+        mean, std, stride = self.facts(network.config)
+        super().__init__(observation, channels=len(mean), stride=stride, patch=patch)
+        self.decodes = (self.key,)
+        self.config = {"name": self.name, "keys": [self.key], "patch": patch, "autoencoder": plain}
+        self.network = network.eval()
         self.mean.copy_(mean)
         self.std.copy_(std)
+        self.requires_grad_(False)
+
+    @staticmethod
+    def facts(config: Any) -> tuple[Tensor, Tensor, int]:
+        """Mean and deviation [C] of the latents as the autoencoder states them, and pixels per latent cell."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        return "pixel"
+
+
+class ImageAutoencoder(FoundationLatent):
+    """`AutoencoderKL`: one factor for all channels, and perhaps a shift."""
+
+    name, made_by = "autoencoder_kl", "AutoencoderKL"
+
+    @staticmethod
+    def facts(config: Any) -> tuple[Tensor, Tensor, int]:
+        channels = config.latent_channels
+        mean = torch.full((channels,), float(config.get("shift_factor") or 0.0))
+        return (
+            mean,
+            torch.full((channels,), 1.0 / float(config.scaling_factor)),
+            2 ** (len(config.block_out_channels) - 1),
+        )
 
     def latents(self, images: Tensor) -> Tensor:
-        wanted = 2.0 * images - 1.0
-        clip = wanted.unsqueeze(2) if self.video else wanted
-        latents = self.network.encode(clip).latent_dist.mode()
-        return latents.squeeze(2) if self.video else latents
+        return self.network.encode(2.0 * images - 1.0).latent_dist.mode()
 
     def images(self, latents: Tensor) -> Tensor:
-        shown = self.network.decode(latents.unsqueeze(2) if self.video else latents).sample
-        return 0.5 * ((shown.squeeze(2) if self.video else shown) + 1.0)
+        return 0.5 * (self.network.decode(latents).sample + 1.0)
+
+
+class VideoAutoencoder(FoundationLatent):
+    """`AutoencoderKLWan`, on clips of one frame: mean and deviation per channel."""
+
+    name, made_by = "autoencoder_kl_wan", "AutoencoderKLWan"
+
+    @staticmethod
+    def facts(config: Any) -> tuple[Tensor, Tensor, int]:
+        mean, std = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
+        if not len(mean) == len(std) == config.z_dim:
+            raise ValueError(f"latents_mean has {len(mean)} numbers, but the autoencoder has {config.z_dim} channels")
+        return mean, std, 2 ** (len(config.dim_mult) - 1) * (config.get("patch_size") or 1)  # Wan 2.2 patches its input
+
+    def latents(self, images: Tensor) -> Tensor:
+        return self.network.encode((2.0 * images - 1.0).unsqueeze(2)).latent_dist.mode().squeeze(2)
+
+    def images(self, latents: Tensor) -> Tensor:
+        return 0.5 * (self.network.decode(latents.unsqueeze(2)).sample.squeeze(2) + 1.0)
+
+
+# What diffusers calls a class -> ours, and where one is published.
+CLASSES: dict[str, tuple[type[FoundationLatent], str]] = {
+    "AutoencoderKL": (ImageAutoencoder, "stabilityai/sd-vae-ft-mse"),
+    "AutoencoderKLWan": (VideoAutoencoder, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers, its folder vae"),
+}
 
 
 def advice() -> str:
@@ -105,9 +120,9 @@ def advice() -> str:
 
 
 def load_foundation(
-    path: str | os.PathLike[str], image_shape: Sequence[int], *, key: str = "pixels", patch: int = 2
+    path: str | os.PathLike[str], observation: Mapping[str, Sequence[int]], *, patch: int = 2
 ) -> FoundationLatent:
-    """The autoencoder that diffusers saved in the directory `path`, for images of `image_shape` [3, H, W].
+    """The autoencoder that diffusers saved in the directory `path`, for the camera of `observation`: key -> [3, H, W].
 
     Raises:
         FileNotFoundError: no such directory, or one without an autoencoder; the message says what to download.
@@ -126,8 +141,6 @@ def load_foundation(
     network = getattr(_diffusers(), found).from_pretrained(
         folder, local_files_only=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
     )
-    substrate = FoundationLatent(
-        kind=CLASSES[found][0], image_shape=image_shape, autoencoder=dict(config), key=key, patch=patch
-    )
+    substrate = CLASSES[found][0](observation, autoencoder=dict(config), patch=patch)
     substrate.network.load_state_dict(network.state_dict())
     return substrate

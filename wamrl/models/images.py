@@ -66,27 +66,39 @@ class ImageSubstrate(Substrate):
     A latent grid is standardised per channel by the buffers `mean` and `std` [C] and cut into patches of P x P cells:
     L = h w / P^2 tokens of D = C P^2 numbers.
 
+    observation: the camera's key -> [3, H, W]. config: what `make_substrate` builds it again from. Weights are frozen,
+    but for what `wamrl.models.tokenizer` trains.
+
     Observations may hold the tokens themselves under `cache_key`, as those of a dataset whose tokens were cached do;
     then nothing is encoded.
     """
 
     mean: Tensor
     std: Tensor
+    config: dict[str, Any]
 
-    def __init__(
-        self, *, key: str, image_shape: Sequence[int], channels: int, grid: tuple[int, int], patch: int
-    ) -> None:
+    def __init__(self, observation: Mapping[str, Sequence[int]], *, channels: int, stride: int, patch: int) -> None:
         super().__init__()
-        if len(tuple(image_shape)) != 3 or tuple(image_shape)[0] != 3:
-            raise ValueError(f"image_shape is {tuple(image_shape)}, but images are [3, H, W]")
-        if patch < 1 or grid[0] % patch or grid[1] % patch:
-            raise ValueError(f"patch is {patch}, but must divide the latent grid of {grid[0]} x {grid[1]} cells")
-        self.key, self.image_shape, self.patch = key, tuple(image_shape), patch
-        self.grid = (grid[0] // patch, grid[1] // patch)
-        self.keys, self.cache_key = (key,), f"{key}_tokens"
-        self.tokens, self.width = self.grid[0] * self.grid[1], channels * patch**2
+        if len(observation) != 1:
+            raise ValueError(
+                f"this substrate reads one camera, not {', '.join(observation) or 'none'}; write keys: [pixels]"
+            )
+        ((self.key, shape),) = observation.items()
+        check_image_shape(shape, (3, *tuple(shape)[1:]), self.key)
+        self.image_shape, self.patch = tuple(shape), patch
+        side = stride * patch
+        if patch < 1 or self.image_shape[1] % side or self.image_shape[2] % side:
+            raise ValueError(
+                f"images of {self.image_shape[1]} x {self.image_shape[2]} pixels cannot be cut into tokens of {side} x "
+                f"{side}: a latent is {stride} pixels wide, and patch is {patch}; choose sizes that divide"
+            )
+        self.cells = (self.image_shape[1] // side, self.image_shape[2] // side)
+        self.keys, self.cache_key = (self.key,), f"{self.key}_tokens"
+        self.tokens, self.width = self.cells[0] * self.cells[1], channels * patch**2
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
+        self.register_buffer("used", torch.ones(self.tokens, self.width, dtype=torch.bool), persistent=False)
+        self.change = None
 
     def latents(self, images: Tensor) -> Tensor:
         """[X, C, h, w], not standardised, of images [X, 3, H, W] in [0, 1]."""
@@ -117,7 +129,7 @@ class ImageSubstrate(Substrate):
     def decode(self, tokens: Tensor) -> dict[str, Tensor]:
         if not self.decodes:
             return super().decode(tokens)
-        cells = tokens.reshape(-1, self.tokens, self.width).transpose(1, 2).unflatten(2, self.grid)
+        cells = tokens.reshape(-1, self.tokens, self.width).transpose(1, 2).unflatten(2, self.cells)
         latents = F.pixel_shuffle(cells, self.patch) * self.std[:, None, None] + self.mean[:, None, None]
         images = self.images(latents).float().clamp(0.0, 1.0)
         return {self.key: images.reshape(*tokens.shape[:-2], *self.image_shape)}
@@ -132,12 +144,14 @@ class TrainedSubstrate(ImageSubstrate):
 
     seen: Tensor
 
-    def __init__(
-        self, *, key: str, image_shape: Sequence[int], channels: int, grid: tuple[int, int], patch: int
-    ) -> None:
-        super().__init__(key=key, image_shape=image_shape, channels=channels, grid=grid, patch=patch)
+    def __init__(self, observation: Mapping[str, Sequence[int]], *, channels: int, stride: int, patch: int) -> None:
+        super().__init__(observation, channels=channels, stride=stride, patch=patch)
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         self._moments: tuple[Tensor, Tensor] | None = None
+
+    def learn(self) -> None:
+        """Let the weights take gradients."""
+        self.requires_grad_(True)
 
     def loss(self, images: Tensor, task: Tensor, noise: torch.Generator | None = None) -> dict[str, Tensor]:
         """Named scalars of images [X, 3, H, W] in [0, 1]; `loss` is to be minimised. `task` [X] int64 tells scenes."""
@@ -208,38 +222,35 @@ class PixelLatent(TrainedSubstrate):
 
     The encoder's mean is what is predicted; its variance only serves training, which `loss` and `update` do.
 
-    image_shape: [3, H, W], H and W multiples of 8 times patch. channels: of the first convolution; deeper ones have two
-    and four times as many. latent_channels: C. patch: P. kl_weight: of the divergence from a unit Gaussian, per latent
-    number, beside the squared error per image number in units of [-1, 1]. foreground_weight: how many times more an
-    image number counts that differs from what the batch's images of the same task show there on average.
+    observation: the camera's key -> [3, H, W], multiples of 8 times patch. channels: of the first convolution; deeper
+    ones have two and four times as many. latent_channels: C. patch: P. kl_weight: of the divergence from a unit
+    Gaussian, per latent number, beside the squared error per image number in units of [-1, 1]. foreground_weight: how
+    many times more an image number counts that differs from what the batch's images of the task show on average.
     """
 
     def __init__(
         self,
+        observation: Mapping[str, Sequence[int]],
         *,
-        image_shape: Sequence[int],
-        key: str = "pixels",
         channels: int = 32,
         latent_channels: int = 4,
         patch: int = 2,
         kl_weight: float = 1e-4,
         foreground_weight: float = 4.0,
     ) -> None:
-        height, width = tuple(image_shape)[-2:]
-        if height % 8 or width % 8:
-            raise ValueError(f"images of {height} x {width} pixels cannot be halved three times; use multiples of 8")
-        super().__init__(
-            key=key, image_shape=image_shape, channels=latent_channels, grid=(height // 8, width // 8), patch=patch
-        )
-        self.decodes = (key,)
+        super().__init__(observation, channels=latent_channels, stride=8, patch=patch)
+        self.decodes = (self.key,)
         self.config = {
-            "kind": "pixel", "image_shape": list(image_shape), "key": key, "channels": channels,
-            "latent_channels": latent_channels, "patch": patch, "kl_weight": kl_weight,
-            "foreground_weight": foreground_weight,
+            "name": "pixel", "keys": [self.key], "channels": channels, "latent_channels": latent_channels,
+            "patch": patch, "kl_weight": kl_weight, "foreground_weight": foreground_weight,
         }  # fmt: skip
         self.kl_weight, self.foreground_weight = kl_weight, foreground_weight
         self.encoder = conv_encoder(channels, 2 * latent_channels)
-        self.decoder = _Decoder(latent_channels, channels, (height // 8, width // 8))
+        self.decoder = _Decoder(latent_channels, channels, (self.image_shape[1] // 8, self.image_shape[2] // 8))
+        self.requires_grad_(False)
+
+    def describe(self) -> str:
+        return "pixel"
 
     def latents(self, images: Tensor) -> Tensor:
         return self.encoder(2.0 * images - 1.0).chunk(2, dim=1)[0]

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Proposal, Spec, State, task_id
-from wamrl.models.images import ImageSubstrate, check_image_shape, uint8_images
-from wamrl.models.substrates import build_substrate
+from wamrl.models.images import ImageSubstrate, uint8_images
+from wamrl.models.substrate import make_substrate
 from wamrl.naming import unknown_name
 from wamrl.noise import NoiseKey
 
@@ -85,8 +85,8 @@ class JointEmbeddingWAM(WAM):
     """Encoder, latent dynamics ensemble, reward, success, values, policy and probe in one set of weights.
 
     observation: key -> shape of the keys that the encoder reads and the probe decodes: vectors, and perhaps one image.
-    tokenizer: for an image, the substrate that reads it, as in `Substrate.config`; its weights are part of the model's
-    and stay as they are.
+    tokenizer: for an image, the substrate that reads it, as in `ImageSubstrate.config`; its weights are part of the
+    model's and stay as they are.
     latent_dim: learned features of a latent.
     members: dynamics networks, each with its own reward and success head; their disagreement is the uncertainty.
     values: value heads E.
@@ -518,21 +518,21 @@ def _substrate(observation: Mapping[str, Sequence[int]], tokenizer: Mapping[str,
                 "python -m wamrl.train wam=tokenizer observation=[pixels], and give it as tokenizer=<its run>"
             )
         return None
-    substrate = build_substrate(tokenizer)
-    if not isinstance(substrate, ImageSubstrate):
-        raise ValueError(f"the reference model reads images through a tokenizer of images, not '{tokenizer['kind']}'")
-    if images != [substrate.key]:
+    (key,) = tokenizer["keys"]
+    if images != [key]:
         raise ValueError(
-            f"the tokenizer reads the image '{substrate.key}', but observation={list(observation)} has "
-            f"{', '.join(images) or 'no image'}; write observation=[{substrate.key},proprioception]"
+            f"the tokenizer reads the image '{key}', but observation={list(observation)} has "
+            f"{', '.join(images) or 'no image'}; write observation=[{key},proprioception]"
         )
     if len(observation) == 1:
         raise ValueError(
-            f"observation=[{substrate.key}] leaves out proprioception, and one image does not tell where the robot is "
-            f"to the millimetre; write observation=[{substrate.key},proprioception]"
+            f"observation=[{key}] leaves out proprioception, and one image does not tell where the robot is "
+            f"to the millimetre; write observation=[{key},proprioception]"
         )
-    check_image_shape(observation[substrate.key], substrate.image_shape, substrate.key)
-    return substrate.requires_grad_(False)
+    substrate = make_substrate(tokenizer, observation)
+    if not isinstance(substrate, ImageSubstrate):
+        raise ValueError(f"the reference model reads images through a tokenizer of images, not '{tokenizer['name']}'")
+    return substrate
 
 
 def _gaussian_log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

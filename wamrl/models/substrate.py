@@ -1,94 +1,243 @@
-"""Substrates: the space in which a World Action Model predicts (arXiv 2606.20781), as tokens of one frame.
+"""Substrates: what a World Action Model predicts. One frame of an observation becomes L tokens of D numbers.
 
-A substrate turns observations into L tokens of width D, standardised to about unit variance, and where it can, tokens
-back into observations. A model that predicts tokens thereby works with any of them: VAE latents, features, tracks of
-poses, or several at once (`Joint`).
+A substrate has no noise, no time and no action in it: backbones and couplings work on its tokens whatever they are.
 
-Letters: L tokens of a frame, D numbers of a token; [...] any leading dims (batch, time).
+Letters: L tokens per frame, D numbers per token.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor
+from torch import Tensor, nn
+
+from wamrl.naming import unknown_name
+
+SUBSTRATES = {
+    "geometric": "wamrl.models.substrate.GeometricSubstrate",
+    "pixel": "wamrl.models.images.PixelLatent",
+    "feature": "wamrl.models.feature.FeatureTeacher",
+    "autoencoder_kl": "wamrl.models.foundation.ImageAutoencoder",
+    "autoencoder_kl_wan": "wamrl.models.foundation.VideoAutoencoder",
+}
+"""Name in a model's YAML -> class. A class is imported when it is asked for."""
+
+METAWORLD_TRACKS: dict[str, dict[str, list[int]]] = {
+    "hand": {"state": [0, 1, 2, 3, 18, 19, 20, 21], "proprioception": [0, 1, 2, 3]},
+    "object": {"state": [4, 5, 6, 7, 8, 9, 10, 22, 23, 24, 25, 26, 27, 28]},
+    "second_object": {"state": [11, 12, 13, 14, 15, 16, 17, 29, 30, 31, 32, 33, 34, 35]},
+    "goal": {"state": [36, 37, 38]},
+}
+"""Meta-World's state of 39 numbers: hand, gripper and two objects, now and one step before, and the goal."""
 
 
-class Substrate(torch.nn.Module):
-    """What is predicted. Subclasses set the attributes and implement `encode`, and `decode` where there is one.
+class Substrate(nn.Module):
+    """What is predicted: `encode` to tokens of about unit variance, and `decode` where that exists.
 
-    keys: observation keys that `encode` reads. tokens: L. width: D. decodes: observation keys that `decode` gives.
-    config: the plain values that it was built with; with the weights they make its fingerprint.
+    keys: observation keys that `encode` reads. tokens: L. width: D. decodes: keys that `decode` gives.
+    used: [L, D] bool, False where a token is padded. change: [L, D], root mean square of what a number of a token
+    changes by in one control step, or None where it is not known: models then predict tokens, not changes.
     """
 
     keys: tuple[str, ...]
     tokens: int
     width: int
     decodes: tuple[str, ...] = ()
-    config: Mapping[str, Any]
+    used: Tensor
+    change: Tensor | None
 
-    def encode(self, observation: TensorDict | Mapping[str, Any]) -> Tensor:
-        """[..., L, D] standardised tokens of observations with leading dims [...].
-
-        Raises:
-            ValueError: a missing key, or a shape, dtype or range that the substrate was not made for.
-        """
+    def encode(self, observation: TensorDict) -> Tensor:
+        """Tokens [..., L, D] of an observation [...]."""
         raise NotImplementedError
 
     def decode(self, tokens: Tensor) -> dict[str, Tensor]:
-        """The keys of `decodes` from tokens [..., L, D]; images are float in [0, 1].
+        """Observation keys [..., *shape] of tokens [..., L, D]."""
+        raise ValueError(f"{type(self).__name__} is encoder-only: its tokens decode to no observation")
 
-        Raises:
-            ValueError: when this substrate does not decode.
-        """
-        raise ValueError(
-            f"{type(self).__name__} is encoder-only: its tokens cannot be decoded to {', '.join(self.keys)}"
-        )
+    def set_normalisation(self, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take the training data's `mean`, `std` and `change` per observation key, before training."""
+
+    def describe(self) -> str:
+        """Its name on the survey's axis of substrates (arXiv 2606.20781)."""
+        return type(self).__name__.removesuffix("Substrate").lower()
 
     def fingerprint(self) -> str:
-        """SHA-256 over class, config and weights: equal exactly when the same observation gives the same tokens."""
-        config = json.dumps(self.config, sort_keys=True, default=list)
-        digest = hashlib.sha256(f"{type(self).__name__}\0{config}\0".encode())
+        """A hash of all that decides what tokens mean, so that cached tokens of another substrate are refused."""
+        digest = hashlib.sha256(json.dumps([type(self).__name__, self.keys, self.tokens, self.width]).encode())
         for name, tensor in sorted(self.state_dict().items()):
-            tensor = tensor.detach().cpu().contiguous()
-            digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
 
 
-class Joint(Substrate):
-    """Several substrates at once: their tokens one after the other, narrower ones padded with zeros to the widest."""
+class GeometricSubstrate(Substrate):
+    """Tracks of hand, objects and goal: one token per track, the standardised numbers that describe it.
+
+    observation: key -> shape of the (vector) keys to read. tracks: track -> key -> indices into that key. None is
+    Meta-World's layout where `state` has 39 numbers, else one track per key with all its numbers. Every number of every
+    key must be in some track, so that `decode` gives the whole observation; where several hold it, the first counts.
+    """
+
+    mean: Tensor
+    std: Tensor
+    where: Tensor
+    source: Tensor
+
+    def __init__(
+        self,
+        observation: Mapping[str, Sequence[int]],
+        tracks: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
+    ) -> None:
+        super().__init__()
+        for key, shape in observation.items():
+            if len(shape) != 1:
+                raise ValueError(
+                    f"the geometric substrate reads vectors, but '{key}' has shape {tuple(shape)}; images need a pixel "
+                    "substrate, or leave the key out with observation=[...]"
+                )
+        self.shapes = {key: int(shape[0]) for key, shape in observation.items()}
+        if tracks is None:
+            tracks = self._usual_tracks()
+        offsets, total = {}, 0
+        for key, size in self.shapes.items():
+            offsets[key], total = total, total + size
+        rows: list[list[int]] = []
+        for track, parts in tracks.items():
+            row = []
+            for key, indices in parts.items():
+                if key not in self.shapes:
+                    raise ValueError(
+                        f"track '{track}' reads the observation key '{key}', but the model reads "
+                        f"{', '.join(self.shapes)}; add it with observation=[...], or leave it out of the track"
+                    )
+                wrong = [i for i in indices if not 0 <= i < self.shapes[key]]
+                if wrong:
+                    raise ValueError(f"track '{track}': '{key}' has {self.shapes[key]} numbers, none at {wrong}")
+                row += [offsets[key] + i for i in indices]
+            rows.append(row)
+        lost = sorted(set(range(total)) - {i for row in rows for i in row})
+        if lost:
+            raise ValueError(f"number(s) {lost} of the observation are in no track, so they could not be decoded")
+        self.keys = self.decodes = tuple(self.shapes)
+        self.tokens, self.width = len(rows), max(map(len, rows))
+        where = torch.full((self.tokens, self.width), -1)
+        for number, row in enumerate(rows):
+            where[number, : len(row)] = torch.tensor(row)
+        flat = where.flatten().tolist()
+        self.register_buffer("where", where.clamp(min=0), persistent=False)
+        self.register_buffer("used", where >= 0, persistent=False)
+        self.register_buffer("source", torch.tensor([flat.index(i) for i in range(total)]), persistent=False)
+        self.register_buffer("mean", torch.zeros(total))
+        self.register_buffer("std", torch.ones(total))
+        self.register_buffer("change", torch.ones(self.tokens, self.width))
+
+    def _usual_tracks(self) -> Mapping[str, Mapping[str, Sequence[int]]]:
+        if self.shapes == {"state": 39, "proprioception": 4}:
+            return METAWORLD_TRACKS
+        if self.shapes == {"state": 39}:
+            return {track: {"state": parts["state"]} for track, parts in METAWORLD_TRACKS.items()}
+        return {key: {key: list(range(size))} for key, size in self.shapes.items()}
+
+    def set_normalisation(self, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Mean, std and change per number; one that never varies keeps a deviation of one."""
+        stacked = {
+            name: torch.cat([torch.as_tensor(statistics[key][name]).flatten() for key in self.keys])
+            for name in ("mean", "std", "change")
+        }
+        self.mean.copy_(stacked["mean"])
+        self.std.copy_(stacked["std"].where(stacked["std"] > 1.001e-3, 1.0))
+        assert self.change is not None
+        self.change.copy_((stacked["change"] / self.std)[self.where] * self.used)
+
+    def encode(self, observation: TensorDict) -> Tensor:
+        flat = torch.cat([observation[key].float() for key in self.keys], dim=-1)
+        return ((flat - self.mean) / self.std)[..., self.where] * self.used
+
+    def decode(self, tokens: Tensor) -> dict[str, Tensor]:
+        flat = tokens.flatten(-2)[..., self.source] * self.std + self.mean
+        return dict(zip(self.keys, flat.split(list(self.shapes.values()), dim=-1), strict=True))
+
+
+class JointSubstrate(Substrate):
+    """Several substrates side by side (pixel AND geometric, ...): their tokens, padded to the widest, in one frame."""
 
     def __init__(self, parts: Sequence[Substrate]) -> None:
         super().__init__()
-        if not parts:
-            raise ValueError("a joint substrate needs at least one part")
-        self.parts = torch.nn.ModuleList(parts)
+        self.parts = nn.ModuleList(parts)
         self.keys = tuple(dict.fromkeys(key for part in parts for key in part.keys))
-        self.tokens, self.width = sum(part.tokens for part in parts), max(part.width for part in parts)
         self.decodes = tuple(dict.fromkeys(key for part in parts for key in part.decodes))
-        if len(self.decodes) < sum(len(part.decodes) for part in parts):
-            raise ValueError(f"two parts of a joint substrate decode the same of {', '.join(self.decodes)}")
-        self.config = {"kind": "joint", "parts": [dict(part.config) for part in parts]}
+        self.tokens, self.width = sum(part.tokens for part in parts), max(part.width for part in parts)
+        self.register_buffer("used", torch.cat([self._padded(part.used) for part in parts]), persistent=False)
 
-    def encode(self, observation: TensorDict | Mapping[str, Any]) -> Tensor:
-        encoded = [part.encode(observation) for part in self._parts()]
-        return torch.cat([torch.nn.functional.pad(x, (0, self.width - x.shape[-1])) for x in encoded], dim=-2)
+    @property
+    def change(self) -> Tensor | None:  # type: ignore[override]
+        """Of all parts; None as soon as one part does not know its own."""
+        known = [part.change for part in self._parts()]
+        return None if any(c is None for c in known) else torch.cat([self._padded(c) for c in known if c is not None])
+
+    def set_normalisation(self, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for part in self._parts():
+            part.set_normalisation(statistics)
+
+    def encode(self, observation: TensorDict) -> Tensor:
+        return torch.cat([self._padded(part.encode(observation)) for part in self._parts()], dim=-2)
 
     def decode(self, tokens: Tensor) -> dict[str, Tensor]:
-        if not self.decodes:
-            return super().decode(tokens)
         decoded: dict[str, Tensor] = {}
-        pieces = tokens.split([part.tokens for part in self._parts()], dim=-2)
-        for part, piece in zip(self._parts(), pieces, strict=True):
+        for part, own in zip(self._parts(), tokens.split([p.tokens for p in self._parts()], dim=-2), strict=True):
             if part.decodes:
-                decoded |= part.decode(piece[..., : part.width])
+                decoded = {**part.decode(own[..., : part.width]), **decoded}
         return decoded
 
+    def describe(self) -> str:
+        return " and ".join(part.describe() for part in self._parts())
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256("".join(part.fingerprint() for part in self._parts()).encode()).hexdigest()[:16]
+
     def _parts(self) -> list[Substrate]:
-        return list(self.parts)  # type: ignore[arg-type]
+        return [part for part in self.parts if isinstance(part, Substrate)]
+
+    def _padded(self, tokens: Tensor) -> Tensor:
+        return nn.functional.pad(tokens, (0, self.width - tokens.shape[-1]))
+
+
+def make_substrate(
+    config: Mapping[str, Any] | Sequence[Mapping[str, Any]], observation: Mapping[str, Sequence[int]]
+) -> Substrate:
+    """The substrate of a model's YAML: `{name: ..., **arguments}`, or a list of those for a joint one.
+
+    observation: key -> shape of what the model reads. An argument `keys` keeps a substrate to those.
+
+    Raises:
+        ValueError: an unknown name, or keys that the observation lacks.
+    """
+    if not isinstance(config, Mapping):
+        return JointSubstrate([make_substrate(part, observation) for part in config])
+    arguments = dict(config)
+    name = str(arguments.pop("name", ""))
+    if name not in SUBSTRATES:
+        raise unknown_name("substrate", name, SUBSTRATES)
+    keys = arguments.pop("keys", None) or list(observation)
+    for key in keys:
+        if key not in observation:
+            raise ValueError(
+                f"the {name} substrate reads '{key}', but the model's observation is {', '.join(observation)}; "
+                "add it with observation=[...]"
+            )
+    module, _, cls = SUBSTRATES[name].rpartition(".")
+    built = getattr(importlib.import_module(module), cls)({key: observation[key] for key in keys}, **arguments)
+    assert isinstance(built, Substrate)
+    return built
+
+
+def numbers(substrate: Substrate) -> int:
+    """L * D, the length of a flat frame."""
+    return math.prod((substrate.tokens, substrate.width))

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Spec, State
 from wamrl.models.images import TrainedSubstrate, uint8_images, unit_images
-from wamrl.models.substrates import build_substrate
+from wamrl.models.substrate import make_substrate
 
 
 class Tokenizer(WAM):
     """A model that encodes images and decodes them where its substrate can; it imagines and proposes nothing.
 
-    substrate: `kind` and sizes, as `wamrl.models.substrates.build_substrate` takes them, without the image's shape,
-    which comes from the data: the first observation key that holds images.
+    substrate: `name` and sizes, see `wamrl.models.substrate.make_substrate`. observation: of the data, one image.
     """
 
     def __init__(
@@ -40,12 +39,12 @@ class Tokenizer(WAM):
                 f"a tokenizer reads one camera, but observation={list(observation)} has {len(images)} image keys; "
                 "write observation=[pixels], of data collected with env.pixels=true"
             )
-        ((key, shape),) = images.items()
-        built = build_substrate({**substrate, "key": key, "image_shape": shape})
+        built = make_substrate({"keys": list(images), **substrate}, images)
         if not isinstance(built, TrainedSubstrate):
             raise ValueError(
-                f"the substrate '{substrate.get('kind')}' is not trained as a tokenizer; use pixel or feature"
+                f"the substrate '{substrate.get('name')}' is not trained as a tokenizer; use pixel or feature"
             )
+        built.learn()
         self.substrate = built
         self.spec = Spec(
             observation=images,
@@ -56,7 +55,7 @@ class Tokenizer(WAM):
             discount=0.0,
             control_dt_s=control_dt_s,
             provides=frozenset({"decode"} if built.decodes else ()),
-            anatomy=Anatomy("pixel" if built.decodes else "feature", "tokenizer", "none", "none"),
+            anatomy=Anatomy(built.describe(), "tokenizer", "none", "none"),
         )
 
     def set_normalisation(self, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
