@@ -175,6 +175,7 @@ def _prepare(settings: dict[str, Any], directory: Path, started: datetime, earli
     path = checkpoint.resolve(settings["wam"]["checkpoint"])
     metadata = checkpoint.read_metadata(path)
     model = load_model(settings)
+    _check_camera(metadata, env)
     observation = {k: tuple(env.observation_spec[k].shape[1:]) for k in env.observation_spec.keys()}
     checkpoint.check_compatible(
         model.spec,
@@ -183,7 +184,6 @@ def _prepare(settings: dict[str, Any], directory: Path, started: datetime, earli
         tasks=tasks,
         control_dt_s=env.control_dt_s,
     )
-    _check_camera(metadata, env)
     policy = planner_policy(settings, model)
     policy.initial_state(1)  # asks the planner whether the model answers what it needs
     starts = module_of(env).start_states

@@ -347,8 +347,9 @@ class _Run:
         self.model.eval()
         with torch.no_grad(), self._precision():
             losses = {name: float(value) for name, value in self.model.loss(self.held_out, noise=noise).items()}
-            rolls = "rollout" in self.model.spec.provides
-            errors = open_loop_errors(self.model, self.held_out, scale=self.scale) if rolls else {}
+            errors = {}
+            if "rollout" in self.model.spec.provides:
+                errors = open_loop_errors(self.model, self.held_out, scale=self.scale)
         self.model.train()
         flat = {f"{name}_h{h + 1}": value for name, by_step in errors.items() for h, value in enumerate(by_step)}
         log.write("validation", self.step, {**losses, **flat})
