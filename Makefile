@@ -9,12 +9,12 @@ BIN := $(VENV)/bin
 TORCH ?= $(shell cat $(VENV)/.torch 2>/dev/null || echo cpu)
 STAMP := $(VENV)/.stamp-$(TORCH)
 CONSTRAINTS := constraints/default.txt
-EXTRAS := metaworld,minari,dev
+EXTRAS := metaworld,minari,pixels,dev
 # What the tests of the environments need on top, and nobody else.
-ENV_EXTRAS := sb3,robotics,ogbench,pusht,dmcontrol,mjx
+ENV_EXTRAS := sb3,robotics,ogbench,pusht,dmcontrol,mjx,foundation
 ENV_STAMP := $(VENV)/.stamp-envs
 # Without these most tests of the environments would skip and the rest be green; with WAMRL_TEST_NEEDS pytest refuses.
-TEST_NEEDS := metaworld minari stable_baselines3 gymnasium_robotics ogbench gym_pusht shimmy dm_control mujoco jax
+TEST_NEEDS := metaworld minari stable_baselines3 gymnasium_robotics ogbench gym_pusht shimmy dm_control mujoco jax torchmetrics diffusers
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)

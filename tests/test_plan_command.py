@@ -182,7 +182,7 @@ def test_a_near_name_of_a_checkpoint_is_named(wam, capsys):
     ("changes", "expected"),
     [
         ({"observation": {"state": [20]}}, "'state' of shape (20,)"),
-        ({"observation": {"pixels": [3, 64, 64]}}, "reads the observation 'pixels'"),
+        ({"observation": {"touch": [5]}}, "reads the observation 'touch'"),
         ({"action_dim": 7}, "acts with 7 dims"),
         ({"tasks": [PUSH]}, "unknown task for this checkpoint 'metaworld/reach-v3'"),
     ],

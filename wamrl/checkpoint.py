@@ -261,7 +261,7 @@ def check_compatible(
         if key not in observation:
             raise ValueError(
                 f"the checkpoint reads the observation '{key}', but the environment gives "
-                f"{', '.join(sorted(observation)) or 'none'}"
+                f"{', '.join(sorted(observation)) or 'none'}" + ("; write env.pixels=true" if len(shape) == 3 else "")
             )
         if tuple(observation[key]) != tuple(shape):
             raise ValueError(

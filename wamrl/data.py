@@ -24,16 +24,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from wamrl.files import write_json
+from wamrl.files import atomic_path, write_json
 from wamrl.interfaces import task_id
+from wamrl.models.images import ImageSubstrate, check_image_shape
 from wamrl.naming import unknown_name
 
 FORMAT_VERSION = 1
 INDEX = "dataset.json"
+LATENTS = "latents"
+"""The folder of a dataset that holds tokens of its images, one subfolder per tokenizer."""
 STEP_KEYS = ("action", "label", "label_available", "reward", "success", "terminated", "truncated")
 """What an episode stores per step, beside `observation` and `snapshot` per frame."""
 
@@ -495,6 +499,33 @@ class EpisodeDataset:
 
     # -- views
 
+    def with_tokens(self, substrate: ImageSubstrate) -> EpisodeDataset:
+        """The same episodes with the tokens of a frozen tokenizer, under its `cache_key`, in place of the images.
+
+        Tokens of episodes on disk are kept in `<dataset>/latents/<fingerprint>/<episode>.npy`, float16 [T+1, L, D],
+        beside a `tokenizer.json`, so that each frame is encoded once for each tokenizer. Files are written whole or
+        not at all and read as memory maps.
+
+        Raises:
+            ValueError: images that the tokenizer was not made for, or tokens that were cached with another one.
+        """
+        key, fingerprint = substrate.key, substrate.fingerprint()
+        if key not in self.observation:
+            raise ValueError(
+                f"the data lacks the observation key '{key}'; it has {', '.join(self.observation)}. Collect images "
+                "with python -m wamrl.collect env.pixels=true"
+            )
+        check_image_shape(self.observation[key], substrate.image_shape, key)
+        images = self.frames["observation", key]
+        tokens = torch.zeros(len(images), substrate.tokens, substrate.width, dtype=torch.float16)
+        for offset, steps, info in zip(self.offsets.tolist(), self.lengths.tolist(), self.episodes, strict=True):
+            rows = slice(offset, offset + steps + 1)
+            tokens[rows] = _cached_tokens(substrate, fingerprint, info.get("path"), images[rows])
+        observation = {name: value for name, value in self.frames["observation"].items() if name != key}
+        observation[substrate.cache_key] = tokens
+        frames = self.frames.exclude("observation").set("observation", TensorDict(observation, batch_size=[]))
+        return EpisodeDataset(frames, self.offsets, self.lengths, self.episodes, self.indices)
+
     def select(self, episodes: Sequence[int] | Tensor) -> EpisodeDataset:
         """The episodes of these numbers; the frames are shared, not copied."""
         chosen = torch.as_tensor(episodes, dtype=torch.int64)
@@ -609,6 +640,43 @@ class EpisodeDataset:
         return buffer
 
 
+# ----------------------------------------------------------------------------------------------------- tokens
+
+
+@torch.no_grad()
+def _cached_tokens(substrate: ImageSubstrate, fingerprint: str, episode: str | None, images: Tensor) -> Tensor:
+    """float16 [T+1, L, D] of an episode's `images`, from its file or encoded and written there."""
+
+    def encoded() -> Tensor:
+        parts = [substrate.encode({substrate.key: part}) for part in images.split(256)]
+        return torch.cat(parts).to("cpu", torch.float16)
+
+    if episode is None:  # in memory only
+        return encoded()
+    source = Path(episode)
+    folder = source.parent.parent / LATENTS / fingerprint
+    facts, file = folder / "tokenizer.json", folder / f"{source.name}.npy"
+    if not facts.is_file():
+        write_json(facts, {"fingerprint": fingerprint, "key": substrate.key, "config": dict(substrate.config)})
+    stored = json.loads(facts.read_text(encoding="utf-8"))["fingerprint"]
+    if stored != fingerprint:
+        raise ValueError(
+            f"the latents in {folder} were cached with the tokenizer {stored}, but the model's is "
+            f"{fingerprint}; delete that folder, and they are made again"
+        )
+    if not file.is_file():
+        with atomic_path(file) as temporary:
+            np.save(temporary, encoded().numpy())
+    cached = np.load(file, mmap_mode="c")
+    expected = (len(images), substrate.tokens, substrate.width)
+    if cached.shape != expected or cached.dtype != np.float16:
+        raise ValueError(
+            f"{file} holds {cached.dtype} {cached.shape}, expected float16 {expected}; was the episode collected "
+            "again? Delete the file, and it is made again"
+        )
+    return torch.from_numpy(cached)
+
+
 # ----------------------------------------------------------------------------------------------------- Minari
 
 _MINARI_HELP = 'Minari is not installed; run: pip install "wamrl[minari]"'
@@ -625,7 +693,6 @@ def export_minari(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str
     """
     try:
         import minari
-        import numpy as np
         from gymnasium import spaces
         from minari.data_collector.episode_buffer import EpisodeBuffer
     except ModuleNotFoundError as error:
@@ -710,7 +777,6 @@ def import_minari(
     """
     try:
         import minari
-        import numpy as np
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(_MINARI_HELP) from error
     source = minari.load_dataset(dataset_id)

@@ -130,6 +130,11 @@ class Context:
     @staticmethod
     def from_observation(observation: TensorDict) -> Context:
         """A context of one frame: `observation` has batch [B] and a `task` key [B]."""
+        if "task" not in observation.keys():
+            raise ValueError(
+                f"the observation lacks 'task'; it has {', '.join(map(str, observation.keys()))}. Environments give "
+                "it; wamrl.interfaces.task_id(name) is what it holds"
+            )
         frame = observation.exclude("task").unsqueeze(1)
         rows = observation.batch_size[0]
         device = observation["task"].device

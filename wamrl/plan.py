@@ -175,6 +175,7 @@ def _prepare(settings: dict[str, Any], directory: Path, started: datetime, earli
     path = checkpoint.resolve(settings["wam"]["checkpoint"])
     metadata = checkpoint.read_metadata(path)
     model = load_model(settings)
+    _check_camera(metadata, env)
     observation = {k: tuple(env.observation_spec[k].shape[1:]) for k in env.observation_spec.keys()}
     checkpoint.check_compatible(
         model.spec,
@@ -230,6 +231,20 @@ def _prepare(settings: dict[str, Any], directory: Path, started: datetime, earli
     if earlier is not None:
         run.carry_over(earlier)
     return run
+
+
+def _check_camera(metadata: checkpoint.Metadata, env: Any) -> None:
+    """Raise ValueError when a model of images would see them through another camera than that of its data."""
+    if not hasattr(env, "camera") or all(len(shape) < 3 for shape in metadata.spec.observation.values()):
+        return
+    mine, default = env.camera.to_dict(), type(env.camera)().to_dict()
+    for source in metadata.provenance.get("data", []):
+        theirs = {**default, **((source.get("env") or {}).get("camera") or {})}
+        changed = [key for key in mine if mine[key] != theirs[key]]
+        if changed:
+            had = ", ".join(f"{key} {theirs[key]} (here {mine[key]})" for key in changed)
+            words = " ".join(f"env.camera.{key}={theirs[key]}".replace(" ", "") for key in changed)
+            raise ValueError(f"the checkpoint was trained on images of a camera with {had}; write {words}")
 
 
 # ---------------------------------------------------------------------------------------------- loop and report

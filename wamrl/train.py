@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,16 @@ from omegaconf import DictConfig, OmegaConf
 from wamrl import checkpoint, cli
 from wamrl.data import EpisodeDataset
 from wamrl.files import write_json, write_text
+from wamrl.image_quality import decoded_quality, image_keys, metrics
 from wamrl.interfaces import WAM
+from wamrl.models.foundation import advice, load_foundation
+from wamrl.models.images import ImageSubstrate, check_image_shape
+from wamrl.models.tokenizer import Tokenizer
 from wamrl.provenance import versions
 from wamrl.training import TrainingOptions, TrainingResult, fit
 
-_OPTIONS = tuple(item.name for item in fields(TrainingOptions))
+_PICTURES = 128  # held-out windows whose decoded images are judged
+_OPTIONS = tuple(item.name for item in dataclasses.fields(TrainingOptions))
 
 
 def train(
@@ -34,6 +39,7 @@ def train(
     control_dt_s: float | None = None,
     device: str = "cpu",
     model_class: type[WAM] | str | None = None,
+    tokenizer: str | Path | None = None,
     config: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> TrainingResult:
@@ -51,6 +57,8 @@ def train(
         control_dt_s: seconds per control step; None is what the dataset says.
         device: where to train.
         model_class: of a checkpoint whose model lies outside wamrl, see `checkpoint.load`.
+        tokenizer: checkpoint of a trained tokenizer, or directory of an autoencoder of diffusers, through which a model
+            of images reads them; its weights become part of the model's. A model's checkpoint has its own already.
         config: the resolved config of the command, stored in the checkpoint.
         quiet: no progress on stderr.
 
@@ -65,6 +73,9 @@ def train(
         tasks, observation = tasks or earlier.spec.tasks, observation or list(earlier.spec.observation)
     sizes = wam if isinstance(wam, Mapping) else checkpoint.read_metadata(wam).model
     model_config = {**sizes, **_facts(dataset, tasks, observation, control_dt_s)}
+    given = _tokenizer(tokenizer, dataset) if tokenizer is not None else None
+    if isinstance(wam, Mapping):
+        model_config = _with_tokenizer(model_config, given)
     training, validation = dataset, None
     if validation_fraction:
         training, validation = dataset.split(validation_fraction, seed=options.seed)
@@ -78,6 +89,20 @@ def train(
     else:
         _check_same(wam, sizes, model_config)
         model = checkpoint.load(wam, model_class=model_class)
+    pictures = validation if image_keys(model) else None
+    if pictures is not None:
+        metrics()  # its error, if torchmetrics is missing
+    tokenizers = _frozen_tokenizers(model)
+    for frozen in tokenizers:
+        if given is not None and isinstance(wam, Mapping):
+            frozen.load_state_dict(given.state_dict())
+        elif given is not None and given.fingerprint() != frozen.fingerprint():
+            raise ValueError(
+                f"{wam} was trained on latents of the tokenizer {frozen.fingerprint()}, but tokenizer={tokenizer} is "
+                f"{given.fingerprint()}, whose latents mean something else; leave tokenizer= out, the model has its own"
+            )
+        training = training.with_tokens(frozen)
+        validation = validation.with_tokens(frozen) if validation is not None else None
     start = earlier.content_sha256 if earlier else None
     stored = {**(config or {}), "wam": model_config}
     provenance: dict[str, Any] = {
@@ -86,6 +111,7 @@ def train(
         "episodes": len(training),
         "steps_of_data": training.num_steps,
         "initial": start,
+        "tokenizers": [frozen.fingerprint() for frozen in tokenizers],
         "device": device,
         "threads": options.threads or torch.get_num_threads(),
     }
@@ -100,9 +126,14 @@ def train(
         validation=validation,
         scale={key: value["std"] for key, value in statistics.items()},
         device=device,
-        identity=_identity(training, model_config, start),
+        identity=_identity(training, model_config, "".join([str(start), *provenance["tokenizers"]])),
         quiet=quiet,
     )
+    if pictures is not None:
+        horizon = min(options.validation_horizon, model.spec.max_horizon)
+        windows = pictures.sample(_PICTURES, horizon, torch.Generator().manual_seed(options.seed)).to(device)
+        found = {**result.validation, "images": decoded_quality(model.eval(), windows)}
+        result = dataclasses.replace(result, validation=found)
     write_json(run_dir / "results.json", _results(result, model, dataset, validation, provenance))
     return result
 
@@ -156,6 +187,7 @@ def _command(config: DictConfig, run_dir: Path) -> None:
         validation_fraction=settings["validation_fraction"],
         device=device,
         model_class=settings["wam"].get("model_class"),
+        tokenizer=settings["tokenizer"],
         config=settings,
     )
     print(_summary(result))
@@ -203,7 +235,56 @@ def _check_same(path: str | Path, stored: Mapping[str, Any], asked: Mapping[str,
         raise ValueError(f"{path} holds a model of other sizes or tasks than the data needs: {'; '.join(changed)}")
 
 
-def _identity(dataset: EpisodeDataset, model_config: Mapping[str, Any], initial: str | None) -> str:
+def _tokenizer(name: str | Path, dataset: EpisodeDataset) -> ImageSubstrate:
+    """The substrate of a trained tokenizer's checkpoint, or the autoencoder in a directory that diffusers saved."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "checkpoints").is_dir() and not (folder / "model.safetensors").is_file():
+        return load_foundation(folder, {key: shape for key, shape in dataset.observation.items() if len(shape) == 3})
+    try:
+        model = checkpoint.load(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} A pretrained autoencoder is given by its directory. {advice()}") from error
+    if not isinstance(model, Tokenizer):
+        raise ValueError(
+            f"tokenizer={name} holds a {type(model).__name__}; give the run of python -m wamrl.train wam=tokenizer"
+        )
+    substrate = model.substrate
+    if substrate.key in dataset.observation:
+        check_image_shape(dataset.observation[substrate.key], substrate.image_shape, substrate.key)
+    return substrate
+
+
+def _frozen_tokenizers(model: WAM) -> list[ImageSubstrate]:
+    """The tokenizers in `model` that are not trained with it."""
+    parts = [part for part in model.modules() if isinstance(part, ImageSubstrate)]
+    return [part for part in parts if not any(parameter.requires_grad for parameter in part.parameters())]
+
+
+def _with_tokenizer(config: dict[str, Any], given: ImageSubstrate | None) -> dict[str, Any]:
+    """The model's config with the tokenizer that it reads images through.
+
+    It stands where the list `substrate` names `tokenizer`; a model without substrates in its config takes it as an
+    argument of that name.
+    """
+    if "substrate" not in config or config["_target_"] == f"{Tokenizer.__module__}.{Tokenizer.__name__}":
+        return config if given is None else {**config, "tokenizer": given.config}
+    several = not isinstance(config["substrate"], Mapping)
+    parts = config["substrate"] if several else [config["substrate"]]
+    wanted = [part.get("name") == "tokenizer" for part in parts]
+    if any(wanted) and given is None:
+        raise ValueError(
+            "this model reads images through a frozen tokenizer: train one with python -m wamrl.train wam=tokenizer "
+            "observation=[pixels], and give it as tokenizer=<its run>"
+        )
+    if given is not None and not any(wanted):
+        raise ValueError(
+            "tokenizer= is given, but none of the model's substrates is {name: tokenizer}, so none reads images"
+        )
+    filled = [given.config if here and given is not None else part for here, part in zip(wanted, parts, strict=True)]
+    return {**config, "substrate": filled if several else filled[0]}
+
+
+def _identity(dataset: EpisodeDataset, model_config: Mapping[str, Any], initial: str) -> str:
     """A short name for model, data and start, so that a run is resumed with the same ones only."""
     digest = hashlib.sha256(f"{sorted(model_config.items())}{initial}".encode())
     for tensor in (dataset.offsets, dataset.lengths, dataset.frames["action"], dataset.frames["reward"]):
@@ -250,6 +331,12 @@ def _summary(result: TrainingResult) -> str:
             f"open-loop error after 1 / {last} steps, in standard deviations of the data: "
             f"{errors['state_error'][0]:.3f} / {errors['state_error'][-1]:.3f} "
             f"(nothing moves: {errors['state_persistence'][0]:.3f} / {errors['state_persistence'][-1]:.3f})"
+        )
+    for key, quality in result.validation.get("images", {}).items():
+        encoded = quality["encoded"]
+        lines.append(
+            f"'{key}' encoded and decoded, {quality['frames']} held-out frames: PSNR {encoded['psnr_db']:.1f} dB, "
+            f"SSIM {encoded['ssim']:.3f}"
         )
     lines.append(f"checkpoint: {result.checkpoint}")
     return "\n".join(lines)

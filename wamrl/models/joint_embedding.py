@@ -5,8 +5,11 @@ the hand's place to two centimetres only, too coarse to imagine a grasp. An ense
 latent from latent and action; heads read reward, success, value, policy and behaviour prior off a latent; a probe on
 detached latents decodes observation keys. Targets of the feature prediction come from a moving average of the encoder.
 
+From images, the encoder reads the tokens of a frozen tokenizer beside the observation's vectors, and a head reads those
+tokens off imagined latents, so that features are taught what the images show; the tokenizer decodes them.
+
 Letters: B windows, T steps of a window, R rows, N candidates, M ensemble members, H actions, A action dims, D latent
-dims (G + latent_dim), E value heads, G observation numbers.
+dims (G + latent_dim), E value heads, G numbers of the observation's vectors, P token numbers of a frame (L x width).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict
@@ -22,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Proposal, Spec, State, task_id
+from wamrl.models.images import ImageSubstrate, uint8_images
+from wamrl.models.substrate import make_substrate
 from wamrl.naming import unknown_name
 from wamrl.noise import NoiseKey
 
@@ -88,7 +93,9 @@ def task_rows(task: Tensor, ids: Tensor, names: Sequence[str]) -> Tensor:
 class JointEmbeddingWAM(WAM):
     """Encoder, latent dynamics ensemble, reward, success, values, policy and probe in one set of weights.
 
-    observation: key -> shape of the keys that the encoder reads and the probe decodes (vectors).
+    observation: key -> shape of the keys that the encoder reads and the probe decodes: vectors, and perhaps one image.
+    tokenizer: for an image, the substrate that reads it, as in `ImageSubstrate.config`; its weights are part of the
+    model's and stay as they are.
     latent_dim: learned features of a latent.
     members: dynamics networks, each with its own reward and success head; their disagreement is the uncertainty.
     values: value heads E.
@@ -125,6 +132,7 @@ class JointEmbeddingWAM(WAM):
         reward_scale: float = 10.0,
         success_bonus: float = 10.0,
         loss_weights: Mapping[str, float] | None = None,
+        tokenizer: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if not math.isfinite(success_bonus) or success_bonus < 0:
@@ -132,7 +140,9 @@ class JointEmbeddingWAM(WAM):
                 f"success_bonus is {success_bonus}, but must be a finite number of at least 0: what a step of success "
                 "is worth beside its reward; 0 leaves success out of the values"
             )
-        self.features = {key: math.prod(shape) for key, shape in observation.items()}
+        self.substrate = _substrate(observation, tokenizer)
+        images = self.substrate.keys if self.substrate else ()
+        self.features = {key: math.prod(shape) for key, shape in observation.items() if key not in images}
         self.spec = Spec(
             observation={key: tuple(shape) for key, shape in observation.items()},
             action_dim=action_dim,
@@ -159,16 +169,18 @@ class JointEmbeddingWAM(WAM):
             "policy": 1.0,
             "behaviour": 1.0,
             "probe": 1.0,
+            "tokens": 1.0,
             **(loss_weights or {}),
         }
         total = sum(self.features.values())
+        seen = total + (self.substrate.tokens * self.substrate.width if self.substrate else 0)
         self.register_buffer("mean", torch.zeros(total))
         self.register_buffer("std", torch.ones(total))
         self.register_buffer("change", torch.ones(total))  # root mean square over one step, in units of std
         self.register_buffer("task_ids", torch.tensor([task_id(name) for name in tasks]))
         self.task_embedding = nn.Embedding(len(tasks), task_dim)
         nn.init.normal_(self.task_embedding.weight, std=1.0 / math.sqrt(task_dim))
-        self.encoder = mlp(total + task_dim, [width, width], latent_dim)
+        self.encoder = mlp(seen + task_dim, [width, width], latent_dim)
         self.observed, latent_dim = total, total + latent_dim
         self.dynamics = ensemble_mlp(
             members, latent_dim + task_dim + action_dim, [dynamics_width, dynamics_width], latent_dim
@@ -180,6 +192,8 @@ class JointEmbeddingWAM(WAM):
         self.policy = mlp(head_in, [width, width], 2 * action_dim)
         self.behaviour = mlp(head_in, [width, width], action_dim)
         self.probe = mlp(latent_dim, [width], total)
+        if self.substrate is not None:
+            self.token_head = mlp(latent_dim, [width], seen - total)
         nn.init.zeros_(self.values[-1].weight)  # type: ignore[arg-type]
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target_values = copy.deepcopy(self.values).requires_grad_(False)
@@ -203,8 +217,15 @@ class JointEmbeddingWAM(WAM):
         flat = torch.cat([observation[key].flatten(lead).float() for key in self.features], dim=-1)
         return (flat - self.mean) / self.std
 
-    def _latent(self, encoder: nn.Module, x: Tensor, task: Tensor) -> Tensor:
-        return torch.cat([x, normalise(encoder(torch.cat([x, task], dim=-1)))], dim=-1)
+    def _tokens(self, observation: TensorDict) -> Tensor:
+        """Token numbers [..., P] of the image; P is 0 for a model of vectors alone."""
+        if self.substrate is None:
+            return torch.empty(*observation.batch_size, 0, device=self.mean.device)
+        with torch.no_grad():
+            return self.substrate.encode(observation).flatten(-2)
+
+    def _latent(self, encoder: nn.Module, x: Tensor, tokens: Tensor, task: Tensor) -> Tensor:
+        return torch.cat([x, normalise(encoder(torch.cat([x, tokens, task], dim=-1)))], dim=-1)
 
     def _step(self, z: Tensor, task: Tensor, action: Tensor) -> Tensor:
         """Next latents [M, X, D] from [M, X, D]."""
@@ -223,9 +244,11 @@ class JointEmbeddingWAM(WAM):
     # ---- queries -------------------------------------------------------------------------------------------------
 
     def encode(self, context: Context) -> State:
-        x = self._flatten(context.observation[:, -1])
+        frame = context.observation[:, -1]
+        x = self._flatten(frame)
         task = self.task_embedding(self.task_index(context.task))
-        return TensorDict({"z": self._latent(self.encoder, x, task), "task": task}, batch_size=x.shape[:1])
+        z = self._latent(self.encoder, x, self._tokens(frame), task)
+        return TensorDict({"z": z, "task": task}, batch_size=x.shape[:1])
 
     def follow(self, state: State, noise: NoiseKey) -> State:
         """Each row's own member of the ensemble in the entry `member` [R] (TS-infinity of Chua et al., 2018)."""
@@ -411,12 +434,17 @@ class JointEmbeddingWAM(WAM):
             z = state.frames
         else:
             z = state["z"]
+        for key in keys or ():
+            if key not in self.spec.observation:
+                raise unknown_name("observation key", key, self.spec.observation)
         flat = self.probe(z) * self.std + self.mean
         parts = dict(zip(self.features, flat.split(list(self.features.values()), dim=-1), strict=True))
-        for key in keys or ():
-            if key not in parts:
-                raise unknown_name("observation key", key, parts)
         chosen = {k: v.unflatten(-1, self.spec.observation[k]) for k, v in parts.items() if keys is None or k in keys}
+        images = self.substrate.keys if self.substrate is not None else ()
+        if self.substrate is not None and (self.substrate.decodes if keys is None else set(images) & set(keys)):
+            shape = (self.substrate.tokens, self.substrate.width)
+            decoded = self.substrate.decode(self.token_head(z).unflatten(-1, shape))
+            chosen |= {key: uint8_images(value) for key, value in decoded.items()}
         return TensorDict(chosen, batch_size=z.shape[:-1])
 
     # ---- training ------------------------------------------------------------------------------------------------
@@ -436,9 +464,10 @@ class JointEmbeddingWAM(WAM):
         x = self._flatten(batch["observation"])  # [B, T+1, G]
         task = self.task_embedding(self.task_index(batch["task"]))
         tasks = task.unsqueeze(1).expand(-1, steps + 1, -1)
+        tokens = self._tokens(batch["observation"])  # [B, T+1, P]
         with torch.no_grad():
-            target = self._latent(self.target_encoder, x, tasks)
-        online = self._latent(self.encoder, x, tasks)
+            target = self._latent(self.target_encoder, x, tokens, tasks)
+        online = self._latent(self.encoder, x, tokens, tasks)
         start = online[:, 0]
         mask = valid.float()
         count = mask.sum().clamp(min=1.0)
@@ -460,6 +489,9 @@ class JointEmbeddingWAM(WAM):
         missed = missed * moves / self.change.where(self.change > 0, 1.0)
         missed = F.smooth_l1_loss(missed, torch.zeros_like(missed), reduction="none").sum(-1) / moves.sum().clamp(min=1)
         losses["observation"] = (missed * mask).sum() / count
+        if self.substrate is not None:
+            error = (self.token_head(path) - tokens).square().mean(-1)
+            losses["tokens"] = (error[:, 0] + (error[:, 1:] * mask).sum(1)).sum() / (windows + mask.sum())
 
         heads_in = torch.cat([after, tasks[:, 1:], action], dim=-1)
         outcome = self.outcome(heads_in.view(members, -1, heads_in.shape[-1])).view(windows, steps, 2)
@@ -521,6 +553,33 @@ def _places(member: Tensor, members: int) -> tuple[Tensor, int]:
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(member), device=member.device) - (counts.cumsum(0) - counts)[member[order]]
     return member * width + rank, width
+
+
+def _substrate(observation: Mapping[str, Sequence[int]], tokenizer: Mapping[str, Any] | None) -> ImageSubstrate | None:
+    """The frozen tokenizer of the one image in `observation`; ValueError when the two do not belong together."""
+    images = [key for key, shape in observation.items() if len(shape) == 3]
+    if tokenizer is None:
+        if images:
+            raise ValueError(
+                f"'{images[0]}' are images, which this model reads through a frozen tokenizer: train one with "
+                "python -m wamrl.train wam=tokenizer observation=[pixels], and give it as tokenizer=<its run>"
+            )
+        return None
+    (key,) = tokenizer["keys"]
+    if images != [key]:
+        raise ValueError(
+            f"the tokenizer reads the image '{key}', but observation={list(observation)} has "
+            f"{', '.join(images) or 'no image'}; write observation=[{key},proprioception]"
+        )
+    if len(observation) == 1:
+        raise ValueError(
+            f"observation=[{key}] leaves out proprioception, and one image does not tell where the robot is "
+            f"to the millimetre; write observation=[{key},proprioception]"
+        )
+    substrate = make_substrate(tokenizer, observation)
+    if not isinstance(substrate, ImageSubstrate):
+        raise ValueError(f"the reference model reads images through a tokenizer of images, not '{tokenizer['name']}'")
+    return substrate
 
 
 def _gaussian_log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

@@ -22,6 +22,10 @@ from wamrl.naming import unknown_name
 
 SUBSTRATES = {
     "geometric": "wamrl.models.substrate.GeometricSubstrate",
+    "pixel": "wamrl.models.images.PixelLatent",
+    "feature": "wamrl.models.feature.FeatureTeacher",
+    "autoencoder_kl": "wamrl.models.foundation.ImageAutoencoder",
+    "autoencoder_kl_wan": "wamrl.models.foundation.VideoAutoencoder",
 }
 """Name in a model's YAML -> class. A class is imported when it is asked for."""
 
