@@ -106,6 +106,11 @@ class Periodic:
         return (plan_state["plans"] % self.every == 0) | ~plan_state["warm"]
 
 
+def surprise(seen: Tensor, foreseen: Tensor) -> Tensor:
+    """[*batch] how far what is seen lies from what was foreseen: the root mean square difference over the last dim."""
+    return (seen - foreseen).square().mean(dim=-1).sqrt()
+
+
 def own_chunk(model: WAM, state: State) -> Imagined:
     """The futures of the policy's own chunk, N = 1."""
     proposal = model.propose(state, 1, mode="ode")

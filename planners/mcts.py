@@ -23,7 +23,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.nn import functional as F
 
-from wamrl.interfaces import WAM, Budget, Context, Gate, Imagined, Plan, PlanState, Proposal, State, task_id
+from wamrl.interfaces import WAM, Budget, Context, Gate, Imagined, Plan, PlanState, Proposal, State
 from wamrl.naming import unknown_name
 from wamrl.noise import NoiseKey
 from wamrl.planners.gates import Always
@@ -155,10 +155,8 @@ class MCTSPlanner:
         if self.reuse:
             # An observation of zeros shows what the model's state consists of; nothing of it is ever read.
             one = min(rows, 1)
-            shapes = {key: torch.zeros(one, *shape, device=device) for key, shape in model.spec.observation.items()}
-            shapes["task"] = torch.full((one,), task_id(model.spec.tasks[0]), device=device)
             with torch.no_grad():
-                state = model.encode(Context.from_observation(TensorDict(shapes, batch_size=[one])))
+                state = model.encode(Context.blank(model.spec, one, device))
             tree = self._tree(model, state, torch.zeros(one, self._slots(model), device=device), self.simulations)
             kept = tree.below(torch.zeros(one, dtype=torch.int64, device=device), self.simulations)
             entries["tree"] = kept.expand(rows).clone() if rows else kept

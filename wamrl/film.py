@@ -45,9 +45,9 @@ class Film:
         mine = (policy_state["row"] == self.start.row).nonzero()[:, 0].tolist()
         if mine:
             self._picture()
-        planned = len(self.policy.log)
+        planned = self.policy.plans
         action, policy_state = self.policy.act(observation, policy_state, is_init)
-        if mine and len(self.policy.log) > planned and self.policy.last_rows is not None:
+        if mine and self.policy.plans > planned and self.policy.last_rows is not None:
             at = (self.policy.last_rows == mine[0]).nonzero()[:, 0].tolist()
             plan, state = self.policy.last_plan, self.policy.last_state
             if at and plan is not None and state is not None:

@@ -39,7 +39,9 @@ QUERIES = (
     "goal",  # encode(context with a goal) puts the goal's latent into the state's entry "goal"
 )
 # What wam=reference answers, for the error about a query that another model does not.
-_REFERENCE = ("rollout", "policy", "behaviour", "log_prob", "value", "decode", "reward", "success", "uncertainty")
+_REFERENCE = (
+    "rollout", "policy", "behaviour", "log_prob", "value", "decode", "observe", "reward", "success", "uncertainty",
+)  # fmt: skip
 
 State: TypeAlias = TensorDict
 """Batch [R]: a model's latents, caches and suffixes. Indexing its rows is forking."""
@@ -132,6 +134,13 @@ class Context:
             valid=torch.ones(rows, 1, dtype=torch.bool, device=device),
             task=observation["task"],
         )
+
+    @staticmethod
+    def blank(spec: Spec, rows: int, device: torch.device | str = "cpu") -> Context:
+        """Zeros of the model's first task: to learn what its state consists of, never to act on."""
+        frame = {key: torch.zeros(rows, *shape, device=device) for key, shape in spec.observation.items()}
+        frame["task"] = torch.full((rows,), task_id(spec.tasks[0]), device=device)
+        return Context.from_observation(TensorDict(frame, batch_size=[rows], device=device))
 
 
 @dataclass(frozen=True)

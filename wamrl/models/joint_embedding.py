@@ -133,8 +133,19 @@ class JointEmbeddingWAM(WAM):
             discount=discount,
             control_dt_s=control_dt_s,
             provides=frozenset(
-                {"rollout", "policy", "behaviour", "log_prob", "value", "decode", "reward", "success", "uncertainty"}
-            ),
+                {
+                    "rollout",
+                    "policy",
+                    "behaviour",
+                    "log_prob",
+                    "value",
+                    "decode",
+                    "observe",
+                    "reward",
+                    "success",
+                    "uncertainty",
+                }
+            ),  # fmt: skip
             anatomy=Anatomy("feature", "joint-embedding", "action-conditioned rollout", "chunked"),
             ensemble_size=members,
             success_bonus=success_bonus,
@@ -221,6 +232,10 @@ class JointEmbeddingWAM(WAM):
         x = self._flatten(context.observation[:, -1])
         task = self.task_embedding(self.task_index(context.task))
         return TensorDict({"z": self._latent(self.encoder, x, task), "task": task}, batch_size=x.shape[:1])
+
+    def observe(self, state: State, action: Tensor, observation: TensorDict, reset: Tensor) -> State:
+        """The encoded `observation`: one frame is all that this model reads, so nothing imagined or older stays."""
+        return self.encode(Context.from_observation(observation))
 
     def imagine(
         self,
