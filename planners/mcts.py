@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from wamrl.interfaces import WAM, Budget, Context, Gate, Imagined, Plan, PlanState, Proposal, State
 from wamrl.naming import unknown_name
 from wamrl.noise import NoiseKey
-from wamrl.planners.gates import Always
+from wamrl.planners.gates import Always, ask, device_of, fresh_memory, gate_cost, memory_after
 from wamrl.planners.proposers import check_sigma, coloured_noise, match_sigma, noise_basis
 from wamrl.planners.scorers import ReturnScorer, asked_of
 from wamrl.planners.shooting import (
@@ -34,8 +34,6 @@ from wamrl.planners.shooting import (
     ModelClock,
     check_deadline,
     count_plans,
-    device_of,
-    gate_cost,
     policy_chunk,
     report_failure,
 )
@@ -160,6 +158,7 @@ class MCTSPlanner:
             tree = self._tree(model, state, torch.zeros(one, self._slots(model), device=device), self.simulations)
             kept = tree.below(torch.zeros(one, dtype=torch.int64, device=device), self.simulations)
             entries["tree"] = kept.expand(rows).clone() if rows else kept
+        entries |= fresh_memory(self.gate, model, rows, self.chunk)
         return TensorDict(entries, batch_size=[rows], device=device)
 
     @torch.no_grad()
@@ -181,14 +180,18 @@ class MCTSPlanner:
         if isinstance(self.gate, Always):
             searched = torch.ones(rows, dtype=torch.bool, device=device)
         else:
-            searched = self.gate(cast(WAM, clock), state, plan_state)
+            cost = simulations * model.spec.ensemble_size * self.chunk
+            searched = ask(self.gate, cast(WAM, clock), state, plan_state, cost)
         at = searched.nonzero()[:, 0]
         plan, kept = self._outside(cast(WAM, clock), state, searched, gated), plan_state.copy()
         if at.numel():
             everyone = at.numel() == rows
             part = (state, plan_state, noise) if everyone else (state[at], plan_state[at], noise[at])
             found, tree = self._search(clock, *part, simulations, started, budget.deadline_s)
-            plan = found if everyone else _placed(plan, found, at, gated)
+            if everyone:
+                plan = dataclasses.replace(found, evaluations=found.evaluations + gated) if gated else found
+            else:
+                plan = _placed(plan, found, at, gated)
             if tree is not None:
                 whole = plan_state["tree"].clone()
                 whole[at] = tree
@@ -196,14 +199,17 @@ class MCTSPlanner:
         kept["warm"], kept["grown"] = torch.ones_like(searched), searched.clone()
         kept["plans"] = count_plans(plan_state)
         kept["shift"] = torch.ones(rows, dtype=torch.int64, device=device)
+        plan = dataclasses.replace(plan, searched=searched)
+        for name, memory in memory_after(self.gate, cast(WAM, clock), state, plan_state, plan).items():
+            kept[name] = memory
         seconds = {"imagine": clock.seconds, "search": time.perf_counter() - started - clock.seconds}
-        return dataclasses.replace(plan, searched=searched, seconds=seconds), kept
+        return dataclasses.replace(plan, seconds=seconds), kept
 
     # ---- before the search -----------------------------------------------------------------------------------------
 
     def _fit(self, model: WAM, budget: Budget) -> tuple[int, int]:
         """Simulations that fit the budget, and the evaluations per row that the gate takes."""
-        gated = gate_cost(self.gate, model)
+        gated = gate_cost(self.gate, model, self.chunk)
         if budget.evaluations is None:
             return self.simulations, gated
         each = model.spec.ensemble_size * self.chunk

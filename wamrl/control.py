@@ -35,7 +35,7 @@ from wamrl.interfaces import (
 )
 from wamrl.naming import unknown_name
 from wamrl.noise import NoiseKey
-from wamrl.planners.gates import surprise
+from wamrl.planners.gates import device_of, surprise
 
 LOG_LENGTH = 10_000
 COMPARISONS = ("latent", "observation")
@@ -181,8 +181,7 @@ class _ChunkPolicy:
         raise NotImplementedError
 
     def _device(self) -> torch.device:
-        parameter = next(self.model.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
+        return device_of(self.model)
 
 
 class ModelPolicy(_ChunkPolicy):
