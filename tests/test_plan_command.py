@@ -99,6 +99,11 @@ def test_a_run_compares_and_writes_everything(wam, capsys):
     assert results["timing"]["single"]["plans"] == 3
     assert results["evaluations_per_plan"] == 4 * 3 * 2  # candidates x steps x members
     assert results["metrics"]["plan/reach/planner/success"]["n"] == 2
+    assert {(e.method, e.imagined_return is None) for e in episodes} >= {("planner", False), ("policy", False)}
+    assert results["gain"]["mean"] == results["gain"][REACH] and results["gain"]["mean"]["n"] == 2
+    assert "planner minus policy, reward per control step: " in printed and "in imagination" in printed
+    assert results["metrics"]["plan/reach/gain/imagined_minus_real"]["n"] == 2
+    assert results["steps_per_plan"] == 3.0
     assert results["peak_rss_mib"]["main"] > 50
     for key in ("device", "dtype", "threads", "seeds", "versions", "protocol_hash", "checkpoint", "command"):
         assert results[key]

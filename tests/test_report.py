@@ -96,7 +96,12 @@ def _results(episodes: list[Episode]) -> dict[str, Any]:
         "summary": summary,
         "paired": [asdict(p) for p in pairs if p is not None],
         "timing": {"single": {**timing, "plans": 100, "threads": 1, "mean_rows": 1.0}},
+        "gain": {
+            "mean": {"n": 6, "imagined": 0.3, "real": 0.1, "difference": 0.2, "low": 0.05, "high": 0.35},
+            PUSH: {"n": 2, "imagined": 0.25, "real": -0.5, "difference": 0.75, "low": None, "high": None},
+        },
         "evaluations_per_plan": 8192.0,
+        "steps_per_plan": 2.5,
         "fidelity": {
             PUSH: {
                 "hand_cm": [0.1, 0.3],
@@ -128,6 +133,15 @@ def test_the_page_says_what_the_results_say(tmp_path):
     assert "the same weights' own policy solved 33 %" in words.replace("&#39;", "'")
     for needed in ("10.00", "13.50", "8,192", "0123456789abcdef", "python -m wamrl.plan wam=six", "1,234,567", "slip"):
         assert needed in words
+
+
+def test_the_page_says_what_the_model_promised_and_what_was_kept(tmp_path):
+    words = _words(_page(tmp_path, _results(_episodes())))
+    assert "all tasks6+0.300+0.100+0.200+0.050 to +0.350the model promises more" in words
+    assert "push2+0.250-0.500+0.750too few starts to say" in words
+    assert "for 2.50 control steps" in words
+    nothing = _results(_episodes()) | {"gain": {}}
+    assert "keep its promises" not in _page(tmp_path, nothing)
 
 
 def test_the_page_loads_nothing(tmp_path):

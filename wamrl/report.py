@@ -361,6 +361,31 @@ def _pairs(results: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def gain_words(g: Mapping[str, Any]) -> str:
+    """A `Gain` as a sentence's end."""
+    bounds = "" if g["low"] is None else f", 95 % interval {g['low']:+.3f} to {g['high']:+.3f}"
+    return (
+        f"{g['imagined']:+.3f} in imagination, {g['real']:+.3f} in reality; imagined minus real {g['difference']:+.3f} "
+        f"({g['n']} start{'s' if g['n'] > 1 else ''}{bounds})"
+    )
+
+
+def _gains(results: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of the table of gains."""
+    rows = []
+    for task, g in results["gain"].items():
+        if task == "mean" and len(results["tasks"]) == 1:
+            continue
+        bounds, reading = "", "too few starts to say"
+        if g["low"] is not None:
+            bounds, reading = f"{g['low']:+.3f} to {g['high']:+.3f}", "no difference shown"
+            if g["low"] > 0 or g["high"] < 0:
+                reading = "the model promises more" if g["low"] > 0 else "reality gives more"
+        numbers = [f"{g[key]:+.3f}" for key in ("imagined", "real", "difference")]
+        rows.append(["all tasks" if task == "mean" else short(task), str(g["n"]), *numbers, bounds, reading])
+    return rows
+
+
 def _numbers(results: Mapping[str, Any]) -> tuple[list[list[str]], list[int]]:
     """Rows of the table of everything, and which of them are over all tasks."""
     rows: list[list[str]] = []
@@ -527,6 +552,7 @@ def write_report(
         tiles=_tiles(results),
         figures={name: [Markup(f.inline) for f in group] for name, group in figures.items()},
         pairs=_pairs(results),
+        gains=_gains(results),
         videos=_videos(run_dir, results["videos"]),
         timing=_timing(results["timing"]),
         numbers=numbers,
