@@ -498,6 +498,7 @@ class MCTSPlanner:
             scores=now.q.masked_fill(~visited, -math.inf),
             evaluations=spent,
             searched=~failed,
+            tree=lambda row: tree.of_row(row, chosen),
         )
         return plan, tree.below(chosen, self.simulations) if self.reuse else None
 
@@ -519,7 +520,10 @@ def _placed(whole: Plan, part: Plan, at: Tensor, gated: int) -> Plan:
         mine = getattr(whole, name).clone()
         mine[at] = getattr(part, name) + (gated if name == "evaluations" else 0)
         placed[name] = mine
-    return dataclasses.replace(whole, **placed)
+    number = {row: i for i, row in enumerate(at.tolist())}
+    grown = part.tree
+    assert grown is not None
+    return dataclasses.replace(whole, **placed, tree=lambda row: grown(number[row]) if row in number else None)
 
 
 def make_mcts(

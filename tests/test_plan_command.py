@@ -128,6 +128,19 @@ def test_the_same_command_gives_the_same_episodes_however_it_is_spread(wam):
     assert _results()["protocol_hash"] == _results(sorted(Path("outputs/plan").glob("2*"))[0])["protocol_hash"]
 
 
+def test_the_report_of_a_tree_search_shows_the_tree(wam):
+    search = ["planner=mcts", "planner.simulations=6", "planner.num_candidates=3", "planner.depth=2"]
+    words = [w for w in _arguments(wam, *search, "methods=[planner]", "video=false", "controller.replan_every=2")]
+    main([w for w in words if not w.startswith(("planner.horizon", "planner.num_candidates=4"))])
+    (trace,) = json.loads((_latest() / "traces.json").read_text())
+    for plan in trace["plans"]:
+        tree = plan["tree"]
+        assert 4 <= len(tree["parent"]) == tree["nodes"] <= 7 and tree["visits"][0] == 7 and tree["parent"][0] == -1
+        assert tree["parent"][tree["chosen"]] == 0 and len(tree["hand"][0]) == 3
+        assert len(plan["values"]) == 3
+    assert "In the tree, a node is a chunk" in (_latest() / "report.html").read_text()
+
+
 def test_the_oracle_is_one_more_method(wam):
     main(_arguments(wam, "oracle=true", "oracle_episodes=1", "methods=[planner]", "oracle_candidates=3", "video=false"))
     results = _results()

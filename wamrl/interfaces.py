@@ -12,7 +12,7 @@ seconds; rewards are the task's own per control step; success and uncertainty ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -272,6 +272,9 @@ class Plan:
     candidates: [B, N, H, A] the candidates of the last iteration. scores: [B, N].
     evaluations: [B] int64 model evaluations spent. searched: [B] bool, False where the gate skipped the search.
     seconds: wall time of the search, by part.
+    tree: of a tree search, row -> the tree that it left, batch [S] with the root first: `parent` (-1 for the root),
+    `visits`, `value`, `state` (the model's), and `chosen`, True in the node that the chosen chunk leads to; None where
+    there is none.
     """
 
     actions: Tensor
@@ -282,6 +285,7 @@ class Plan:
     evaluations: Tensor
     searched: Tensor
     seconds: Mapping[str, float] = field(default_factory=dict)
+    tree: Callable[[int], TensorDict | None] | None = None
 
 
 @runtime_checkable

@@ -96,7 +96,7 @@ class Worker:
         judged = memory is not None and {"rollout", "reward"} <= self.model.spec.provides
 
         def finished(episode: Episode) -> None:
-            if judged:
+            if judged and memory is not None:
                 start, every = Start(episode.task, episode.start), self._every
                 episode = replace(episode, imagined_return=imagined_return(self.model, memory, start, every))
             self.emit("episode", episode)
