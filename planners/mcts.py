@@ -57,8 +57,10 @@ class MCTSPlanner:
     basis: [H, H] of that noise.
     backup: "mean" of a node's visits, or the "max" of its children: sampled edges are tries, most of them poor, and the
     best will be executed; the mean is the safer one where the model is noisy.
-    reuse: keep the subtree behind the executed chunk for the next plan, if exactly that chunk was executed. Its nodes
-    are not imagined anew from the measured state, so that errors of the model stay in it; not always the better plan.
+    reuse: keep the subtree behind the executed chunk for the next plan, if exactly that chunk was executed and led to
+    where it was imagined to: the measured state and the imagined one are at most `reuse_tolerance` apart (root mean
+    square over all numbers of the model's state; whole numbers have to be equal). Kept nodes are not imagined anew, so
+    that errors up to that size stay in them.
     shuffle_scores: the null control: the root's choice is drawn among the candidates that were searched.
     on_failure: as in `ShootingPlanner`.
 
@@ -79,6 +81,7 @@ class MCTSPlanner:
     sigma: Tensor | None = None
     basis: Tensor | None = None
     reuse: bool = False
+    reuse_tolerance: float = 0.05
     shuffle_scores: bool = False
     on_failure: str = "raise"
 
@@ -96,6 +99,8 @@ class MCTSPlanner:
             raise unknown_name("on_failure", str(self.on_failure), FAILURES)
         if not math.isfinite(self.gumbel_scale) or self.gumbel_scale < 0:
             raise ValueError(f"planner.gumbel_scale is {self.gumbel_scale}, but must be at least 0; 1 explores")
+        if not math.isfinite(self.reuse_tolerance) or self.reuse_tolerance < 0:
+            raise ValueError(f"planner.reuse_tolerance is {self.reuse_tolerance}, but must be at least 0")
         if not math.isfinite(self.widening) or self.widening <= 0:
             raise ValueError(f"planner.widening is {self.widening}, but must be above 0; 1 is usual")
         if not 0.0 <= self.widening_power <= 1.0:
@@ -292,6 +297,7 @@ class MCTSPlanner:
                 & plan_state["grown"]
                 & (plan_state["shift"] == self.chunk)
                 & (plan_state["tree", "number"] > 0)
+                & (_distance(state, plan_state["tree", "state"][:, 0]) <= self.reuse_tolerance)
             )
             if warm.any():
                 tree.graft(plan_state["tree"], warm.nonzero()[:, 0])
@@ -503,6 +509,19 @@ class MCTSPlanner:
         return plan, tree.below(chosen, self.simulations) if self.reuse else None
 
 
+def _distance(state: State, other: State) -> Tensor:
+    """[R] root mean square difference over all numbers of two states [R]; infinite where whole numbers differ."""
+    total, count = torch.zeros(state.batch_size[0], device=next(iter(state.values(True, True))).device), 0
+    for key in state.keys(True, True):
+        gap = (state[key] != other[key]) if not state[key].is_floating_point() else state[key] - other[key]
+        gap = gap.flatten(1) if gap.dim() > 1 else gap[:, None]
+        if gap.dtype == torch.bool:
+            total = total.masked_fill(gap.any(dim=1), math.inf)
+        else:
+            total, count = total + gap.square().sum(dim=1), count + gap.shape[1]
+    return (total / max(count, 1)).sqrt()
+
+
 def _one_future(imagined: Imagined, noise: NoiseKey) -> State:
     """[R, N] one of the M futures that each candidate ended in, drawn per candidate."""
     rows, num, futures = imagined.leaf.batch_size
@@ -542,6 +561,7 @@ def make_mcts(
     scorer: ReturnScorer | None = None,
     gate: Gate | None = None,
     reuse: bool = False,
+    reuse_tolerance: float = 0.05,
     shuffle_scores: bool = False,
     on_failure: str = "raise",
 ) -> MCTSPlanner:
@@ -568,6 +588,7 @@ def make_mcts(
         sigma=None if sigma is None else check_sigma(sigma, "planner.sigma"),
         basis=noise_basis(chunk, correlation),
         reuse=reuse,
+        reuse_tolerance=reuse_tolerance,
         shuffle_scores=shuffle_scores,
         on_failure=on_failure,
     )
