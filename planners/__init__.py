@@ -2,16 +2,17 @@
 
 from wamrl.planners.best_of_n import make_best_of_n
 from wamrl.planners.cem import cem_refit, make_cem
-from wamrl.planners.gates import Always, CriticalPhase, Periodic, Uncertainty
+from wamrl.planners.gates import Always, BudgetGate, CriticalPhase, Periodic, Uncertainty, Verifier
 from wamrl.planners.gradient import GradientPlanner, make_gradient
 from wamrl.planners.mcts import MCTSPlanner, make_mcts
 from wamrl.planners.mppi import make_mppi, mppi_refit
 from wamrl.planners.proposers import NoiseProposer, PolicyProposer
-from wamrl.planners.scorers import ConsistencyScorer, GoalScorer, ReturnScorer, SuccessScorer
+from wamrl.planners.scorers import ConsistencyScorer, GoalScorer, ProgressScorer, ReturnScorer, SuccessScorer
 from wamrl.planners.shooting import NonFinitePlanError, Refit, ShootingPlanner
 
 __all__ = [
     "Always",
+    "BudgetGate",
     "ConsistencyScorer",
     "CriticalPhase",
     "GoalScorer",
@@ -21,11 +22,13 @@ __all__ = [
     "NonFinitePlanError",
     "Periodic",
     "PolicyProposer",
+    "ProgressScorer",
     "Refit",
     "ReturnScorer",
     "ShootingPlanner",
     "SuccessScorer",
     "Uncertainty",
+    "Verifier",
     "cem_refit",
     "make_best_of_n",
     "make_cem",

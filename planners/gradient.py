@@ -19,6 +19,7 @@ from torch import Tensor
 from wamrl.interfaces import WAM, Budget, Plan, PlanState, State
 from wamrl.noise import NoiseKey
 from wamrl.planners.cem import make_cem
+from wamrl.planners.gates import foresight_steps, memory_after
 from wamrl.planners.scorers import check_comparable, permutation
 from wamrl.planners.shooting import ShootingPlanner
 
@@ -84,12 +85,15 @@ class GradientPlanner:
         """
         started = time.perf_counter()
         forward = self.num_starts * (self.start.futures or model.spec.ensemble_size) * self.horizon
+        foreseen = foresight_steps(self.start.gate, self.horizon) * model.spec.ensemble_size
         steps, first = self.steps, budget.evaluations
         if budget.evaluations is not None:
-            steps = min(steps, (budget.evaluations // 2 - forward) // (2 * forward))
-            first = budget.evaluations - forward * (2 * steps + 1) if steps > 0 else budget.evaluations
+            steps = min(steps, (budget.evaluations // 2 - forward - foreseen) // (2 * forward))
+            first = budget.evaluations - forward * (2 * steps + 1) - foreseen if steps > 0 else budget.evaluations
         deadline = None if budget.deadline_s is None else budget.deadline_s / 2
-        plan, next_state = self.start.plan(model, state, plan_state, noise.fold(0), Budget(first, deadline))
+        asked = plan_state.copy()
+        asked["search_cost"] = torch.full_like(asked["shift"], max(0, forward * (2 * steps + 1)) if steps > 0 else 0)
+        plan, next_state = self.start.plan(model, state, asked, noise.fold(0), Budget(first, deadline))
         rows = (plan.searched & plan.value.isfinite()).nonzero()[:, 0]
         if rows.numel() == 0 or steps < 1:
             return plan, next_state
@@ -102,7 +106,11 @@ class GradientPlanner:
         next_state = next_state.copy()
         next_state["mean"] = actions
         seconds = {**plan.seconds, "imagine": plan.seconds["imagine"] + time.perf_counter() - begun}
+        evaluations += foreseen
         plan = dataclasses.replace(plan, actions=actions, value=values, evaluations=evaluations, seconds=seconds)
+        # The gate's memory is of the climbed plan, not of the one that the search began with.
+        for name, memory in memory_after(self.start.gate, model, state, plan_state, plan).items():
+            next_state[name] = memory
         return plan, next_state
 
     def _climb(

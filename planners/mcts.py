@@ -23,10 +23,10 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.nn import functional as F
 
-from wamrl.interfaces import WAM, Budget, Context, Gate, Imagined, Plan, PlanState, Proposal, State, task_id
+from wamrl.interfaces import WAM, Budget, Context, Gate, Imagined, Plan, PlanState, Proposal, State
 from wamrl.naming import unknown_name
 from wamrl.noise import NoiseKey
-from wamrl.planners.gates import Always
+from wamrl.planners.gates import Always, ask, device_of, fresh_memory, gate_cost, memory_after
 from wamrl.planners.proposers import check_sigma, coloured_noise, match_sigma, noise_basis
 from wamrl.planners.scorers import ReturnScorer, asked_of
 from wamrl.planners.shooting import (
@@ -34,8 +34,6 @@ from wamrl.planners.shooting import (
     ModelClock,
     check_deadline,
     count_plans,
-    device_of,
-    gate_cost,
     policy_chunk,
     report_failure,
 )
@@ -59,8 +57,10 @@ class MCTSPlanner:
     basis: [H, H] of that noise.
     backup: "mean" of a node's visits, or the "max" of its children: sampled edges are tries, most of them poor, and the
     best will be executed; the mean is the safer one where the model is noisy.
-    reuse: keep the subtree behind the executed chunk for the next plan, if exactly that chunk was executed. Its nodes
-    are not imagined anew from the measured state, so that errors of the model stay in it; not always the better plan.
+    reuse: keep the subtree behind the executed chunk for the next plan, if exactly that chunk was executed and led to
+    where it was imagined to: the measured state and the imagined one are at most `reuse_tolerance` apart (root mean
+    square over all numbers of the model's state; whole numbers have to be equal). Kept nodes are not imagined anew, so
+    that errors up to that size stay in them.
     shuffle_scores: the null control: the root's choice is drawn among the candidates that were searched.
     on_failure: as in `ShootingPlanner`.
 
@@ -81,6 +81,7 @@ class MCTSPlanner:
     sigma: Tensor | None = None
     basis: Tensor | None = None
     reuse: bool = False
+    reuse_tolerance: float = 0.05
     shuffle_scores: bool = False
     on_failure: str = "raise"
 
@@ -98,6 +99,8 @@ class MCTSPlanner:
             raise unknown_name("on_failure", str(self.on_failure), FAILURES)
         if not math.isfinite(self.gumbel_scale) or self.gumbel_scale < 0:
             raise ValueError(f"planner.gumbel_scale is {self.gumbel_scale}, but must be at least 0; 1 explores")
+        if not math.isfinite(self.reuse_tolerance) or self.reuse_tolerance < 0:
+            raise ValueError(f"planner.reuse_tolerance is {self.reuse_tolerance}, but must be at least 0")
         if not math.isfinite(self.widening) or self.widening <= 0:
             raise ValueError(f"planner.widening is {self.widening}, but must be above 0; 1 is usual")
         if not 0.0 <= self.widening_power <= 1.0:
@@ -155,13 +158,12 @@ class MCTSPlanner:
         if self.reuse:
             # An observation of zeros shows what the model's state consists of; nothing of it is ever read.
             one = min(rows, 1)
-            shapes = {key: torch.zeros(one, *shape, device=device) for key, shape in model.spec.observation.items()}
-            shapes["task"] = torch.full((one,), task_id(model.spec.tasks[0]), device=device)
             with torch.no_grad():
-                state = model.encode(Context.from_observation(TensorDict(shapes, batch_size=[one])))
+                state = model.encode(Context.blank(model.spec, one, device))
             tree = self._tree(model, state, torch.zeros(one, self._slots(model), device=device), self.simulations)
             kept = tree.below(torch.zeros(one, dtype=torch.int64, device=device), self.simulations)
             entries["tree"] = kept.expand(rows).clone() if rows else kept
+        entries |= fresh_memory(self.gate, model, rows, self.chunk)
         return TensorDict(entries, batch_size=[rows], device=device)
 
     @torch.no_grad()
@@ -183,14 +185,18 @@ class MCTSPlanner:
         if isinstance(self.gate, Always):
             searched = torch.ones(rows, dtype=torch.bool, device=device)
         else:
-            searched = self.gate(cast(WAM, clock), state, plan_state)
+            cost = simulations * model.spec.ensemble_size * self.chunk
+            searched = ask(self.gate, cast(WAM, clock), state, plan_state, cost)
         at = searched.nonzero()[:, 0]
         plan, kept = self._outside(cast(WAM, clock), state, searched, gated), plan_state.copy()
         if at.numel():
             everyone = at.numel() == rows
             part = (state, plan_state, noise) if everyone else (state[at], plan_state[at], noise[at])
             found, tree = self._search(clock, *part, simulations, started, budget.deadline_s)
-            plan = found if everyone else _placed(plan, found, at, gated)
+            if everyone:
+                plan = dataclasses.replace(found, evaluations=found.evaluations + gated) if gated else found
+            else:
+                plan = _placed(plan, found, at, gated)
             if tree is not None:
                 whole = plan_state["tree"].clone()
                 whole[at] = tree
@@ -198,14 +204,17 @@ class MCTSPlanner:
         kept["warm"], kept["grown"] = torch.ones_like(searched), searched.clone()
         kept["plans"] = count_plans(plan_state)
         kept["shift"] = torch.ones(rows, dtype=torch.int64, device=device)
+        plan = dataclasses.replace(plan, searched=searched)
+        for name, memory in memory_after(self.gate, cast(WAM, clock), state, plan_state, plan).items():
+            kept[name] = memory
         seconds = {"imagine": clock.seconds, "search": time.perf_counter() - started - clock.seconds}
-        return dataclasses.replace(plan, searched=searched, seconds=seconds), kept
+        return dataclasses.replace(plan, seconds=seconds), kept
 
     # ---- before the search -----------------------------------------------------------------------------------------
 
     def _fit(self, model: WAM, budget: Budget) -> tuple[int, int]:
         """Simulations that fit the budget, and the evaluations per row that the gate takes."""
-        gated = gate_cost(self.gate, model)
+        gated = gate_cost(self.gate, model, self.chunk)
         if budget.evaluations is None:
             return self.simulations, gated
         each = model.spec.ensemble_size * self.chunk
@@ -288,6 +297,7 @@ class MCTSPlanner:
                 & plan_state["grown"]
                 & (plan_state["shift"] == self.chunk)
                 & (plan_state["tree", "number"] > 0)
+                & (_distance(state, plan_state["tree", "state"][:, 0]) <= self.reuse_tolerance)
             )
             if warm.any():
                 tree.graft(plan_state["tree"], warm.nonzero()[:, 0])
@@ -494,8 +504,22 @@ class MCTSPlanner:
             scores=now.q.masked_fill(~visited, -math.inf),
             evaluations=spent,
             searched=~failed,
+            tree=lambda row: tree.of_row(row, chosen),
         )
         return plan, tree.below(chosen, self.simulations) if self.reuse else None
+
+
+def _distance(state: State, other: State) -> Tensor:
+    """[R] root mean square difference over all numbers of two states [R]; infinite where whole numbers differ."""
+    total, count = torch.zeros(state.batch_size[0], device=next(iter(state.values(True, True))).device), 0
+    for key in state.keys(True, True):
+        gap = (state[key] != other[key]) if not state[key].is_floating_point() else state[key] - other[key]
+        gap = gap.flatten(1) if gap.dim() > 1 else gap[:, None]
+        if gap.dtype == torch.bool:
+            total = total.masked_fill(gap.any(dim=1), math.inf)
+        else:
+            total, count = total + gap.square().sum(dim=1), count + gap.shape[1]
+    return (total / max(count, 1)).sqrt()
 
 
 def _one_future(imagined: Imagined, noise: NoiseKey) -> State:
@@ -515,7 +539,10 @@ def _placed(whole: Plan, part: Plan, at: Tensor, gated: int) -> Plan:
         mine = getattr(whole, name).clone()
         mine[at] = getattr(part, name) + (gated if name == "evaluations" else 0)
         placed[name] = mine
-    return dataclasses.replace(whole, **placed)
+    number = {row: i for i, row in enumerate(at.tolist())}
+    grown = part.tree
+    assert grown is not None
+    return dataclasses.replace(whole, **placed, tree=lambda row: grown(number[row]) if row in number else None)
 
 
 def make_mcts(
@@ -534,6 +561,7 @@ def make_mcts(
     scorer: ReturnScorer | None = None,
     gate: Gate | None = None,
     reuse: bool = False,
+    reuse_tolerance: float = 0.05,
     shuffle_scores: bool = False,
     on_failure: str = "raise",
 ) -> MCTSPlanner:
@@ -560,6 +588,7 @@ def make_mcts(
         sigma=None if sigma is None else check_sigma(sigma, "planner.sigma"),
         basis=noise_basis(chunk, correlation),
         reuse=reuse,
+        reuse_tolerance=reuse_tolerance,
         shuffle_scores=shuffle_scores,
         on_failure=on_failure,
     )

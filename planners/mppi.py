@@ -88,6 +88,7 @@ def make_mppi(
     discount: float | None = None,
     risk: str = "improvement",
     risk_weight: float = 0.5,
+    gate: Gate | None = None,
     gate_threshold: float | None = None,
     choose: str = "best",
     stop_change: float | None = None,
@@ -104,7 +105,8 @@ def make_mppi(
     knots, spline: draw the noise at that many steps and interpolate, see `temporal_basis`.
     warm_share, behaviour_share: see `PolicyProposer`.
     refine_sigma: sigma of the iterations after the first; None is `sigma`.
-    value_weight ... risk_weight: see `ReturnScorer`. gate_threshold: None searches always, else see `Uncertainty`.
+    value_weight ... risk_weight: see `ReturnScorer`. gate: None searches always. gate_threshold: that of a gate
+    `Uncertainty`, in the place of `gate`; None is none.
     choose, stop_change, shuffle_scores, compile, on_failure: see `ShootingPlanner`.
     """
     spread = check_sigma(sigma, "planner.sigma")
@@ -114,7 +116,14 @@ def make_mppi(
     basis = temporal_basis(horizon, correlation=correlation, knots=knots, spline=spline)
     shares = {"warm_share": warm_share, "behaviour_share": behaviour_share}
     proposer = make_proposer(proposal, horizon=horizon, sigma=spread, basis=basis, **shares)
-    gate: Gate = Always() if gate_threshold is None else Uncertainty(threshold=gate_threshold)
+    gate = Always() if gate is None else gate
+    if gate_threshold is not None:
+        if not isinstance(gate, Always):
+            raise ValueError(
+                f"planner.gate_threshold is {gate_threshold}, but there is a gate already, {type(gate).__name__}; "
+                "leave one of them out"
+            )
+        gate = Uncertainty(threshold=gate_threshold)
     scorer = ReturnScorer(
         value_weight=value_weight,
         reward_weight=reward_weight,

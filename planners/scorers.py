@@ -18,6 +18,7 @@ from wamrl.noise import NoiseKey
 RISKS = ("mean", "lower_bound", "worst", "cvar", "majority", "improvement")
 REDUCTIONS = ("sum", "mean")
 NORMS = ("l1", "l2")
+MEASURES = ("value", "success")
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,57 @@ class SuccessScorer:
         if imagined.alive is not None:
             success = success * imagined.alive
         return reduce_guesses(1.0 - (1.0 - success).prod(dim=-1), self.risk, self.risk_weight, self.risk_share)
+
+
+@dataclass(frozen=True)
+class ProgressScorer:
+    """How much nearer to success a candidate ends than it began, in what the model itself measures nearness by.
+
+    of: "value" is V(end) - V(now), each value head against itself, so that what a head always overstates cancels (a
+    leaf after an episode's end is worth 0); "success" is the probability of success at the last step minus that at the
+    first one; None is value in models that answer it, else success. Units: those of the value, or a probability.
+    Rewards on the way count for nothing, unlike in `ReturnScorer`. risk ...: as in `SuccessScorer`.
+    """
+
+    of: str | None = None
+    risk: str = "mean"
+    risk_weight: float = 0.5
+    risk_share: float = 0.25
+    needs: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Check the ranges, and work out what a model must answer."""
+        if self.of is not None and self.of not in MEASURES:
+            raise unknown_name("of", str(self.of), MEASURES)
+        check_risk(self.risk, self.risk_weight, self.risk_share)
+        object.__setattr__(self, "needs", frozenset(() if self.of is None else (self.of,)))
+
+    def needs_of(self, spec: Spec) -> frozenset[str]:
+        """The query that progress is read from; ValueError where a model of this `spec` answers neither."""
+        return frozenset((self._measure(spec),))
+
+    def __call__(self, model: WAM, state: State, imagined: Imagined) -> Tensor:
+        """[R, N] scores of the candidates in `imagined`."""
+        if self._measure(model.spec) == "value":
+            after = model.value(imagined.leaf)  # [R, N, M, E]
+            if imagined.alive is not None:
+                after = after * imagined.alive[..., -1:]
+            gain = (after - model.value(state)[:, None, None]).flatten(2)
+        else:
+            success = _head(imagined, "success")
+            if imagined.alive is not None:
+                success = success * imagined.alive
+            gain = success[..., -1] - success[..., 0]
+        return reduce_guesses(gain, self.risk, self.risk_weight, self.risk_share)
+
+    def _measure(self, spec: Spec) -> str:
+        measure = self.of or next((query for query in MEASURES if query in spec.provides), None)
+        if measure is None:
+            raise ValueError(
+                "the progress scorer reads progress off a model's 'value' or 'success', but this model "
+                f"({spec.anatomy.backbone}) answers neither; use wam=reference, which answers both, or another scorer"
+            )
+        return measure
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from wamrl.interfaces import WAM, Budget, Gate, Imagined, Plan, PlanState, Proposal, Proposer, Scorer, State
 from wamrl.naming import unknown_name
 from wamrl.noise import NoiseKey
-from wamrl.planners.gates import Always
+from wamrl.planners.gates import Always, ask, device_of, fresh_memory, gate_cost, memory_after
 from wamrl.planners.proposers import coloured_noise, match_sigma
 from wamrl.planners.scorers import asked_of, permutation
 from wamrl.provenance import has_cpp_compiler
@@ -149,7 +149,7 @@ class ShootingPlanner:
         self.check(model)
         device = device_of(model)
         chunk = (self.horizon, model.spec.action_dim)
-        state = {
+        state: dict[str, Tensor | TensorDict] = {
             "mean": torch.zeros(rows, *chunk, device=device),
             "warm": torch.zeros(rows, dtype=torch.bool, device=device),
             "shift": torch.zeros(rows, dtype=torch.int64, device=device),
@@ -157,6 +157,7 @@ class ShootingPlanner:
         }
         if self.keep_elites:
             state["elites"] = torch.zeros(rows, self.keep_elites, *chunk, device=device)
+        state |= fresh_memory(self.gate, model, rows, self.horizon)
         return TensorDict(state, batch_size=[rows], device=device)
 
     @torch.no_grad()
@@ -182,10 +183,11 @@ class ShootingPlanner:
             searched = torch.ones(rows, dtype=torch.bool, device=noise.row.device)
             found = self._search(clock, state, plan_state, noise, limits)
         else:
-            searched = self.gate(cast(WAM, clock), state, plan_state)
+            cost = num * iterations * (self.futures or model.spec.ensemble_size) * self.horizon
+            searched = ask(self.gate, cast(WAM, clock), state, plan_state, cost)
             found = self._search_some(clock, state, plan_state, noise, limits, searched)
             found.evaluations += gated
-        carried = {
+        carried: dict[str, Tensor | TensorDict] = {
             "mean": found.mean,
             "warm": torch.ones_like(searched),
             "shift": torch.ones_like(found.evaluations),
@@ -193,7 +195,6 @@ class ShootingPlanner:
         }
         if self.keep_elites:
             carried["elites"] = _elites(found.candidates, found.scores, self.keep_elites)
-        next_state = TensorDict(carried, batch_size=[searched.shape[0]])
         plan = Plan(
             actions=found.actions,
             value=found.value,
@@ -202,15 +203,16 @@ class ShootingPlanner:
             scores=found.scores,
             evaluations=found.evaluations,
             searched=searched,
-            seconds={"imagine": clock.seconds, "search": time.perf_counter() - started - clock.seconds},
         )
-        return plan, next_state
+        carried |= memory_after(self.gate, cast(WAM, clock), state, plan_state, plan)
+        seconds = {"imagine": clock.seconds, "search": time.perf_counter() - started - clock.seconds}
+        return replace(plan, seconds=seconds), TensorDict(carried, batch_size=[searched.shape[0]])
 
     def _fit(self, model: WAM, budget: Budget) -> tuple[int, int, int]:
         """Candidates and iterations that fit the budget, and the evaluations per row that the gate takes."""
         check_deadline(budget)
         members = model.spec.ensemble_size
-        gated = gate_cost(self.gate, model)
+        gated = gate_cost(self.gate, model, self.horizon)
         if budget.evaluations is None:
             return self.num_candidates, self.iterations, gated
         each = (self.futures or members) * self.horizon
@@ -499,11 +501,6 @@ def count_plans(plan_state: PlanState) -> Tensor:
     return plan_state["plans"] * plan_state["warm"] + 1
 
 
-def gate_cost(gate: Gate, model: WAM) -> int:
-    """Evaluations per row that asking `gate` takes."""
-    return int(getattr(gate, "candidates", 0)) * model.spec.ensemble_size * model.spec.chunk_length
-
-
 def _joined(parts: list[tuple[Tensor, _Found]]) -> _Found:
     """The findings of disjoint rows (indices [R'], finding) as one, in the order of the rows."""
     rows = sum(index.numel() for index, _ in parts)
@@ -547,11 +544,3 @@ def _where(rows: Tensor, first: _Iterate, second: _Iterate) -> _Iterate:
         a, b = (x.expand(rows.shape[0], *x.shape[1:]) if x.dim() > 1 else x for x in (a, b))
         parts.append(torch.where(rows.reshape(-1, *[1] * (b.dim() - 1)), a, b) if b.dim() > 1 else b)
     return _Iterate(*parts)
-
-
-def device_of(model: WAM) -> torch.device:
-    """Where the model's weights are; the CPU for a model without any."""
-    parameter = next(model.parameters(), None)
-    buffer = next(model.buffers(), None)
-    found = parameter if parameter is not None else buffer
-    return torch.device("cpu") if found is None else found.device

@@ -44,7 +44,7 @@ class ToyWAM(WAM):
         behaviour: bool = False,
     ) -> None:
         super().__init__()
-        provides = {"rollout", "policy", "value", "reward", "uncertainty", "success"} - set(leave_out)
+        provides = {"rollout", "policy", "value", "decode", "reward", "uncertainty", "success"} - set(leave_out)
         provides |= {"behaviour"} if behaviour else set()
         self.spec = Spec(
             observation={"state": (state_dim,)},
@@ -155,6 +155,12 @@ class ToyWAM(WAM):
         """[*batch, 2]: both heads say the same."""
         self.counts["value"] += 1
         return self.value_of(state["z"])[..., None].expand(*state.batch_size, 2)
+
+    def decode(self, state: State | Imagined, keys: tuple[str, ...] | None = None) -> TensorDict:
+        """The latent is the observation."""
+        z = state.frames if isinstance(state, Imagined) else state["z"]
+        assert z is not None
+        return TensorDict({"state": z}, batch_size=z.shape[:-1])
 
 
 def quadratic(

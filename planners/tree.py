@@ -129,6 +129,21 @@ class Tree:
             visits, self.value[at], self.raw_value[at], self.counts[at], self.q[at], self.logits[at], available
         )
 
+    def of_row(self, row: int, chosen: Tensor) -> TensorDict:
+        """The tree [S] of a row, whose chosen slots are `chosen` [B]; see `wamrl.interfaces.Plan.tree`."""
+        at = self.base[row] + torch.arange(int(self.size[row]), device=self.base.device)
+        there = self.child[self.base[row], chosen[row]]
+        return TensorDict(
+            {
+                "parent": self.parent[at],
+                "visits": self.visits[at],
+                "value": self.value[at],
+                "state": self.states[at],
+                "chosen": at - self.base[row] == there,
+            },
+            batch_size=[at.numel()],
+        )
+
     def refresh(self, at: Tensor) -> None:
         """Choose anew where a descent goes on from the nodes `at` [X]."""
         now = self.statistics(at)

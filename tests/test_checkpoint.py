@@ -315,6 +315,15 @@ def test_a_spec_that_the_model_does_not_have_is_refused(path):
         checkpoint.load(path)
 
 
+def test_a_checkpoint_of_a_model_that_answered_less_loads_and_answers_more(path):
+    found = checkpoint.spec_to_dict(checkpoint.read_metadata(path).spec)
+    rewrite(path, spec={**found, "provides": [query for query in found["provides"] if query != "observe"]})
+    assert "observe" in checkpoint.load(path).spec.provides
+    rewrite(path, spec={**found, "provides": [*found["provides"], "video"]})
+    with pytest.raises(CheckpointError, match="another spec"):
+        checkpoint.load(path)
+
+
 def test_another_safetensors_file_is_refused(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="not a checkpoint of wamrl"):

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
 import time
+from importlib import resources
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from tensordict import TensorDict
 
-from wamrl.control import ModelPolicy, PlannerPolicy, RandomPolicy
+from wamrl import cli
+from wamrl.control import AdaptivePolicy, InteractivePolicy, ModelPolicy, PlannerPolicy, RandomPolicy
 from wamrl.interfaces import Context, Plan, Policy, PolicyState, State
 from wamrl.planners import ShootingPlanner, make_mppi
 from wamrl.planners.toys import TASKS, ToyWAM, observation, quadratic
 
+CONFIGS = resources.files("wamrl.configs")
 TARGET = torch.tensor([0.3, -0.6])
 
 
@@ -49,6 +55,35 @@ def drive(policy: Policy, zs: list[torch.Tensor]) -> tuple[torch.Tensor, PolicyS
     return torch.stack(actions), state
 
 
+class SpeedWAM(ToyWAM):
+    """A mass on a line: pushes change the speed, and only the place is observed.
+
+    The latent is (place, speed). A single frame shows no speed; `observe` takes it from how the place changed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            lambda z, a: torch.stack([z[..., 0] + z[..., 1] + 0.1 * a[..., 0], z[..., 1] + 0.1 * a[..., 0]], dim=-1),
+            lambda z, a, new: -new[..., 0].square() - new[..., 1].square(),
+            lambda z: -z.square().sum(dim=-1),
+            state_dim=2,
+            action_dim=1,
+        )
+        provides = self.spec.provides | {"observe"}
+        self.spec = dataclasses.replace(self.spec, observation={"state": (1,)}, provides=provides)
+
+    def encode(self, context: Context) -> State:
+        """The place, at rest."""
+        place = context.observation["state"][:, -1]
+        return self.state(torch.cat([place, torch.zeros_like(place)], dim=-1))
+
+    def observe(self, state, action, observation, reset):  # type: ignore[no-untyped-def]
+        """The measured place, and its change; a row that starts anew is at rest."""
+        place = observation["state"]
+        speed = (place - state["z"][:, :1]).masked_fill(reset[:, None], 0.0)
+        return self.state(torch.cat([place, speed], dim=-1))
+
+
 def policies() -> list[Policy]:
     model = integrator()
     return [
@@ -56,6 +91,10 @@ def policies() -> list[Policy]:
         ModelPolicy(model, replan_every=3),
         PlannerPolicy(model, small()),
         PlannerPolicy(model, small(), replan_every=3),
+        PlannerPolicy(model, small(), replan_every=None),
+        InteractivePolicy(SpeedWAM(), small(), replan_every=2),
+        AdaptivePolicy(model, small()),
+        AdaptivePolicy(model, small(), compare="observation", replan_every=3),
         RandomPolicy(1),
     ]
 
@@ -209,6 +248,130 @@ def test_the_budget_reaches_the_planner() -> None:
     policy = PlannerPolicy(integrator(), small(iterations=10), evaluations=100)
     drive(policy, [torch.zeros(1, 1)])
     assert 0 < policy.log[0]["evaluations"] <= 100
+
+
+def test_an_open_loop_controller_executes_the_whole_chunk() -> None:
+    policy = PlannerPolicy(integrator(), small(), replan_every=None)
+    drive(policy, [torch.zeros(2, 1)] * 9)
+    assert policy.replan_every == 4 and policy.plans == 3 and [entry["early"] for entry in policy.log] == [0, 0, 0]
+
+
+def test_an_interactive_controller_knows_what_no_single_frame_shows() -> None:
+    """A mass that already moves: only who remembers where it was brakes it."""
+
+    def cost(kind: type[PlannerPolicy]) -> float:
+        model = SpeedWAM()
+        planner = small(num_candidates=64, iterations=4, sigma=0.4, temperature=0.1, proposal="noise")
+        policy, z, total = kind(model, planner), torch.tensor([[0.0, 0.3], [0.4, -0.2]]), 0.0
+        state = policy.initial_state(2)
+        for t in range(15):
+            action, state = policy.act(observation(z[:, :1]), state, torch.full((2,), t == 0))
+            z = model.transition(z, action)
+            total += float(z.square().sum())
+        return total
+
+    assert cost(InteractivePolicy) < 0.5 * cost(PlannerPolicy)
+
+
+def test_observe_gets_what_was_measured_and_executed_and_who_starts_anew() -> None:
+    heard = []
+
+    class Listening(SpeedWAM):
+        def observe(self, state, action, observation, reset):  # type: ignore[no-untyped-def]
+            heard.append((state["z"].clone(), action.clone(), observation["state"].clone(), reset.tolist()))
+            return super().observe(state, action, observation, reset)
+
+    policy = InteractivePolicy(Listening(), small(), replan_every=3)
+    state, z = policy.initial_state(2), torch.tensor([[0.5], [0.1]])
+    first, state = policy.act(observation(z), state, flags(1, 1))
+    second, state = policy.act(observation(z + 0.2), state, flags(0, 1))
+    assert [entry[3] for entry in heard] == [[True, True], [False, True]]
+    assert torch.equal(heard[1][1], first) and torch.equal(heard[1][2], z + 0.2)
+    assert torch.allclose(heard[1][0][:, :1], z)  # the measured place, not the imagined one
+    assert torch.allclose(state["state", "z"], torch.tensor([[0.7, 0.2], [0.3, 0.0]]))
+    assert torch.equal(state["action"], second)
+
+
+def test_an_interactive_controllers_memory_stays_bounded_over_10000_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing grows: neither the policy state nor what the policy itself keeps."""
+    monkeypatch.setattr("wamrl.control.LOG_LENGTH", 100)
+    policy = InteractivePolicy(SpeedWAM(), small(num_candidates=2), replan_every=4)
+    state = policy.initial_state(1)
+
+    def held() -> int:
+        assert policy.last_plan is not None and policy.last_state is not None
+        tensors = [*state.values(True, True), *policy.last_state.values(True, True), policy.last_plan.candidates]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    sizes = {}
+    for t in range(10_000):
+        _, state = policy.act(observation(torch.full((1, 1), math.sin(t))), state, flags(t == 0))
+        if t in (10, 9_999):
+            sizes[t] = held()
+    assert sizes[10] == sizes[9_999] and policy.plans == 2_500 and len(policy.log) == 100
+
+
+def gusty(threshold: float, **options: object) -> tuple[list[list[int]], AdaptivePolicy]:
+    """Rows that planned at each of 9 steps, where a gust takes row 1 by 0.5 with the third step."""
+    model = integrator()
+    policy = AdaptivePolicy(model, small(), threshold=threshold, **options)  # type: ignore[arg-type]
+    planned: list[list[int]] = []
+    policy.on_plan = lambda rows, state, plan: planned[-1].extend(rows.tolist())
+    state, z = policy.initial_state(2), torch.tensor([[0.4], [0.4]])
+    for t in range(9):
+        planned.append([])
+        action, state = policy.act(observation(z), state, torch.full((2,), t == 0))
+        z = z + 0.1 * action
+        if t == 2:
+            z[1] += 0.5
+    return planned, policy
+
+
+@pytest.mark.parametrize("compare", ["latent", "observation"])
+def test_an_adaptive_controller_plans_early_where_the_world_surprises_it(compare: str) -> None:
+    """Chunks of 4; the gust of 0.5 shows at the fourth observation, before the first chunk is used up."""
+    planned, policy = gusty(0.1, compare=compare)
+    assert planned == [[0, 1], [], [], [1], [0], [], [], [1], [0]]
+    assert [entry["early"] for entry in policy.log] == [0, 1, 0, 0, 0]
+    planned, policy = gusty(0.6, compare=compare)
+    assert planned == [[0, 1], [], [], [], [0, 1], [], [], [], [0, 1]]
+    # 16 candidates of 4 steps, and the three steps that are verified.
+    assert {entry["evaluations"] for entry in policy.log} == {2 * (16 * 4 + 3)}
+
+
+def test_an_adaptive_controller_keeps_to_its_budget() -> None:
+    planned, policy = gusty(0.1, evaluations=35)
+    assert all(entry["evaluations"] <= 35 * entry["rows"] for entry in policy.log)
+    with pytest.raises(ValueError, match="evaluations is 3 per plan, but imagining the chosen chunk once more takes 3"):
+        gusty(0.1, evaluations=3)
+
+
+def test_controllers_refuse_models_and_settings_that_they_cannot_serve() -> None:
+    with pytest.raises(ValueError, match="does not answer 'observe'.*Use wam=reference"):
+        InteractivePolicy(integrator(), small())
+    with pytest.raises(ValueError, match="does not answer 'decode'"):
+        AdaptivePolicy(integrator(leave_out=("decode",)), small())
+    with pytest.raises(ValueError, match="replan_every is 1, so that every step has a plan of its own"):
+        AdaptivePolicy(integrator(), small(), replan_every=1)
+    for threshold in (-1.0, math.nan, math.inf, True):
+        with pytest.raises(ValueError, match="controller.threshold is"):
+            AdaptivePolicy(integrator(), small(), threshold=threshold)
+    with pytest.raises(ValueError, match="unknown compare 'latents'; did you mean 'latent'"):
+        AdaptivePolicy(integrator(), small(), compare="latents")
+    with pytest.raises(ValueError, match="controller.latent is 'h', but this model's state has z"):
+        AdaptivePolicy(integrator(), small(), latent="h").initial_state(1)
+
+
+@pytest.mark.parametrize("name", sorted(p.name.removesuffix(".yaml") for p in (CONFIGS / "controller").iterdir()))
+def test_every_controller_is_a_choice_of_the_config(name: str) -> None:
+    settings = cli.plain(cli.compose("plan", [f"controller={name}"]))["controller"]
+    policy = instantiate(settings)(integrator() if name != "interactive" else SpeedWAM(), small())
+    assert isinstance(policy, Policy)
+    drive(policy, [torch.zeros(2, 1)] * 3)
+    defaults = {n: o.default for n, o in inspect.signature(type(policy)).parameters.items()}
+    own = {k: v for k, v in settings.items() if k in defaults}
+    if name == "adaptive":
+        assert own == {k: defaults[k] for k in own}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -13,8 +13,12 @@ from tensordict import TensorDict
 from wamrl.evaluation import (
     Episode,
     FailureTags,
+    Recording,
     Start,
+    _student,
     compare,
+    gain,
+    imagined_return,
     mcnemar,
     paired,
     percentiles,
@@ -25,6 +29,7 @@ from wamrl.evaluation import (
     wilson,
     write_episodes,
 )
+from wamrl.planners.toys import ToyWAM, observation
 
 PUSH, REACH = "metaworld/push-v3", "metaworld/reach-v3"
 
@@ -144,6 +149,59 @@ def test_compare_pairs_every_seed():
     again = [replace(_episode("a", 0, False), seed=1), replace(_episode("b", 0, True), seed=1)]
     result = compare([_episode("a", 0, True), _episode("b", 0, False), *again], "a", "b")
     assert result is not None and (result.n, result.only_first, result.only_second) == (2, 1, 1)
+
+
+def test_the_imagined_return_of_an_episode_worked_by_hand() -> None:
+    """The model: z' = z + a, which pays z'. The world went 0, 0.5, 1, 1.2 with the actions 1, 1, 0.5."""
+    model = ToyWAM(
+        lambda z, a: z + a, lambda z, a, n: n[..., 0], lambda z: z[..., 0], state_dim=1, action_dim=1, members=2
+    )
+    start, recording = Start("toy", 3), Recording()
+    recording.observations[start] = [observation(torch.tensor([[z]]))[0] for z in (0.0, 0.5, 1.0, 1.2)]
+    recording.actions[start] = [torch.tensor([a]) for a in (1.0, 1.0, 0.5)]
+    # Two at a time: 1 + 2 from 0, then 1.5 from 1, where the episode ends.
+    assert imagined_return(model, recording, start, 2) == pytest.approx(4.5)
+    assert imagined_return(model, recording, start, 1) == pytest.approx(1.0 + 1.5 + 1.5)
+    assert imagined_return(model, recording, start, 8) == pytest.approx(1.0 + 2.0 + 2.5)
+
+
+def _promised(method: str, start: int, length: int, real: float, imagined: float | None) -> Episode:
+    return replace(_episode(method, start, True, length), episode_return=real, imagined_return=imagined)
+
+
+def test_the_gain_in_imagination_and_in_reality_worked_by_hand() -> None:
+    """Per step: the planner was promised 3, 2, 4 and got 2, 2, 2; the policy 1, 1, 2 and got 1, 1, 1."""
+    episodes = [
+        _promised("planner", 0, 2, 4.0, 6.0), _promised("policy", 0, 4, 4.0, 4.0),
+        _promised("planner", 1, 1, 2.0, 2.0), _promised("policy", 1, 1, 1.0, 1.0),
+        _promised("planner", 2, 5, 10.0, 20.0), _promised("policy", 2, 10, 10.0, 20.0),
+        _promised("planner", 3, 1, 9.0, 9.0), _promised("policy", 3, 1, 0.0, None), _promised("random", 3, 1, 0.0, 1.0),
+    ]  # fmt: skip
+    found = gain(episodes)
+    assert found is not None and found.n == 3
+    # Gains 2, 1, 2 in imagination and 1, 1, 1 in reality: the difference is 1, 0, 1.
+    assert found.imagined == pytest.approx(5 / 3) and found.real == pytest.approx(1.0)
+    assert found.difference == pytest.approx(2 / 3)
+    # Standard deviation sqrt(1/3), standard error 1/3, t(2) = 4.303.
+    assert found.high is not None and found.high - found.difference == pytest.approx(4.303 / 3, rel=0.03)
+    assert found.low == pytest.approx(2 * found.difference - found.high)
+    two = gain(episodes[:4])
+    assert two is not None and (two.n, two.low, two.high) == (2, None, None) and two.difference == pytest.approx(0.5)
+    assert gain([e for e in episodes if e.method != "policy"]) is None
+
+
+@pytest.mark.parametrize("freedom", [3, 4, 9, 29, 199])
+def test_students_quantile_agrees_with_scipy(freedom: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    assert _student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=0.005)
+
+
+def test_episodes_of_an_earlier_file_have_no_imagined_return(tmp_path: Path) -> None:
+    write_episodes(tmp_path / "e.csv", [_promised("planner", 0, 2, 4.0, 6.0), _promised("policy", 0, 2, 4.0, None)])
+    assert [e.imagined_return for e in read_episodes(tmp_path / "e.csv")] == [6.0, None]
+    lines = (tmp_path / "e.csv").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "e.csv").write_text("\n".join(line.rsplit(",", 1)[0] for line in lines) + "\n", encoding="utf-8")
+    assert [e.imagined_return for e in read_episodes(tmp_path / "e.csv")] == [None, None]
 
 
 def test_protocol_hash_sees_every_part():

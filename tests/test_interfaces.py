@@ -58,7 +58,7 @@ ASK = {
 @pytest.mark.parametrize("query", ASK)
 def test_a_query_that_a_model_lacks_is_refused_by_name(query):
     state = TensorDict({"z": torch.zeros(1, 3)}, [1])
-    instead = "Use wam=mot_uwm, which does" if query == "observe" else "Use wam=mot_uwm or wam=reference, which does"
+    instead = "Use wam=mot_uwm or wam=reference, which does"
     with pytest.raises(ValueError, match=f"tiny mlp.*does not answer '{query}'.*{instead}"):
         ASK[query](Silent(), state)
 

@@ -42,6 +42,15 @@ def state_of(wam: JointEmbeddingWAM, rows: int = 3) -> State:
     return wam.encode(Context.from_observation(observation(rows)))
 
 
+def test_observing_is_encoding_because_one_frame_says_all() -> None:
+    """Whatever was imagined or done before, and whether or not the row starts anew."""
+    wam = model()
+    state, other = state_of(wam), wam.encode(Context.from_observation(observation().apply(lambda x: x)[[1, 0, 2]]))
+    for reset in (torch.zeros(3, dtype=torch.bool), torch.ones(3, dtype=torch.bool)):
+        observed = wam.observe(other, torch.ones(3, 2), observation(), reset)
+        assert torch.equal(observed["z"], state["z"]) and torch.equal(observed["task"], state["task"])
+
+
 def linear_batch(windows: int, steps: int, generator: torch.Generator) -> TensorDict:
     """Windows of x' = x + B a, with reward 10 exp(-|x|), an expert a = -x[:2], and its success |x[:2]| < .3."""
     x = torch.randn(windows, 6, generator=generator)

@@ -99,6 +99,11 @@ def test_a_run_compares_and_writes_everything(wam, capsys):
     assert results["timing"]["single"]["plans"] == 3
     assert results["evaluations_per_plan"] == 4 * 3 * 2  # candidates x steps x members
     assert results["metrics"]["plan/reach/planner/success"]["n"] == 2
+    assert {(e.method, e.imagined_return is None) for e in episodes} >= {("planner", False), ("policy", False)}
+    assert results["gain"]["mean"] == results["gain"][REACH] and results["gain"]["mean"]["n"] == 2
+    assert "planner minus policy, reward per control step: " in printed and "in imagination" in printed
+    assert results["metrics"]["plan/reach/gain/imagined_minus_real"]["n"] == 2
+    assert results["steps_per_plan"] == 3.0
     assert results["peak_rss_mib"]["main"] > 50
     for key in ("device", "dtype", "threads", "seeds", "versions", "protocol_hash", "checkpoint", "command"):
         assert results[key]
@@ -121,6 +126,19 @@ def test_the_same_command_gives_the_same_episodes_however_it_is_spread(wam):
         episodes.append(read_episodes(_latest() / "episodes.csv"))
     assert episodes[0] == episodes[1] == episodes[2]
     assert _results()["protocol_hash"] == _results(sorted(Path("outputs/plan").glob("2*"))[0])["protocol_hash"]
+
+
+def test_the_report_of_a_tree_search_shows_the_tree(wam):
+    search = ["planner=mcts", "planner.simulations=6", "planner.num_candidates=3", "planner.depth=2"]
+    words = [w for w in _arguments(wam, *search, "methods=[planner]", "video=false", "controller.replan_every=2")]
+    main([w for w in words if not w.startswith(("planner.horizon", "planner.num_candidates=4"))])
+    (trace,) = json.loads((_latest() / "traces.json").read_text())
+    for plan in trace["plans"]:
+        tree = plan["tree"]
+        assert 4 <= len(tree["parent"]) == tree["nodes"] <= 7 and tree["visits"][0] == 7 and tree["parent"][0] == -1
+        assert tree["parent"][tree["chosen"]] == 0 and len(tree["hand"][0]) == 3
+        assert len(plan["values"]) == 3
+    assert "In the tree, a node is a chunk" in (_latest() / "report.html").read_text()
 
 
 def test_the_oracle_is_one_more_method(wam):

@@ -244,6 +244,46 @@ def test_a_subtree_goes_on_in_the_next_plan_as_if_the_search_had_not_stopped() -
     assert old.num_nodes == new.num_nodes == 64 * 2 + 1
 
 
+def test_a_subtree_is_dropped_where_the_world_went_another_way() -> None:
+    """Row 0 went as imagined, row 1 nearly so, row 2 was pushed: its plan is that of a search without a past."""
+    model = ToyWAM(
+        lambda z, a: z + 0.2 * a,
+        lambda z, a, new: -(new - 0.5).square().sum(dim=-1),
+        lambda z: -3.0 * (z - 0.5).square().sum(dim=-1),
+        state_dim=2,
+        action_dim=2,
+    )
+    planner = make_mcts(chunk=2, depth=3, simulations=32, num_candidates=8, sigma=0.5, reuse=True, reuse_tolerance=0.1)
+    trees = watched(planner)
+    z = torch.tensor([[0.0, 0.0], [1.0, -1.0], [0.2, 0.9]])
+    first, after = plan_once(planner, model, z)
+    z = model.transition(model.transition(z, first.actions[:, 0]), first.actions[:, 1])
+    after["shift"] = torch.full((3,), 2)
+    # Root mean squares of 0, 0.05 and 0.3.
+    z = z + torch.tensor([[0.0, 0.0], [0.05, -0.05], [0.3, 0.3]])
+    noise = NoiseKey.for_rows(3, step=2)
+    second, _ = planner.plan(model, model.state(z), after, noise, Budget())
+    kept = trees[-1].visits[trees[-1].base].tolist()
+    assert kept[0] > 33 and kept[1] > 33 and kept[2] == 33
+    cold, _ = planner.plan(model, model.state(z), planner.initial_state(model, 3), noise, Budget())
+    assert torch.equal(cold.actions[2], second.actions[2]) and torch.equal(cold.value[2], second.value[2])
+    with pytest.raises(ValueError, match="reuse_tolerance is -1"):
+        make_mcts(reuse_tolerance=-1.0)
+
+
+def test_a_subtree_over_discrete_states_is_kept_only_where_the_state_is_the_same() -> None:
+    model = bandit_tree()
+    planner = make_mcts(chunk=1, depth=2, simulations=12, num_candidates=2, reuse=True, backup="mean")
+    trees = watched(planner)
+    state, fresh = model.state(torch.zeros(2, dtype=torch.int64)), planner.initial_state(model, 2)
+    first, after = planner.plan(model, state, fresh, NoiseKey.for_rows(2), Budget())
+    there = model.transition[0, first.actions[0, 0].argmax()]
+    elsewhere = (there + 1) % model.reward_of.shape[0]
+    planner.plan(model, model.state(torch.stack([there, elsewhere])), after, NoiseKey.for_rows(2, step=1), Budget())
+    kept = trees[-1].visits[trees[-1].base].tolist()
+    assert kept[0] > 13 and kept[1] == 13
+
+
 def test_a_subtree_that_does_not_fit_is_cut_from_its_young_end() -> None:
     model = quadratic(torch.tensor([0.3]), discount=0.9)
     planner = make_mcts(chunk=1, depth=8, simulations=16, num_candidates=2, sigma=0.5, reuse=True)

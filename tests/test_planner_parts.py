@@ -17,17 +17,24 @@ from wamrl import cli
 from wamrl.interfaces import Budget, Context, Gate, Imagined, Scorer
 from wamrl.noise import NoiseKey
 from wamrl.planners import (
+    Always,
+    BudgetGate,
     ConsistencyScorer,
     CriticalPhase,
     GoalScorer,
     Periodic,
+    ProgressScorer,
     ReturnScorer,
     SuccessScorer,
+    Verifier,
     make_best_of_n,
     make_cem,
+    make_gradient,
     make_mcts,
+    make_mppi,
 )
 from wamrl.planners.conformance import plan_once
+from wamrl.planners.scorers import asked_of
 from wamrl.planners.toys import TabularWAM, ToyWAM, quadratic
 
 TARGET = torch.tensor([0.3, -0.6])
@@ -233,3 +240,173 @@ def test_a_toy_without_a_behaviour_prior_refuses_to_be_asked_for_one(discrete: b
     assert model.propose(state, 2, mode="ode").actions.shape[1] == 2
     with pytest.raises(ValueError, match="does not answer 'behaviour'"):
         model.propose(state, 2, mode="ode", behaviour=1)
+
+
+# ------------------------------------------------------------------------------------------- gates that remember
+
+
+def moving(**options) -> ToyWAM:
+    """Z' = z + 0.1 a, reward and value -z^2, policy a = -z."""
+    return ToyWAM(
+        lambda z, a: z + 0.1 * a,
+        lambda z, a, new: -new.square().sum(dim=-1),
+        lambda z: -z.square().sum(dim=-1),
+        state_dim=1,
+        action_dim=1,
+        chunk_length=2,
+        max_horizon=4,
+        gain=torch.tensor([[-1.0]]),
+        **options,
+    )
+
+
+def remembering(gate):
+    """Planners of every kind, with two candidates' worth of steps per chunk."""
+    shooting = make_cem(horizon=2, num_candidates=8, iterations=1, num_elites=4, gate=gate)
+    return {
+        "cem": shooting,
+        "gradient": make_gradient(start=shooting, steps=2, num_starts=2),
+        "mcts": make_mcts(chunk=2, depth=1, simulations=8, num_candidates=8, gate=gate),
+    }
+
+
+@pytest.mark.parametrize("kind", ["cem", "gradient", "mcts"])
+def test_a_verifier_searches_where_the_last_imagination_was_off(kind: str) -> None:
+    """Row 0 goes where the plan said, row 1 is pushed by 0.5, row 2 begins a new episode, row 3 has no number."""
+    planner, model = remembering(Verifier(threshold=0.1))[kind], moving()
+    z = torch.tensor([[0.1], [0.2], [0.3], [0.4]])
+    fresh = planner.initial_state(model, 4)
+    plan, plan_state = planner.plan(model, model.state(z), fresh, NoiseKey.for_rows(4), Budget())
+    assert plan.searched.all()
+    assert set(fresh.keys(True, True)) == set(plan_state.keys(True, True))
+    for step in range(2):
+        z = model.transition(z, plan.actions[:, step])
+    plan_state["shift"] = torch.full((4,), 2)
+    plan_state["warm"] = torch.tensor([True, True, False, True])
+    pushed = z + torch.tensor([[0.0], [0.5], [0.0], [math.nan]])
+    assert Verifier(0.1)(model, model.state(pushed), plan_state).tolist() == [False, True, True, True]
+    plan, plan_state = planner.plan(model, model.state(pushed[:3]), plan_state[:3], NoiseKey.for_rows(3), Budget())
+    assert plan.searched.tolist() == [False, True, True]
+    # One step of the chunk is executed: the second frame is not looked at yet, whatever it was.
+    plan_state["shift"] = torch.ones(3, dtype=torch.int64)
+    then = model.transition(pushed[:3], plan.actions[:, 0])
+    assert not Verifier(0.1)(model, model.state(then), plan_state).any()
+
+
+@pytest.mark.parametrize("kind", ["cem", "gradient", "mcts"])
+def test_what_a_verifier_imagines_counts(kind: str) -> None:
+    """The chosen chunk once more: two steps; gradient plans have it twice, before and after the climb."""
+    model, z = moving(), torch.zeros(2, 1)
+    plain, _ = plan_once(remembering(Always())[kind], model, z)
+    verified, _ = plan_once(remembering(Verifier())[kind], model, z)
+    assert (verified.evaluations - plain.evaluations).tolist() == [4 if kind == "gradient" else 2] * 2
+    for budget in (30, 50, 100):
+        tight, _ = plan_once(remembering(Verifier())[kind], model, z, budget=Budget(evaluations=budget))
+        assert int(tight.evaluations.max()) <= budget
+
+
+def spending(gate, kind: str, plans: int, every: int = 2):
+    """Whether each of the plans of an episode was searched, and what it took; a search takes 16 or 28 evaluations."""
+    planner, model = remembering(gate)[kind], moving()
+    plan_state, searched, spent = planner.initial_state(model, 1), [], []
+    for step in range(plans):
+        noise = NoiseKey.for_rows(1, step=step)
+        plan, plan_state = planner.plan(model, model.state(torch.zeros(1, 1)), plan_state, noise, Budget())
+        plan_state["shift"] = torch.full((1,), every)
+        searched.append(bool(plan.searched))
+        spent.append(int(plan.evaluations) * searched[-1])
+    return searched, spent
+
+
+@pytest.mark.parametrize("kind", ["cem", "gradient", "mcts"])
+def test_a_budget_per_episode_is_spent_by_its_first_plans_and_never_exceeded(kind: str) -> None:
+    _, (one, *_) = spending(BudgetGate(per_episode=10_000, per_second=None), kind, 1)
+    assert one == {"cem": 16, "gradient": 16 + 2 * 2 * 5, "mcts": 16}[kind]
+    searched, spent = spending(BudgetGate(per_episode=3 * one + 1, per_second=None), kind, 6)
+    assert searched == [True] * 3 + [False] * 3 and sum(spent) == 3 * one
+    with pytest.raises(ValueError, match=f"per_episode is {one - 1}, but one search takes up to {one} evaluations"):
+        spending(BudgetGate(per_episode=one - 1, per_second=None), kind, 1)
+
+
+@pytest.mark.parametrize("kind", ["cem", "gradient", "mcts"])
+def test_a_budget_per_second_is_earned_by_control_time(kind: str) -> None:
+    """Two steps of 0.1 s per plan: at one search per 0.5 s, plans at 0, 0.6, 1.0, 1.6 and 2.0 s are searches."""
+    _, (one,) = spending(BudgetGate(), kind, 1)
+    searched, spent = spending(BudgetGate(per_second=one / 0.5), kind, 11)
+    assert [i * 2 / 10 for i, s in enumerate(searched) if s] == [0.0, 0.6, 1.0, 1.6, 2.0]
+    assert all(sum(spent[: i + 1]) <= one + one / 0.5 * 0.2 * i + 1e-6 for i in range(11))
+
+
+def test_a_new_episode_has_a_new_budget() -> None:
+    planner, model = remembering(BudgetGate(per_episode=16, per_second=None))["cem"], moving()
+    state, plan_state = model.state(torch.zeros(2, 1)), planner.initial_state(model, 2)
+    seen = []
+    for step in range(3):
+        if step == 2:
+            plan_state["warm"] = torch.tensor([True, False])
+        plan, plan_state = planner.plan(model, state, plan_state, NoiseKey.for_rows(2, step=step), Budget())
+        seen.append(plan.searched.tolist())
+    assert seen == [[True, True], [False, False], [False, True]]
+
+
+def test_gates_that_remember_refuse_what_they_cannot_do() -> None:
+    model = moving(leave_out=("decode",))
+    with pytest.raises(ValueError, match="does not answer 'decode'"):
+        remembering(Verifier())["cem"].initial_state(model, 1)
+    with pytest.raises(ValueError, match="gate.latent is 'h', but this model's state has z"):
+        remembering(Verifier(latent="h"))["cem"].initial_state(moving(), 1)
+    with pytest.raises(ValueError, match="gate.threshold is -1"):
+        Verifier(threshold=-1)
+    for options in ({"per_episode": 5}, {"per_second": None}):
+        with pytest.raises(ValueError, match="exactly one of them has to be a number"):
+            BudgetGate(**options)
+    for options in ({"per_episode": 0, "per_second": None}, {"per_second": -1.0}, {"per_second": math.inf}):
+        with pytest.raises(ValueError, match="must be a number of evaluations above 0"):
+            BudgetGate(**options)
+    with pytest.raises(ValueError, match="gate_threshold is 0.5, but there is a gate already, Verifier"):
+        make_mppi(gate=Verifier(), gate_threshold=0.5)
+
+
+# --------------------------------------------------------------------------------------------------------- progress
+
+
+def test_progress_is_what_the_value_gains_or_the_probability_of_success() -> None:
+    """V = 2 z and 2 z + 5 (a head that overstates): going from 1 to 4 gains 6 by either; success goes from .2 to .5."""
+
+    class TwoHeads(ToyWAM):
+        def value(self, state):
+            return torch.stack([2 * state["z"][..., 0], 2 * state["z"][..., 0] + 5], dim=-1)
+
+    model = TwoHeads(lambda z, a: z + a, lambda z, a, n: n[..., 0], lambda z: z[..., 0], state_dim=1, action_dim=1)
+    state = model.state(torch.tensor([[1.0]]))
+    imagined = replace(
+        futures(reward=torch.tensor([[[9.0, 9.0]], [[0.0, 0.0]]]), success=torch.tensor([[[0.2, 0.5]], [[0.6, 0.1]]])),
+        leaf=TensorDict({"z": torch.tensor([[[[4.0]], [[0.0]]]])}, batch_size=[1, 2, 1]),
+    )
+    for scorer, expected in (
+        (ProgressScorer(), [6.0, -2.0]),
+        (ProgressScorer(of="value", risk="worst"), [6.0, -2.0]),
+        (ProgressScorer(of="success"), [0.3, -0.5]),
+    ):
+        torch.testing.assert_close(scorer(model, state, imagined), torch.tensor([expected]))
+    dead = replace(imagined, alive=torch.tensor([[[[1.0, 0.0]], [[1.0, 1.0]]]]))
+    # Nothing is worth anything after the end: 0 - V(now), for the heads 0 - 2 and 0 - 7.
+    torch.testing.assert_close(ProgressScorer()(model, state, dead), torch.tensor([[-4.5, -2.0]]))
+
+
+def test_progress_asks_a_model_for_what_it_has_and_refuses_one_that_has_neither() -> None:
+    assert asked_of(moving().spec, ProgressScorer()) == {"value"}
+    assert asked_of(moving(leave_out=("value",)).spec, ProgressScorer()) == {"success"}
+    with pytest.raises(ValueError, match="progress off a model's 'value' or 'success', but this model.*neither"):
+        make_cem(scorer=ProgressScorer()).initial_state(moving(leave_out=("value", "success")), 1)
+    with pytest.raises(ValueError, match="does not answer 'value'"):
+        make_cem(scorer=ProgressScorer(of="value")).initial_state(moving(leave_out=("value",)), 1)
+    with pytest.raises(ValueError, match="unknown of 'reward'"):
+        ProgressScorer(of="reward")
+
+
+def test_planning_by_progress_gets_there() -> None:
+    plan, _ = plan_once(
+        make_cem(horizon=4, proposal="noise", sigma=0.5, scorer=ProgressScorer()), moving(), torch.ones(2, 1)
+    )
+    assert float(plan.actions.mean()) < -0.8

@@ -14,7 +14,7 @@ import pytest
 
 from wamrl import report
 from wamrl.evaluation import Episode, compare, summarise
-from wamrl.report import percent, short, success_figure, write_report
+from wamrl.report import percent, plan_figure, short, success_figure, telling_plans, tree_figure, write_report
 from wamrl.video import View, write_video
 
 REACH, PUSH = "metaworld/reach-v3", "metaworld/push-v3"
@@ -50,6 +50,8 @@ def _trace(task: str = PUSH) -> dict[str, Any]:
         "object": line,
         "reward": [1.0, 2.0, 3.0],
         "uncertainty": [0.1, 0.1, 0.2],
+        "values": [1.0, 1.5, 1.2, 2.0],
+        "tree": None,
         "candidates": [{"score": 0.5, "hand": line}, {"score": 1.5, "hand": line}],
     }
     positions = {"hand": [[0.0, 0.6, 0.1]] * 5, "object": [[0.1, 0.7, 0.02]] * 5, "goal": [0.1, 0.8, 0.02]}
@@ -96,7 +98,12 @@ def _results(episodes: list[Episode]) -> dict[str, Any]:
         "summary": summary,
         "paired": [asdict(p) for p in pairs if p is not None],
         "timing": {"single": {**timing, "plans": 100, "threads": 1, "mean_rows": 1.0}},
+        "gain": {
+            "mean": {"n": 6, "imagined": 0.3, "real": 0.1, "difference": 0.2, "low": 0.05, "high": 0.35},
+            PUSH: {"n": 2, "imagined": 0.25, "real": -0.5, "difference": 0.75, "low": None, "high": None},
+        },
         "evaluations_per_plan": 8192.0,
+        "steps_per_plan": 2.5,
         "fidelity": {
             PUSH: {
                 "hand_cm": [0.1, 0.3],
@@ -130,6 +137,15 @@ def test_the_page_says_what_the_results_say(tmp_path):
         assert needed in words
 
 
+def test_the_page_says_what_the_model_promised_and_what_was_kept(tmp_path):
+    words = _words(_page(tmp_path, _results(_episodes())))
+    assert "all tasks6+0.300+0.100+0.200+0.050 to +0.350the model promises more" in words
+    assert "push2+0.250-0.500+0.750too few starts to say" in words
+    assert "for 2.50 control steps" in words
+    nothing = _results(_episodes()) | {"gain": {}}
+    assert "keep its promises" not in _page(tmp_path, nothing)
+
+
 def test_the_page_loads_nothing(tmp_path):
     page = _page(tmp_path, _results(_episodes()))
     assert not re.search(r"(?:src|href|url)\s*[=(]\s*[\"']?(?!data:)", page)
@@ -140,6 +156,93 @@ def test_the_page_reads_in_the_dark_and_on_a_phone(tmp_path):
     page = _page(tmp_path, _results(_episodes()))
     assert "prefers-color-scheme:dark" in page
     assert 'name="viewport"' in page
+
+
+def _many_plans() -> dict[str, Any]:
+    """Twelve plans, two steps apart; the hand is measured where it was imagined, but in the chunk of plan 7."""
+    trace = _trace()
+    line = [[0.01 * k, 0.6, 0.1] for k in range(40)]
+    plans = [
+        trace["plans"][0]
+        | {"step": 2 * i, "hand": line[2 * i : 2 * i + 5], "uncertainty": [0.1] * 4, "values": [1.0] * 5}
+        for i in range(12)
+    ]
+    plans[3] |= {"uncertainty": [0.1, 0.1, 0.1, 0.9]}
+    plans[5] |= {"values": [3.0, 2.0, 1.0, 0.5, 0.0]}
+    hand = [list(p) for p in line[:25]]
+    hand[16] = [0.16, 0.7, 0.1]  # where plan 8 was made
+    return trace | {"plans": plans, "hand": hand, "object": line[:25], "reward": [1.0] * 24}
+
+
+def test_the_plans_that_are_shown_are_those_that_tell_something():
+    reasons = dict(telling_plans(_many_plans()))
+    assert len(reasons) == 8
+    assert reasons[0] == "the first plan" and reasons[11] == "the last plan"
+    assert reasons[3] == "the members disagree most" and reasons[5] == "the value falls most along the chunk"
+    assert reasons[7] == "the hand goes furthest from where it was imagined"
+    assert list(dict(telling_plans(_trace()))) == [0]
+    assert len(telling_plans(_many_plans(), most=20)) == 12
+
+
+def test_the_page_goes_through_the_plans_without_scripts(tmp_path):
+    page = _page(tmp_path, _results(_episodes()), [_many_plans()])
+    begin = page.index('<div class="plans">')
+    section = page[begin : page.index("Every plan of these episodes", begin)]
+    steps = re.findall(
+        r'<input type="radio" name="plan1" id="plan1-(\d)"( checked)?><label for="plan1-\1">step (\d+)<', section
+    )
+    assert [(int(k), checked) for k, checked, _ in steps] == [(k, " checked" if k == 1 else "") for k in range(1, 9)]
+    assert [int(step) for _, _, step in steps] == [2 * index for index, _ in telling_plans(_many_plans())]
+    views = re.findall(r"<div><p class=\"note\">(.*?)</p>(.*?)</div>", section, re.DOTALL)
+    assert len(views) == 8 and all(f"input:nth-of-type({k}):checked~div:nth-of-type({k})" in page for k in range(1, 9))
+    words = [words for words, _ in views]
+    expected = "the members disagree most; the chosen chunk scores 1; the hand ends 0.0 cm from where it was imagined."
+    assert expected in words and sum("the hand ends 10.0 cm" in w for w in words) == 1
+    for _, figure in views:
+        ElementTree.fromstring(figure)
+    assert len(section) < 100_000
+
+
+def test_better_candidates_are_further_up_the_scale_and_the_paths_are_where_they_belong():
+    trace = _many_plans()
+    here = trace["plans"][0]["hand"]
+    plan = trace["plans"][0] | {"candidates": [{"score": float(k), "hand": here} for k in range(40)]}
+    text = plan_figure(trace, plan).inline
+    shades = re.findall(r'class="s-q(\d)"', text)
+    assert len(shades) == 2 * 18 and shades[:18] == sorted(shades[:18])
+    assert shades[0] == "0" and shades[17] == "4"  # six of the worst, twelve of the best
+    assert "scores 0 to 39" in text and text.count("s-oracle") == 4
+    text = plan_figure(trace, trace["plans"][3]).inline
+    heights = [float(h) for h in re.findall(r'width="8.0" height="([\d.]+)" class="f-shuffled"', text)]
+    assert heights[3] == pytest.approx(66.0) and heights[0] == pytest.approx(66 / 9, abs=0.1)
+
+
+def test_a_tree_shows_visits_values_and_the_chosen_way(tmp_path):
+    """Root, three children, two of the second's; the second is chosen and its better visited child follows."""
+    tree = {
+        "parent": [-1, 0, 0, 0, 2, 2],
+        "visits": [9, 1, 6, 1, 1, 4],
+        "value": [2.0, 0.0, 4.0, 1.0, 3.0, 4.0],
+        "hand": [[0.01 * k, 0.6, 0.1] for k in range(6)],
+        "chosen": 2,
+        "nodes": 8,
+    }
+    trace = _many_plans()
+    trace["plans"][0] = trace["plans"][0] | {"tree": tree}
+    figure = tree_figure(trace, trace["plans"][0])
+    root = ElementTree.fromstring(figure.inline)
+    words = [e.text for e in root.iter() if e.tag == "text"]
+    assert "6 / 4" in words and "4 / 4" in words and "values 0 to 4" in words
+    assert any("9 visits in all, the 6 most visited of 8 nodes" in (word or "") for word in words)
+    circles = [e for e in root.iter() if e.tag == "circle"]
+    assert len(circles) == 6 and [c.get("class") for c in circles] == [f"f-q{k}" for k in (2, 0, 4, 1, 3, 4)]
+    sizes = [float(c.get("r", 0)) for c in circles]
+    assert sizes[0] > sizes[2] > sizes[5] > sizes[1]
+    assert [c.get("stroke") is not None for c in circles] == [False, False, True, False, False, True]
+    assert len([e for e in root.iter() if e.tag == "line"]) == 5 + 2
+    assert len({c.get("cy") for c in circles}) == 3
+    page = _page(tmp_path, _results(_episodes()), [trace])
+    assert "In the tree, a node is a chunk" in page and "values 0 to 4" in page
 
 
 def test_names_are_escaped(tmp_path):

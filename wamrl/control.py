@@ -1,4 +1,8 @@
-"""Policies for closed-loop control: a model's own policy, a planner inside a model, and a random one.
+"""Policies for closed-loop control: a model's own policy, planners inside a model, and a random one.
+
+The controllers differ in when they plan again: `PlannerPolicy` after a fixed number of steps (one: single-step; a part
+of the chunk: chunked; the whole chunk: open-loop), `AdaptivePolicy` as soon as what it sees is not what it imagined,
+`InteractivePolicy` as the first, but from a model state that it carries across calls.
 
 All are `wamrl.interfaces.Policy`. The policy state carries `row` [B] int64 (identity of the episode, set by the
 caller; it keys the noise), `step` [B] int64 (control steps since the episode began) and, where actions come in
@@ -29,7 +33,12 @@ from wamrl.interfaces import (
     State,
     task_id,
 )
+from wamrl.naming import unknown_name
 from wamrl.noise import NoiseKey
+from wamrl.planners.gates import device_of, surprise
+
+LOG_LENGTH = 10_000
+COMPARISONS = ("latent", "observation")
 
 OnPlan = Callable[[Tensor, State, Plan], None]
 """Called after every plan with the rows [R] of the batch that were planned, their encoded state [R] and the plan."""
@@ -90,8 +99,11 @@ class _ChunkPolicy:
 
     replan_every: int
     seed: int
+    _attending_s = 0.0
 
-    def __init__(self, model: WAM, *, replan_every: int, seed: int, longest: int) -> None:
+    def __init__(self, model: WAM, *, replan_every: int | None, seed: int, longest: int) -> None:
+        if replan_every is None:
+            replan_every = longest
         if isinstance(replan_every, bool) or not isinstance(replan_every, int) or not 1 <= replan_every <= longest:
             raise ValueError(
                 f"replan_every is {replan_every!r}, but must be a whole number from 1 to {longest}, "
@@ -134,7 +146,11 @@ class _ChunkPolicy:
         policy_state = policy_state.copy()
         step = policy_state["step"].masked_fill(is_init, 0)
         used = policy_state["used"]
-        due = is_init | (used >= self.replan_every) | (step == 0)
+        fresh = is_init | (step == 0)
+        begun = time.perf_counter()
+        early = self._attend(observation, policy_state, fresh)
+        self._attending_s += time.perf_counter() - begun
+        due = fresh | (used >= self.replan_every) | early
         chunk = policy_state["chunk"]
         if bool(due.any()):
             index = due.nonzero()[:, 0]
@@ -151,6 +167,13 @@ class _ChunkPolicy:
         policy_state["step"] = step + 1
         return action, policy_state
 
+    def _attend(self, observation: TensorDict, policy_state: PolicyState, fresh: Tensor) -> Tensor:
+        """Rows [B] that have to decide anew before their chunk is used up; called at every step.
+
+        fresh: [B] rows that start an episode. May write to `policy_state`.
+        """
+        return torch.zeros_like(fresh)
+
     def _decide(
         self, observation: TensorDict, policy_state: PolicyState, index: Tensor, is_init: Tensor, key: NoiseKey
     ) -> Tensor:
@@ -158,8 +181,7 @@ class _ChunkPolicy:
         raise NotImplementedError
 
     def _device(self) -> torch.device:
-        parameter = next(self.model.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
+        return device_of(self.model)
 
 
 class ModelPolicy(_ChunkPolicy):
@@ -193,11 +215,14 @@ class PlannerPolicy(_ChunkPolicy):
 
     Only the rows that need a plan are encoded and planned, all of them in one call.
 
-    replan_every: K control steps per plan, 1 for a single-step controller. evaluations, deadline_s: the budget of one
-    plan (see `wamrl.interfaces.Budget`). seed: of the planner's noise. on_plan: called after every plan.
+    replan_every: K control steps per plan: 1 for a single-step controller, None for an open-loop one, which executes
+    the whole chunk. evaluations, deadline_s: the budget of one plan (see `wamrl.interfaces.Budget`). seed: of the
+    planner's noise. on_plan: called after every plan.
 
-    log: one dict per plan: encode_s, imagine_s, search_s, plan_s (their sum; seconds for all rows together),
-    evaluations (of all rows together), rows (how many were planned), searched (how many the gate let through).
+    log: one dict per plan, of the latest `LOG_LENGTH`: encode_s (all since the plan before), imagine_s, search_s,
+    plan_s (their sum; seconds for all rows together), evaluations (of all rows together), rows (how many were planned),
+    searched (how many the gate let through), early (how many were planned before their chunk was used up).
+    plans: how many there were in all.
     last_plan, last_state, last_rows: the latest plan, the encoded state it started from, and the rows of the batch.
     """
 
@@ -206,7 +231,7 @@ class PlannerPolicy(_ChunkPolicy):
         model: WAM,
         planner: Planner,
         *,
-        replan_every: int = 1,
+        replan_every: int | None = 1,
         evaluations: int | None = None,
         deadline_s: float | None = None,
         seed: int = 0,
@@ -223,6 +248,7 @@ class PlannerPolicy(_ChunkPolicy):
         self.budget = Budget(evaluations=evaluations, deadline_s=deadline_s)
         self.on_plan = on_plan
         self.log: list[dict[str, Any]] = []
+        self.plans = 0
         self.last_plan: Plan | None = None
         self.last_state: State | None = None
         self.last_rows: Tensor | None = None
@@ -237,34 +263,170 @@ class PlannerPolicy(_ChunkPolicy):
         self, observation: TensorDict, policy_state: PolicyState, index: Tensor, is_init: Tensor, key: NoiseKey
     ) -> Tensor:
         begun = time.perf_counter()
-        state = self.model.encode(Context.from_observation(observation))
+        state = self._state(observation, policy_state, index)
         _synchronise(state)
         encoded = time.perf_counter()
+        early = ~is_init & (policy_state["used"][index] < self.replan_every)
         plan_state: PlanState = policy_state["plan"][index]
         plan_state["warm"] = plan_state["warm"] & ~is_init
         if "shift" in plan_state.keys():
             plan_state["shift"] = policy_state["used"][index]
         plan, next_state = self.planner.plan(self.model, state, plan_state, key, self.budget)
+        evaluations = int(plan.evaluations.sum()) + self._remember(policy_state, index, state, plan, key)
         planned = time.perf_counter()
-        whole = policy_state["plan"].clone()
-        whole[index] = next_state
-        policy_state["plan"] = whole
+        policy_state["plan"] = _placed(policy_state["plan"], index, next_state)
+        self.plans += 1
         imagine_s = float(plan.seconds.get("imagine", 0.0))
         self.log.append(
             {
-                "encode_s": encoded - begun,
+                "encode_s": encoded - begun + self._attending_s,
                 "imagine_s": imagine_s,
                 "search_s": planned - encoded - imagine_s,
-                "plan_s": planned - begun,
-                "evaluations": int(plan.evaluations.sum()),
+                "plan_s": planned - begun + self._attending_s,
+                "evaluations": evaluations,
                 "rows": int(index.numel()),
                 "searched": int(plan.searched.sum()),
+                "early": int(early.sum()),
             }
         )
+        del self.log[:-LOG_LENGTH]
+        self._attending_s = 0.0
         self.last_plan, self.last_state, self.last_rows = plan, state, index
         if self.on_plan is not None:
             self.on_plan(index, state, plan)
         return plan.actions
+
+    def _state(self, observation: TensorDict, policy_state: PolicyState, index: Tensor) -> State:
+        """The model's state [R] of the rows `index`, whose observations [R] are given."""
+        return self.model.encode(Context.from_observation(observation))
+
+    def _remember(self, policy_state: PolicyState, index: Tensor, state: State, plan: Plan, key: NoiseKey) -> int:
+        """Note in `policy_state` what is wanted of the plan at later steps; model evaluations that it took."""
+        return 0
+
+
+class InteractivePolicy(PlannerPolicy):
+    """A planner whose model keeps its state across calls: at every step, what is measured replaces what was imagined.
+
+    `WAM.observe` gets the state before, the executed action and the new observation, whether or not a plan is due;
+    plans start from what it returns. For models that know more than one frame shows. Memory is that of one state per
+    row, as the model bounds it. The options are those of `PlannerPolicy`.
+
+    Raises ValueError for a model that does not answer "observe".
+    """
+
+    def __init__(self, model: WAM, planner: Planner, **options: Any) -> None:
+        model.spec.require("observe")
+        super().__init__(model, planner, **options)
+
+    def initial_state(self, rows: int) -> PolicyState:
+        """Fresh policy state; the model's own is its entry `state`, and `action` [B, A] was executed last."""
+        policy_state = super().initial_state(rows)
+        with torch.no_grad():
+            policy_state["state"] = self.model.encode(Context.blank(self.model.spec, rows, self._device()))
+        policy_state["action"] = torch.zeros(rows, self.model.spec.action_dim, device=self._device())
+        return policy_state
+
+    def act(self, observation: TensorDict, policy_state: PolicyState, is_init: Tensor) -> tuple[Tensor, PolicyState]:
+        """Actions [B, A] in [-1, 1]; observes in all rows, plans in those that need it."""
+        action, policy_state = super().act(observation, policy_state, is_init)
+        policy_state["action"] = action
+        return action, policy_state
+
+    def _attend(self, observation: TensorDict, policy_state: PolicyState, fresh: Tensor) -> Tensor:
+        policy_state["state"] = self.model.observe(policy_state["state"], policy_state["action"], observation, fresh)
+        return torch.zeros_like(fresh)
+
+    def _state(self, observation: TensorDict, policy_state: PolicyState, index: Tensor) -> State:
+        return policy_state["state"][index]
+
+
+class AdaptivePolicy(PlannerPolicy):
+    """A planner that looks up at every step, and plans again early where the world is not what it imagined.
+
+    After each plan the chosen chunk is imagined once more, frame by frame; at every later step, a verifier compares the
+    frame foreseen for it with what is observed (after FFDC-WAM). Where they differ by more than `threshold`, the row
+    plans again, and at the latest after `replan_every` steps (None: the whole chunk).
+
+    compare: "latent" is the root mean square difference, over the latent dims, between the imagined latents' mean over
+    futures and the encoded observation's entry `latent` of the model's state; "observation" that between the decoded
+    and the measured observation, over all numbers of all keys, in the observation's own units.
+    evaluations: of one plan and row, this extra chunk included.
+    log: early counts the rows that did not wait for the end of their chunk.
+
+    Raises ValueError for a model without "decode" (whose imagination has no frames), or a budget too small.
+    """
+
+    def __init__(
+        self,
+        model: WAM,
+        planner: Planner,
+        *,
+        threshold: float = 0.1,
+        compare: str = "latent",
+        latent: str = "z",
+        replan_every: int | None = None,
+        evaluations: int | None = None,
+        **options: Any,
+    ) -> None:
+        if isinstance(threshold, bool) or not math.isfinite(threshold) or threshold < 0:
+            raise ValueError(f"controller.threshold is {threshold!r}, but must be a finite number of at least 0")
+        if compare not in COMPARISONS:
+            raise unknown_name("compare", str(compare), COMPARISONS)
+        model.spec.require("rollout", "decode")
+        super().__init__(model, planner, replan_every=replan_every, evaluations=evaluations, **options)
+        if self.replan_every < 2:
+            raise ValueError(
+                f"replan_every is {self.replan_every}, so that every step has a plan of its own and nothing is left to "
+                "verify; set 2 or more, or use controller=single_step"
+            )
+        self.threshold, self.compare, self.latent = threshold, compare, latent
+        if evaluations is not None:
+            foreseeing = (self.replan_every - 1) * model.spec.ensemble_size
+            if evaluations <= foreseeing:
+                raise ValueError(
+                    f"evaluations is {evaluations} per plan, but imagining the chosen chunk once more takes "
+                    f"{foreseeing} of them; allow more"
+                )
+            self.budget = Budget(evaluations=evaluations - foreseeing, deadline_s=self.budget.deadline_s)
+
+    def initial_state(self, rows: int) -> PolicyState:
+        """Fresh policy state; `foreseen` [B, K - 1, D] are the frames expected after each step but the last one."""
+        policy_state = super().initial_state(rows)
+        with torch.no_grad():
+            state = self.model.encode(Context.blank(self.model.spec, rows, self._device()))
+        if self.latent not in state.keys():
+            present = ", ".join(sorted(map(str, state.keys())))
+            raise ValueError(f"controller.latent is '{self.latent}', but this model's state has {present}")
+        policy_state["state"] = state
+        width = self._seen(policy_state["state"], Context.blank(self.model.spec, rows).observation[:, -1]).shape[-1]
+        policy_state["foreseen"] = torch.zeros(rows, self.replan_every - 1, width, device=self._device())
+        return policy_state
+
+    def _attend(self, observation: TensorDict, policy_state: PolicyState, fresh: Tensor) -> Tensor:
+        policy_state["state"] = self.model.encode(Context.from_observation(observation))
+        seen = self._seen(policy_state["state"], observation)
+        step = (policy_state["used"] - 1).clamp(0, self.replan_every - 2)
+        foreseen = policy_state["foreseen"][torch.arange(step.shape[0], device=step.device), step]
+        return ~fresh & ~(surprise(seen, foreseen) <= self.threshold)
+
+    def _state(self, observation: TensorDict, policy_state: PolicyState, index: Tensor) -> State:
+        return policy_state["state"][index]
+
+    def _remember(self, policy_state: PolicyState, index: Tensor, state: State, plan: Plan, key: NoiseKey) -> int:
+        chunk = plan.actions[:, None, : self.replan_every - 1]
+        imagined = self.model.imagine(state, chunk, noise=key.fold(4), with_frames=True)
+        if self.compare == "latent":
+            assert imagined.frames is not None
+            frames = imagined.frames
+        else:
+            frames = _flat(self.model.decode(imagined), self.model.spec.observation)
+        policy_state["foreseen"] = _placed(policy_state["foreseen"], index, frames[:, 0].mean(dim=1))
+        return imagined.evaluations * int(index.numel())
+
+    def _seen(self, state: State, observation: TensorDict) -> Tensor:
+        """What is compared with the foreseen frames, [B, D]."""
+        return state[self.latent] if self.compare == "latent" else _flat(observation, self.model.spec.observation)
 
 
 class RandomPolicy:
@@ -288,6 +450,18 @@ class RandomPolicy:
         policy_state = policy_state.copy()
         policy_state["step"] = step + 1
         return key.uniform(self.action_dim) * 2.0 - 1.0, policy_state
+
+
+def _placed(whole: Any, index: Tensor, rows: Any) -> Any:
+    """A copy of `whole` [B, ...] with the rows `index` replaced."""
+    whole = whole.clone()
+    whole[index] = rows
+    return whole
+
+
+def _flat(observation: TensorDict, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
+    """All numbers of the keys of `shapes`, one after the other, [*batch, D]."""
+    return torch.cat([observation[key].flatten(observation.batch_dims).float() for key in shapes], dim=-1)
 
 
 def _flags(is_init: Tensor, rows: int) -> Tensor:

@@ -22,6 +22,7 @@ from wamrl.video import View, write_video
 VIDEO_CAMERA: dict[str, Any] = {"azimuth": 150.0, "elevation": -32.0, "distance": 0.95, "lookat": (0.02, 0.68, 0.12)}
 VIDEO_SIZE = (360, 400)
 VIDEO_FPS = 10
+TREE_NODES = 64
 
 
 class Film:
@@ -31,7 +32,7 @@ class Film:
         self.policy, self.env, self.start = policy, env, start
         self.note: str | None = None
         self.frames: list[np.ndarray] = []
-        self._plans: list[tuple[int, State, Tensor, Tensor, Tensor, float]] = []
+        self._plans: list[tuple[int, State, Tensor, Tensor, Tensor, float, TensorDict | None]] = []
         self._states: list[Tensor] = []
         self._rewards: list[float] = []
         self._success = False
@@ -45,9 +46,9 @@ class Film:
         mine = (policy_state["row"] == self.start.row).nonzero()[:, 0].tolist()
         if mine:
             self._picture()
-        planned = len(self.policy.log)
+        planned = self.policy.plans
         action, policy_state = self.policy.act(observation, policy_state, is_init)
-        if mine and len(self.policy.log) > planned and self.policy.last_rows is not None:
+        if mine and self.policy.plans > planned and self.policy.last_rows is not None:
             at = (self.policy.last_rows == mine[0]).nonzero()[:, 0].tolist()
             plan, state = self.policy.last_plan, self.policy.last_state
             if at and plan is not None and state is not None:
@@ -56,8 +57,9 @@ class Film:
                 worst = plan.scores[k].nan_to_num(math.inf).topk(min(8, plan.scores.shape[1]), largest=False).indices
                 shown = torch.cat([best, worst]).unique()
                 chosen, others = plan.actions[k], plan.candidates[k, shown]
-                value = float(plan.value[k])
-                self._plans.append((len(self._rewards), state[k : k + 1], chosen, others, plan.scores[k, shown], value))
+                value, tree = float(plan.value[k]), None if plan.tree is None else plan.tree(k)
+                seen = (state[k : k + 1], chosen, others, plan.scores[k, shown], value, tree)
+                self._plans.append((len(self._rewards), *seen))
         return action, policy_state
 
     def see(self, record: StepRecord) -> None:
@@ -104,7 +106,14 @@ class Film:
 
     @torch.no_grad()
     def _plan_trace(
-        self, step: int, state: State, chosen: Tensor, others: Tensor, scores: Tensor, value: float
+        self,
+        step: int,
+        state: State,
+        chosen: Tensor,
+        others: Tensor,
+        scores: Tensor,
+        value: float,
+        tree: TensorDict | None,
     ) -> dict[str, Any]:
         model = self.policy.model
         imagined = model.imagine(state, torch.cat([chosen[None], others])[None], with_frames=True)
@@ -112,6 +121,11 @@ class Film:
         begin = self._states[step].to(decoded.device).expand(decoded.shape[0], 1, -1)
         path = torch.cat([begin, decoded], dim=1)
         uncertainty = imagined.uncertainty
+        values = []
+        if "value" in model.spec.provides:  # along the chosen chunk: where it stands, then after each of its steps
+            values = [float(model.value(state).mean())]
+            for steps in range(1, chosen.shape[0] + 1):
+                values.append(float(model.value(model.imagine(state, chosen[None, None, :steps]).leaf).mean()))
         return {
             "step": step,
             "value": value if math.isfinite(value) else None,
@@ -119,11 +133,27 @@ class Film:
             "object": _plain(path[0, :, 4:7]),
             "reward": [] if imagined.reward is None else _plain(imagined.reward[0, 0].mean(dim=0)),
             "uncertainty": [] if uncertainty is None else _plain(uncertainty[0, 0].mean(dim=0), 6),
+            "values": [round(v, 4) for v in values],
+            "tree": None if tree is None else self._tree_trace(tree),
             "candidates": [
                 {"score": float(s), "hand": _plain(path[i + 1, :, 0:3])}
                 for i, s in enumerate(scores)
                 if math.isfinite(float(s))
             ],
+        }
+
+    def _tree_trace(self, tree: TensorDict) -> dict[str, Any]:
+        """The `TREE_NODES` most visited nodes; a parent has more visits than its children, so that none is left out."""
+        kept = tree["visits"].argsort(descending=True, stable=True)[:TREE_NODES].sort().values
+        number = {old: new for new, old in enumerate(kept.tolist())}
+        hand = self.policy.model.decode(tree["state"][kept], ("state",))["state"][:, 0:3]
+        return {
+            "parent": [number.get(p, -1) for p in tree["parent"][kept].tolist()],
+            "visits": [int(v) for v in tree["visits"][kept].tolist()],
+            "value": _plain(tree["value"][kept]),
+            "hand": _plain(hand),
+            "chosen": next((number[i] for i in tree["chosen"].nonzero()[:, 0].tolist() if i in number), None),
+            "nodes": tree.batch_size[0],
         }
 
     def write(self, directory: Path, trace: Mapping[str, Any]) -> dict[str, Any]:

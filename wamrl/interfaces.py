@@ -12,7 +12,7 @@ seconds; rewards are the task's own per control step; success and uncertainty ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -44,7 +44,9 @@ _ANSWERS = {
         "rollout", "video", "policy", "inverse", "log_prob", "value", "decode", "observe", "reward", "success",
         "uncertainty", "goal",
     ),
-    "reference": ("rollout", "policy", "behaviour", "log_prob", "value", "decode", "reward", "success", "uncertainty"),
+    "reference": (
+        "rollout", "policy", "behaviour", "log_prob", "value", "decode", "observe", "reward", "success", "uncertainty",
+    ),
 }  # fmt: skip
 
 State: TypeAlias = TensorDict
@@ -144,6 +146,13 @@ class Context:
             valid=torch.ones(rows, 1, dtype=torch.bool, device=device),
             task=observation["task"],
         )
+
+    @staticmethod
+    def blank(spec: Spec, rows: int, device: torch.device | str = "cpu") -> Context:
+        """Zeros of the model's first task: to learn what its state consists of, never to act on."""
+        frame = {key: torch.zeros(rows, *shape, device=device) for key, shape in spec.observation.items()}
+        frame["task"] = torch.full((rows,), task_id(spec.tasks[0]), device=device)
+        return Context.from_observation(TensorDict(frame, batch_size=[rows], device=device))
 
 
 @dataclass(frozen=True)
@@ -283,6 +292,9 @@ class Plan:
     candidates: [B, N, H, A] the candidates of the last iteration. scores: [B, N].
     evaluations: [B] int64 model evaluations spent. searched: [B] bool, False where the gate skipped the search.
     seconds: wall time of the search, by part.
+    tree: of a tree search, row -> the tree that it left, batch [S] with the root first: `parent` (-1 for the root),
+    `visits`, `value`, `state` (the model's), and `chosen`, True in the node that the chosen chunk leads to; None where
+    there is none.
     """
 
     actions: Tensor
@@ -293,6 +305,7 @@ class Plan:
     evaluations: Tensor
     searched: Tensor
     seconds: Mapping[str, float] = field(default_factory=dict)
+    tree: Callable[[int], TensorDict | None] | None = None
 
 
 @runtime_checkable

@@ -42,7 +42,7 @@ class OracleWAM(WAM):
             model.spec,
             observation={**model.spec.observation, "snapshot": (int(simulator.snapshot_size),)},
             # What the simulator answers, and with the model's own candidates: both plan among the same ones.
-            provides=frozenset({"rollout", "policy", "value", "reward", "success", "uncertainty"})
+            provides=frozenset({"rollout", "policy", "value", "observe", "reward", "success", "uncertainty"})
             | (model.spec.provides & {"behaviour"}),
             anatomy=Anatomy("simulator state", "physics engine", "none", "planning"),
             ensemble_size=1,
@@ -59,6 +59,10 @@ class OracleWAM(WAM):
             },
             batch_size=context.task.shape,
         )
+
+    def observe(self, state: State, action: Tensor, observation: TensorDict, reset: Tensor) -> State:
+        """The state of the measured snapshot: it holds all there is to know."""
+        return self.encode(Context.from_observation(observation))
 
     def imagine(
         self,

@@ -33,7 +33,7 @@ from wamrl.cli import command, plain
 from wamrl.evaluation import protocol_hash, write_episodes
 from wamrl.files import write_text
 from wamrl.naming import unknown_name
-from wamrl.report import METHODS, short
+from wamrl.report import METHODS, gain_words, short
 from wamrl.results import Run, plan_times
 from wamrl.workers import load_model, make_env, module_of, planner_policy, remaining_jobs, spread
 
@@ -338,8 +338,11 @@ def _print_table(results: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     console.print(
         "steps: control steps to success. return: until success, so quick successes have small ones. "
-        "ms/plan: one environment, median. evals: model evaluations per plan."
+        "ms/plan: one environment, median. evals: model evaluations per plan"
+        + (f", one per {results['steps_per_plan']:.2f} steps." if results["steps_per_plan"] else ".")
     )
+    if "mean" in results["gain"]:
+        console.print(f"planner minus policy, reward per control step: {gain_words(results['gain']['mean'])}")
 
 
 if __name__ == "__main__":

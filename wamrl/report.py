@@ -21,6 +21,8 @@ from markupsafe import Markup
 from wamrl.files import write_text
 
 EMBED_LIMIT_BYTES = 8 * 1024 * 1024
+PLANS_SHOWN = 8
+CANDIDATES_SHOWN = 18
 
 # One colour per method, light and dark: distinct in lightness as well, and never the only sign (labels stand beside).
 _COLOURS = {
@@ -31,6 +33,15 @@ _COLOURS = {
     "expert": ("#23834f", "#5fce93"),
     "oracle": ("#0b7f8c", "#53cbd8"),
 }
+
+# Candidates and nodes by score, from the worst to the best fifth of the range: lighter to darker, reversed in the dark.
+_SCALE = (
+    ("#c9ccd3", "#3c4452"),
+    ("#9fb6d8", "#4a6391"),
+    ("#6f9bdb", "#5c8ace"),
+    ("#3672cf", "#86b4ff"),
+    ("#0f3f94", "#d3e5ff"),
+)
 
 METHODS = {
     "planner": "plans inside the learned model and executes the plan in the simulator",
@@ -61,7 +72,8 @@ def _palette(dark: bool) -> str:
         if dark
         else "--bg:#fbfbfa;--card:#ffffff;--ink:#1b1f26;--soft:#5b6472;--line:#d6dae0;--faint:#eceef1;--accent:#1f63d0;"
     )
-    return ink + "".join(f"--{name}:{pair[dark]};" for name, pair in _COLOURS.items())
+    scale = "".join(f"--q{k}:{pair[dark]};" for k, pair in enumerate(_SCALE))
+    return ink + scale + "".join(f"--{name}:{pair[dark]};" for name, pair in _COLOURS.items())
 
 
 _SVG_STYLE = """
@@ -70,7 +82,7 @@ svg text{fill:var(--ink)} svg .soft{fill:var(--soft)} svg .small{font-size:10.5p
 svg .grid{stroke:var(--line);stroke-width:1} svg .faint{stroke:var(--faint);stroke-width:1}
 """ + "".join(
     f"svg .s-{n}{{stroke:var(--{n})}} svg .f-{n}{{fill:var(--{n})}} svg text.f-{n}{{fill:var(--{n})}}\n"
-    for n in _COLOURS
+    for n in (*_COLOURS, *(f"q{k}" for k in range(len(_SCALE))))
 )
 
 
@@ -215,18 +227,62 @@ def _ceiling(value: float) -> float:
 
 def _views(points: Sequence[Sequence[float]]) -> tuple[float, float, float, float, float, float]:
     xs, ys, zs = zip(*points, strict=True)
-    pad = 0.02
+    pad = 0.006
     return min(xs) - pad, max(xs) + pad, min(ys) - pad, max(ys) + pad, min(zs) - pad, max(zs) + pad
 
 
-def paths_figure(trace: Mapping[str, Any], plan: Mapping[str, Any]) -> _Figure:
-    """One plan seen from above and from the side: candidate hand paths, the chosen one, the object's, the goal."""
-    figure = _Figure(340, 236, f"candidates on {trace['task']} at step {plan['step']}")
-    everything = [trace["goal"], *trace["hand"], *trace["object"], *plan["hand"], *plan["object"]]
-    everything += [p for c in plan["candidates"] for p in c["hand"]]
+def telling_plans(trace: Mapping[str, Any], most: int = PLANS_SHOWN) -> list[tuple[int, str]]:
+    """Plans of an episode that are worth a look, by their index, and why; in the order of time.
+
+    The first and the last one, where the members disagreed most, where the hand went furthest from where it was
+    imagined, and where the value along the chosen chunk fell most; then evenly spread ones, at most `most` in all.
+    """
+    plans = trace["plans"]
+    reasons: dict[int, list[str]] = {}
+
+    def note(index: int, reason: str) -> None:
+        reasons.setdefault(index, []).append(reason)
+
+    note(0, "the first plan")
+    note(len(plans) - 1, "the last plan")
+    spread = [max(p["uncertainty"], default=0.0) for p in plans]
+    missed = [_missed(trace, p) for p in plans]
+    fallen = [p["values"][0] - p["values"][-1] if p["values"] else 0.0 for p in plans]
+    for numbers, reason in (
+        (spread, "the members disagree most"),
+        (missed, "the hand goes furthest from where it was imagined"),
+        (fallen, "the value falls most along the chunk"),
+    ):
+        if max(numbers) > 0:
+            note(max(range(len(plans)), key=numbers.__getitem__), reason)
+    for k in range(1, most):
+        if len(reasons) >= min(most, len(plans)):
+            break
+        reasons.setdefault(round(k * (len(plans) - 1) / (most - 1)), [])
+    return sorted((index, ", ".join(words)) for index, words in reasons.items())
+
+
+def _missed(trace: Mapping[str, Any], plan: Mapping[str, Any]) -> float:
+    """Metres between the imagined and the measured hand, when the next plan was made or the episode was over."""
+    later = [p["step"] for p in trace["plans"] if p["step"] > plan["step"]]
+    ahead = min(min(later, default=len(trace["hand"]) - 1) - plan["step"], len(plan["hand"]) - 1)
+    return math.dist(plan["hand"][ahead], trace["hand"][plan["step"] + ahead])
+
+
+def plan_figure(trace: Mapping[str, Any], plan: Mapping[str, Any]) -> _Figure:
+    """One plan: the candidates' hand paths from above and from the side, and what is imagined along the chosen one.
+
+    Candidates are coloured by score; of a tree, all of its chunks by value. Beside them the chosen path, the path that
+    was executed, with a ring where the next plan was made, the object's imagined path and the goal. Below: value and
+    disagreement along the chosen chunk.
+    """
+    figure = _Figure(340, 322, f"plan on {trace['task']} at step {plan['step']}")
+    begin, ahead = plan["step"], len(plan["hand"]) - 1
+    executed = trace["hand"][begin : begin + ahead + 1]
+    lines = _lines(plan)
+    everything = [*executed, *plan["hand"], *(p for _, line in lines for p in line)]
     x0, x1, y0, y1, z0, z1 = _views(everything)
-    figure.text(0, 15, f"{short(trace['task'])}, step {plan['step']}", "bold")
-    half, top, high = 162, 32, 170
+    half, top, high = 162, 26, 150
     scale = min(half / (x1 - x0), half / (y1 - y0), high / (y1 - y0), high / max(z1 - z0, 1e-6))
     x_mid, y_mid, z_mid, middle = (x0 + x1) / 2, (y0 + y1) / 2, (z0 + z1) / 2, top + high / 2
 
@@ -240,32 +296,154 @@ def paths_figure(trace: Mapping[str, Any], plan: Mapping[str, Any]) -> _Figure:
         ("from above (x, y)", 0.0, from_above),
         ("from the side (y, z)", half + 16, from_the_side),
     ]
-    scores = [c["score"] for c in plan["candidates"]] or [0.0]
-    worst, best = min(scores), max(scores)
+    worst, best = min((score for score, _ in lines), default=0.0), max((score for score, _ in lines), default=0.0)
+    later = min((p["step"] for p in trace["plans"] if p["step"] > begin), default=begin + ahead)
+    replanned = executed[min(later - begin, len(executed) - 1)]
     for name, left, project in panels:
-        figure.rect(left, top - 8, half, high + 16, rx="6", fill="none", stroke="var(--line)")
-        figure.text(left + half / 2, top + high + 22, name, "soft small", "middle")
-        figure.path(
-            [project(p) for p in trace["object"]], "", stroke="var(--soft)", stroke_width="1", stroke_dasharray="2 3"
-        )
-        for candidate in sorted(plan["candidates"], key=lambda c: c["score"]):
-            good = (candidate["score"] - worst) / (best - worst) if best > worst else 1.0
-            figure.path(
-                [project(p) for p in candidate["hand"]],
-                "s-planner",
-                stroke_width="1",
-                opacity=f"{0.12 + 0.5 * good:.2f}",
-            )
-        figure.path([project(p) for p in plan["hand"]], "s-planner", stroke_width="2.6", stroke_linecap="round")
-        figure.path([project(p) for p in plan["object"]], "s-policy", stroke_width="2.6", stroke_linecap="round")
-        gx, gy = project(trace["goal"])
+        figure.text(left + half / 2, top - 12, name, "soft small", "middle")
+        box = (left, top - 6, half, high + 12)
+        figure.rect(*box, rx="6", fill="none", stroke="var(--line)")
+
+        def inside(p: Sequence[float], box: Any = box, project: Any = project) -> tuple[float, float]:
+            x, y = project(p)
+            return min(max(x, box[0]), box[0] + box[2]), min(max(y, box[1]), box[1] + box[3])
+
+        for score, line in lines:
+            shade = round(4 * (score - worst) / (best - worst)) if best > worst else 4
+            figure.path([inside(p) for p in line], f"s-q{shade}", stroke_width="1.3")
+        figure.path([inside(p) for p in plan["object"]], "s-policy", stroke_width="2.4", stroke_linecap="round")
+        figure.path([inside(p) for p in plan["hand"]], "", stroke="var(--ink)", stroke_width="2.4")
+        figure.path([inside(p) for p in executed], "s-oracle", stroke_width="2.2", stroke_dasharray="4 3")
+        figure.circle(*inside(replanned), r=4, cls="s-oracle", fill="none", stroke_width="1.6")
+        gx, gy = inside(trace["goal"])
         figure.path([(gx - 5, gy - 5), (gx + 5, gy + 5)], "s-expert", stroke_width="2")
         figure.path([(gx - 5, gy + 5), (gx + 5, gy - 5)], "s-expert", stroke_width="2")
-        hx, hy = project(plan["hand"][0])
-        figure.circle(hx, hy, 3.4, "f-planner")
-        ox, oy = project(plan["object"][0])
-        figure.circle(ox, oy, 3.4, "f-policy")
+        figure.circle(*inside(plan["hand"][0]), r=3.2, cls="", fill="var(--ink)")
+        figure.circle(*inside(plan["object"][0]), r=3.2, cls="f-policy")
+    y = top + high + 22
+    for k in range(5):
+        figure.rect(k * 13, y - 8, 13, 8, f"f-q{k}")
+    figure.text(71, y, f"{'values' if plan['tree'] else 'scores'} {worst:.4g} to {best:.4g}", "soft small")
+    _along(figure, plan, top + high + 52, 66)
     return figure
+
+
+def _lines(plan: Mapping[str, Any]) -> list[tuple[float, list[Sequence[float]]]]:
+    """(score, hand path) of what was searched, worst first: a third of them the worst ones, the others the best."""
+    if plan["tree"]:
+        tree = plan["tree"]
+        steps = [(v, a, h) for v, a, h in zip(tree["value"], tree["parent"], tree["hand"], strict=True) if a >= 0]
+        lines = [(value, [tree["hand"][above], hand]) for value, above, hand in steps]
+        return sorted(lines, key=lambda line: line[0])
+    lines = sorted(((c["score"], c["hand"]) for c in plan["candidates"]), key=lambda line: line[0])
+    few = CANDIDATES_SHOWN // 3
+    return lines[:few] + lines[few:][-2 * few :]
+
+
+def _along(figure: _Figure, plan: Mapping[str, Any], top: float, height: float) -> None:
+    """Value (line, left) and disagreement (bars, right) after each step of the chosen chunk, into `figure`."""
+    left, right, steps = 44, 44, max(len(plan["hand"]) - 1, 1)
+    w, base = figure.width - left - right, top + height
+    at = lambda k: left + w * k / steps  # noqa: E731
+    figure.line(left, base, left + w, base)
+    for k in range(steps + 1):
+        if steps <= 12 or k % 4 == 0:
+            figure.text(at(k), base + 14, str(k), "soft small", "middle")
+    figure.text(left + w / 2, base + 26, "steps ahead on the chosen path", "soft small", "middle")
+    if plan["uncertainty"]:
+        most = max(max(plan["uncertainty"]), 1e-9)
+        for k, u in enumerate(plan["uncertainty"], start=1):
+            figure.rect(at(k) - 4, base - height * u / most, 8, height * u / most, "f-shuffled", opacity="0.55")
+        figure.text(figure.width, top - 8, "disagreement", "f-shuffled small", "end")
+        figure.text(left + w + 6, top + 6, f"{most:.2g}", "f-shuffled small")
+    if plan["values"]:
+        low, high = min(plan["values"]), max(plan["values"])
+        span = high - low if high > low else 1.0
+        points = [(at(k), base - height * (0.06 + 0.88 * (v - low) / span)) for k, v in enumerate(plan["values"])]
+        figure.path(points, "s-planner", stroke_width="2")
+        for point in points:
+            figure.circle(*point, 2.2, "f-planner")
+        figure.text(0, top - 8, "value", "f-planner small")
+        figure.text(left - 6, top + 8, f"{high:.4g}", "f-planner small", "end")
+        figure.text(left - 6, base, f"{low:.4g}", "f-planner small", "end")
+
+
+def tree_figure(trace: Mapping[str, Any], plan: Mapping[str, Any]) -> _Figure:
+    """The search tree of a plan: a node per imagined chunk, as large as its visits, coloured by its value.
+
+    The thick line is the chosen chunk and, below it, the most visited way on.
+    """
+    tree = plan["tree"]
+    parent, visits, value = tree["parent"], tree["visits"], tree["value"]
+    children: list[list[int]] = [[] for _ in parent]
+    for node, above in enumerate(parent):
+        if above >= 0:
+            children[above].append(node)
+    for row in children:
+        row.sort(key=lambda n: -visits[n])
+    place, depth, leaves = [0.0] * len(parent), [0] * len(parent), 0
+    stack = [(0, False)]
+    while stack:  # leaves from left to right, each node above the middle of its children
+        node, done = stack.pop()
+        if not children[node]:
+            place[node], leaves = float(leaves), leaves + 1
+        elif done:
+            place[node] = (place[children[node][0]] + place[children[node][-1]]) / 2
+        else:
+            stack.append((node, True))
+            for child in reversed(children[node]):
+                depth[child] = depth[node] + 1
+                stack.append((child, False))
+    deepest = max(depth)
+    figure = _Figure(340, 62 + 44 * deepest, f"search tree on {trace['task']} at step {plan['step']}")
+    at = lambda n: (10 + 320 * (place[n] + 0.5) / max(leaves, 1), 30 + 44 * depth[n])  # noqa: E731
+    way = {tree["chosen"]} if tree["chosen"] is not None else set()
+    node = tree["chosen"]
+    while node is not None and children[node]:
+        node = children[node][0]
+        way.add(node)
+    for node, above in enumerate(parent):
+        if above >= 0:
+            figure.line(*at(above), *at(node), "grid")
+    for node in way:
+        figure.line(*at(parent[node]), *at(node), "", stroke="var(--ink)", stroke_width="2.4")
+    low, high = min(value[1:], default=0.0), max(value[1:], default=0.0)
+    for node in range(len(parent)):
+        shade = min(4, max(0, round(4 * (value[node] - low) / (high - low)))) if high > low else 4
+        x, y = at(node)
+        ring = {"stroke": "var(--ink)", "stroke_width": "1.4"} if node in way else {}
+        figure.circle(x, y, 2.5 + 6.5 * math.sqrt(visits[node] / visits[0]), f"f-q{shade}", **ring)
+    for node in way:
+        x, y = at(node)
+        anchor = "start" if x < 40 else "end" if x > 300 else "middle"
+        figure.text(x, y + 19, f"{visits[node]} / {value[node]:.4g}", "small bold", anchor)
+    kept = "" if tree["nodes"] == len(parent) else f", the {len(parent)} most visited of {tree['nodes']} nodes"
+    figure.text(0, 13, f"tree: visits / value on the chosen way, {visits[0]} visits in all{kept}", "soft small")
+    bottom = figure.height - 4
+    for k in range(5):
+        figure.rect(k * 13, bottom - 8, 13, 8, f"f-q{k}")
+    figure.text(71, bottom, f"values {low:.4g} to {high:.4g}", "soft small")
+    return figure
+
+
+def _plan_views(traces: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per task the telling plans: figures as SVG, and a line about each."""
+    views = []
+    for trace in traces:
+        shown = []
+        for index, reason in telling_plans(trace) if trace["plans"] else []:
+            plan = trace["plans"][index]
+            figures = [plan_figure(trace, plan)] + ([tree_figure(trace, plan)] if plan["tree"] else [])
+            words = [reason] if reason else []
+            if plan["value"] is not None:
+                words.append(f"the chosen chunk scores {plan['value']:.4g}")
+            words.append(f"the hand ends {100 * _missed(trace, plan):.1f} cm from where it was imagined")
+            views_of = [Markup(f.inline) for f in figures]
+            shown.append({"step": plan["step"], "words": "; ".join(words) + ".", "figures": views_of})
+        if shown:
+            outcome = "solved" if trace["success"] else "not solved"
+            views.append({"task": short(trace["task"]), "start": trace["start"], "outcome": outcome, "plans": shown})
+    return views
 
 
 def episode_figure(trace: Mapping[str, Any]) -> _Figure:
@@ -358,6 +536,31 @@ def _pairs(results: Mapping[str, Any]) -> list[list[str]]:
             [f"{p['first']}, {p['second']}", str(p["n"]), difference, f"{low} to {high}", *only]
             + [f"{p['p_value']:.2g}", reading]
         )
+    return rows
+
+
+def gain_words(g: Mapping[str, Any]) -> str:
+    """A `Gain` as a sentence's end."""
+    bounds = "" if g["low"] is None else f", 95 % interval {g['low']:+.3f} to {g['high']:+.3f}"
+    return (
+        f"{g['imagined']:+.3f} in imagination, {g['real']:+.3f} in reality; imagined minus real {g['difference']:+.3f} "
+        f"({g['n']} start{'s' if g['n'] > 1 else ''}{bounds})"
+    )
+
+
+def _gains(results: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of the table of gains."""
+    rows = []
+    for task, g in results["gain"].items():
+        if task == "mean" and len(results["tasks"]) == 1:
+            continue
+        bounds, reading = "", "too few starts to say"
+        if g["low"] is not None:
+            bounds, reading = f"{g['low']:+.3f} to {g['high']:+.3f}", "no difference shown"
+            if g["low"] > 0 or g["high"] < 0:
+                reading = "the model promises more" if g["low"] > 0 else "reality gives more"
+        numbers = [f"{g[key]:+.3f}" for key in ("imagined", "real", "difference")]
+        rows.append(["all tasks" if task == "mean" else short(task), str(g["n"]), *numbers, bounds, reading])
     return rows
 
 
@@ -478,7 +681,7 @@ def _figures(
         "speed": [speed_figure(short(t), [e for e in episodes if e["task"] == t], methods, max_steps) for t in tasks],
         "fidelity": [fidelity_figure(short(t), fidelity[t]) for t in tasks if t in fidelity],
         # A third of the way in, the hand is at the object and the outcome is still open.
-        "paths": [paths_figure(t, t["plans"][len(t["plans"]) // 3]) for t in traces if t["plans"]],
+        "paths": [plan_figure(t, t["plans"][len(t["plans"]) // 3]) for t in traces if t["plans"]],
         "episode": [episode_figure(t) for t in traces if t["plans"]],
         "latency": [latency_figure(results["timing"])] if results["timing"] else [],
     }
@@ -526,7 +729,10 @@ def write_report(
         others=[(text, summary[m]["mean"]["success"]) for m, text in words.items() if m in summary],
         tiles=_tiles(results),
         figures={name: [Markup(f.inline) for f in group] for name, group in figures.items()},
+        plan_views=_plan_views(traces),
+        plans_shown=PLANS_SHOWN,
         pairs=_pairs(results),
+        gains=_gains(results),
         videos=_videos(run_dir, results["videos"]),
         timing=_timing(results["timing"]),
         numbers=numbers,

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from wamrl import provenance
-from wamrl.evaluation import Episode, Start, compare, percentiles, read_episodes, summarise, write_episodes
+from wamrl.evaluation import Episode, Start, compare, gain, percentiles, read_episodes, summarise, write_episodes
 from wamrl.files import write_json
 from wamrl.report import METHODS, short, write_report
 
@@ -51,6 +51,7 @@ class Run:
     videos: list[dict[str, Any]] = field(default_factory=list)
     video_note: str | None = None
     evaluations_per_plan: float | None = None
+    steps_per_plan: float | None = None
     worker_rss_mib: float = 0.0
 
     @property
@@ -85,9 +86,11 @@ class Run:
             )
         self.episodes = read_episodes(earlier / "episodes.csv")
         for trace in json.loads((earlier / "traces.json").read_text(encoding="utf-8")):
+            trace["plans"] = [{"values": [], "tree": None, **plan} for plan in trace["plans"]]  # earlier ones lack them
             self.traces[trace["task"]] = trace
         self.fidelity, self.timing = before["fidelity"], before["timing"]
         self.evaluations_per_plan = before["evaluations_per_plan"]
+        self.steps_per_plan = before.get("steps_per_plan")
         self.worker_rss_mib = before["peak_rss_mib"]["worker"]
         self.video_note = before["video_note"]
         kept = before.get("resume_data", {})
@@ -136,10 +139,13 @@ class Run:
                 summary[method] |= {t: asdict(summarise(es)) for t, es in by_task.items() if es}
         pairs = [("planner", m) for m in ("policy", "shuffled", "random", "expert", "oracle") if m in self.methods]
         compared = [compare(self.episodes, *pair) for pair in pairs if "planner" in self.methods]
+        gains = {t: gain([e for e in self.episodes if t in ("mean", e.task)]) for t in ("mean", *self.tasks)}
         if self.plan_log:
             self.timing["batched"] = plan_times(self.plan_log, self.settings["threads"])
             per_row = [entry["evaluations"] / entry["rows"] for entry in self.plan_log]
             self.evaluations_per_plan = float(np.mean(per_row))
+            steps = sum(e.length for e in self.episodes if e.method == "planner")
+            self.steps_per_plan = steps / sum(entry["rows"] for entry in self.plan_log)
         if self.oracle_log:
             self.timing["oracle"] = plan_times(self.oracle_log, self.settings["threads"])
         results = {
@@ -164,8 +170,10 @@ class Run:
             "episodes_wanted": self.wanted,
             "summary": summary,
             "paired": [asdict(p) for p in compared if p is not None],
+            "gain": {t: asdict(g) for t, g in gains.items() if g is not None},
             "timing": {k: self.timing[k] for k in ("single", "batched", "oracle") if k in self.timing},
             "evaluations_per_plan": self.evaluations_per_plan,
+            "steps_per_plan": self.steps_per_plan,
             "fidelity": self.fidelity,
             "videos": self.videos,
             "video_note": self.video_note,
@@ -197,12 +205,18 @@ def _metrics(results: Mapping[str, Any]) -> dict[str, Any]:
             metrics[f"{prefix}/reward_per_step"] = s["reward"]
             if s["steps"] is not None:
                 metrics[f"{prefix}/steps_to_success"] = s["steps"]
+    for task, g in results["gain"].items():
+        prefix = f"plan/{short(task)}/gain"
+        metrics[f"{prefix}/imagined"], metrics[f"{prefix}/real"] = g["imagined"], g["real"]
+        entry = {"mean": g["difference"], "n": g["n"], "low": g["low"], "high": g["high"]}
+        metrics[f"{prefix}/imagined_minus_real"] = entry
     for setting, timing in results["timing"].items():
         for part in ("encode", "imagine", "search", "total"):
             for q, value in timing[f"{part}_ms"].items():
                 metrics[f"plan/{setting}/{part}_{q}_ms"] = value
     if results["evaluations_per_plan"] is not None:
         metrics["plan/evaluations_per_plan"] = results["evaluations_per_plan"]
+        metrics["plan/steps_per_plan"] = results["steps_per_plan"]
     metrics["plan/peak_rss_mib"] = max(results["peak_rss_mib"].values())
     return metrics
 

@@ -12,7 +12,7 @@ import queue
 import signal
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from hydra.utils import instantiate
 
 from wamrl import checkpoint
 from wamrl.control import ModelPolicy, PlannerPolicy, RandomPolicy
-from wamrl.evaluation import Recording, Start, StepRecord, fidelity, run_episodes
+from wamrl.evaluation import Episode, Recording, Start, StepRecord, fidelity, imagined_return, run_episodes
 from wamrl.film import Film
 from wamrl.interfaces import WAM, Policy
 from wamrl.oracle import OracleWAM
@@ -63,6 +63,7 @@ class Worker:
         torch.set_num_threads(settings["threads"])
         self.settings, self.directory, self.emit = settings, directory, emit
         self.model = load_model(settings)
+        self._every = planner_policy(settings, self.model).replan_every
         self._envs: dict[tuple[str, int, bool], Any] = {}
 
     def run(self, job: Job) -> None:
@@ -82,7 +83,24 @@ class Worker:
             self._envs[key] = make_env(self.settings, [task], rows, snapshots=snapshots)
         return self._envs[key]
 
-    def _episodes(self, env: Any, policy: Policy, method: str, starts: Sequence[Start], **options: Any) -> None:
+    def _episodes(
+        self,
+        env: Any,
+        policy: Policy,
+        method: str,
+        starts: Sequence[Start],
+        memory: Recording | None = None,
+        **options: Any,
+    ) -> None:
+        """Run the episodes; of those in `memory`, tell also what the model had imagined of them."""
+        judged = memory is not None and {"rollout", "reward"} <= self.model.spec.provides
+
+        def finished(episode: Episode) -> None:
+            if judged and memory is not None:
+                start, every = Start(episode.task, episode.start), self._every
+                episode = replace(episode, imagined_return=imagined_return(self.model, memory, start, every))
+            self.emit("episode", episode)
+
         run_episodes(
             env,
             policy,
@@ -91,7 +109,7 @@ class Worker:
             split=self.settings["split"],
             seed=self.settings["seed"],
             max_steps=env.max_steps,
-            on_episode=lambda episode: self.emit("episode", episode),
+            on_episode=finished,
             **options,
         )
 
@@ -102,7 +120,9 @@ class Worker:
         elif method == "shuffled":
             self._episodes(env, planner_policy(self.settings, self.model, shuffle=True), method, starts)
         elif method == "policy":
-            self._episodes(env, ModelPolicy(self.model, seed=self.settings["seed"]), method, starts)
+            memory = Recording()
+            policy = ModelPolicy(self.model, seed=self.settings["seed"])
+            self._episodes(env, policy, method, starts, memory, on_step=memory.see)
         elif method == "random":
             self._episodes(env, RandomPolicy(env.action_spec.shape[-1], seed=self.settings["seed"]), method, starts)
         elif method == "expert":
@@ -118,7 +138,7 @@ class Worker:
             if film is not None:
                 film.see(record)
 
-        self._episodes(env, film or policy, "planner", starts, on_step=on_step)
+        self._episodes(env, film or policy, "planner", starts, memory, on_step=on_step)
         self.emit("plan_log", policy.log)
         self.emit("observations", memory.some(24))
         reads_state = "decode" in self.model.spec.provides and "state" in self.model.spec.observation

@@ -152,8 +152,19 @@ class JointEmbeddingWAM(WAM):
             discount=discount,
             control_dt_s=control_dt_s,
             provides=frozenset(
-                {"rollout", "policy", "behaviour", "log_prob", "value", "decode", "reward", "success", "uncertainty"}
-            ),
+                {
+                    "rollout",
+                    "policy",
+                    "behaviour",
+                    "log_prob",
+                    "value",
+                    "decode",
+                    "observe",
+                    "reward",
+                    "success",
+                    "uncertainty",
+                }
+            ),  # fmt: skip
             anatomy=Anatomy("feature", "joint-embedding", "action-conditioned rollout", "chunked"),
             ensemble_size=members,
             success_bonus=success_bonus,
@@ -254,6 +265,10 @@ class JointEmbeddingWAM(WAM):
         """Each row's own member of the ensemble in the entry `member` [R] (TS-infinity of Chua et al., 2018)."""
         member = (noise.uniform(1)[:, 0] * self.members).long().clamp(max=self.members - 1)
         return state.copy().set("member", member)
+
+    def observe(self, state: State, action: Tensor, observation: TensorDict, reset: Tensor) -> State:
+        """The encoded `observation`: one frame is all that this model reads, so nothing imagined or older stays."""
+        return self.encode(Context.from_observation(observation))
 
     def imagine(
         self,
