@@ -212,6 +212,14 @@ class JointEmbeddingWAM(WAM):
         log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(raw) + 1.0)
         return torch.tanh(mean), log_std
 
+    def gaussian(self, state: State) -> tuple[Tensor, Tensor]:
+        """Mean and logarithm of the standard deviation of the policy's action, each [*state.batch, A]."""
+        return self._policy(state["z"], state["task"])
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """The weights of the policy and of the values, which no other part of the model reads."""
+        return [*self.policy.parameters(), *self.values.parameters()]
+
     def _behaviour(self, z: Tensor, task: Tensor) -> Tensor:
         return torch.tanh(self.behaviour(torch.cat([z, task], dim=-1)))
 
