@@ -283,6 +283,7 @@ class Updater:
         # A model says which weights are its policy's and critic's alone; else all of them are trained alike.
         chosen = getattr(model, "policy_parameters", None)
         policy = list(chosen()) if chosen is not None else trained
+        self.policy = policy
         held = {id(parameter) for parameter in policy}
         rest = [parameter for parameter in trained if id(parameter) not in held]
         own = [parameter for module in modules for parameter in module.parameters() if id(parameter) not in held]

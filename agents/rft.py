@@ -25,6 +25,7 @@ from wamrl.interfaces import WAM, Budget, Plan, Planner
 from wamrl.noise import NoiseKey
 
 TARGETS = ("plan", "mean")
+_ROWS = 16  # states per plan: more candidates at once leave the caches of a CPU
 
 
 class RFT:
@@ -167,8 +168,8 @@ class RFT:
         if len(flat) > self.max_plans:
             flat = flat[torch.randperm(len(flat), generator=self.updater.generator)[: self.max_plans]]
         chunks = []
-        for first in range(0, len(flat), 128):
-            part = flat[first : first + 128]
+        for first in range(0, len(flat), _ROWS):
+            part = flat[first : first + _ROWS]
             state = encode(self.model, part)
             rows = len(part)
             row = torch.arange(first, first + rows, device=part.device)

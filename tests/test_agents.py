@@ -15,8 +15,10 @@ from torchrl.objectives.value import GAE
 from tests.agent_toys import OPTIMUM, STEPS, TASK, AimEnv, FlowToy, reference_model
 from wamrl.agents.base import EpisodeEnv, LearningDiverged, Updater, value_unit
 from wamrl.agents.flow_ppo import ChainActor, FlowPPO
+from wamrl.agents.latent import Latent
 from wamrl.agents.ppo import PPO, GaussianActor
 from wamrl.agents.rft import RFT
+from wamrl.agents.sac import SAC
 from wamrl.interfaces import Context, Proposal, task_id
 from wamrl.noise import NoiseKey
 
@@ -191,6 +193,77 @@ def test_rft_imitates_what_worked():
     mean, _ = model.gaussian(model.encode(Context.from_observation(observations(32))))
     away = (mean - torch.tensor(OPTIMUM)).norm(dim=-1)
     assert away.mean() < 0.25
+
+
+def test_sac_reaches_the_known_optimum():
+    model = reference_model()
+    learner = SAC(learning_rate=2e-3, updates=50, warmup=100, width=32, batch=128, noise=(0.05, 0.3))
+    found = train(model, learner, 24)
+    assert found[0]["reward"] < 0.75
+    mean, _ = model.gaussian(model.encode(Context.from_observation(observations(32))))
+    assert (mean - torch.tensor(OPTIMUM)).abs().mean() < 0.15
+
+
+def test_sac_goes_on_from_its_state_exactly():
+    learners = [SAC(learning_rate=3e-3, updates=4, warmup=10, width=8, batch=16) for _ in range(2)]
+    models = [reference_model(), reference_model()]
+    train(models[0], learners[0], 2)
+    learners[1].bind(models[1], None, rows=32, seed=0)
+    models[1].load_state_dict(models[0].state_dict())
+    learners[1].load_state_dict({name: tensor.clone() for name, tensor in learners[0].state_dict().items()})
+    batch = learners[0].replay[:64].clone()
+    batch["next", "success"] = batch["next", "done"]
+    batch["next", "executed"] = torch.ones(64, 1, dtype=torch.int64)
+    batch["next", "task_reward"] = batch["next", "reward"]
+    for learner in learners:
+        learner.begin(7)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            learner.learn(batch.reshape(8, 8).clone())
+    assert all(torch.equal(models[0].state_dict()[name], x) for name, x in models[1].state_dict().items())
+
+
+def known_world():
+    """A model whose imagined reward is 1 - |a - OPTIMUM|^2 by construction, and whose values are 0."""
+    model = reference_model()
+
+    class Outcome(torch.nn.Module):
+        def forward(self, heads_in):
+            away = (heads_in[..., -2:] - torch.tensor(OPTIMUM)).square().sum(-1)
+            return torch.stack([1.0 - away, torch.full_like(away, -20.0)], dim=-1)
+
+    model.outcome = Outcome()
+    return model
+
+
+def test_the_latent_actor_critic_reaches_the_optimum_of_its_imagination():
+    model = known_world()
+    before = copy.deepcopy(model.dynamics.state_dict())
+    learner = Latent(horizon=4, learning_rate=3e-3, world_weight=0.0, kl_reference=0.0, updates=100)
+    learner.bind(model, None, rows=64, seed=0)
+    for iteration in range(2):
+        learner.begin(iteration)
+        learner.learn(observations(64))
+    mean, _ = model.gaussian(model.encode(Context.from_observation(observations(32, seed=1))))
+    assert (mean - torch.tensor(OPTIMUM)).abs().mean() < 0.1
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.dynamics.state_dict().items())
+
+
+def test_start_frames_that_the_members_disagree_about_teach_nothing():
+    model = known_world()
+    before = copy.deepcopy(model.policy.state_dict())
+    learner = Latent(
+        horizon=4, learning_rate=3e-3, world_weight=0.0, kl_reference=0.0, uncertainty_limit=1e-9, updates=5
+    )
+    learner.bind(model, None, rows=64, seed=0)
+    learner.begin(0)
+    assert learner.learn(observations(64))["trusted"] == 0.0
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.policy.state_dict().items())
+
+
+def test_the_latent_actor_critic_refuses_a_horizon_beyond_the_models():
+    with pytest.raises(ValueError, match="trained for 1 to 4"):
+        Latent(horizon=5, world_weight=0.0).bind(reference_model(), None, rows=1, seed=0)
 
 
 class Knowing:

@@ -13,7 +13,10 @@ from safetensors.torch import load_file
 from tests.agent_toys import SIZES, TASK, AimEnv, reference_model, write_dataset
 from wamrl import checkpoint, posttrain
 from wamrl.agents.base import LearningDiverged
+from wamrl.agents.latent import Latent
 from wamrl.agents.ppo import PPO
+from wamrl.agents.sb3 import SB3
+from wamrl.data import start_frames
 from wamrl.envs.imagined_env import ImaginedEnv
 from wamrl.naming import RunError
 from wamrl.posttrain import Measuring
@@ -32,7 +35,8 @@ def small(run_dir: Path, *, model=None, iterations=4, learner=None, env=None, da
     learner = learner or PPO(world_weight=0.0, learning_rate=3e-3, minibatch=48, noise=(0.2, 0.3))
     options = {"measuring": MEASURING, "decisions": 6, "save_every": 2, "quiet": True, "validation_windows": 8,
                "validation_fraction": 0.25, "world_batch": 8, "world_length": 2, **options}  # fmt: skip
-    return posttrain.posttrain(model, learner, env or AimEnv(16, succeeds=True), run_dir=run_dir, save_model=save,
+    env = None if options.pop("no_env", False) else env or AimEnv(16, succeeds=True)
+    return posttrain.posttrain(model, learner, env, run_dir=run_dir, save_model=save,
                                iterations=iterations, data=data, **options)  # fmt: skip
 
 
@@ -94,15 +98,35 @@ def test_a_world_model_that_decays_is_said_loudly(tmp_path):
 def test_it_trains_in_imagination_without_real_steps(tmp_path):
     data = write_dataset(tmp_path / "data")
     model = reference_model()
-    frames = data.frames["observation"].auto_batch_size_(1)[:32].clone()
-    from wamrl.interfaces import task_id
-
-    frames["task"] = torch.full((32,), task_id(TASK))
-    env = ImaginedEnv(model, frames, 16)
+    env = ImaginedEnv(model, start_frames(tmp_path / "data"), 16)
     found = small(tmp_path / "run", model=model, env=env, data=data, real=False, decisions=4,
                   learner=PPO(world_weight=0.1, kl_reference=0.1))  # fmt: skip
     assert found["real_steps"] == 0
     assert "imagined_gain_minus_real_gain" in found
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+def test_stable_baselines3_learns_in_the_same_environment(tmp_path, algorithm):
+    pytest.importorskip("stable_baselines3")
+    data = write_dataset(tmp_path / "data")
+    settings = {"learning_rate": 3e-3, "batch_size": 48, "gamma": 0.5}
+    settings |= {"learning_starts": 48} if algorithm == "sac" else {"n_epochs": 8, "n_steps": 6}
+    learner = SB3(algorithm=algorithm, demonstrations=algorithm == "sac", settings=settings)
+    model = reference_model()
+    found = small(tmp_path / "run", model=model, learner=learner, data=data, iterations=30)
+    assert found["real_steps"] == 30 * 16 * 6
+    assert found["after"]["real"]["reward"] > found["before"]["real"]["reward"] + 0.1
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in reference_model().state_dict().items())
+    with pytest.raises(ValueError, match="cannot be resumed"):
+        small(tmp_path / "run", learner=SB3(algorithm=algorithm, settings=settings), data=data)
+
+
+def test_the_latent_actor_critic_needs_no_environment(tmp_path):
+    data = write_dataset(tmp_path / "data")
+    frames = start_frames(tmp_path / "data")
+    learner = Latent(horizon=4, updates=3)
+    found = small(tmp_path / "run", learner=learner, data=data, frames=frames, real=False, no_env=True)
+    assert found["real_steps"] == 0 and found["iterations"] == 4
 
 
 def test_a_budget_of_real_steps_stops_it(tmp_path):

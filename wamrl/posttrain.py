@@ -30,9 +30,10 @@ from wamrl.control import ModelPolicy
 from wamrl.data import EpisodeDataset, start_frames
 from wamrl.envs.base import RowsEnv
 from wamrl.envs.imagined_env import ImaginedEnv
+from wamrl.envs.vector import observation_keys
 from wamrl.evaluation import Episode, Start, paired, run_episodes, summarise, write_episodes
 from wamrl.files import write_json, write_text
-from wamrl.interfaces import WAM, Policy
+from wamrl.interfaces import WAM, Policy, task_id
 from wamrl.naming import RunError, unknown_name
 from wamrl.provenance import versions
 from wamrl.training import Log, find_state, interruptible, open_loop_errors, write_state
@@ -181,6 +182,8 @@ class _Run:
             )
         rows = env.batch_size[0] if env is not None else given["num_envs"]
         self.learner.bind(self.model, world, rows=rows, seed=given["seed"])
+        if self.learner.kind == "sb3":
+            self._attach(env)
         self.iteration, self.steps, self.seconds = 0, 0, 0.0
         self.before: dict[str, Any] = {}
         self.before_real: list[bool] = []
@@ -254,6 +257,21 @@ class _Run:
             auto_register_policy_transforms=False,
         )
 
+    def _attach(self, env: RowsEnv | None) -> None:
+        """Give Stable-Baselines3 its environment, and the data where it asks for demonstrations."""
+        from wamrl.envs.sb3 import RowsSB3Env
+
+        assert env is not None
+        learner: Any = self.learner
+        tasks = tuple(task_id(task) for task in env.tasks)
+        keys = tuple(observation_keys(env))
+        learner.attach(RowsSB3Env(env), decisions=self.given["decisions"], keys=keys, tasks=tasks)
+        if learner.demonstrations:
+            if self.data is None:
+                raise ValueError("agent.demonstrations asks for data=<dataset>, and there is none")
+            chosen = [n for n, episode in enumerate(self.data.episodes) if episode["task"] in env.tasks]
+            learner.demonstrate(self.data.select(chosen).replay_buffer(1, 1)[:])
+
     def _iterate(self, collector: Any) -> None:
         seed = self.given["seed"] * 1_000_003 + self.iteration
         torch.manual_seed(seed)
@@ -265,6 +283,8 @@ class _Run:
             batch = next(iter(collector)).clone()
             if self.given["real"]:
                 self.steps += int(batch["next", "executed"].sum())
+        elif self.learner.kind == "sb3":
+            batch = TensorDict({}, batch_size=[])
         else:
             frames = self.given["frames"]
             chosen = torch.randint(
@@ -272,6 +292,8 @@ class _Run:
             )
             batch = frames[chosen]
         self.metrics = self.learner.learn(batch)
+        if self.learner.kind == "sb3" and self.given["real"]:
+            self.steps += int(self.metrics["steps"])
         self.model.eval()
         self.iteration += 1
 
@@ -516,7 +538,7 @@ def _command(config: DictConfig, run_dir: Path) -> None:
         data=data,
         frames=frames,
         measuring=measuring,
-        real=not imagined and learner.kind == "collect",
+        real=not imagined and learner.kind != "imagine",
         identity=_identity(settings, start),
         command=f"python -m wamrl.posttrain resume={run_dir}",
         **{name: settings[name] for name in _LOOP},
