@@ -19,7 +19,7 @@ from wamrl import cli
 from wamrl.cli import command, compose, link_latest, new_run_dir, options
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("collect", "train", "plan")
+COMMANDS = ("collect", "train", "plan", "posttrain", "loop")
 PRIMARY = """
 defaults:
   - planner: fast

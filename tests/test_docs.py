@@ -44,16 +44,17 @@ def commands() -> list[str]:
 
 
 def test_the_pages_show_every_command():
-    assert {line.split()[2] for line in commands()} == {"wamrl.collect", "wamrl.train", "wamrl.plan"}
+    assert {line.split()[2] for line in commands()} == {"wamrl.collect", "wamrl.train", "wamrl.plan", "wamrl.posttrain", "wamrl.loop"}
 
 
 @pytest.mark.parametrize("line", commands())
 def test_a_command_on_the_pages_composes(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("outputs/train/latest").mkdir(parents=True)
+    for made in ("train", "posttrain"):
+        Path(f"outputs/{made}/latest").mkdir(parents=True)
     name, *words = line.removeprefix("python -m wamrl.").split()
-    if name == "train":
-        words = train._rewritten(words)[1]
+    if name in ("train", "posttrain"):
+        words = cli.rewritten(name, words)[1]
     single = [word if "[" in word else word.partition(",")[0] for word in words if word != "-m"]  # first of a sweep
     cli.compose(name, single)
 

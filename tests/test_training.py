@@ -169,7 +169,7 @@ def test_a_run_survives_kills_at_any_moment_and_ends_bit_for_bit_equal(tmp_path)
 
 def test_the_resume_state_is_whole_wherever_its_writing_stops(tmp_path, monkeypatch):
     tensors = {"model.x": torch.zeros(3)}
-    training._write_state(tmp_path, tensors, {"step": 1})
+    training.write_state(tmp_path, tensors, {"step": 1})
     renames = []
     rename = Path.rename
 
@@ -187,12 +187,12 @@ def test_the_resume_state_is_whole_wherever_its_writing_stops(tmp_path, monkeypa
     for limit in (1, 2):
         stop_at(limit)
         with pytest.raises(OSError, match="killed here"):
-            training._write_state(tmp_path, tensors, {"step": 2})
+            training.write_state(tmp_path, tensors, {"step": 2})
         monkeypatch.setattr(Path, "rename", rename)
-        found = training._find_state(tmp_path)
+        found = training.find_state(tmp_path)
         assert json.loads((found / "state.json").read_text())["step"] == 1
-    training._write_state(tmp_path, tensors, {"step": 3})
-    assert json.loads((training._find_state(tmp_path) / "state.json").read_text())["step"] == 3
+    training.write_state(tmp_path, tensors, {"step": 3})
+    assert json.loads((training.find_state(tmp_path) / "state.json").read_text())["step"] == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last"]
 
 

@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from importlib import resources
@@ -488,3 +488,61 @@ def _own_settings(text: str) -> str:
 def plain(config: DictConfig | ListConfig) -> Any:
     """The config as resolved dicts, lists and scalars, to be stored in results and checkpoints."""
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+# ---------------------------------------------------------------------------------------------- shared settings
+
+
+def device(name: str) -> str:
+    """`name`, with "auto" resolved; ValueError for a device that this torch cannot use."""
+    import torch  # heavy, and no command's --help needs it
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is '{name}', expected auto, cpu, cuda or cuda:<number>") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is '{name}', but this torch finds no CUDA device; use device=cpu")
+    return name
+
+
+def rewritten(name: str, given: list[str]) -> tuple[Path | None, list[str]]:
+    """Let `data=` name the dataset although configs/data is a group, and `resume=` bring back a run's settings.
+
+    Returns the directory to resume, or None, and the arguments as Hydra takes them.
+    """
+    words = ["dataset=" + word.removeprefix("data=") if word.startswith("data=") else word for word in given]
+    folders = [word.removeprefix("resume=") for word in words if word.startswith("resume=")]
+    if not folders or folders[-1] in ("", "null"):
+        return None, words
+    folder = Path(folders[-1]).resolve()
+    if not (folder / "checkpoints").is_dir() or not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(
+            f"nothing to resume in '{folders[-1]}': it is no run directory of python -m wamrl.{name}"
+        )
+    settings: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    stored = {**settings, "run_dir": str(folder), "resume": None}
+    earlier = [f"++{path}={_literal(value)}" for path, value in _leaves(stored)]
+    return folder, [*earlier, *(word for word in words if not word.startswith("resume="))]
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in settings.items():
+        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+    return found
+
+
+def _literal(value: Any) -> str:
+    """`value` in Hydra's grammar of overrides."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_literal, value))}]"
+    if isinstance(value, str):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return repr(value)

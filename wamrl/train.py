@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from wamrl import checkpoint, cli
 from wamrl.data import EpisodeDataset
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; see `python -m wamrl.train --help`."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        folder, given = _rewritten(given)
+        folder, given = cli.rewritten("train", given)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -175,7 +175,7 @@ def _command(config: DictConfig, run_dir: Path) -> None:
     if settings["dataset"] is None:
         raise ValueError("no data given; write data=<directory made by python -m wamrl.collect>")
     options = TrainingOptions(**{name: settings[name] for name in _OPTIONS})
-    device = _device(settings["device"])
+    device = cli.device(settings["device"])
     dataset = EpisodeDataset.open(settings["dataset"], keys=settings["observation"], tasks=settings["tasks"])
     result = train(
         dataset,
@@ -340,58 +340,6 @@ def _summary(result: TrainingResult) -> str:
         )
     lines.append(f"checkpoint: {result.checkpoint}")
     return "\n".join(lines)
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device is '{name}', expected auto, cpu, cuda or cuda:<number>") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is '{name}', but this torch finds no CUDA device; use device=cpu")
-    return name
-
-
-def _rewritten(given: list[str]) -> tuple[Path | None, list[str]]:
-    """Let `data=` name the dataset although configs/data is a group, and `resume=` bring back a run's settings.
-
-    Returns the directory to resume, or None, and the arguments as Hydra takes them.
-    """
-    words = ["dataset=" + word.removeprefix("data=") if word.startswith("data=") else word for word in given]
-    folders = [word.removeprefix("resume=") for word in words if word.startswith("resume=")]
-    if not folders or folders[-1] in ("", "null"):
-        return None, words
-    folder = Path(folders[-1]).resolve()
-    if not (folder / "checkpoints").is_dir() or not (folder / "config.yaml").is_file():
-        raise FileNotFoundError(
-            f"nothing to resume in '{folders[-1]}': it is no run directory of python -m wamrl.train"
-        )
-    settings: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    stored = {**settings, "run_dir": str(folder), "resume": None}
-    earlier = [f"++{path}={_literal(value)}" for path, value in _leaves(stored)]
-    return folder, [*earlier, *(word for word in words if not word.startswith("resume="))]
-
-
-def _leaves(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in settings.items():
-        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
-    return found
-
-
-def _literal(value: Any) -> str:
-    """`value` in Hydra's grammar of overrides."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)):
-        return f"[{','.join(map(_literal, value))}]"
-    if isinstance(value, str):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    return repr(value)
 
 
 if __name__ == "__main__":

@@ -232,13 +232,13 @@ class _Run:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._restore()
         self._rehearse()
-        log = _Log(self.run_dir, self.step, tensorboard=options.tensorboard)
+        log = Log(self.run_dir, self.step, tensorboard=options.tensorboard)
         before, started = self.seconds, time.perf_counter()
         loss_of = torch.compile(self.model.loss) if options.compile else self.model.loss
         update_targets = getattr(self.model, "update_targets", lambda: None)
         validated: dict[str, Any] = {}
         self.model.train()
-        with _interruptible() as interrupted, _progress(self.step, options.steps, quiet=quiet) as progress, log:
+        with interruptible() as interrupted, _progress(self.step, options.steps, quiet=quiet) as progress, log:
             if self.held_out is not None and self.step == 0:
                 validated = self._validate(log)  # what the untrained model gets
             while self.step < options.steps:
@@ -323,7 +323,7 @@ class _Run:
             return
         named = {**{name: value.detach() for name, value in losses.items()}, "gradient norm": norm}
         wrong = ", ".join(name for name, value in named.items() if not math.isfinite(float(value)))
-        found = _find_state(self.checkpoints)
+        found = find_state(self.checkpoints)
         kept = f"the last good state is kept in {found}" if found else "no state had been saved yet"
         raise TrainingDiverged(
             f"{wrong} not finite for {self.streak} steps in a row, up to step {self.step}; stopped, and {kept}. "
@@ -341,7 +341,7 @@ class _Run:
         self.totals, self.counted = {}, 0
         return {**row, "learning_rate": self.options.learning_rate_at(self.step - 1), "skipped_steps": self.skipped}
 
-    def _validate(self, log: _Log) -> dict[str, Any]:
+    def _validate(self, log: Log) -> dict[str, Any]:
         assert self.held_out is not None
         noise = torch.Generator(device=self.device).manual_seed(self.options.seed + 3)
         self.model.eval()
@@ -378,11 +378,11 @@ class _Run:
             "identity": self.identity,
             "options": asdict(self.options),
         }
-        _write_state(self.checkpoints, tensors, facts)
+        write_state(self.checkpoints, tensors, facts)
         self.save_model(self.checkpoints / "model.safetensors", self.model, self.step)
 
     def _restore(self) -> None:
-        found = _find_state(self.checkpoints)
+        found = find_state(self.checkpoints)
         if found is None:
             return
         facts = json.loads((found / "state.json").read_text(encoding="utf-8"))
@@ -495,7 +495,7 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _write_state(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+def write_state(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Replace `folder`/last as a whole: at every moment either it or `.last.old` is complete."""
     new, last, old = folder / ".last.new", folder / "last", folder / ".last.old"
     shutil.rmtree(new, ignore_errors=True)
@@ -513,14 +513,15 @@ def _write_state(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _find_state(folder: Path) -> Path | None:
+def find_state(folder: Path) -> Path | None:
+    """The directory of the last whole state below `folder`, or None."""
     for name in ("last", ".last.old"):
         if (folder / name / "state.json").is_file():
             return folder / name
     return None
 
 
-class _Log:
+class Log:
     """CSV files that only grow, and TensorBoard beside them; rows after the resumed step are dropped."""
 
     def __init__(self, run_dir: Path, step: int, *, tensorboard: bool) -> None:
@@ -532,7 +533,7 @@ class _Log:
 
             self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
 
-    def __enter__(self) -> _Log:
+    def __enter__(self) -> Log:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -567,7 +568,7 @@ class _Log:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
+def interruptible() -> Iterator[Callable[[], bool]]:
     """Ctrl-C and SIGTERM set a flag that is looked at between steps; a second one interrupts at once."""
     asked = False
 

@@ -245,9 +245,21 @@ class JointEmbeddingWAM(WAM):
         return torch.cat([x + self.change * step, normalise(features + turn)], dim=-1)
 
     def _policy(self, z: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
-        mean, raw = self.policy(torch.cat([z, task], dim=-1)).chunk(2, dim=-1)
-        log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(raw) + 1.0)
-        return torch.tanh(mean), log_std
+        return self.gaussian_of(self.policy(torch.cat([z, task], dim=-1)))
+
+    @staticmethod
+    def gaussian_of(output: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and logarithm of the standard deviation [..., A] from what the policy network gives, [..., 2 A]."""
+        mean, raw = output.chunk(2, dim=-1)
+        return torch.tanh(mean), LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(raw) + 1.0)
+
+    def gaussian(self, state: State) -> tuple[Tensor, Tensor]:
+        """Mean and logarithm of the standard deviation of the policy's action, each [*state.batch, A]."""
+        return self._policy(state["z"], state["task"])
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """The weights of the policy and of the values, which no other part of the model reads."""
+        return [*self.policy.parameters(), *self.values.parameters()]
 
     def _behaviour(self, z: Tensor, task: Tensor) -> Tensor:
         return torch.tanh(self.behaviour(torch.cat([z, task], dim=-1)))

@@ -1,0 +1,163 @@
+"""Latent actor-critic in pure imagination, after Dreamer (Hafner et al., 2020, arXiv:1912.01603).
+
+From real start frames the policy acts H steps in every member of the model's ensemble; the policy follows the
+gradient of the imagined return through the dynamics, the critic regresses that return. Four things keep a gain real:
+the horizon is at most the one that the model was trained for, exploration noise has a fixed bound, what the members
+disagree about is left out or subtracted, and a KL holds the policy near what it was.
+
+Letters: R start frames, M members, H steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torch.nn import functional as F
+
+from wamrl.agents.base import (
+    Updater,
+    WorldBatch,
+    check_horizon,
+    encode,
+    reference_of,
+    require_log_prob,
+    value_unit,
+)
+from wamrl.interfaces import WAM
+from wamrl.noise import NoiseKey
+
+
+class Latent:
+    """Policy gradients through the model; fulfils `wamrl.agents.base.Learner`, of kind "imagine".
+
+    horizon: H. updates: optimiser steps per iteration. sigma: standard deviation of the exploration noise, in actions.
+    risk: standard deviations over members that are subtracted from the return. uncertainty_limit: start frames whose
+    futures disagree more than this at any step teach nothing; None keeps all. kl_reference: weight of the KL to the
+    policy as it was at the start. critic_weight: of the critic's regression. The others: `wamrl.agents.base.Updater`.
+    """
+
+    kind = "imagine"
+    name = "latent"
+    chunk = 1
+
+    def __init__(
+        self,
+        *,
+        horizon: int = 8,
+        updates: int = 20,
+        minibatch: int = 256,
+        sigma: float = 0.1,
+        risk: float = 0.5,
+        uncertainty_limit: float | None = None,
+        kl_reference: float = 0.001,
+        critic_weight: float = 1.0,
+        learning_rate: float = 3e-5,
+        world_learning_rate: float = 1e-5,
+        world_weight: float = 0.1,
+        imitation_weight: float = 0.0,
+        clip_norm: float = 1.0,
+        non_finite_limit: int = 20,
+    ) -> None:
+        if not 0.0 < sigma <= 1.0:
+            raise ValueError(f"sigma is {sigma}, but the noise of an action has a deviation above 0 and at most 1")
+        self.horizon, self.updates, self.minibatch, self.sigma, self.risk = horizon, updates, minibatch, sigma, risk
+        self.uncertainty_limit, self.kl_reference, self.critic_weight = uncertainty_limit, kl_reference, critic_weight
+        self._rates: dict[str, Any] = {
+            "learning_rate": learning_rate,
+            "world_learning_rate": world_learning_rate,
+            "world_weight": world_weight,
+            "imitation_weight": imitation_weight,
+            "clip_norm": clip_norm,
+            "limit": non_finite_limit,
+        }
+
+    def bind(self, model: WAM, world: WorldBatch | None, *, rows: int, seed: int) -> None:
+        """See `wamrl.agents.base.Learner`. Raises ValueError for a model that lacks a query or a longer horizon."""
+        require_log_prob(model, self.name)
+        model.spec.require("rollout", "reward", *(() if self.uncertainty_limit is None else ("uncertainty",)))
+        check_horizon(model, "agent.horizon", self.horizon, model.spec.chunk_length)
+        self.model, self.seed, self.unit = model, seed, value_unit(model)
+        self.reference = reference_of(model)
+        self.updater = Updater(model, world, **self._rates)
+        self.iteration = 0
+
+    @property
+    def actor(self) -> Any:
+        return None
+
+    def begin(self, iteration: int) -> None:
+        self.iteration = iteration
+        self.updater.generator.manual_seed(self.seed * 1_000_003 + iteration)
+
+    def learn(self, batch: TensorDict) -> dict[str, float]:
+        """One iteration on start frames [R]."""
+        sums: dict[str, float] = {}
+        for number in range(self.updates):
+            at = torch.randint(len(batch), (min(self.minibatch, len(batch)),), generator=self.updater.generator)
+            with _alone(self.model, self.updater):
+                loss, found = self._loss(batch[at.to(batch.device or "cpu")], number)
+            world = self.updater.world_loss()
+            self.updater.step(loss + world)
+            for name, value in {**found, "loss_world": float(world.detach())}.items():
+                sums[name] = sums.get(name, 0.0) + value / self.updates
+        return {**sums, "skipped": float(self.updater.skipped)}
+
+    def _loss(self, frames: TensorDict, number: int) -> tuple[Tensor, dict[str, float]]:
+        model, discount = self.model, self.model.spec.discount
+        state = encode(model, frames)
+        step = self.iteration * self.updates + number
+        key = NoiseKey.for_rows(len(frames), seed=self.seed, step=step, device=frames.device or "cpu")
+        noise = self.sigma * key.normal(1, self.horizon, model.spec.action_dim)
+        proposal = model.propose(state, 1, mode="ode", perturbation=noise)
+        imagined = proposal.imagined if proposal.imagined is not None else model.imagine(state, proposal.actions)
+        assert imagined.reward is not None
+        gained = imagined.reward[:, 0]
+        if imagined.success is not None:
+            gained = gained + model.spec.success_bonus * imagined.success[:, 0]
+        weight = discount ** torch.arange(self.horizon, device=gained.device)
+        leaf = model.value(imagined.leaf[:, 0]).mean(-1)
+        returns = ((gained * weight).sum(-1) + discount**self.horizon * leaf) / self.unit  # [R, M]
+        objective = returns.mean(1) - self.risk * returns.std(1, correction=0)
+        trusted = torch.ones_like(objective)
+        if self.uncertainty_limit is not None:
+            assert imagined.uncertainty is not None
+            trusted = (imagined.uncertainty[:, 0].amax((1, 2)) <= self.uncertainty_limit).float()
+        count = trusted.sum().clamp(min=1.0)
+        policy = -(objective * trusted).sum() / count
+        # The chunk was drawn with a fixed noise, so this is the KL up to what the two spreads differ by.
+        gap = model.log_prob(state, proposal) - self.reference.log_prob(state, proposal).detach()
+        kl = 0.5 * gap.square().sum(-1)[:, 0].clamp(max=100.0).mean() / self.horizon
+        value = model.value(state).mean(-1) / self.unit
+        critic = F.smooth_l1_loss(value, returns.mean(1).detach())
+        found = {"loss_policy": policy, "loss_critic": critic, "kl": kl, "trusted": trusted.mean()}
+        total = policy + self.kl_reference * kl + self.critic_weight * critic
+        return total, {name: float(value.detach()) for name, value in found.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        found = self.updater.state_dict()
+        return found | {f"reference.{name}": tensor for name, tensor in self.reference.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.updater.load_state_dict(state)
+        prefix = "reference."
+        weights = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+        self.reference.load_state_dict(weights)
+
+
+@contextlib.contextmanager
+def _alone(model: WAM, updater: Updater) -> Iterator[None]:
+    """Gradients reach the policy and the critic, and not the world that they are imagined in."""
+    held = {id(parameter) for parameter in updater.policy}
+    rest = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in held]
+    for parameter in rest:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in rest:
+            parameter.requires_grad_(True)

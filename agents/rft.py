@@ -1,0 +1,257 @@
+"""Reinforced fine-tuning: imitate what worked, or what a planner would have done.
+
+Without a planner, the trajectories of the policy's own samples that reached a success are kept and imitated (expert
+iteration; in imagination as in Ctrl-World, arXiv:2510.10125). With a planner, every visited state is planned from and
+the policy is taught the plan: the planner's chosen chunk, its weighted mean (MPPI weights as targets), or, with a
+best-of-N planner, the best of its samples. Both use the model's own `WAM.loss` on windows whose labels are those
+actions, so any policy that learns by imitation will do, flow matching included.
+
+Letters: B rows, T decisions of a batch, W windows of L control steps, H actions of a plan, N candidates, A action dims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from wamrl.agents.base import Updater, WorldBatch, batch_metrics, encode, loss_weights, shuffled_rewards
+from wamrl.agents.flow_ppo import ChainActor
+from wamrl.agents.ppo import GaussianActor
+from wamrl.interfaces import WAM, Budget, Plan, Planner
+from wamrl.noise import NoiseKey
+
+TARGETS = ("plan", "mean")
+_ROWS = 16  # states per plan: more candidates at once leave the caches of a CPU
+
+
+class RFT:
+    """Imitation of successes or of a planner; fulfils `wamrl.agents.base.Learner`.
+
+    planner: None imitates successes; otherwise what teaches. target: "plan" is the chosen chunk, "mean" the candidates'
+    mean by the planner's weights. noise: least and greatest standard deviation of an action while collecting, for a
+    Gaussian policy. buffer: windows that are kept, the newest. batch: windows per step. updates: steps per iteration.
+    length: L; None is 1 for a policy that decides in every control step, otherwise the model's chunk. max_plans: states
+    per iteration that the planner is asked about. shuffle_rewards: the null control, which deals out at random which
+    trajectories worked.
+    The others: `wamrl.agents.base.Updater`.
+    """
+
+    kind = "collect"
+    name = "rft"
+    chunk = 1
+
+    def __init__(
+        self,
+        *,
+        planner: Planner | None = None,
+        target: str = "plan",
+        noise: tuple[float, float] = (0.05, 0.5),
+        buffer: int = 50_000,
+        batch: int = 256,
+        updates: int = 40,
+        length: int | None = None,
+        max_plans: int = 1024,
+        shuffle_rewards: bool = False,
+        learning_rate: float = 1e-4,
+        world_learning_rate: float = 1e-5,
+        world_weight: float = 0.1,
+        imitation_weight: float = 1.0,
+        clip_norm: float = 1.0,
+        non_finite_limit: int = 20,
+    ) -> None:
+        if target not in TARGETS:
+            raise ValueError(f"target is '{target}', but must be one of {', '.join(TARGETS)}")
+        self.planner, self.target = planner, target
+        self.noise = (float(noise[0]), float(noise[1]))
+        self.capacity, self.batch, self.updates, self.length, self.max_plans = buffer, batch, updates, length, max_plans
+        self.shuffle_rewards = shuffle_rewards
+        self._rates: dict[str, Any] = {
+            "learning_rate": learning_rate,
+            "world_learning_rate": world_learning_rate,
+            "world_weight": world_weight,
+            "imitation_weight": imitation_weight,
+            "clip_norm": clip_norm,
+            "limit": non_finite_limit,
+        }
+
+    def bind(self, model: WAM, world: WorldBatch | None, *, rows: int, seed: int) -> None:
+        """See `wamrl.agents.base.Learner`. Raises ValueError for a model without a policy or a planner's needs."""
+        model.spec.require("policy")
+        self.model, self.seed = model, seed
+        gaussian = hasattr(model, "gaussian")
+        if self.length is None:
+            self.length = 1 if gaussian else model.spec.chunk_length
+        self._acting: Any = (
+            GaussianActor(model, noise=self.noise) if gaussian else ChainActor(model, chunk=1, horizon=1)
+        )
+        if self.planner is not None:
+            self.planner.initial_state(model, 1)  # refuses a model that does not answer what the planner asks
+        self.updater = Updater(model, world, **self._rates)
+        self.kept: TensorDict | None = None
+        self.iteration = 0
+
+    @property
+    def actor(self) -> Any:
+        return self._acting
+
+    def begin(self, iteration: int) -> None:
+        self.iteration = iteration
+        self._acting.begin(self.seed, iteration)
+        self.updater.generator.manual_seed(self.seed * 1_000_003 + iteration)
+
+    def learn(self, batch: TensorDict) -> dict[str, float]:
+        """One iteration on batch [B, T] of the collector."""
+        metrics = batch_metrics(batch)
+        generator = self.updater.generator
+        if not bool(torch.isfinite(batch["next", "reward"]).all()):
+            self.updater.skip("a reward")
+            return {**metrics, "skipped": float(self.updater.skipped)}
+        if self.shuffle_rewards:
+            batch = shuffled_rewards(batch, generator)
+        if self.planner is None:
+            found = self._successes(batch)
+        else:
+            found = self._planned(batch)
+        if found is not None:
+            both = found if self.kept is None else torch.cat([self.kept, found])
+            self.kept = both[-self.capacity :]
+        metrics["kept"] = 0.0 if self.kept is None else float(len(self.kept))
+        total = total_world = 0.0
+        steps = self.updates if self.kept is not None else 0
+        for _ in range(steps):
+            assert self.kept is not None
+            at = torch.randint(len(self.kept), (self._batch_size(),), generator=generator)
+            with loss_weights(self.model, **_POLICY_ALONE):
+                loss = self.model.loss(self._windows(self.kept[at]), noise=generator)["loss"]
+            world = self.updater.world_loss()
+            self.updater.step(loss + world)
+            total, total_world = total + float(loss.detach()), total_world + float(world.detach())
+        return {**metrics, "loss_policy": total / max(1, steps), "loss_world": total_world / max(1, steps),
+                "skipped": float(self.updater.skipped)}  # fmt: skip
+
+    def _batch_size(self) -> int:
+        members = max(1, self.model.spec.ensemble_size)  # WAM.loss shares windows among the members
+        return max(1, self.batch // members) * members
+
+    # -- what is taught
+
+    def _successes(self, batch: TensorDict) -> TensorDict | None:
+        """Every step [W] of the trajectories in batch [B, T] that ended in success, with the actions that follow it."""
+        rows, steps = batch.batch_size
+        assert self.length is not None
+        done = batch["next", "done"][..., 0]
+        success = (batch["next", "success"] & batch["next", "done"])[..., 0]
+        if self.shuffle_rewards:
+            # The same number of trajectories, but no longer those that worked.
+            at = done.nonzero()
+            chosen = at[torch.randperm(len(at), generator=self.updater.generator)[: int(success.sum())]]
+            success = torch.zeros_like(success)
+            success[chosen[:, 0], chosen[:, 1]] = True
+        parts = []
+        for row in range(rows):
+            first = 0
+            for end in done[row].nonzero()[:, 0].tolist():
+                if bool(success[row, end]):
+                    parts.append(_steps(batch[row, first : end + 1], self.length))
+                first = end + 1
+        return torch.cat(parts) if parts else None
+
+    @torch.no_grad()
+    def _planned(self, batch: TensorDict) -> TensorDict:
+        """States [W] of the batch with the planner's chunk as the label."""
+        assert self.planner is not None and self.length is not None
+        flat = batch.reshape(-1)
+        if len(flat) > self.max_plans:
+            flat = flat[torch.randperm(len(flat), generator=self.updater.generator)[: self.max_plans]]
+        chunks = []
+        for first in range(0, len(flat), _ROWS):
+            part = flat[first : first + _ROWS]
+            state = encode(self.model, part)
+            rows = len(part)
+            row = torch.arange(first, first + rows, device=part.device)
+            key = NoiseKey(row=row, step=torch.full_like(row, self.iteration), seed=self.seed)
+            plan, _ = self.planner.plan(self.model, state, self.planner.initial_state(self.model, rows), key, Budget())
+            chunks.append(self._taught(plan))
+        label = torch.cat(chunks)[:, : self.length]
+        if label.shape[1] < self.length:
+            raise ValueError(
+                f"the planner plans {label.shape[1]} control steps, but the policy is taught chunks of {self.length}; "
+                "raise the planner's horizon or set agent.length"
+            )
+        keys = (*self.model.spec.observation, "task")
+        return TensorDict(
+            {"observation": flat.select(*keys), "label": label, "valid": torch.ones(label.shape[:2], dtype=torch.bool)},
+            batch_size=[len(flat)],
+        )
+
+    def _taught(self, plan: Plan) -> Tensor:
+        if self.target == "plan":
+            return plan.actions
+        return torch.einsum("bn,bnha->bha", plan.weights.to(plan.candidates.dtype), plan.candidates).clamp(-1.0, 1.0)
+
+    def _windows(self, chosen: TensorDict) -> TensorDict:
+        """Windows [W] of the batch contract of `WAM.loss` whose labels are what is taught, for the policy alone."""
+        label, valid, observation = chosen["label"], chosen["valid"], chosen["observation"]
+        rows, length, _ = label.shape
+        # The first frame stands in for the later ones: those teach nothing here but the world model, whose weight is 0.
+        frames = observation.exclude("task").unsqueeze(1).expand(rows, length + 1).contiguous()
+        no, zero = torch.zeros(rows, length, dtype=torch.bool), torch.zeros(rows, length)
+        return TensorDict(
+            {
+                "observation": frames,
+                "action": label,
+                "label": label,
+                "label_valid": valid,
+                "reward": zero,
+                "success": no,
+                "terminated": no,
+                "valid": valid,
+                "steps_to_success": torch.full((rows, length + 1), torch.inf),
+                "task": observation["task"],
+                "episode_success": no[:, 0],
+                "step": torch.zeros(rows, dtype=torch.int64),
+                "imitate": no[:, 0],
+            },
+            batch_size=[rows],
+        ).to(next(self.model.parameters()).device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        found = self.updater.state_dict()
+        if self.kept is not None:
+            flat = self.kept.flatten_keys(".")
+            found |= {f"kept.{name}": tensor for name, tensor in flat.items()}
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.updater.load_state_dict(state)
+        kept = {name.removeprefix("kept."): tensor for name, tensor in state.items() if name.startswith("kept.")}
+        if kept:
+            self.kept = TensorDict(kept, batch_size=[len(kept["label"])]).unflatten_keys(".")
+
+
+# Parts of `WAM.loss` that imagined or repeated frames may not teach.
+_POLICY_ALONE = {"consistency": 0.0, "observation": 0.0, "reward": 0.0, "success": 0.0, "value": 0.0, "behaviour": 0.0,
+                 "probe": 0.0, "policy": 1.0}  # fmt: skip
+
+
+def _steps(trajectory: TensorDict, length: int) -> TensorDict:
+    """Every step [T] of a trajectory [T] as an observation with the `length` actions executed from it on."""
+    steps = len(trajectory)
+    at = torch.arange(steps)[:, None] + torch.arange(length)
+    keys = [key for key in trajectory.keys() if key not in _NOT_OBSERVED]
+    return TensorDict(
+        {
+            "observation": trajectory.select(*keys),
+            "label": trajectory["action"][at.clamp(max=steps - 1)],
+            "valid": at < steps,
+        },
+        batch_size=[steps],
+    )
+
+
+_NOT_OBSERVED = ("next", "collector", "action", "chain", "action_log_prob", "done", "terminated", "truncated",
+                 "success", "executed", "task_reward", "reward")  # fmt: skip

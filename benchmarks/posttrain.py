@@ -1,0 +1,170 @@
+"""Post-training of a deliberately weak policy: in the real simulator, in imagination, and a null control.
+
+    python -m benchmarks.posttrain                                # all variants, three seeds
+    python -m benchmarks.posttrain --seeds 0 --variants rft_real distil_imagined distil_shuffled
+    python -m benchmarks.posttrain --report                       # store what is finished
+
+The weak policy is the reference model taught by three labelled demonstrations per task and 42 other episodes, for 1500
+steps. Every stage is one of the commands that users run, in a directory of its own under `--out`; a stage that is done
+is not done again, and a stopped one goes on. Success is on dev starts; the metrics go to
+benchmarks/results/posttrain.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.stored import RESULTS, ROOT, Clock
+from wamrl.evaluation import wilson
+from wamrl.files import write_json
+from wamrl.provenance import versions
+
+TASKS = ("reach-v3", "push-v3", "pick-place-v3", "door-open-v3")
+ENV = f"[{','.join(f'metaworld/{task}' for task in TASKS)}]"
+EPISODES = 25  # dev starts per task
+
+_REAL = ("env=metaworld/six", f"env.tasks={ENV}", "num_envs=24", "decisions=100")
+_IMAGINED = ("env=imagined", "env@simulator=metaworld/six", f"simulator.tasks={ENV}", "decisions=10", "iterations=10")
+_DISTIL = (*_IMAGINED, "agent=distil", "num_envs=64", "agent.max_plans=512", "agent.updates=100",
+           "agent.learning_rate=3e-4")  # fmt: skip
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "rft_real": (*_REAL, "agent=rft", "iterations=12", "agent.updates=40", "agent.learning_rate=3e-4",
+                 "world_batch=32"),
+    "ppo_real": (*_REAL, "agent=ppo", "iterations=40"),
+    "distil_imagined": _DISTIL,
+    "distil_shuffled": (*_DISTIL, "agent.planner.shuffle_scores=true"),
+    "latent_imagined": (*_IMAGINED, "agent=latent", "num_envs=1024"),
+    "ppo_imagined": (*_IMAGINED, "agent=ppo", "num_envs=256", "iterations=20", "agent.kl_reference=0.01"),
+    "ppo_shuffled": (*_IMAGINED, "agent=ppo", "num_envs=256", "iterations=20", "agent.kl_reference=0.01",
+                     "agent.shuffle_rewards=true"),
+}  # fmt: skip
+
+
+def stages(seed: int, directory: Path, variants: Sequence[str]) -> list[tuple[str, str, list[str]]]:
+    """(name, command of wamrl, settings) of one seed, in order."""
+    data, weak = directory / "data", directory / "weak"
+    common = [f"seed={seed}", "threads=1"]
+    mixture = [f"data.mixture.{name}={count}" for name, count in
+               (("expert", 3), ("noisy_expert", 22), ("failing", 10), ("random", 10))]  # fmt: skip
+    collect = ["env=metaworld/six", f"env.tasks={ENV}", "data=scarce", *mixture, f"path={data}",
+               f"first_start={1000 * seed}", "snapshots=false"]  # fmt: skip
+    train = [f"data={data}", "wam=reference", "steps=1500", "tensorboard=false"]
+    found = [("collect", "collect", [*collect, *common]), ("weak", "train", [*train, *common])]
+    for name in variants:
+        own = [f"wam={weak}", f"data={data}", f"episodes={EPISODES}"]
+        found.append((name, "posttrain", [*VARIANTS[name], *own, *common]))
+    return [(name, command, [*words, f"run_dir={directory / name}"]) for name, command, words in found]
+
+
+def run(seed: int, out: Path, variants: Sequence[str]) -> None:
+    """Run the missing stages of one seed; RuntimeError with the log's end when one fails."""
+    directory = out / f"seed{seed}"
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, command, words in stages(seed, directory, variants):
+        done = directory / f"{name}.done"
+        if done.exists():
+            if json.loads(done.read_text())["settings"] != words:
+                raise ValueError(f"{done} is of another command; remove {directory} to start anew")
+            continue
+        started, given = time.perf_counter(), words
+        if command != "collect" and (directory / name / "checkpoints" / "last").is_dir():
+            given = [f"resume={directory / name}"]
+        log = directory / f"{name}.log"
+        with log.open("a") as file:
+            call = [sys.executable, "-m", f"wamrl.{command}", *given]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            code = subprocess.run(call, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+        if code:
+            raise RuntimeError(f"{' '.join(call)} exited with {code}:\n{log.read_text()[-2000:]}")
+        seconds = time.perf_counter() - started
+        write_json(done, {"settings": words, "seconds": seconds, "versions": versions()})
+        print(f"seed {seed}: {name} in {seconds:.0f} s", flush=True)
+
+
+def finished(out: Path, seeds: Sequence[int], name: str) -> dict[int, dict[str, Any]]:
+    """Seed -> results.json of the seeds that have finished a variant."""
+    places = {seed: out / f"seed{seed}" for seed in seeds}
+    return {
+        seed: json.loads((place / name / "results.json").read_text())
+        for seed, place in places.items()
+        if (place / f"{name}.done").exists()
+    }
+
+
+def collect_metrics(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """Flat metrics over the finished seeds of every variant."""
+    metrics: dict[str, Any] = {}
+    for name in VARIANTS:
+        runs = finished(out, seeds, name)
+        if not runs:
+            continue
+        for moment in ("before", "after"):
+            pooled: dict[str, list[tuple[int, int]]] = {"mean": []}
+            for results in runs.values():
+                for task, one in results[moment]["real_by_task"].items():
+                    counts = (round(one["success"] * one["n"]), one["n"])
+                    pooled.setdefault(task.removeprefix("metaworld/"), []).append(counts)
+                    pooled["mean"].append(counts)
+            for task, counts in pooled.items():
+                metrics[f"{name}/{task}/{moment}/success"] = _rate(counts)
+        for seed, results in runs.items():
+            gain = results["gain"]
+            metrics[f"{name}/mean/gain_seed{seed}/success"] = {
+                "mean": gain["difference"], "n": gain["n"], "low": gain["low"], "high": gain["high"]
+            }  # fmt: skip
+        count = len(runs)
+        metrics[f"{name}/seeds"] = count
+        metrics[f"{name}/real_steps"] = sum(r["real_steps"] for r in runs.values()) / count
+        metrics[f"{name}/world_error_growth"] = sum(r["world"]["growth"] for r in runs.values()) / count
+        gaps = [r["imagined_gain_minus_real_gain"] for r in runs.values() if "imagined_gain_minus_real_gain" in r]
+        if gaps:
+            metrics[f"{name}/imagined_gain_minus_real_gain"] = sum(gaps) / len(gaps)
+        metrics[f"{name}/wall_s"] = sum(r["seconds"] for r in runs.values()) / count
+    return metrics
+
+
+def _rate(counts: Sequence[tuple[int, int]]) -> Mapping[str, float]:
+    successes, trials = (sum(column) for column in zip(*counts, strict=True))
+    low, high = wilson(successes, trials)
+    return {"mean": successes / trials, "n": trials, "low": low, "high": high}
+
+
+def main() -> None:
+    """Run what is missing and store the metrics."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench/posttrain"))
+    parser.add_argument("--report", action="store_true", help="run nothing; store the metrics of what is finished")
+    arguments = parser.parse_args()
+    os.chdir(ROOT)  # checkpoints record their data's path, so that it must not be one of this machine
+    clock = Clock()
+    if not arguments.report:
+        for seed in arguments.seeds:
+            run(seed, arguments.out, arguments.variants)
+    metrics = collect_metrics(arguments.out, arguments.seeds)
+    if not metrics:
+        parser.error(f"no variant is finished in {arguments.out}; run without --report first")
+    config = {
+        name: " ".join(("python", "-m", f"wamrl.{command}", *words)).replace(str(arguments.out), "<out>")
+        for name, command, words in stages(0, arguments.out / "seed0", list(VARIANTS))
+    }
+    seeds = [seed for seed in arguments.seeds if (arguments.out / f"seed{seed}" / "weak.done").exists()]
+    clock.store(
+        RESULTS / "posttrain.json", config=config, metrics=metrics, arguments=" ".join(sys.argv[1:]), seeds=seeds
+    )
+    for key, value in metrics.items():
+        if "/mean/" in key:
+            print(f"{key:45s} {value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}] n={value['n']}")
+
+
+if __name__ == "__main__":
+    main()

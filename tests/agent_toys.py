@@ -1,0 +1,172 @@
+"""A task with a known optimum for learners, a small reference model for it, and a small flow-matching policy."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from wamrl.data import EpisodeDataset, EpisodeWriter, episode_tensordict
+from wamrl.envs.base import RowsEnv, seed_start_states
+from wamrl.interfaces import WAM, Anatomy, Context, Proposal, Spec, State
+from wamrl.models.joint_embedding import JointEmbeddingWAM
+from wamrl.noise import NoiseKey
+
+TASK = "toy/aim-v0"
+OPTIMUM = (0.5, -0.3)
+STEPS = 6
+start_states = seed_start_states
+
+
+class AimEnv(RowsEnv):
+    """Reward 1 - |a - OPTIMUM|^2 in every control step, so that the best return is STEPS; success: within 0.25.
+
+    state: where it stands, which the action moves and nothing depends on, and a constant.
+    """
+
+    control_dt_s, action_repeat, max_steps = 0.05, 1, STEPS
+
+    def __init__(self, num_envs: int = 8, *, split: str = "train", seed: int = 0, device: str = "cpu", tasks=(TASK,),
+                 nan_after: int | None = None, succeeds: bool = False) -> None:  # fmt: skip
+        super().__init__(tuple(tasks), num_envs, device=device, seed=seed)
+        self.place, self.count = torch.zeros(num_envs, 2), torch.zeros(num_envs, dtype=torch.int64)
+        self.nan_after, self.taken, self.succeeds = nan_after, 0, succeeds
+        self._declare({"state": (3,)}, (2,))
+
+    def _start_count(self, task: str) -> int:
+        return 1000
+
+    def _show(self, rows: Tensor) -> TensorDict:
+        state = torch.cat([self.place[rows], torch.ones(len(rows), 1)], dim=-1)
+        return TensorDict({"state": state}, batch_size=[len(rows)])
+
+    def _begin(self, rows, start, snapshot):
+        draw = torch.stack([torch.sin(start * 12.9), torch.cos(start * 78.2)], dim=-1)
+        self.place[rows], self.count[rows] = draw.float(), 0
+        return self._show(rows)
+
+    def _advance(self, rows, action):
+        self.taken += 1
+        self.place[rows] = (self.place[rows] + 0.1 * action).clamp(-1, 1)
+        self.count[rows] += 1
+        away = (action - torch.tensor(OPTIMUM)).square().sum(-1, keepdim=True)
+        shown = self._show(rows)
+        reward = 1.0 - away
+        if self.nan_after is not None and self.taken > self.nan_after:
+            reward = reward * torch.nan
+        shown.update({
+            "reward": reward, "terminated": torch.zeros(len(rows), 1, dtype=torch.bool),
+            "simulator_error": torch.zeros(len(rows), 1, dtype=torch.bool),
+            "truncated": (self.count[rows] >= STEPS)[:, None],
+            "success": (away < 0.0625) if self.succeeds else torch.zeros(len(rows), 1, dtype=torch.bool),
+        })  # fmt: skip
+        return shown
+
+
+SIZES = {
+    "observation": {"state": [3]}, "action_dim": 2, "tasks": [TASK], "control_dt_s": 0.05, "latent_dim": 8, "width": 32,
+    "dynamics_width": 16, "head_width": 16, "members": 2, "values": 2, "horizon": 4, "discount": 0.9,
+    "reward_scale": 1.0, "success_bonus": 0.0,
+}  # fmt: skip
+
+
+def reference_model(seed: int = 0, **sizes) -> JointEmbeddingWAM:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return JointEmbeddingWAM(**{**SIZES, **sizes})
+
+
+class FlowToy(WAM):
+    """A flow-matching policy of K steps: x_t = (1 - t) noise + t data, dx = v dt, turned into an SDE for sampling.
+
+    The SDE dx = (v + sigma^2 / 2 * score) dt + sigma dW has the ODE's marginals; score = -(x - t v) / (1 - t).
+    velocity: v(x [X, H*A], t [X, 1], state [X, S]) -> [X, H*A]; None is a small network.
+    """
+
+    def __init__(
+        self, *, chunk: int = 2, action_dim: int = 2, steps: int = 4, scale: float = 0.3, velocity=None
+    ) -> None:
+        super().__init__()
+        self.spec = Spec(
+            observation={"state": (3,)}, action_dim=action_dim, tasks=(TASK,), chunk_length=chunk, max_horizon=chunk,
+            discount=0.9, control_dt_s=0.05, provides=frozenset({"policy", "log_prob", "value"}),
+            anatomy=Anatomy("feature", "flow", "none", "chunked"),
+        )  # fmt: skip
+        self.steps, self.scale = steps, scale
+        size = chunk * action_dim
+        self.network = nn.Sequential(nn.Linear(size + 4, 32), nn.SiLU(), nn.Linear(32, size))
+        self.critic = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 1))
+        nn.init.zeros_(self.critic[-1].weight)
+        self.velocity = velocity or (lambda x, t, s: self.network(torch.cat([x, t, s], dim=-1)))
+
+    def encode(self, context: Context) -> State:
+        return TensorDict({"s": context.observation["state"][:, -1]}, batch_size=context.task.shape)
+
+    def value(self, state: State) -> Tensor:
+        return self.critic(state["s"]) * 10.0
+
+    def _moments(self, x: Tensor, k: int, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the step from t_k to t_k+1."""
+        t, dt = k / self.steps, 1.0 / self.steps
+        v = self.velocity(x, x.new_full((len(x), 1), t), state)
+        score = -(x - t * v) / (1.0 - t)
+        sigma = self.scale * math.sqrt((1.0 - t) / max(t, 0.5 * dt))
+        return x + (v + 0.5 * sigma**2 * score) * dt, x.new_tensor(sigma * math.sqrt(dt))
+
+    def propose(self, state, num, *, mode="sde", future=None, noise: NoiseKey | None = None, perturbation=None,
+                horizon=None, behaviour=0) -> Proposal:  # fmt: skip
+        rows, size = state.batch_size[0], self.spec.chunk_length * self.spec.action_dim
+        s = state["s"].repeat_interleave(num, 0)
+        noise = noise or NoiseKey.for_rows(rows)
+        x = noise.normal(num, size).flatten(0, 1)
+        chain, logs = [x], []
+        for k in range(self.steps):
+            if mode == "ode":
+                x = x + self.velocity(x, x.new_full((len(x), 1), k / self.steps), s) / self.steps
+            else:
+                mean, std = self._moments(x, k, s)
+                x = mean + std * noise.fold(k).normal(num, size).flatten(0, 1)
+                logs.append(torch.distributions.Normal(mean, std).log_prob(x).sum(-1))
+            chain.append(x)
+        shape = (rows, num, self.spec.chunk_length, self.spec.action_dim)
+        stacked = torch.stack([x.view(shape) for x in chain], dim=2)
+        log_prob = torch.stack(logs, dim=-1).view(rows, num, self.steps) if logs else None
+        return Proposal(actions=stacked[:, :, -1].clamp(-1.0, 1.0), chain=stacked,
+                        times=torch.linspace(0, 1, self.steps + 1), log_prob=log_prob)  # fmt: skip
+
+    def log_prob(self, state, proposal) -> Tensor:
+        rows, num = proposal.chain.shape[:2]
+        s = state["s"].repeat_interleave(num, 0)
+        chain = proposal.chain.flatten(0, 1).flatten(2)
+        logs = []
+        for k in range(self.steps):
+            mean, std = self._moments(chain[:, k], k, s)
+            logs.append(torch.distributions.Normal(mean, std).log_prob(chain[:, k + 1]).sum(-1))
+        return torch.stack(logs, dim=-1).view(rows, num, self.steps)
+
+
+def write_dataset(path: Path, *, episodes: int = 16) -> EpisodeDataset:
+    """Random episodes of AimEnv on disk."""
+    env = AimEnv(episodes)
+    draw = torch.Generator().manual_seed(3)
+    shown, frames, actions, rewards = env.reset(), [], [], []
+    frames.append(shown["state"])
+    for _ in range(STEPS):
+        action = torch.rand(episodes, 2, generator=draw) * 2 - 1
+        after = env.step(TensorDict({"action": action}, [episodes]))["next"]
+        frames.append(after["state"])
+        actions.append(action)
+        rewards.append(after["reward"][:, 0])
+    index = {"tasks": [TASK], "split": "train", "label_behaviours": [], "env": {"name": "toy", "control_dt_s": 0.05},
+             "plan": None, "provenance": {"seed": 0}}  # fmt: skip
+    writer = EpisodeWriter(path, index)
+    for row in range(episodes):
+        episode = episode_tensordict(
+            {"state": torch.stack([f[row] for f in frames])}, action=torch.stack([a[row] for a in actions]),
+            reward=torch.stack([r[row] for r in rewards]), success=torch.zeros(STEPS, dtype=torch.bool),
+        )  # fmt: skip
+        writer.write(f"episode-{row:03d}", episode, {"task": TASK, "behaviour": "random"})
+    return EpisodeDataset.open(path)

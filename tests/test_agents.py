@@ -1,0 +1,377 @@
+"""What learners promise: they reach a known optimum, replay their own log-probs, and stop where they must."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.collectors import Collector
+from torchrl.envs import check_env_specs
+from torchrl.objectives.value import GAE
+
+from tests.agent_toys import OPTIMUM, STEPS, TASK, AimEnv, FlowToy, reference_model
+from wamrl.agents.base import EpisodeEnv, LearningDiverged, Updater, value_unit
+from wamrl.agents.flow_ppo import ChainActor, FlowPPO
+from wamrl.agents.latent import Latent
+from wamrl.agents.ppo import PPO, GaussianActor
+from wamrl.agents.rft import RFT
+from wamrl.agents.sac import SAC
+from wamrl.interfaces import Context, Proposal, task_id
+from wamrl.noise import NoiseKey
+
+
+def wrapped(model, learner, rows=32, **options) -> EpisodeEnv:
+    return EpisodeEnv(AimEnv(rows, **options), keys=["state"], chunk=learner.chunk, discount=model.spec.discount,
+                      value_unit=value_unit(model))  # fmt: skip
+
+
+def train(model, learner, iterations, *, rows=32, seed=0, world=None, **options):
+    """Metrics per iteration."""
+    env = wrapped(model, learner, rows, **options)
+    learner.bind(model, world, rows=rows, seed=seed)
+    steps = STEPS // learner.chunk
+    collector = Collector(env, learner.actor, frames_per_batch=rows * steps, total_frames=-1, reset_at_each_iter=True,
+                          trust_policy=True, auto_register_policy_transforms=False)  # fmt: skip
+    found = []
+    with torch.random.fork_rng(devices=[]):
+        for iteration in range(iterations):
+            torch.manual_seed(1000 * seed + iteration)
+            learner.begin(iteration)
+            env.set_seed(1000 * seed + iteration)
+            found.append(learner.learn(next(iter(collector)).clone()))
+    collector.shutdown()
+    return found
+
+
+def observations(rows: int, seed: int = 0) -> TensorDict:
+    draw = torch.Generator().manual_seed(seed)
+    state = torch.cat([torch.rand(rows, 2, generator=draw) * 2 - 1, torch.ones(rows, 1)], dim=-1)
+    return TensorDict({"state": state, "task": torch.full((rows,), task_id(TASK))}, batch_size=[rows])
+
+
+# ---- the environment as learners see it
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_the_wrapped_environment_keeps_torchrls_contract(chunk):
+    check_env_specs(EpisodeEnv(AimEnv(3), keys=["state"], chunk=chunk))
+
+
+def test_a_chunk_sums_discounted_rewards_and_stops_at_success():
+    env = EpisodeEnv(AimEnv(2, succeeds=True), keys=["state"], chunk=3, discount=0.5, success_bonus=2.0, value_unit=4.0)
+    env.reset()
+    action = torch.zeros(2, 3, 2)
+    action[0, 1:] = torch.tensor(OPTIMUM)  # row 0 succeeds in its second control step; row 1 never
+    after = env.step(TensorDict({"action": action}, [2]))["next"]
+    plain = 1.0 - (0.25 + 0.09)
+    # Row 0: plain + 0.5 * (1 + 2) / (1 - 0.5); row 1: plain * (1 + 0.5 + 0.25).
+    assert after["reward"][:, 0].tolist() == pytest.approx([(plain + 3.0) / 4.0, plain * 1.75 / 4.0])
+    assert after["executed"][:, 0].tolist() == [2, 3]
+    assert after["terminated"][:, 0].tolist() == [True, False] and after["success"][:, 0].tolist() == [True, False]
+    assert after["task_reward"][:, 0].tolist() == pytest.approx([plain + 1.0, 3 * plain])
+
+
+def test_rows_that_ended_begin_anew_and_the_others_go_on():
+    env = EpisodeEnv(AimEnv(2, succeeds=True), keys=["state"], chunk=1)
+    first = env.reset()
+    action = torch.stack([torch.tensor(OPTIMUM), torch.zeros(2)])
+    stepped, going_on = env.step_and_maybe_reset(first.set("action", action))
+    assert stepped["next", "done"][:, 0].tolist() == [True, False]
+    assert not torch.equal(going_on["state"][0], stepped["next", "state"][0])
+    assert torch.equal(going_on["state"][1], stepped["next", "state"][1])
+
+
+# ---- log-probs
+
+
+@pytest.mark.parametrize("make", [
+    lambda: GaussianActor(reference_model(), noise=(0.05, 0.5)),
+    lambda: ChainActor(reference_model(), chunk=2, horizon=3),
+    lambda: ChainActor(FlowToy(), chunk=2, horizon=2),
+], ids=["gaussian", "gaussian chunk", "flow"])  # fmt: skip
+def test_replayed_log_probs_give_a_ratio_of_one(make):
+    actor = make()
+    shown = actor(observations(16))
+    again = actor.get_dist(shown).log_prob(shown["chain"])
+    assert (again - shown["action_log_prob"]).exp().sub(1).abs().max() < 1e-5
+
+
+def test_the_log_prob_is_of_the_unclamped_chain():
+    actor = GaussianActor(reference_model(), noise=(2.0, 2.0))
+    shown = actor(observations(64))
+    assert shown["chain"].abs().max() > 1.0 and shown["action"].abs().max() <= 1.0
+    clamped = actor.get_dist(shown).log_prob(shown["action"])
+    assert not torch.allclose(clamped, shown["action_log_prob"])
+
+
+def test_the_gradient_of_the_chain_log_prob_is_that_of_finite_differences():
+    model = FlowToy().double()
+    state = model.encode(Context.from_observation(observations(3).double()))
+    with torch.no_grad():
+        proposal = model.propose(state, 1, noise=NoiseKey.for_rows(3))
+        proposal = Proposal(actions=proposal.actions, chain=proposal.chain.double(), times=proposal.times)
+    weight = model.network[0].weight
+    model.log_prob(state, proposal).sum().backward()
+    found = weight.grad[2, 1].item()
+    step = 1e-6
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight[2, 1] += sign * step
+            values.append(model.log_prob(state, proposal).sum().item())
+            weight[2, 1] -= sign * step
+    assert found == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5)
+
+
+def test_the_sde_and_the_ode_have_the_same_marginals():
+    # Data N(mean, deviation^2): the velocity of x_t = (1 - t) noise + t data is linear and known.
+    mean, deviation = 0.7, 0.4
+
+    def velocity(x, t, s):
+        variance = (1 - t) ** 2 + (t * deviation) ** 2
+        slope = (t * deviation**2 - (1 - t)) / variance
+        return mean + slope * (x - t * mean)
+
+    model = FlowToy(chunk=1, action_dim=1, steps=200, scale=0.7, velocity=velocity)
+    state = TensorDict({"s": torch.zeros(20_000, 3)}, batch_size=[20_000])
+    for mode in ("ode", "sde"):
+        chain = model.propose(state, 1, mode=mode, noise=NoiseKey.for_rows(20_000)).chain[:, 0, :, 0, 0]
+        for k in (50, 100, 150, 200):
+            t = k / 200
+            wanted = math.sqrt((1 - t) ** 2 + (t * deviation) ** 2)
+            assert chain[:, k].mean().item() == pytest.approx(t * mean, abs=0.02), (mode, t)
+            assert chain[:, k].std().item() == pytest.approx(wanted, rel=0.03), (mode, t)
+
+
+def test_the_advantages_are_those_worked_by_hand():
+    # Rewards 1, 2 then an end; values 0.5, 1.0; discount 0.9, lambda 0.5.
+    after = {"reward": torch.tensor([[[1.0], [2.0]]]), "done": torch.tensor([[[False], [True]]]),
+             "terminated": torch.tensor([[[False], [True]]]), "state_value": torch.tensor([[[1.0], [9]]])}  # fmt: skip
+    batch = TensorDict({"state_value": torch.tensor([[[0.5], [1.0]]]), "next": TensorDict(after, [1, 2])}, [1, 2])
+    GAE(gamma=0.9, lmbda=0.5, value_network=None, average_gae=False)(batch)
+    last = 2.0 - 1.0  # an end is worth nothing more, whatever the critic says of it
+    first = (1.0 + 0.9 * 1.0 - 0.5) + 0.9 * 0.5 * last
+    assert batch["advantage"].flatten().tolist() == pytest.approx([first, last])
+
+
+# ---- learning
+
+
+FAST = {"learning_rate": 3e-3, "world_weight": 0.0}
+
+
+def test_ppo_reaches_the_known_optimum():
+    model = reference_model()
+    found = train(model, PPO(**FAST, noise=(0.05, 0.3), kl_limit=0.2, minibatch=96), 40)
+    assert found[0]["reward"] < 0.75
+    mean, _ = model.gaussian(model.encode(Context.from_observation(observations(32))))
+    assert (mean - torch.tensor(OPTIMUM)).abs().mean() < 0.1
+
+
+def test_flow_ppo_reaches_the_known_optimum():
+    torch.manual_seed(0)
+    model = FlowToy()
+    found = train(model, FlowPPO(chunk=2, **FAST, kl_limit=0.3, minibatch=96, critic_warmup=0), 80, rows=64)
+    early = sum(row["reward"] for row in found[:3]) / 3
+    late = sum(row["reward"] for row in found[-3:]) / 3
+    assert late > early + 0.5 * (1.0 - early), (early, late)
+
+
+def test_flow_ppo_learns_a_gaussian_policy_as_well():
+    model = reference_model()
+    found = train(model, FlowPPO(chunk=2, **FAST, kl_limit=0.3, minibatch=96), 40)
+    assert found[-1]["reward"] > found[0]["reward"] + 0.1
+
+
+def test_rft_imitates_what_worked():
+    model = reference_model()
+    found = train(model, RFT(**FAST, noise=(0.3, 0.5), updates=30, batch=128), 8, rows=64, succeeds=True)
+    assert found[-1]["kept"] > 0
+    mean, _ = model.gaussian(model.encode(Context.from_observation(observations(32))))
+    away = (mean - torch.tensor(OPTIMUM)).norm(dim=-1)
+    assert away.mean() < 0.25
+
+
+def test_sac_reaches_the_known_optimum():
+    model = reference_model()
+    learner = SAC(learning_rate=2e-3, updates=50, warmup=100, width=32, batch=128, noise=(0.05, 0.3))
+    found = train(model, learner, 24)
+    assert found[0]["reward"] < 0.75
+    mean, _ = model.gaussian(model.encode(Context.from_observation(observations(32))))
+    assert (mean - torch.tensor(OPTIMUM)).abs().mean() < 0.15
+
+
+def test_sac_goes_on_from_its_state_exactly():
+    learners = [SAC(learning_rate=3e-3, updates=4, warmup=10, width=8, batch=16) for _ in range(2)]
+    models = [reference_model(), reference_model()]
+    train(models[0], learners[0], 2)
+    learners[1].bind(models[1], None, rows=32, seed=0)
+    models[1].load_state_dict(models[0].state_dict())
+    learners[1].load_state_dict({name: tensor.clone() for name, tensor in learners[0].state_dict().items()})
+    batch = learners[0].replay[:64].clone()
+    batch["next", "success"] = batch["next", "done"]
+    batch["next", "executed"] = torch.ones(64, 1, dtype=torch.int64)
+    batch["next", "task_reward"] = batch["next", "reward"]
+    for learner in learners:
+        learner.begin(7)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            learner.learn(batch.reshape(8, 8).clone())
+    assert all(torch.equal(models[0].state_dict()[name], x) for name, x in models[1].state_dict().items())
+
+
+def known_world():
+    """A model whose imagined reward is 1 - |a - OPTIMUM|^2 by construction, and whose values are 0."""
+    model = reference_model()
+
+    class Outcome(torch.nn.Module):
+        def forward(self, heads_in):
+            away = (heads_in[..., -2:] - torch.tensor(OPTIMUM)).square().sum(-1)
+            return torch.stack([1.0 - away, torch.full_like(away, -20.0)], dim=-1)
+
+    model.outcome = Outcome()
+    return model
+
+
+def test_the_latent_actor_critic_reaches_the_optimum_of_its_imagination():
+    model = known_world()
+    before = copy.deepcopy(model.dynamics.state_dict())
+    learner = Latent(horizon=4, learning_rate=3e-3, world_weight=0.0, kl_reference=0.0, updates=100)
+    learner.bind(model, None, rows=64, seed=0)
+    for iteration in range(2):
+        learner.begin(iteration)
+        learner.learn(observations(64))
+    mean, _ = model.gaussian(model.encode(Context.from_observation(observations(32, seed=1))))
+    assert (mean - torch.tensor(OPTIMUM)).abs().mean() < 0.1
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.dynamics.state_dict().items())
+
+
+def test_start_frames_that_the_members_disagree_about_teach_nothing():
+    model = known_world()
+    before = copy.deepcopy(model.policy.state_dict())
+    learner = Latent(
+        horizon=4, learning_rate=3e-3, world_weight=0.0, kl_reference=0.0, uncertainty_limit=1e-9, updates=5
+    )
+    learner.bind(model, None, rows=64, seed=0)
+    learner.begin(0)
+    assert learner.learn(observations(64))["trusted"] == 0.0
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.policy.state_dict().items())
+
+
+def test_the_latent_actor_critic_refuses_a_horizon_beyond_the_models():
+    with pytest.raises(ValueError, match="trained for 1 to 4"):
+        Latent(horizon=5, world_weight=0.0).bind(reference_model(), None, rows=1, seed=0)
+
+
+class Knowing:
+    """A planner that knows the optimum."""
+
+    horizon = 4
+
+    def initial_state(self, model, rows):
+        return TensorDict({}, batch_size=[rows])
+
+    def plan(self, model, state, plan_state, noise, budget):
+        from wamrl.interfaces import Plan
+
+        rows = state.batch_size[0]
+        good = torch.tensor(OPTIMUM).expand(rows, 1, 4, 2)
+        candidates = torch.cat([good, torch.zeros_like(good)], dim=1)
+        weights = torch.tensor([1.0, 0.0]).expand(rows, 2)
+        plan = Plan(
+            actions=good[:, 0],
+            value=torch.zeros(rows),
+            weights=weights,
+            candidates=candidates,
+            scores=weights,
+            evaluations=torch.zeros(rows),
+            searched=torch.ones(rows, dtype=torch.bool),
+        )
+        return plan, plan_state
+
+
+@pytest.mark.parametrize("target", ["plan", "mean"])
+def test_the_planner_teaches_the_policy(target):
+    model = reference_model()
+    train(model, RFT(planner=Knowing(), target=target, **FAST, updates=100), 3)
+    mean, _ = model.gaussian(model.encode(Context.from_observation(observations(32))))
+    assert (mean - torch.tensor(OPTIMUM)).abs().max() < 0.1
+
+
+def test_nothing_is_learned_from_shuffled_rewards():
+    gained = {}
+    for shuffle in (False, True):
+        model = reference_model()
+        found = train(model, PPO(**FAST, noise=(0.2, 0.3), kl_limit=0.2, minibatch=96, shuffle_rewards=shuffle), 20)
+        gained[shuffle] = found[-1]["reward"] - found[0]["reward"]
+    assert gained[True] < 0.4 * gained[False], gained
+
+
+def test_the_same_seed_gives_the_same_curve_and_another_seed_another():
+    curves = [train(reference_model(), PPO(**FAST, minibatch=64), 3, seed=seed) for seed in (1, 1, 2)]
+    assert curves[0] == curves[1] and curves[0] != curves[2]
+
+
+# ---- faults
+
+
+def test_a_policy_without_log_probs_is_refused():
+    model = FlowToy()
+    object.__setattr__(model.spec, "provides", frozenset({"policy", "value"}))
+    with pytest.raises(ValueError, match="does not answer log_prob; use agent=rft"):
+        FlowPPO(chunk=2).bind(model, None, rows=1, seed=0)
+    with pytest.raises(ValueError, match="use agent=flow_ppo"):
+        PPO(world_weight=0.0).bind(FlowToy(), None, rows=1, seed=0)
+
+
+def test_a_horizon_beyond_the_models_training_is_refused():
+    with pytest.raises(ValueError, match="trained for 1 to 4 control steps"):
+        FlowPPO(chunk=5, world_weight=0.0).bind(reference_model(), None, rows=1, seed=0)
+
+
+def test_a_world_loss_without_data_is_refused():
+    with pytest.raises(ValueError, match="no real windows"):
+        PPO(world_weight=0.1).bind(reference_model(), None, rows=1, seed=0)
+
+
+def test_rewards_that_are_nan_are_skipped_counted_and_stop_the_run():
+    model = reference_model()
+    before = copy.deepcopy(model.state_dict())
+    found = train(model, PPO(**FAST), 2, nan_after=0)
+    assert [row["skipped"] for row in found] == [1.0, 2.0]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    with pytest.raises(LearningDiverged, match="3 steps in a row"):
+        train(model, PPO(**FAST, non_finite_limit=3), 5, nan_after=0)
+
+
+def test_a_gradient_that_is_nan_leaves_the_weights_alone():
+    model = reference_model()
+    updater = Updater(model, None, learning_rate=1e-2, world_learning_rate=0.0, world_weight=0.0, imitation_weight=0.0)
+    before = copy.deepcopy(model.state_dict())
+    weight = next(model.policy.parameters())
+    assert not updater.step((weight * torch.nan).sum())
+    assert updater.skipped == 1
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert updater.step(weight.square().sum()) and updater.streak == 0
+
+
+def test_a_kl_beyond_the_limit_ends_the_epochs():
+    found = train(reference_model(), PPO(learning_rate=0.3, world_weight=0.0, kl_limit=0.01, minibatch=32,
+                                         critic_warmup=0), 1)  # fmt: skip
+    assert found[0]["kl_stopped"] == 1.0 and found[0]["updates"] < 8 * 6
+
+
+def test_the_reference_policy_holds_the_learned_one_back():
+    moved = {}
+    for weight in (0.0, 100.0):
+        model = reference_model()
+        train(model, PPO(**FAST, kl_limit=1.0, minibatch=96, kl_reference=weight), 15)
+        start = reference_model()
+        shown = observations(32)
+        mean, _ = model.gaussian(model.encode(Context.from_observation(shown)))
+        first, _ = start.gaussian(start.encode(Context.from_observation(shown)))
+        moved[weight] = (mean - first).abs().mean().item()
+    assert moved[100.0] < 0.5 * moved[0.0], moved

@@ -1,0 +1,84 @@
+"""The closed loop: what its rounds do, that a stage which is done is not done again, and a short real one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from wamrl import cli, loop
+from wamrl.loop import Stage, run_stage, stages
+from wamrl.naming import RunError
+
+
+def settings(**changed):
+    return {**cli.plain(cli.compose("loop")), **changed}
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_every_command_of_a_round_composes(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("train", "posttrain"):
+        for earlier in range(3):
+            Path(f"run/round{earlier}_{name}").mkdir(parents=True)
+    for stage in stages(settings(environment_overrides=["env.max_steps=80"]), number, Path("run")):
+        words = list(stage.overrides)
+        if stage.command in ("train", "posttrain"):
+            words = cli.rewritten(stage.command, words)[1]
+        config = cli.compose(stage.command, [word for word in words if not word.startswith("env.data=")])
+        assert config.seed == 0
+        if stage.command == "posttrain":
+            assert config.simulator.max_steps == 80 and config.env._target_ == "wamrl.imagined.make"
+
+
+def test_rounds_take_starts_that_no_earlier_one_has_used():
+    first = {}
+    for number in range(4):
+        for stage in stages(settings(), number, Path("run")):
+            for word in stage.overrides:
+                if word.startswith("first_start="):
+                    first[stage.name] = int(word.partition("=")[2])
+    assert list(first.values()) == [0, 50, 70, 90, 110, 130, 150]
+
+
+def test_a_later_round_trains_on_all_data_from_the_improved_policy():
+    train = next(stage for stage in stages(settings(), 2, Path("run")) if stage.command == "train")
+    assert "wam=run/round1_posttrain" in train.overrides
+    assert train.overrides[0].count("_data") == 5
+
+
+def test_a_stage_that_is_done_is_not_done_again_and_another_one_is_refused(tmp_path):
+    stage = Stage("round0_train", "train", ("seed=1",))
+    (tmp_path / "round0_train").mkdir()
+    (tmp_path / "round0_train" / "results.json").write_text('{"steps": 7}')
+    done = {"overrides": ["seed=1", f"run_dir={tmp_path / 'round0_train'}"]}
+    (tmp_path / "round0_train.done").write_text(json.dumps(done))
+    assert run_stage(stage, tmp_path) == {"steps": 7}
+    with pytest.raises(ValueError, match="other settings"):
+        run_stage(Stage("round0_train", "train", ("seed=2",)), tmp_path)
+
+
+def test_a_stage_that_fails_says_why(tmp_path):
+    with pytest.raises(RunError, match="no data given"):
+        run_stage(Stage("round0_train", "train", ()), tmp_path)
+    assert not (tmp_path / "round0_train.done").exists()
+
+
+@pytest.mark.slow
+def test_a_short_loop_runs_and_goes_on(tmp_path, monkeypatch):
+    pytest.importorskip("metaworld")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    small = [
+        "environment=metaworld/reach-v3", "run_dir=run", "episodes=1", "evaluation_episodes=2", "first_episodes=12",
+        "first_collect=[data.mixture.expert=4,data.mixture.noisy_expert=4,data.mixture.failing=2,data.mixture.random=2]",
+        "train=[steps=30,tensorboard=false,validation_fraction=0.2,validation_windows=16,batch_size=16]",
+        "posttrain=[iterations=1,num_envs=8,decisions=8,agent.updates=2,validation_fraction=0.2,validation_windows=16]",
+    ]  # fmt: skip
+    loop.main([*small, "rounds=1"])
+    loop.main([*small, "rounds=2"])
+    results = json.loads(Path("run/results.json").read_text())
+    steps = [one["real_steps"] for one in results["rounds"]]
+    assert len(steps) == 2 and 100 < steps[0] < steps[1]
+    assert "real success against real steps" in Path("run/report.html").read_text()

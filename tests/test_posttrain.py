@@ -1,0 +1,217 @@
+"""The promises of `python -m wamrl.posttrain`: better after than before, resumed bit for bit, bad input refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.agent_toys import SIZES, TASK, AimEnv, reference_model, write_dataset
+from wamrl import checkpoint, posttrain
+from wamrl.agents.base import LearningDiverged
+from wamrl.agents.latent import Latent
+from wamrl.agents.ppo import PPO
+from wamrl.agents.sb3 import SB3
+from wamrl.data import start_frames
+from wamrl.envs.imagined_env import ImaginedEnv
+from wamrl.naming import RunError
+from wamrl.posttrain import Measuring
+from wamrl.training import find_state
+
+CONFIG = {"wam": {"_target_": "wamrl.models.joint_embedding.JointEmbeddingWAM", **SIZES}}
+MEASURING = Measuring(simulator=lambda split, rows: AimEnv(rows, split=split, succeeds=True), episodes=8, rows=4)
+
+
+def save(path: Path, model, step: int) -> None:
+    checkpoint.save(path, model, config=CONFIG)
+
+
+def small(run_dir: Path, *, model=None, iterations=4, learner=None, env=None, data=None, **options):
+    model = model or reference_model()
+    learner = learner or PPO(world_weight=0.0, learning_rate=3e-3, minibatch=48, noise=(0.2, 0.3))
+    options = {"measuring": MEASURING, "decisions": 6, "save_every": 2, "quiet": True, "validation_windows": 8,
+               "validation_fraction": 0.25, "world_batch": 8, "world_length": 2, **options}  # fmt: skip
+    env = None if options.pop("no_env", False) else env or AimEnv(16, succeeds=True)
+    return posttrain.posttrain(model, learner, env, run_dir=run_dir, save_model=save,
+                               iterations=iterations, data=data, **options)  # fmt: skip
+
+
+def test_it_measures_before_and_after_and_keeps_a_checkpoint(tmp_path):
+    results = small(tmp_path, iterations=20)
+    assert results["after"]["real"]["episode_return"] > results["before"]["real"]["episode_return"]
+    assert results["gain"]["n"] == 8 and results["real_steps"] > 0 and results["split"] == "dev"
+    assert [point["iteration"] for point in results["curve"]] == [0, 20]
+    model = checkpoint.load(tmp_path)
+    assert model.spec.tasks == (TASK,)
+    rows = (tmp_path / "log.csv").read_text().splitlines()
+    assert len(rows) == 21 and "real_steps" in rows[0]
+
+
+@pytest.mark.parametrize("with_data", [False, True])
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, monkeypatch, with_data):
+    data = write_dataset(tmp_path / "data") if with_data else None
+    settings = {"world_weight": 0.1 if with_data else 0.0, "learning_rate": 3e-3, "minibatch": 48, "kl_reference": 0.1}
+
+    def run(folder, **options):
+        return small(tmp_path / folder, learner=PPO(**settings), data=data, **options)
+
+    run("whole")
+
+    class Killed(BaseException):
+        pass
+
+    learn = PPO.learn
+
+    def dies(self, batch):
+        if self.iteration == 3:
+            raise Killed
+        return learn(self, batch)
+
+    monkeypatch.setattr(PPO, "learn", dies)
+    with pytest.raises(Killed):
+        run("parts")
+    monkeypatch.undo()
+    assert json.loads((find_state(tmp_path / "parts" / "checkpoints") / "state.json").read_text())["iteration"] == 2
+    run("parts")
+    whole, parts = (load_file(tmp_path / name / "checkpoints" / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    logs = [(tmp_path / name / "log.csv").read_text() for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
+
+
+def test_a_world_model_that_decays_is_said_loudly(tmp_path):
+    data = write_dataset(tmp_path / "data")
+    kept = small(tmp_path / "kept", data=data, learner=PPO(world_weight=0.1))
+    assert kept["world"]["decayed"] is False and abs(kept["world"]["growth"]) < 0.1
+    spoiled = reference_model()
+    learner = PPO(world_weight=1.0, world_learning_rate=1.0, clip_norm=1e9)
+    found = small(tmp_path / "spoiled", model=spoiled, data=data, learner=learner)
+    assert found["world"]["decayed"] is True
+    assert "WARNING: THE WORLD MODEL DECAYED" in posttrain.summary(found)
+    assert "WARNING" not in posttrain.summary(kept)
+
+
+def test_it_trains_in_imagination_without_real_steps(tmp_path):
+    data = write_dataset(tmp_path / "data")
+    model = reference_model()
+    env = ImaginedEnv(model, start_frames(tmp_path / "data"), 16)
+    found = small(tmp_path / "run", model=model, env=env, data=data, real=False, decisions=4,
+                  learner=PPO(world_weight=0.1, kl_reference=0.1))  # fmt: skip
+    assert found["real_steps"] == 0
+    assert "imagined_gain_minus_real_gain" in found
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+def test_stable_baselines3_learns_in_the_same_environment(tmp_path, algorithm):
+    pytest.importorskip("stable_baselines3")
+    data = write_dataset(tmp_path / "data")
+    settings = {"learning_rate": 3e-3, "batch_size": 48, "gamma": 0.5}
+    settings |= {"learning_starts": 48} if algorithm == "sac" else {"n_epochs": 8, "n_steps": 6}
+    learner = SB3(algorithm=algorithm, demonstrations=algorithm == "sac", settings=settings)
+    model = reference_model()
+    found = small(tmp_path / "run", model=model, learner=learner, data=data, iterations=30)
+    assert found["real_steps"] == 30 * 16 * 6
+    assert found["after"]["real"]["reward"] > found["before"]["real"]["reward"] + 0.1
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in reference_model().state_dict().items())
+    with pytest.raises(ValueError, match="cannot be resumed"):
+        small(tmp_path / "run", learner=SB3(algorithm=algorithm, settings=settings), data=data)
+
+
+def test_the_latent_actor_critic_needs_no_environment(tmp_path):
+    data = write_dataset(tmp_path / "data")
+    frames = start_frames(tmp_path / "data")
+    learner = Latent(horizon=4, updates=3)
+    found = small(tmp_path / "run", learner=learner, data=data, frames=frames, real=False, no_env=True)
+    assert found["real_steps"] == 0 and found["iterations"] == 4
+
+
+def test_a_budget_of_real_steps_stops_it(tmp_path):
+    found = small(tmp_path, iterations=50, real_steps=150)
+    assert found["stopped"] == "the budget of real steps is spent" and 150 <= found["real_steps"] < 300
+
+
+def test_rewards_that_stay_nan_stop_it_with_the_last_good_checkpoint(tmp_path):
+    learner = PPO(world_weight=0.0, non_finite_limit=2)
+    with pytest.raises(LearningDiverged, match="last good checkpoint"):
+        small(tmp_path, learner=learner, env=AimEnv(16, nan_after=0))
+    kept = load_file(tmp_path / "checkpoints" / "model.safetensors")
+    assert all(torch.equal(kept[name], tensor) for name, tensor in reference_model().state_dict().items())
+
+
+def test_a_full_disk_stops_it_and_nothing_is_lost(tmp_path, monkeypatch):
+    from wamrl import training
+
+    write, calls = training.write_state, 0
+
+    def full(*given):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*given)
+
+    monkeypatch.setattr(posttrain, "write_state", full)
+    with pytest.raises(RunError, match="the disk is full"):
+        small(tmp_path)
+    assert checkpoint.load(tmp_path) is not None
+    monkeypatch.undo()
+    assert small(tmp_path)["iterations"] == 4
+
+
+def test_the_state_of_another_run_is_refused(tmp_path):
+    small(tmp_path, iterations=2, identity="one")
+    with pytest.raises(ValueError, match="another run"):
+        small(tmp_path, iterations=2, identity="other")
+
+
+# ---- the command
+
+
+@pytest.fixture
+def push(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def said(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        posttrain.main(list(arguments))
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_test_starts_are_for_the_final_report_alone(push, capsys):
+    assert "final_report=true" in said(capsys, "evaluate=test")
+
+
+def test_what_cannot_work_is_refused_before_anything_is_done(push, capsys):
+    assert "no real windows" in said(capsys, "wam=six", "episodes=0")
+    assert "begins at real frames" in said(capsys, "env=imagined", "wam=six", "episodes=0")
+    assert "did you mean" in said(capsys, "agent=pppo")
+    assert "trained for 1 to 10" in said(capsys, "agent=flow_ppo", "agent.chunk=20", "wam=six", "episodes=0",
+                                         "agent.world_weight=0")  # fmt: skip
+    assert not list(Path("outputs/posttrain").glob("2*"))
+
+
+@pytest.mark.parametrize("env", ["gymnasium/pendulum"])
+def test_the_command_learns_in_gymnasium_from_nothing(push, env, capsys):
+    posttrain.main([f"env={env}", "env.workers=0", "wam=reference", "wam.members=2", "wam.width=32",
+                    "observation=[state]", "agent.world_weight=0", "iterations=2",
+                    "num_envs=4", "decisions=16", "episodes=2"])  # fmt: skip
+    results = json.loads(Path("outputs/posttrain/latest/results.json").read_text())
+    assert results["real_steps"] == 128 and results["after"]["real"]["n"] == 2
+    assert checkpoint.load("outputs/posttrain/latest").spec.tasks[0].startswith("gymnasium/")
+
+
+def test_the_command_learns_in_metaworld_and_resumes(push, capsys):
+    pytest.importorskip("metaworld")
+    settings = ["env=metaworld/reach-v3", "wam=six", "agent.world_weight=0", "num_envs=2", "decisions=8", "episodes=1",
+                "agent.minibatch=16", "env.max_steps=20", "run_dir=run"]  # fmt: skip
+    posttrain.main([*settings, "iterations=1"])
+    posttrain.main(["resume=run", "iterations=2"])
+    results = json.loads(Path("run/results.json").read_text())
+    assert results["iterations"] == 2 and results["real_steps"] == 32

@@ -1,0 +1,288 @@
+"""The closed loop between imagination and a simulator: python -m wamrl.loop environment=metaworld/push-v3.
+
+Round 0 collects the first data; every round trains the WAM on all data so far, improves its policy in imagination, and
+measures policy and planner in the simulator; the next round collects with both. Every stage is one of the commands
+that users run, in a directory of its own, and leaves <stage>.done; the same command with the same run_dir goes on with
+the first stage that is not done, which itself goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from wamrl import cli
+from wamrl.files import write_json, write_text
+from wamrl.naming import RunError
+from wamrl.provenance import versions
+
+_FREE = ("rounds", "budget", "run_dir")
+_WITHOUT_RESUME = ("collect",)  # goes on by itself when given again
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a round. name: also of its directory."""
+
+    name: str
+    command: str
+    overrides: tuple[str, ...]
+
+
+def stages(settings: Mapping[str, Any], number: int, folder: Path) -> list[Stage]:
+    """The stages of round `number` in order; all that they read stands in `folder` or in the settings."""
+    env = (f"env={settings['environment']}", *settings["environment_overrides"])
+    common = (f"seed={settings['seed']}", f"threads={settings['threads']}")
+    taken = settings["first_episodes"] + max(0, number - 1) * 2 * settings["episodes"]
+    first_start = settings["first_start"] + taken
+    before = folder / f"round{number - 1}_posttrain"
+    found = []
+
+    def collect(name: str, *overrides: str) -> None:
+        data = folder / f"{name}_data"
+        extra = settings["first_collect" if number == 0 else "collect"]
+        own = ("snapshots=false", *overrides, *extra, f"path={data}")
+        found.append(Stage(name, "collect", (*env, *common, *own)))
+
+    if number == 0:
+        collect("round0_collect", f"data={settings['mixture']}", f"first_start={settings['first_start']}")
+    else:
+        for part, acting in enumerate(("policy", "planner")):
+            collect(
+                f"round{number}_collect_{acting}", "data=planner", f"data.mixture.policy={settings['episodes']}",
+                f"acting={acting}", f"wam={before}", f"first_start={first_start + part * settings['episodes']}",
+            )  # fmt: skip
+    data = ",".join(str(path) for path in data_of(folder, number))
+    start = settings["checkpoint"] if number == 0 else str(before)
+    wam = f"wam={start or 'reference'}"
+    found.append(Stage(f"round{number}_train", "train", (f"data=[{data}]", wam, *common, *settings["train"])))
+    model = folder / f"round{number}_train"
+    simulator = (
+        f"env@simulator={settings['environment']}",
+        *(_at_simulator(w) for w in settings["environment_overrides"]),
+    )
+    found.append(
+        Stage(
+            f"round{number}_posttrain",
+            "posttrain",
+            (
+                f"agent={settings['learner']}",
+                "env=imagined",
+                *simulator,
+                f"wam={model}",
+                f"data=[{data}]",
+                f"episodes={settings['evaluation_episodes']}",
+                *common,
+                *settings["posttrain"],
+            ),
+        )  # fmt: skip
+    )
+    found.append(
+        Stage(
+            f"round{number}_plan",
+            "plan",
+            (
+                *env,
+                f"wam={folder / f'round{number}_posttrain'}",
+                "split=dev",
+                "methods=[planner,policy]",
+                "workers=1",
+                f"episodes={settings['evaluation_episodes']}",
+                "video=false",
+                "latency_plans=0",
+                *common,
+                *settings["plan"],
+            ),
+        )  # fmt: skip
+    )
+    return found
+
+
+def data_of(folder: Path, number: int) -> list[Path]:
+    """The datasets that round `number` trains on, its own included."""
+    found = [folder / "round0_collect_data"]
+    for earlier in range(1, number + 1):
+        found += [folder / f"round{earlier}_collect_{acting}_data" for acting in ("policy", "planner")]
+    return found
+
+
+def _at_simulator(word: str) -> str:
+    """An override of env as one of posttrain's simulator."""
+    return "simulator." + word.removeprefix("env.") if word.startswith("env.") else word
+
+
+def run_stage(stage: Stage, folder: Path) -> dict[str, Any]:
+    """Run a stage unless it is done, going on where it stopped; its results.json.
+
+    Raises:
+        RunError: the command failed; the message ends with the end of its log.
+        ValueError: the directory holds this stage with other settings.
+    """
+    done, directory = folder / f"{stage.name}.done", folder / stage.name
+    words = [*stage.overrides, f"run_dir={directory}"]
+    if done.exists():
+        stored = json.loads(done.read_text(encoding="utf-8"))["overrides"]
+        if stored != words:
+            raise ValueError(f"{done} is of other settings ({' '.join(stored)}); choose another run_dir")
+    else:
+        given, begun = words, time.perf_counter()
+        resumable = stage.command not in _WITHOUT_RESUME and (directory / "checkpoints" / "last").is_dir()
+        if resumable:
+            given = [f"resume={directory}"]
+        elif stage.command == "plan" and _partial(directory):
+            given = [f"resume={directory}", f"run_dir={directory}"]
+        log = folder / f"{stage.name}.log"
+        with log.open("a", encoding="utf-8") as file:
+            command = [sys.executable, "-m", f"wamrl.{stage.command}", *given]
+            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=dict(os.environ)).returncode
+        if code:
+            end = log.read_text(encoding="utf-8")[-1500:]
+            raise RunError(f"python -m wamrl.{stage.command} {' '.join(given)} exited with {code}:\n{end}")
+        write_json(done, {"overrides": words, "seconds": time.perf_counter() - begun, "versions": versions()})
+    return json.loads((directory / "results.json").read_text(encoding="utf-8"))
+
+
+def _partial(directory: Path) -> bool:
+    results = directory / "results.json"
+    return results.is_file() and bool(json.loads(results.read_text(encoding="utf-8")).get("partial"))
+
+
+def run_round(settings: Mapping[str, Any], number: int, folder: Path, steps_before: int) -> dict[str, Any]:
+    """All stages of a round, and what the report says of it."""
+    collected, found = 0, {}
+    for stage in stages(settings, number, folder):
+        print(f"round {number}: {stage.command}", flush=True)
+        found[stage.command] = results = run_stage(stage, folder)
+        if stage.command == "collect":
+            collected += int(results["steps"])
+    after, plan = found["posttrain"], found["plan"]["summary"]
+    return {
+        "round": number,
+        "collected_steps": collected,
+        "real_steps": steps_before + collected + int(after["real_steps"]),
+        "before": after["before"].get("real"),
+        "after": after["after"].get("real"),
+        "planner": plan["planner"]["mean"],
+        "real_gain": after.get("gain"),
+        "imagined_gain": after.get("imagined_gain"),
+        "imagined_gain_minus_real_gain": after.get("imagined_gain_minus_real_gain"),
+        "world": after["world"],
+    }
+
+
+@cli.command(
+    "loop",
+    help="The closed loop: collect in the simulator, train the World Action Model, improve its policy in imagination, "
+    "plan and measure in the simulator, collect with the new policy and planner, and again, within a budget of real "
+    "steps. The same command with the same run_dir goes on where it stopped.",
+    examples=[
+        "environment=metaworld/push-v3 rounds=3 run_dir=outputs/loop/push",
+        "environment=metaworld/six mixture=rich learner=ppo budget=200000 run_dir=outputs/loop/six",
+    ],
+)
+def main(config: DictConfig, run_dir: Path) -> None:
+    """Run the rounds that are missing, report after each."""
+    settings = cli.plain(config)
+    for name, least in (("rounds", 1), ("episodes", 1), ("first_episodes", 0), ("first_start", 0), ("budget", 1),
+                        ("evaluation_episodes", 1)):  # fmt: skip
+        value = settings[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}")
+    kept = {name: value for name, value in settings.items() if name not in _FREE}
+    record = run_dir / "loop.json"
+    if record.exists() and json.loads(record.read_text(encoding="utf-8")) != kept:
+        raise ValueError(f"{run_dir} holds a loop of other settings; choose another run_dir, or give the same ones")
+    write_json(record, kept)
+    rounds: list[dict[str, Any]] = []
+    steps, stopped = 0, "all rounds done"
+    for number in range(settings["rounds"]):
+        if steps >= settings["budget"]:
+            stopped = f"the budget of {settings['budget']} real steps is spent"
+            break
+        try:
+            rounds.append(run_round(settings, number, run_dir, steps))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"stopped in round {number}; all stages before are kept. Go on with the same command and "
+                f"run_dir={run_dir}"
+            ) from None
+        steps = rounds[-1]["real_steps"]
+        write_report(run_dir, settings, rounds, "going on")
+    write_report(run_dir, settings, rounds, stopped)
+    print("\n".join(_lines(rounds)))
+
+
+def write_report(run_dir: Path, settings: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], stopped: str) -> None:
+    """results.json and report.html of the rounds so far."""
+    results = {"name": "loop", "stopped": stopped, "rounds": list(rounds), "config": settings, "versions": versions()}
+    write_json(run_dir / "results.json", results)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(one)) + "</tr>" for one in rounds
+    )
+    head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
+    write_text(
+        run_dir / "report.html",
+        "<!doctype html><meta charset='utf-8'><title>wamrl loop</title><style>body{font:15px sans-serif;margin:2em}"
+        "td,th{padding:.3em .8em;text-align:right;border-bottom:1px solid #ccc}</style>"
+        f"<h1>{html.escape(str(settings['environment']))}: real success against real steps</h1>{_curve(rounds)}"
+        f"<table><tr>{head}</tr>{rows}</table><p>{html.escape(stopped)}. Success on dev starts, 95 % intervals.</p>",
+    )
+
+
+_COLUMNS = ("round", "real steps", "policy before", "policy after", "planner", "imagined gain", "real gain",
+            "imagined - real", "world error")  # fmt: skip
+
+
+def _cells(one: Mapping[str, Any]) -> list[str]:
+    def rate(summary: Mapping[str, Any] | None) -> str:
+        if not summary:
+            return "-"
+        return f"{100 * summary['success']:.0f} % [{100 * summary['low']:.0f}, {100 * summary['high']:.0f}]"
+
+    def signed(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:+.0f}"
+
+    gain = one["real_gain"]["difference"] if one["real_gain"] else None
+    world = one["world"]
+    error = "-" if world["growth"] is None else f"{world['error_before']:.3f} -> {world['error_after']:.3f}"
+    return [str(one["round"]), f"{one['real_steps']:,}", rate(one["before"]), rate(one["after"]), rate(one["planner"]),
+            signed(one["imagined_gain"]), signed(gain), signed(one["imagined_gain_minus_real_gain"]),
+            error + (" DECAYED" if world["decayed"] else "")]  # fmt: skip
+
+
+def _lines(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+    table = [list(_COLUMNS), *(_cells(one) for one in rounds)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(_COLUMNS))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+
+
+def _curve(rounds: Sequence[Mapping[str, Any]]) -> str:
+    """An SVG of the success of policy and planner over real steps."""
+    if not rounds:
+        return ""
+    most = max(one["real_steps"] for one in rounds)
+    lines = ""
+    for key, colour in (("after", "#1f77b4"), ("planner", "#d62728")):
+        points = [(60 + 500 * one["real_steps"] / most, 220 - 200 * one[key]["success"]) for one in rounds if one[key]]
+        path = " ".join(f"{x:.0f},{y:.0f}" for x, y in points)
+        dots = "".join(f"<circle cx='{x:.0f}' cy='{y:.0f}' r='4' fill='{colour}'/>" for x, y in points)
+        lines += f"<polyline points='{path}' fill='none' stroke='{colour}' stroke-width='2'/>{dots}"
+    return (
+        f"<svg viewBox='0 0 620 260' width='620'><path d='M60 20V220H560' fill='none' stroke='#888'/>{lines}"
+        f"<text x='10' y='26'>100 %</text><text x='28' y='224'>0 %</text><text x='500' y='245'>{most:,} steps</text>"
+        "<text x='70' y='40' fill='#1f77b4'>policy</text><text x='70' y='58' fill='#d62728'>planner</text></svg>"
+    )
+
+
+if __name__ == "__main__":
+    main()
