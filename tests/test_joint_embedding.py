@@ -139,6 +139,42 @@ def test_a_state_that_follows_one_future_goes_on_in_that_member_alone() -> None:
         wam.imagine(alone, actions, futures=4)
 
 
+def test_networks_read_how_points_lie_to_each_other() -> None:
+    wam = model(points={"state": [0, 3]})
+    wam.mean.fill_(0.5)
+    wam.std.fill_(2.0)
+    z = torch.zeros(1, wam.observed + SIZES["latent_dim"])
+    z[0, :6] = torch.tensor([0.0, 0.0, 0.0, -0.03, 0.0, -0.04]) / 2.0
+    found = wam._with_relations(z)[0, z.shape[1] :]
+    between = torch.tensor([0.03, 0.0, 0.04])
+    wanted = torch.cat([between / 0.15, torch.tanh(between / 0.03), torch.log(torch.tensor([0.1 + 0.05 / 0.1]))])
+    assert torch.allclose(found, wanted, atol=1e-6)
+    batch = linear_batch(8, 3, torch.Generator().manual_seed(0))
+    batch["observation", "state"][:, :, :3] = batch["observation", "state"][:, :, 3:]  # points upon each other
+    wam.loss(batch)["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in wam.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        ({"state": [0, 4]}, "points has 4 for 'state', but a place is three of its 6 numbers, so it begins at 0 to 3"),
+        ({"pose": [0]}, "points names 'pose', but the model's vectors are state"),
+        ("all", "points is 'all'; give .*null for none, or auto"),
+    ],
+)
+def test_points_that_are_not_in_the_observation_are_refused(points: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model(points=points)
+
+
+def test_the_points_of_meta_world_are_found_by_its_observation_and_no_others() -> None:
+    options = {**SIZES, "action_dim": 4, "tasks": TASKS, "control_dt_s": 0.025, "points": "auto"}
+    wam = JointEmbeddingWAM(observation={"proprioception": (4,), "state": (39,)}, **options)  # type: ignore[arg-type]
+    assert wam.pairs[:, ::3].tolist() == [[4, 4, 8], [8, 40, 40]]  # hand, object and goal after four numbers
+    assert model(points="auto").pairs.numel() == 0
+
+
 def test_a_proposal_carries_the_futures_of_its_own_actions() -> None:
     wam = model()
     state = state_of(wam)

@@ -5,6 +5,10 @@ the hand's place to two centimetres only, too coarse to imagine a grasp. An ense
 latent from latent and action; heads read reward, success, value, policy and behaviour prior off a latent; a probe on
 detached latents decodes observation keys. Targets of the feature prediction come from a moving average of the encoder.
 
+Success is often a matter of a centimetre between two places (hand, object, goal). Networks of bare coordinates, taught
+by few episodes, miss it, and the policy waits beside a goal that the model takes for reached. So every network also
+reads how the observation's `points` lie to each other.
+
 From images, the encoder reads the tokens of a frozen tokenizer beside the observation's vectors, and a head reads those
 tokens off imagined latents, so that features are taught what the images show; the tokenizer decodes them.
 
@@ -15,6 +19,7 @@ dims (G + latent_dim), E value heads, G numbers of the observation's vectors, P 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -31,6 +36,9 @@ from wamrl.naming import unknown_name
 from wamrl.noise import NoiseKey
 
 LOG_STD_MIN, LOG_STD_MAX = -3.0, 0.0
+METAWORLD_POINTS = {"state": (0, 4, 36)}
+"""Hand, first object and goal in Meta-World's `state` of 39 numbers."""
+_FAR, _NEAR = 0.15, 0.03  # metres: how far apart points usually are, and where contact and success are decided
 
 
 def normalise(x: Tensor) -> Tensor:
@@ -96,6 +104,8 @@ class JointEmbeddingWAM(WAM):
     observation: key -> shape of the keys that the encoder reads and the probe decodes: vectors, and perhaps one image.
     tokenizer: for an image, the substrate that reads it, as in `ImageSubstrate.config`; its weights are part of the
     model's and stay as they are.
+    points: key -> first index of each place (x, y, z in metres) in that vector, of which the networks read every pair's
+    relation; None is none, "auto" those of Meta-World where `state` has 39 numbers, else none.
     latent_dim: learned features of a latent.
     members: dynamics networks, each with its own reward and success head; their disagreement is the uncertainty.
     values: value heads E.
@@ -110,6 +120,7 @@ class JointEmbeddingWAM(WAM):
     std: Tensor
     change: Tensor
     task_ids: Tensor
+    pairs: Tensor
 
     def __init__(
         self,
@@ -133,6 +144,7 @@ class JointEmbeddingWAM(WAM):
         success_bonus: float = 10.0,
         loss_weights: Mapping[str, float] | None = None,
         tokenizer: Mapping[str, Any] | None = None,
+        points: Mapping[str, Sequence[int]] | str | None = None,
     ) -> None:
         super().__init__()
         if not math.isfinite(success_bonus) or success_bonus < 0:
@@ -185,18 +197,22 @@ class JointEmbeddingWAM(WAM):
         }
         total = sum(self.features.values())
         seen = total + (self.substrate.tokens * self.substrate.width if self.substrate else 0)
+        pairs = list(itertools.combinations(_first_numbers(self.features, points), 2))
+        coordinates = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2, 1) + torch.arange(3)
+        self.register_buffer("pairs", coordinates.movedim(1, 0).flatten(1), persistent=False)  # [2, 3 * pairs]
+        relations = 7 * len(pairs)
         self.register_buffer("mean", torch.zeros(total))
         self.register_buffer("std", torch.ones(total))
         self.register_buffer("change", torch.ones(total))  # root mean square over one step, in units of std
         self.register_buffer("task_ids", torch.tensor([task_id(name) for name in tasks]))
         self.task_embedding = nn.Embedding(len(tasks), task_dim)
         nn.init.normal_(self.task_embedding.weight, std=1.0 / math.sqrt(task_dim))
-        self.encoder = mlp(seen + task_dim, [width, width], latent_dim)
+        self.encoder = mlp(seen + relations + task_dim, [width, width], latent_dim)
         self.observed, latent_dim = total, total + latent_dim
         self.dynamics = ensemble_mlp(
-            members, latent_dim + task_dim + action_dim, [dynamics_width, dynamics_width], latent_dim
+            members, latent_dim + relations + task_dim + action_dim, [dynamics_width, dynamics_width], latent_dim
         )
-        head_in = latent_dim + task_dim
+        head_in = latent_dim + relations + task_dim
         # Reward and success logit of the frame that an action led to; Meta-World's rewards read the action too.
         self.outcome = ensemble_mlp(members, head_in + action_dim, [head_width], 2)
         self.values = ensemble_mlp(values, head_in, [head_width], 1)
@@ -235,17 +251,28 @@ class JointEmbeddingWAM(WAM):
         with torch.no_grad():
             return self.substrate.encode(observation).flatten(-2)
 
+    def _with_relations(self, z: Tensor) -> Tensor:
+        """`z` [..., D], and of each pair of points the difference, coarse and fine, and the log of the distance."""
+        if not self.pairs.numel():
+            return z
+        place = z[..., : self.observed] * self.std + self.mean
+        between = place[..., self.pairs[0]] - place[..., self.pairs[1]]
+        distance = between.unflatten(-1, (-1, 3)).norm(dim=-1)
+        return torch.cat([z, between / _FAR, torch.tanh(between / _NEAR), torch.log(0.1 + distance / 0.1)], dim=-1)
+
     def _latent(self, encoder: nn.Module, x: Tensor, tokens: Tensor, task: Tensor) -> Tensor:
-        return torch.cat([x, normalise(encoder(torch.cat([x, tokens, task], dim=-1)))], dim=-1)
+        return torch.cat([x, normalise(encoder(torch.cat([self._with_relations(x), tokens, task], dim=-1)))], dim=-1)
 
     def _step(self, z: Tensor, task: Tensor, action: Tensor) -> Tensor:
         """Next latents [M, X, D] from [M, X, D]."""
         x, features = z.tensor_split([self.observed], dim=-1)
-        step, turn = self.dynamics(torch.cat([z, task, action], dim=-1)).tensor_split([self.observed], dim=-1)
+        step, turn = self.dynamics(torch.cat([self._with_relations(z), task, action], dim=-1)).tensor_split(
+            [self.observed], dim=-1
+        )
         return torch.cat([x + self.change * step, normalise(features + turn)], dim=-1)
 
     def _policy(self, z: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
-        return self.gaussian_of(self.policy(torch.cat([z, task], dim=-1)))
+        return self.gaussian_of(self.policy(torch.cat([self._with_relations(z), task], dim=-1)))
 
     @staticmethod
     def gaussian_of(output: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,7 +289,7 @@ class JointEmbeddingWAM(WAM):
         return [*self.policy.parameters(), *self.values.parameters()]
 
     def _behaviour(self, z: Tensor, task: Tensor) -> Tensor:
-        return torch.tanh(self.behaviour(torch.cat([z, task], dim=-1)))
+        return torch.tanh(self.behaviour(torch.cat([self._with_relations(z), task], dim=-1)))
 
     # ---- queries -------------------------------------------------------------------------------------------------
 
@@ -416,7 +443,9 @@ class JointEmbeddingWAM(WAM):
             actions.append(action)
         path = torch.stack(latents, dim=2)
         taken = torch.stack(actions, dim=1).expand(members, -1, -1, -1)
-        heads_in = torch.cat([path, tasks.unsqueeze(2).expand(-1, -1, horizon, -1), taken], dim=-1)
+        heads_in = torch.cat(
+            [self._with_relations(path), tasks.unsqueeze(2).expand(-1, -1, horizon, -1), taken], dim=-1
+        )
 
         def outcomes(x: Tensor) -> Tensor:  # each member's own head
             return self.outcome(x.flatten(1, 2)).unflatten(1, (-1, horizon))
@@ -443,16 +472,15 @@ class JointEmbeddingWAM(WAM):
             frames=future(path) if with_frames else None,
         )
 
-    @staticmethod
-    def _values(network: nn.Sequential, x: Tensor) -> Tensor:
-        """[E, *batch] values, in units of `value_unit`, of [*batch, D + C]."""
+    def _values(self, network: nn.Sequential, z: Tensor, task: Tensor) -> Tensor:
+        """[E, *batch] values, in units of `value_unit`, of latents [*batch, D] and tasks [*batch, C]."""
+        x = torch.cat([self._with_relations(z), task], dim=-1)
         flat = x.flatten(0, -2)
         members = cast(EnsembleLinear, network[0]).weight.shape[0]
         return network(flat.expand(members, -1, -1)).view(members, *x.shape[:-1])
 
     def value(self, state: State) -> Tensor:
-        x = torch.cat([state["z"], state["task"]], dim=-1)
-        return self._values(self.values, x).movedim(0, -1) * self.value_unit
+        return self._values(self.values, state["z"], state["task"]).movedim(0, -1) * self.value_unit
 
     def decode(self, state: State | Imagined, keys: tuple[str, ...] | None = None) -> TensorDict:
         if isinstance(state, Imagined):
@@ -520,7 +548,7 @@ class JointEmbeddingWAM(WAM):
             error = (self.token_head(path) - tokens).square().mean(-1)
             losses["tokens"] = (error[:, 0] + (error[:, 1:] * mask).sum(1)).sum() / (windows + mask.sum())
 
-        heads_in = torch.cat([after, tasks[:, 1:], action], dim=-1)
+        heads_in = torch.cat([self._with_relations(after), tasks[:, 1:], action], dim=-1)
         outcome = self.outcome(heads_in.view(members, -1, heads_in.shape[-1])).view(windows, steps, 2)
         reward_error = F.smooth_l1_loss(outcome[..., 0], batch["reward"], reduction="none")
         losses["reward"] = (reward_error * mask).sum() / count
@@ -530,10 +558,10 @@ class JointEmbeddingWAM(WAM):
         # Value: expectile regression (Kostrikov et al., 2022) on one-step targets of the executed actions, each head
         # on its own target, so that heads disagree where data are few (Ghasemipour et al., 2022, arXiv:2205.13703).
         with torch.no_grad():
-            ahead = self._values(self.target_values, torch.cat([target[:, 1:], tasks[:, 1:]], dim=-1))
+            ahead = self._values(self.target_values, target[:, 1:], tasks[:, 1:])
             goal = (batch["reward"] + self.spec.success_bonus * batch["success"]) / self.value_unit
             goal = goal + self.spec.discount * ahead * (~batch["terminated"]).float()
-        value = self._values(self.values, torch.cat([before, tasks[:, :-1]], dim=-1))
+        value = self._values(self.values, before, tasks[:, :-1])
         gap = goal - value
         asymmetry = torch.where(gap > 0, self.expectile, 1.0 - self.expectile)
         losses["value"] = (asymmetry * gap.square() * mask).sum() / count / value.shape[0]
@@ -570,6 +598,26 @@ class JointEmbeddingWAM(WAM):
         """Move the target encoder and target values towards the online ones by `target_rate`."""
         for slow, fast in ((self.target_encoder, self.encoder), (self.target_values, self.values)):
             torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), self.target_rate)
+
+
+def _first_numbers(features: Mapping[str, int], points: Mapping[str, Sequence[int]] | str | None) -> list[int]:
+    """Where each point begins in the observation's numbers one after the other; ValueError when it is not in there."""
+    if points == "auto":
+        points = METAWORLD_POINTS if features.get("state") == 39 else None
+    if isinstance(points, str):
+        raise ValueError(f"points is '{points}'; give {{key: [first indices]}}, null for none, or auto")
+    found, offset = [], dict(zip(features, itertools.accumulate(features.values(), initial=0), strict=False))
+    for key, firsts in (points or {}).items():
+        if key not in features:
+            raise ValueError(f"points names '{key}', but the model's vectors are {', '.join(features) or 'none'}")
+        for first in firsts:
+            if not 0 <= first <= features[key] - 3:
+                raise ValueError(
+                    f"points has {first} for '{key}', but a place is three of its {features[key]} numbers, so it "
+                    f"begins at 0 to {features[key] - 3}"
+                )
+            found.append(offset[key] + first)
+    return found
 
 
 def _places(member: Tensor, members: int) -> tuple[Tensor, int]:
