@@ -205,9 +205,14 @@ class Tree:
             self.any_dead = True
         if wanted is not None:
             sound, whole = sound & wanted, False
-        number = self.size[rows, None] + sound.cumsum(dim=1) - 1
-        at = torch.where(sound, self.base[rows, None] + number, self.trash[rows, None])
-        self.size[rows] += sound.sum(dim=1)
+        if whole:
+            number = self.size[rows, None] + torch.arange(parent.shape[1], device=rows.device)
+            at = self.base[rows, None] + number
+            self.size[rows] += parent.shape[1]
+        else:
+            number = self.size[rows, None] + sound.cumsum(dim=1) - 1
+            at = torch.where(sound, self.base[rows, None] + number, self.trash[rows, None])
+            self.size[rows] += sound.sum(dim=1)
 
         def kept(x: Tensor) -> Tensor:
             return x.flatten(0, 1) if whole else x[sound]  # a mask costs a search for what is True in it
