@@ -67,7 +67,7 @@ class DiscreteSearch:
         side = torch.linspace(-1.0, 1.0, 5 if model.spec.action_dim == 2 else 15)
         table = torch.cartesian_prod(*[side] * model.spec.action_dim).view(-1, model.spec.action_dim)
         planner = make_mcts(
-            chunk=1, depth=self.horizon, simulations=16 * len(table), num_candidates=len(table), backup="mean"
+            chunk=1, depth=self.horizon, simulations=8 * len(table), num_candidates=len(table), backup="mean"
         )
         return planner, Choices(model, table)
 
