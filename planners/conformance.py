@@ -41,12 +41,17 @@ class Subject:
     regret: mean squared distance from the peak of a quadratic that it may have, per action.
     gap: share of the best cost that it may lose in a linear-quadratic problem.
     scale_free: multiplying all rewards by a positive number changes no plan.
+    exhaustive: its candidates are all actions that there are, so that no seed changes them.
+    local: it searches near the policy only, so that a best plan far from it is approached but not found: the checks of
+    known best plans then ask that it does better than the policy.
     """
 
     make: Callable[[int], Planner]
     regret: float = 0.02
     gap: float = 0.1
     scale_free: bool = True
+    exhaustive: bool = False
+    local: bool = False
 
 
 Check = Callable[[Subject], None]
@@ -69,6 +74,11 @@ def peak(**options: float) -> ToyWAM:
 def regret(plan: Plan, target: Tensor = TARGET) -> Tensor:
     """[B] mean squared distance of the plan's actions from the peak of a quadratic."""
     return (plan.actions - target).square().mean(dim=(1, 2))
+
+
+def _allowed(subject: Subject) -> float:
+    """The regret that a subject may have; of a local one a little less than that of the policy, which does nothing."""
+    return 0.95 * float(TARGET.square().mean()) if subject.local else subject.regret
 
 
 def linear_system() -> tuple[ToyWAM, Tensor]:
@@ -134,7 +144,8 @@ def a_plan_has_the_shapes_of_the_contract(subject: Subject) -> None:
 def it_finds_the_peak_of_a_quadratic(subject: Subject) -> None:
     """Reward -|a - target|^2 in every step, whatever the state."""
     plan, _ = plan_once(subject.make(2), peak(), torch.zeros(8, 1))
-    assert float(regret(plan).mean()) <= subject.regret, f"regret {float(regret(plan).mean()):.4f} > {subject.regret}"
+    allowed = _allowed(subject)
+    assert float(regret(plan).mean()) <= allowed, f"regret {float(regret(plan).mean()):.4f} > {allowed}"
 
 
 def it_comes_near_the_riccati_solution(subject: Subject) -> None:
@@ -148,12 +159,13 @@ def it_comes_near_the_riccati_solution(subject: Subject) -> None:
         return ((left @ best) * left).sum(dim=1) - _reward(imagined)[:, 0].sum(dim=1)
 
     optimal = ((z @ best) * z).sum(dim=1)
-    policy = cost(model.propose(model.state(z), 1, horizon=6).actions[:, 0])
+    policy = cost(model.propose(model.state(z), 1, mode="ode", horizon=6).actions[:, 0])
     reached = cost(execute(subject.make(6), model, z, 6)[0])
     assert bool((reached >= optimal - 1e-5).all()), "no plan can cost less than the Riccati solution"
     lost, lost_by_policy = (float((c / optimal - 1.0).mean()) for c in (reached, policy))
     assert lost_by_policy > 0.2, "the policy is too good to tell planners from it"
-    assert lost <= subject.gap, f"{lost:.1%} of the optimal cost was lost, {subject.gap:.0%} are allowed"
+    gap = lost_by_policy if subject.local else subject.gap
+    assert lost <= gap, f"{lost:.1%} of the optimal cost was lost, {gap:.0%} are allowed"
 
 
 def it_leaves_the_trap_that_catches_the_greedy(subject: Subject) -> None:
@@ -163,6 +175,9 @@ def it_leaves_the_trap_that_catches_the_greedy(subject: Subject) -> None:
     greedy = _reward(model.imagine(model.state(z[:1]), grid))[0, :, 0]
     assert bool((grid[0, greedy == greedy.max(), 0, 1] < 0).all()), "the trap is none"
     _, rewards = execute(subject.make(5), model, z, 7)
+    if subject.local:  # the policy stays where it is, for nothing
+        assert bool((rewards.sum(dim=1) >= 0.0).all()), f"rewards {rewards.sum(dim=1).tolist()}, the policy has 0"
+        return
     assert bool((rewards.amax(dim=1) == 20.0).all()), f"rewards reached: {rewards.amax(dim=1).tolist()}, best is 20"
 
 
@@ -174,7 +189,8 @@ def more_budget_is_never_worse_on_average(subject: Subject) -> None:
         plan, _ = plan_once(planner, model, torch.zeros(48, 1), budget=Budget(evaluations=evaluations))
         regrets.append(float(regret(plan).mean()))
     assert all(b <= 1.1 * a + 1e-4 for a, b in zip(regrets, regrets[1:], strict=False)), f"regrets {regrets}"
-    assert regrets[-1] < 0.7 * regrets[0], f"regrets {regrets}"
+    if not subject.exhaustive:  # a few actions may all be tried with the least budget
+        assert regrets[-1] < (1.0 if subject.local else 0.7) * regrets[0], f"regrets {regrets}"
 
 
 # ---------------------------------------------------------------------------------------------------- hard bounds
@@ -250,7 +266,8 @@ def nan_and_infinity_never_reach_an_action(subject: Subject) -> None:
         plan, _ = plan_once(subject.make(2), model, torch.zeros(8, 1))
         assert bool(plan.actions.isfinite().all()), f"{broken} reached an action"
         assert bool((plan.actions[..., 0] <= 0.5).all()), f"an action whose reward is {broken} was chosen"
-        assert float(regret(plan).mean()) <= 2 * subject.regret, f"with {broken} about: {float(regret(plan).mean())}"
+        allowed = 2 * subject.regret if not subject.local else _allowed(subject)
+        assert float(regret(plan).mean()) <= allowed, f"with {broken} about: {float(regret(plan).mean())}"
         assert bool(plan.value.isfinite().all())
 
 
@@ -288,7 +305,7 @@ def the_zero_of_the_rewards_does_not_matter(subject: Subject) -> None:
     """A constant on top of every reward leaves the plan as good as it was."""
     for shift in (64.0, -64.0):
         plan, _ = plan_once(subject.make(2), peak(shift=shift), torch.zeros(8, 1))
-        assert float(regret(plan).mean()) <= subject.regret, f"shift {shift}: regret {float(regret(plan).mean()):.4f}"
+        assert float(regret(plan).mean()) <= _allowed(subject), f"shift {shift}: {float(regret(plan).mean()):.4f}"
 
 
 def the_same_key_gives_the_same_plan(subject: Subject) -> None:
@@ -304,8 +321,9 @@ def the_same_key_gives_the_same_plan(subject: Subject) -> None:
     torch.set_rng_state(random)
     assert torch.equal(first.actions, again.actions) and torch.equal(first.value, again.value)
     other, _ = plan_once(planner, model, torch.zeros(2, 1), seed=1)
-    assert not torch.equal(first.candidates, other.candidates), "another seed gave the same candidates"
-    assert not torch.equal(first.candidates[0], first.candidates[1]), "two rows share their noise"
+    if not subject.exhaustive:
+        assert not torch.equal(first.candidates, other.candidates), "another seed gave the same candidates"
+        assert not torch.equal(first.candidates[0], first.candidates[1]), "two rows share their noise"
 
 
 def batched_equals_looped(subject: Subject) -> None:

@@ -116,13 +116,17 @@ class ReturnScorer:
             raise _nothing_counts()
         ahead = discount ** _steps(imagined)
         shape = imagined.leaf.batch_size
-        alive = 1.0 if imagined.alive is None else imagined.alive[..., -1]
-        survival = torch.ones(shape, device=imagined.leaf.device) * alive
-        value = torch.zeros(shape, device=survival.device)
         if self.value_weight > 0:
             value = model.value(imagined.leaf).mean(dim=-1) * self.value_weight
-        survived = survival.mean(dim=-1)
-        value = (value * survival).mean(dim=-1) / survived.where(survived > 0, 1.0)
+        else:
+            assert reward is not None
+            value = reward.new_zeros(shape)
+        if imagined.alive is None:
+            survived, value = torch.ones_like(value[..., 0]), value.mean(dim=-1)
+        else:
+            survival = imagined.alive[..., -1]
+            survived = survival.mean(dim=-1)
+            value = (value * survival).mean(dim=-1) / survived.where(survived > 0, 1.0)
         total = torch.zeros_like(value) if reward is None else reward.mean(dim=-1)
         if self.uncertainty_penalty > 0:
             total = total - self._penalty(imagined, discount)
@@ -142,7 +146,7 @@ class ReturnScorer:
             return None
         if imagined.alive is not None:
             gain = gain * imagined.alive
-        return gain @ _discounts(discount, gain.shape[-1], gain)
+        return gain[..., 0] if gain.shape[-1] == 1 else gain @ _discounts(discount, gain.shape[-1], gain)
 
     def _penalty(self, imagined: Imagined, discount: float) -> Tensor:
         """[R, N] what the futures' disagreement costs."""

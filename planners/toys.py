@@ -21,8 +21,9 @@ TASKS = ("toy/left-v0", "toy/right-v0")
 class ToyWAM(WAM):
     """Exact dynamics z' = transition(z, a) and reward(z, a, z'), `members` copies of the same future.
 
-    The latent is the observation `state` [D]; the policy is `gain` z, clamped, and the behaviour prior, where there is
-    one, its opposite. counts: calls per query.
+    The latent is the observation `state` [D]; the policy is `gain` z, clamped, with `mode="sde"` plus noise of standard
+    deviation `spread` where it is given `noise`; the behaviour prior, where there is one, is its opposite.
+    counts: calls per query.
     """
 
     gain: Tensor
@@ -42,6 +43,7 @@ class ToyWAM(WAM):
         gain: Tensor | None = None,
         leave_out: tuple[str, ...] = (),
         behaviour: bool = False,
+        spread: float = 0.6,
     ) -> None:
         super().__init__()
         provides = {"rollout", "policy", "value", "decode", "reward", "uncertainty", "success"} - set(leave_out)
@@ -58,7 +60,7 @@ class ToyWAM(WAM):
             anatomy=Anatomy("state", "toy", "separate", "offline"),
             ensemble_size=members,
         )
-        self.transition, self.reward_of, self.value_of = transition, reward, value
+        self.transition, self.reward_of, self.value_of, self.spread = transition, reward, value, spread
         self.register_buffer("gain", torch.zeros(action_dim, state_dim) if gain is None else gain)
         self.counts = {"encode": 0, "imagine": 0, "propose": 0, "value": 0}
 
@@ -134,7 +136,7 @@ class ToyWAM(WAM):
         horizon: int | None = None,
         behaviour: int = 0,
     ) -> Proposal:
-        """The linear policy's chunk, closed loop in the exact model."""
+        """The linear policy's chunk, closed loop in the exact model; with `mode="sde"`, samples around it."""
         self.counts["propose"] += 1
         if behaviour:
             self.spec.require("behaviour")
@@ -142,8 +144,14 @@ class ToyWAM(WAM):
         sign[num - behaviour :] = -1.0
         horizon = (horizon or self.spec.chunk_length) if perturbation is None else perturbation.shape[2]
 
+        drawn = None
+        if mode == "sde" and noise is not None:
+            drawn = noise.normal(num, horizon, self.spec.action_dim) * self.spread
+
         def act(h: int, z: Tensor) -> Tensor:
             a = z @ self.gain.T * sign
+            if drawn is not None:
+                a = a + drawn[:, :, h]
             if perturbation is not None:
                 a = a + perturbation[:, :, h]
             return a.clamp(-1.0, 1.0)

@@ -91,6 +91,9 @@ class Tree:
         self.dead = full(slots, fill=False, dtype=torch.bool)
         self.any_dead = False
         self.best = full(fill=0, dtype=torch.int64)
+        # Where an edge leads, and where a descent goes on from a node: nodes of the whole batch, the bin for nowhere.
+        self.target = self.trash.repeat_interleave(num_nodes + 1)[:, None].repeat(1, slots)
+        self.down = self.target[:, 0].clone()
         self.action = full(*edge)  # that led to a node
         self.slot_index = torch.arange(slots, device=device)
         self._keys = sorted(state.keys(True, True), key=str)
@@ -115,7 +118,9 @@ class Tree:
 
     def statistics(self, at: Tensor) -> Statistics:
         """What a rule reads of the nodes `at` [X]."""
-        visits = self.visits[at]
+        visits, value, raw_value, counts, q, logits = (
+            x.index_select(0, at) for x in (self.visits, self.value, self.raw_value, self.counts, self.q, self.logits)
+        )
         dead = self.dead[at] if self.any_dead else None
         available = None
         if self.open_slots is not None:
@@ -125,9 +130,7 @@ class Tree:
             available = self.slot_index < wide[:, None]
         if dead is not None:
             available = ~dead if available is None else available & ~dead
-        return Statistics(
-            visits, self.value[at], self.raw_value[at], self.counts[at], self.q[at], self.logits[at], available
-        )
+        return Statistics(visits, value, raw_value, counts, q, logits, available)
 
     def of_row(self, row: int, chosen: Tensor) -> TensorDict:
         """The tree [S] of a row, whose chosen slots are `chosen` [B]; see `wamrl.interfaces.Plan.tree`."""
@@ -153,7 +156,8 @@ class Tree:
             # A slot that has just opened is tried first, the lowest one of several.
             fresh = now.open & (now.counts == 0)
             scores = torch.where(fresh, 1e30 - self.slot_index * 1e24, scores)
-        self.best[at] = scores.argmax(dim=1)
+        best = scores.argmax(dim=1)
+        self.best[at], self.down[at] = best, self.target[at, best]
 
     def descend(self, first: Tensor, max_depth: int) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
         """From the roots by the slots `first` [B] down to an edge without a node, or to `max_depth` edges.
@@ -161,19 +165,16 @@ class Tree:
         Returns the nodes and slots of the path, one [B] per level (the bin where a row's path has ended), and per row
         where it ended: the node [B], the slot [B] and whether that edge is new [B].
         """
-        node, slot = self.base, first
-        going = torch.ones(self.rows, dtype=torch.bool, device=node.device)
-        nodes, slots = [], []
-        for _ in range(max_depth):
-            nodes.append(torch.where(going, node, self.trash))
-            slots.append(slot)
-            child = self.child[node, slot]
-            going = going & (child >= 0)
-            node = torch.where(going, self.base + child, node)
-            if not going.any():
-                break
-            slot = torch.where(going, self.best[node], slot)
-        return nodes, slots, node, slot, ~going
+        reached = [self.base, self.target[self.base, first]]
+        while len(reached) <= max_depth and not torch.equal(reached[-1], self.trash):
+            reached.append(self.down.index_select(0, reached[-1]))
+        path = torch.stack(reached)  # [D + 1, B]
+        inside = path != self.trash
+        end = path.gather(0, inside.sum(dim=0, keepdim=True) - 1)[0]
+        slots = self.best[path]
+        slots[0] = first
+        last = torch.where(end == self.base, first, self.best[end])
+        return list(path[:-1].unbind()), list(slots[:-1].unbind()), end, last, ~inside[-1]
 
     # ---- growing -------------------------------------------------------------------------------------------------
 
@@ -204,15 +205,20 @@ class Tree:
             self.any_dead = True
         if wanted is not None:
             sound, whole = sound & wanted, False
-        number = self.size[rows, None] + sound.cumsum(dim=1) - 1
-        at = torch.where(sound, self.base[rows, None] + number, self.trash[rows, None])
-        self.size[rows] += sound.sum(dim=1)
+        if whole:
+            number = self.size[rows, None] + torch.arange(parent.shape[1], device=rows.device)
+            at = self.base[rows, None] + number
+            self.size[rows] += parent.shape[1]
+        else:
+            number = self.size[rows, None] + sound.cumsum(dim=1) - 1
+            at = torch.where(sound, self.base[rows, None] + number, self.trash[rows, None])
+            self.size[rows] += sound.sum(dim=1)
 
         def kept(x: Tensor) -> Tensor:
             return x.flatten(0, 1) if whole else x[sound]  # a mask costs a search for what is True in it
 
         new, parent, slot, base = kept(at), kept(parent), kept(slot), kept(self.base[rows, None].expand_as(at))
-        self.child[parent, slot] = kept(number)
+        self.child[parent, slot], self.target[parent, slot] = kept(number), new
         self.parent[new] = parent - base
         self.owner[new] = torch.where(parent == base, slot, self.owner[parent])
         self.reward[parent, slot], self.discount[parent, slot] = kept(reward), kept(discount)
@@ -257,14 +263,13 @@ class Tree:
         visits = self.visits[counted]
         if self.backup == "mean":
             returns, at = [], self.raw_value[leaf]
-            for level in reversed(range(len(nodes))):
-                at = torch.addcmul(reward[level], discount[level], at)
+            for r, d in zip(reversed(reward.unbind()), reversed(discount.unbind()), strict=True):
+                at = torch.addcmul(r, d, at)
                 returns.append(at)
             self.value[counted] = (self.value[counted] * visits + torch.stack(returns[::-1])) / (visits + 1.0)
         self.visits[counted] = visits + 1.0
         self.counts[counted, slot] += 1.0
-        child = self.child[counted, slot]
-        below = torch.where(child >= 0, self.base + child, self.trash)
+        below = self.target[counted, slot]
         if self.backup == "mean":
             self.q[counted, slot] = reward + discount * self.value[below]
         else:
@@ -353,6 +358,8 @@ class Tree:
             top = higher
         owner = (kept["child"][rows, 0][:, None] == top[:, :, None]).long().argmax(dim=2)
         self.owner[at] = torch.where(step > 0, owner, -1)[valid]
+        base, child = (at - at % (self.num_nodes + 1))[:, None], self.child[at]
+        self.target[at] = torch.where(child >= 0, base + child, base + self.num_nodes)
         self.refresh(at)
 
 
@@ -395,7 +402,7 @@ def gumbel_rule(*, value_scale: float = 0.1, visit_offset: float = 50.0) -> Rule
     """
 
     def rule(now: Statistics) -> Tensor:
-        improved = torch.softmax(improved_logits(now, value_scale, visit_offset), dim=1)
+        improved = _softmax(improved_logits(now, value_scale, visit_offset))
         return improved - now.counts / (1.0 + now.counts.sum(dim=1, keepdim=True))
 
     return rule
@@ -442,8 +449,14 @@ def considered_visits(num_considered: int, num_simulations: int) -> list[int]:
 
 def _prior(now: Statistics) -> Tensor:
     if now.open is None:
-        return torch.softmax(now.logits, dim=1)
-    return torch.softmax(_masked(now.logits, now.open, -math.inf), dim=1).nan_to_num(0.0)
+        return _softmax(now.logits)
+    return _softmax(_masked(now.logits, now.open, -math.inf)).nan_to_num(0.0)
+
+
+def _softmax(x: Tensor) -> Tensor:
+    """Over dim 1; torch's own takes several times as long where there are many rows of few numbers."""
+    weights = (x - x.amax(dim=1, keepdim=True)).exp_()
+    return weights.div_(weights.sum(dim=1, keepdim=True))
 
 
 def _masked(x: Tensor, open_: Tensor | None, fill: float) -> Tensor:

@@ -149,6 +149,17 @@ def test_the_oracle_is_one_more_method(wam):
     assert results["timing"]["oracle"]["imagine_ms"]["p50"] > 0
 
 
+def test_what_the_oracle_cannot_verify_is_refused_before_any_work(wam, capsys):
+    """The simulator's imagination has no frames to compare with."""
+    words = _arguments(wam, "oracle=true", "methods=[planner]", "video=false", "controller=adaptive")
+    assert "does not answer 'decode'" in _refused(capsys, words)
+
+
+def test_the_gain_is_reported_with_an_adaptive_controller(wam):
+    main(_arguments(wam, "methods=[planner,policy]", "video=false", "latency_plans=0", "controller=adaptive"))
+    assert _results()["gain"]["mean"]["n"] == 2 and 1.0 <= _results()["steps_per_plan"] <= 3.0
+
+
 def test_a_sweep_runs_on_dev_starts(wam):
     main(_arguments(wam, "-m", "split=dev", "video=false", "methods=[planner,random]", "planner.sigma=0.1,0.2"))
     folder = Path("outputs/plan/latest")

@@ -8,7 +8,8 @@ import time
 import pytest
 import torch
 
-from wamrl.planners import make_cem, make_gradient, make_mcts, make_mppi
+from wamrl.interfaces import WAM, Imagined, Proposal
+from wamrl.planners import make_best_of_n, make_cem, make_gradient, make_mcts, make_mppi
 from wamrl.planners.conformance import CHECKS, Subject
 
 WIDE = {"num_candidates": 256, "sigma": 0.6}
@@ -26,6 +27,59 @@ def mcts(horizon: int, **options):
         chunk=chunk, depth=-(-horizon // chunk), sigma=0.6, correlation=0.3, num_candidates=num,
         simulations=2 * num, **options,
     )  # fmt: skip
+
+
+class Choices(WAM):
+    """A continuous model whose actions are one of a few: one-hot over the rows of `table` [K, A]."""
+
+    def __init__(self, model: WAM, table: torch.Tensor) -> None:
+        super().__init__()
+        self.model, self.table = model, table
+        provides = model.spec.provides | {"log_prob"}
+        self.spec = dataclasses.replace(
+            model.spec, action_kind="discrete", action_dim=table.shape[0], chunk_length=1, provides=provides
+        )
+
+    def encode(self, context):
+        return self.model.encode(context)
+
+    def imagine(self, state, actions, **options) -> Imagined:
+        return self.model.imagine(state, actions @ self.table, **options)
+
+    def value(self, state):
+        return self.model.value(state)
+
+    def log_prob(self, state, proposal: Proposal) -> torch.Tensor:
+        """A normal around the model's own policy, on the grid."""
+        assert proposal.chain is not None
+        centre = (state["z"] @ self.model.gain.T).clamp(-1.0, 1.0)
+        scores = -(self.table - centre[:, None]).square().sum(dim=-1) / (2 * self.model.spread**2)
+        return (proposal.chain[:, :, -1, 0] * scores.log_softmax(dim=1)[:, None]).sum(dim=-1, keepdim=True)
+
+
+class DiscreteSearch:
+    """A tree over actions from a grid, behind the contract of the continuous toys."""
+
+    def __init__(self, horizon: int) -> None:
+        self.horizon = horizon
+
+    def inner(self, model):
+        side = torch.linspace(-1.0, 1.0, 5 if model.spec.action_dim == 2 else 15)
+        table = torch.cartesian_prod(*[side] * model.spec.action_dim).view(-1, model.spec.action_dim)
+        planner = make_mcts(
+            chunk=1, depth=self.horizon, simulations=8 * len(table), num_candidates=len(table), backup="mean"
+        )
+        return planner, Choices(model, table)
+
+    def initial_state(self, model, rows):
+        planner, choices = self.inner(model)
+        return planner.initial_state(choices, rows)
+
+    def plan(self, model, state, plan_state, noise, budget):
+        planner, choices = self.inner(model)
+        plan, after = planner.plan(choices, state, plan_state, noise, budget)
+        table = choices.table
+        return dataclasses.replace(plan, actions=plan.actions @ table, candidates=plan.candidates @ table), after
 
 
 SUBJECTS = {
@@ -47,6 +101,11 @@ SUBJECTS = {
     "gradient": Subject(
         lambda horizon: make_gradient(start=cem(horizon), steps=10, num_starts=4, learning_rate=0.02), regret=0.005
     ),
+    "mppi as shipped": Subject(lambda horizon: make_mppi(horizon=horizon), local=True),
+    "best_of_n": Subject(
+        lambda horizon: make_best_of_n(horizon=min(horizon, 4), num_candidates=1024), regret=0.06, gap=0.2
+    ),
+    "mcts, discrete": Subject(DiscreteSearch, exhaustive=True, local=True),
     "mcts, gumbel": Subject(mcts, regret=0.12, gap=0.2),
     "mcts, puct, with reuse": Subject(lambda horizon: mcts(horizon, search="puct", reuse=True), regret=0.12, gap=0.2),
 }  # fmt: skip

@@ -317,6 +317,32 @@ def test_rows_that_the_gate_skips_follow_the_policy() -> None:
     assert after["grown"].tolist() == [True, False, True]
 
 
+def test_a_plan_tells_the_tree_of_each_row_that_was_searched() -> None:
+    """Rows 0 and 2 are searched; their trees have the plan's value at the chosen node, and no row else has one."""
+
+    class Some:
+        needs = frozenset({"policy"})
+
+        def __call__(self, model, state, plan_state):  # type: ignore[no-untyped-def]
+            return torch.tensor([True, False, True])
+
+    model = quadratic(torch.tensor([0.3]), discount=0.9)
+    planner = make_mcts(chunk=1, depth=3, simulations=12, num_candidates=4, sigma=0.5, gate=Some())
+    plan, _ = plan_once(planner, model, torch.tensor([[0.1], [0.2], [0.3]]))
+    assert plan.tree is not None and plan.tree(1) is None
+    for row in (0, 2):
+        tree = plan.tree(row)
+        assert tree is not None
+        nodes = tree.batch_size[0]
+        assert tree["parent"][0] == -1 and (tree["parent"][1:] < torch.arange(1, nodes)).all()
+        assert tree["visits"][0] == 13 and tree["state"]["z"][0] == (0.1 if row == 0 else 0.3)
+        (chosen,) = tree["chosen"].nonzero()[:, 0].tolist()
+        assert tree["parent"][chosen] == 0
+        for node in range(nodes):  # a node was visited once itself, and then through its children
+            through = tree["visits"][tree["parent"] == node].sum()
+            assert tree["visits"][node] >= 1 + through
+
+
 def test_a_model_that_breaks_everywhere_holds_where_that_is_asked_for() -> None:
     model = BrokenWAM(torch.tensor([0.3, -0.6]), lambda z, a: z[..., 0] > 0, math.nan)
     planner = make_mcts(chunk=1, depth=2, simulations=8, num_candidates=4, on_failure="hold")

@@ -333,7 +333,11 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class Gate(Protocol):
-    """Whether a row is worth searching: [B] bool."""
+    """Whether a row is worth searching: [B] bool.
+
+    Planners tell it in the plan state's entry `search_cost` [B] what a search may take, and keep what it remembers from
+    plan to plan, if it does, in the entry `gate`: see `wamrl.planners.gates`.
+    """
 
     def __call__(self, model: WAM, state: State, plan_state: PlanState) -> Tensor: ...
 

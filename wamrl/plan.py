@@ -35,7 +35,7 @@ from wamrl.files import write_text
 from wamrl.naming import unknown_name
 from wamrl.report import METHODS, gain_words, short
 from wamrl.results import Run, plan_times
-from wamrl.workers import load_model, make_env, module_of, planner_policy, remaining_jobs, spread
+from wamrl.workers import load_model, make_env, module_of, oracle_policy, planner_policy, remaining_jobs, spread
 
 
 @command(
@@ -184,8 +184,10 @@ def _prepare(settings: dict[str, Any], directory: Path, started: datetime, earli
         tasks=tasks,
         control_dt_s=env.control_dt_s,
     )
-    if {"planner", "shuffled", "oracle"} & set(settings["methods"]):
+    if {"planner", "shuffled"} & set(settings["methods"]):
         planner_policy(settings, model).initial_state(1)  # asks the planner whether the model answers what it needs
+    if settings["oracle"]:
+        oracle_policy(settings, model, tasks[0]).initial_state(1)  # a controller or gate may ask what it cannot answer
     starts = module_of(env).start_states
     if "expert" in settings["methods"] and not hasattr(module_of(env), "ExpertPolicy"):
         others = ",".join(m for m in settings["methods"] if m != "expert")

@@ -156,10 +156,7 @@ class Worker:
 
     def _run_oracle(self, task: str, starts: Sequence[Start]) -> None:
         env = self._env(task, min(self.settings["num_envs"], len(starts)), snapshots=True)
-        oracle = OracleWAM(self.model, make_env(self.settings, [task], 1, snapshots=True))
-        horizon = int(getattr(planner_policy(self.settings, self.model).planner, "horizon", oracle.spec.max_horizon))
-        budget = self.settings["oracle_candidates"] * horizon
-        policy = planner_policy(self.settings, oracle, evaluations=budget)
+        policy = oracle_policy(self.settings, self.model, task)
         self._episodes(env, policy, "oracle", starts, keep_snapshot=True)
         self.emit("oracle_log", policy.log)
 
@@ -242,6 +239,13 @@ def make_env(
 def module_of(env: Any) -> Any:
     """The plug-in that `env` comes from: it has `start_states` and perhaps `ExpertPolicy`."""
     return importlib.import_module(type(env).__module__)
+
+
+def oracle_policy(settings: Mapping[str, Any], model: WAM, task: str) -> PlannerPolicy:
+    """The controller around the planner in the true simulator of `task`, at the oracle's budget."""
+    oracle = OracleWAM(model, make_env(settings, [task], 1, snapshots=True))
+    horizon = int(getattr(planner_policy(settings, model).planner, "horizon", oracle.spec.max_horizon))
+    return planner_policy(settings, oracle, evaluations=settings["oracle_candidates"] * horizon)
 
 
 def planner_policy(
