@@ -45,6 +45,7 @@ from wamrl.files import write_json, write_text
 from wamrl.interfaces import WAM, task_id
 from wamrl.judging import Cost, Imagining
 from wamrl.naming import unknown_name
+from wamrl.pages import evaluation_page, number
 from wamrl.policies import Entrant, Surroundings
 from wamrl.report import short
 from wamrl.workers import load_model, make_env, module_of
@@ -79,6 +80,7 @@ def main(config: DictConfig, run_dir: Path) -> float | None:
     results = results_of(bench, judged, calibrated, started, clock)
     write_text(run_dir / "episodes.csv", episodes_csv(bench, judged, results))
     write_json(run_dir / "results.json", results)
+    evaluation_page(run_dir, results, [])
     _print(results, console)
     r = results["agreement"]["all"]["pearson"]["mean"] if results["agreement"] else None
     return r
@@ -435,10 +437,6 @@ def _thresholds_of(directory: Path, bench: Bench, variants: Mapping[str, Any]) -
     }
 
 
-def _number(value: float | None, digits: int = 2) -> str:
-    return "undefined" if value is None else f"{value:.{digits}f}"
-
-
 def _print(results: Mapping[str, Any], console: Console) -> None:
     real = results["real"]
     table = Table(title=f"success on {results['protocol']['split']} starts", title_justify="left")
@@ -450,17 +448,17 @@ def _print(results: Mapping[str, Any], console: Console) -> None:
             f"{v['mean']:.0%} [{v['low']:.0%}, {v['high']:.0%}]"
             for v in (entry["mean"][w] for w in ("real", "imagined") if w in entry["mean"])
         ]
-        table.add_row(name, *cells, *([_number(entry["kappa"])] if real else []))
+        table.add_row(name, *cells, *([number(entry["kappa"])] if real else []))
     console.print(table)
     for scope, found in results["agreement"].items():
         r = found["pearson"]
         bounds = "" if r["low"] is None else f" [{r['low']:.2f}, {r['high']:.2f}]"
         console.print(
-            f"{short(scope)}: {found['policies']} policies, Pearson {_number(r['mean'])}{bounds}, "
-            f"Spearman {_number(found['spearman'])}, p {_number(found['permutation_p'], 4)}, "
+            f"{short(scope)}: {found['policies']} policies, Pearson {number(r['mean'])}{bounds}, "
+            f"Spearman {number(found['spearman'])}, p {number(found['permutation_p'], 4)}, "
             f"MMRV {found['mmrv']['mean']:.3f}, mean gap {100 * found['gap']['mean']:.1f} points, "
-            f"kappa {_number(found['kappa']['mean'])}, P(imagined success | real failure) "
-            f"{_number(found['judge']['false_positive_rate'])}",
+            f"kappa {number(found['kappa']['mean'])}, P(imagined success | real failure) "
+            f"{number(found['judge']['false_positive_rate'])}",
             highlight=False,
         )
     if real and len(results["variants"]) > 2:
@@ -469,7 +467,7 @@ def _print(results: Mapping[str, Any], console: Console) -> None:
             table.add_column(name, justify="left" if name == "judge" else "right")
         for name, v in results["variants"].items():
             cells = [
-                _number(v[k], 3)
+                number(v[k], 3)
                 for k in ("pearson", "mmrv", "gap", "bias", "kappa", "recall", "false_positive_rate", "ece")
             ]
             table.add_row(name, *cells)

@@ -312,7 +312,7 @@ def failures_in_training(provenance: Mapping[str, Any]) -> str:
 
     Counts episodes of behaviours that are made to fail; a behaviour may fail by chance as well, which nobody recorded.
     """
-    plans = [index.get("plan") or {} for index in provenance.get("data") or []]
+    plans = [index.get("plan") or {} for index in _indices(provenance)]
     mixtures = [plan["mixture"] for plan in plans if plan.get("mixture")]
     if not mixtures:
         return "unknown"
@@ -321,5 +321,9 @@ def failures_in_training(provenance: Mapping[str, Any]) -> str:
 
 def training_splits(provenance: Mapping[str, Any] | None) -> set[str]:
     """The splits whose start states a checkpoint was trained on, as far as it says."""
-    data = (provenance or {}).get("data") or []
-    return {str(index["split"]) for index in data if isinstance(index, Mapping) and "split" in index}
+    return {str(index["split"]) for index in _indices(provenance or {}) if "split" in index}
+
+
+def _indices(provenance: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    data = provenance.get("data")
+    return [index for index in data if isinstance(index, Mapping)] if isinstance(data, list) else []

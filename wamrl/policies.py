@@ -266,7 +266,7 @@ def from_callable(target: str, arguments: Mapping[str, Any] | None = None) -> Po
         made = found(**(arguments or {}))
     if isinstance(made, Policy):
         return made
-    if not callable(made) or made is not found:
+    if not inspect.isroutine(made) or made is not found:
         raise ValueError(f"the policy '{target}' gave a {type(made).__name__}, which has no act and initial_state")
     return FunctionPolicy(made, target)
 
