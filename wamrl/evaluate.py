@@ -60,7 +60,7 @@ from wamrl.workers import load_model, make_env, module_of
         "policies=[expert,six,planner:six,outputs/train/latest,my_package.my_module:my_policy]",
         "policies=[expert,random,{kind:sb3,path:ppo.zip,algorithm:PPO,trust:true}]",
         "ensemble=8 uncertainty_penalty=0.2 keyframe_every=10",
-        "real=false threshold=0.5 data=data/dev_starts",
+        "real=false threshold=0.5 frames=data/dev_starts",
     ],
 )
 def main(config: DictConfig, run_dir: Path) -> float | None:
@@ -129,9 +129,9 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
             f"there are {count} policies, but {what} needs at least {least}, better ten or more of independent origin; "
             "add some, as in policies=[expert,expert+0.5,random]"
         )
-    if given["data"] is not None and given["real"]:
+    if given["frames"] is not None and given["real"]:
         raise ValueError(
-            "data names the first frames of an evaluation without a simulator; add real=false, or leave it"
+            "frames names the start states of an evaluation without a simulator; add real=false, or leave it"
         )
     calibrates = given["threshold"] == "calibrated"
     if calibrates and not given["real"]:
@@ -179,7 +179,7 @@ def _prepare(settings: dict[str, Any]) -> Bench:
         )
     _refuse_trained_on(settings["split"], metadata.provenance, f"the judging WAM {settings['wam']['checkpoint']}")
     starts: list[Start] = []
-    if settings["data"] is None:
+    if settings["frames"] is None:
         env = make_env(settings, None, len(settings["env"]["tasks"]) if "tasks" in settings["env"] else 1)
         tasks, max_steps, action_repeat = tuple(env.tasks), env.max_steps, env.action_repeat
         observation = {k: tuple(env.observation_spec[k].shape[1:]) for k in env.observation_spec.keys()}
@@ -254,7 +254,7 @@ def _starts_of_data(settings: Mapping[str, Any], model: WAM) -> tuple[list[Start
     """The first frames of a dataset of held-out starts, one per start state."""
     keys = tuple(model.spec.observation)
     wanted = settings["env"].get("tasks")
-    dataset = EpisodeDataset.open(settings["data"], keys=keys, training=False)
+    dataset = EpisodeDataset.open(settings["frames"], keys=keys, training=False)
     for index in dataset.indices:
         if index["split"] != settings["split"]:
             raise ValueError(
@@ -262,7 +262,7 @@ def _starts_of_data(settings: Mapping[str, Any], model: WAM) -> tuple[list[Start
                 "evaluate on a dataset of that split"
                 + (": train starts are refused" if index["split"] == "train" else "")
             )
-    frames = start_frames(settings["data"], keys=keys, first_only=True, training=False)
+    frames = start_frames(settings["frames"], keys=keys, first_only=True, training=False)
     starts: list[Start] = []
     chosen: list[int] = []
     for i, info in enumerate(dataset.episodes):
@@ -273,7 +273,7 @@ def _starts_of_data(settings: Mapping[str, Any], model: WAM) -> tuple[list[Start
             chosen.append(i)
     if not starts:
         raise ValueError(
-            f"{settings['data']} holds no episode of {', '.join(wanted or [])}; choose another env or data"
+            f"{settings['frames']} holds no episode of {', '.join(wanted or [])}; choose another env or frames"
         )
     for start in starts:
         if start.task not in model.spec.tasks:
