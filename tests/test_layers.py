@@ -21,7 +21,9 @@ LAYERS = {
         ("data", "checkpoint", "training", "evaluation", "report", "control", "oracle", "video", "agreement"), 3
     ),
     # cli: what the commands share; film, results: parts of plan; imagined: environments from checkpoint and data
-    **dict.fromkeys(("cli", "film", "results", "imagined", "policies", "judging", "verdict", "pages"), 4),
+    **dict.fromkeys(
+        ("cli", "film", "results", "imagined", "policies", "judging", "verdict", "pages", "budget", "properties"), 4
+    ),
     **dict.fromkeys(("workers", "evaluated"), 5),
     **dict.fromkeys(("collect", "train", "plan", "posttrain", "evaluate", "loop", "bench"), 6),
     "configs": 6,
