@@ -311,7 +311,7 @@ SHIFTS: dict[str, str] = {
     "camera": "the camera turned by 15 degrees",
     "light": "the lights at half their strength",
     "object_colour": "the colours of the task's objects exchanged",
-    "start_layout": "object and goal moved by 5 cm to the side, beyond the training range at its edge",
+    "start_layout": "the object moved by 5 cm away from the middle, out of the training range at its edge",
     "dynamics": "the task's objects of twice the mass, friction halved",
     "action_noise": "Gaussian noise of 0.3 on every action",
 }
@@ -353,9 +353,8 @@ def apply_shift(env: Any, shift: str) -> None:
 def _moved(reset: Callable[[Floats], Floats], metres: float = 0.05) -> Callable[[Floats], Floats]:
     def shifted(vector: Floats) -> Floats:
         vector = np.array(vector, dtype=np.float64)
-        vector[0] += metres * (1 if vector[0] >= 0 else -1)  # the object, away from the middle
-        if vector.size >= 6:
-            vector[3] += metres * (1 if vector[3] >= 0 else -1)  # the goal as well
+        # The object only: Meta-World clips the goal that a policy sees to its own range.
+        vector[0] += metres * (1 if vector[0] >= 0 else -1)
         return reset(vector)
 
     return shifted
