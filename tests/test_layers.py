@@ -24,7 +24,7 @@ LAYERS = {
     **dict.fromkeys(
         ("cli", "film", "results", "imagined", "policies", "judging", "verdict", "pages", "budget", "properties"), 4
     ),
-    **dict.fromkeys(("workers", "evaluated"), 5),
+    **dict.fromkeys(("workers", "evaluated", "pair_films"), 5),
     **dict.fromkeys(("collect", "train", "plan", "posttrain", "evaluate", "loop", "bench"), 6),
     "configs": 6,
     "": 7,  # wamrl/__init__.py, the way in for users

@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from tensordict import TensorDict
 
-from wamrl import checkpoint, judging, policies, provenance, verdict
+from wamrl import checkpoint, judging, pair_films, policies, provenance, verdict
 from wamrl.cli import command, plain
 from wamrl.data import EpisodeDataset, start_frames
 from wamrl.evaluated import (
@@ -48,6 +48,7 @@ from wamrl.naming import unknown_name
 from wamrl.pages import evaluation_page, number
 from wamrl.policies import Entrant, Surroundings
 from wamrl.report import short
+from wamrl.verdict import Judged
 from wamrl.workers import load_model, make_env, module_of
 
 
@@ -80,7 +81,11 @@ def main(config: DictConfig, run_dir: Path) -> float | None:
     results = results_of(bench, judged, calibrated, started, clock)
     write_text(run_dir / "episodes.csv", episodes_csv(bench, judged, results))
     write_json(run_dir / "results.json", results)
-    evaluation_page(run_dir, results, [])
+    films, note = _films(bench, judged, results, run_dir)
+    if note:
+        results["warnings"].append(f"No film: {note}")
+        write_json(run_dir / "results.json", results)
+    evaluation_page(run_dir, results, films)
     _print(results, console)
     r = results["agreement"]["all"]["pearson"]["mean"] if results["agreement"] else None
     return r
@@ -435,6 +440,45 @@ def _thresholds_of(directory: Path, bench: Bench, variants: Mapping[str, Any]) -
         "source": f"calibrated by {before['command']}",
         "thresholds": {**values, "none": dict.fromkeys(bench.tasks, 0.5)},
     }
+
+
+def _films(
+    bench: Bench, played: Played, results: Mapping[str, Any], run_dir: Path
+) -> tuple[list[dict[str, str]], str | None]:
+    """Films of the most telling episodes, and why there are none."""
+    settings, judge = bench.settings, results["variants"]["judge"]
+    if not settings["real"] or not settings["films"]:
+        return [], None
+    if not is_metaworld(bench.model):
+        return [], "films show positions of hand and object, which only a Meta-World state has"
+    tasks = [start.task for start in played.starts]
+    judged = Judged(played.scores(judge["settings"]), judge["thresholds"])
+    decisions, real = judged.decisions(tasks), played.outcomes
+    how = asked_roll_outs(settings)[judge["settings"]["roll_out"]]
+    envs = {task: make_env(settings, [task], 1) for task in bench.tasks}
+    choices = []
+    for k, n in pair_films.choose(real, decisions, judged.scores, settings["films"]):
+        start = played.starts[n]
+        choices.append(
+            {
+                "env": envs[start.task],
+                "model": bench.model,
+                "frame": bench.frames[n],
+                "policy": bench.entrants[k].policy,
+                "start": start,
+                "name": bench.entrants[k].name,
+                "split": settings["split"],
+                "seed": settings["seed"],
+                "max_steps": bench.max_steps,
+                "threshold": judge["thresholds"][start.task],
+                "solved": (bool(real[k, n]), bool(decisions[k, n])),
+                **how,
+            }
+        )
+    made, note = pair_films.films_of(choices, run_dir)
+    for env in envs.values():
+        env.close()
+    return made, note
 
 
 def _print(results: Mapping[str, Any], console: Console) -> None:
