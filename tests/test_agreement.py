@@ -173,7 +173,8 @@ def test_the_threshold_judges_as_many_successful_as_are():
     threshold = ag.matching_threshold(real=real, score=score)
     assert threshold == pytest.approx(0.25) and (score >= threshold).sum() == real.sum()
     assert ag.matching_threshold(real=[True, True], score=[0.1, 0.2]) == 0.5  # nothing to learn from
-    assert ag.matching_threshold(real=[True, False], score=[0.0, 0.0], otherwise=0.7) > 0.0
+    # A judge that saw neither success gets no threshold that would call its noise a success.
+    assert ag.matching_threshold(real=[True, True, False], score=[0.001, 0.002, 0.0]) == 0.1
 
 
 def test_the_sustained_horizon_of_a_case_worked_by_hand():

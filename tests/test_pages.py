@@ -143,8 +143,8 @@ def test_a_browser_draws_the_charts_and_plays_the_films(page, tmp_path, size, da
     command = [
         BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom",
         "--virtual-time-budget=20000", "--autoplay-policy=no-user-gesture-required",
-        f"--user-data-dir={tmp_path / 'p'}", f"--window-size={size[0]},{size[1]}", *(["--blink-settings=preferredColorScheme=0"] if dark else []),
-        shown.as_uri(),
+        f"--user-data-dir={tmp_path / 'p'}", f"--window-size={size[0]},{size[1]}",
+        *(["--blink-settings=preferredColorScheme=0"] if dark else []), shown.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]

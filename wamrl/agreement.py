@@ -233,8 +233,9 @@ def matching_threshold(*, real: ArrayLike, score: ArrayLike, otherwise: float = 
     """The threshold at which as many episodes are judged successful as are, false alarms and misses balancing.
 
     A rate over policies wants this one rather than the threshold with the fewest errors, which favours the commoner
-    outcome. Of the scores that the threshold may lie between, it lies in the middle, but never beyond (0, 1). Where
-    reality has only successes or only failures there is nothing to learn, and `otherwise` comes back.
+    outcome. Of the scores that the threshold may lie between, it lies in the middle, but within [0.1, 0.9]: where a few
+    episodes put it beyond, the judge saw nothing of what happened, and a threshold there would be luck. Where reality
+    has only successes or only failures there is nothing to learn, and `otherwise` comes back.
     """
     outcome, s = np.asarray(real, dtype=bool).ravel(), np.asarray(score, dtype=np.float64).ravel()
     if outcome.shape != s.shape or not len(s):
@@ -243,7 +244,7 @@ def matching_threshold(*, real: ArrayLike, score: ArrayLike, otherwise: float = 
     if wanted in (0, len(s)):
         return otherwise
     ordered = np.sort(s)[::-1]
-    return float(np.clip((ordered[wanted - 1] + ordered[wanted]) / 2, 1e-6, 1 - 1e-6))
+    return float(np.clip((ordered[wanted - 1] + ordered[wanted]) / 2, 0.1, 0.9))
 
 
 def sustained_horizon(errors: NDArray[np.floating[Any]], epsilon: float, *, share: float = 0.9) -> int:

@@ -44,7 +44,7 @@ CHECKS = ("budget", "properties")
     "of a WAM (first word: properties).",
     examples=[
         "budget runs=[outputs/plan/latest,outputs/evaluate/latest]",
-        "budget configurations={mppi:[planner=mppi],cem:[planner=cem]}",
+        "budget configurations={mppi:{planner:mppi},cem:{planner:cem,planner.horizon:6}}",
         "properties wam=six env=metaworld/push-v3",
     ],
 )
@@ -101,7 +101,7 @@ def _budget(settings: Mapping[str, Any], run_dir: Path, console: Console) -> dic
         named[name if name not in named else str(path)] = budget.read_results(path)
     for name, overrides in settings["configurations"].items():
         where = run_dir / "runs" / str(name)
-        words = [*map(str, settings["common"]), *map(str, overrides or []), f"run_dir={where}"]
+        words = [*map(str, settings["common"]), *(f"{k}={v}" for k, v in (overrides or {}).items()), f"run_dir={where}"]
         console.print(f"running {name}: python -m wamrl.plan {shlex.join(words)}", highlight=False)
         done = subprocess.run([sys.executable, "-m", "wamrl.plan", *words], capture_output=True, text=True)
         if done.returncode:
@@ -111,7 +111,7 @@ def _budget(settings: Mapping[str, Any], run_dir: Path, console: Console) -> dic
         named[str(name)] = budget.read_results(where)
     if not named:
         raise ValueError(
-            "there is nothing to compare: give runs=[<directory>, ...], or configurations={mppi:[planner=mppi]}"
+            "there is nothing to compare: give runs=[<directory>, ...], or configurations={mppi:{planner:mppi}}"
         )
     rows = budget.rows_of(named)
     groups, warnings = budget.by_hash(rows), []
