@@ -98,3 +98,16 @@ def test_a_stopped_run_or_one_of_another_command_is_refused(tmp_path):
         budget.read_results(_plan(tmp_path / "a", "aaaa", 1.0, partial=True))
     with pytest.raises(ValueError, match="is of 'train'"):
         budget.read_results(_plan(tmp_path / "b", "aaaa", 1.0, name="train"))
+
+
+@pytest.mark.parametrize("planners", [("mppi", "best_of_n")])
+def test_configurations_are_run_and_compared(planners):
+    pytest.importorskip("metaworld")
+    asked = ",".join(f"{p}:{{planner:{p},planner.num_candidates:4,planner.horizon:3}}" for p in planners)
+    common = "{env:metaworld/reach-v3,split:dev,episodes:1,workers:1,video:false,env.max_steps:4,latency_plans:2}"
+    main(["budget", f"configurations={{{asked}}}", f"common={common}", "run_dir=out"])
+    results = json.loads(Path("out/results.json").read_text())
+    (rows,) = results["groups"].values()
+    assert {r["planner"] for r in rows if r["planner"]} == set(planners)
+    assert all(r["ms"]["total"]["p50"] > 0 and r["evaluations"] > 0 for r in rows if r["agent"] == "planner")
+    assert any(r["front"] for r in rows) and "Pareto" in Path("out/report.html").read_text()

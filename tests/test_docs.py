@@ -57,7 +57,9 @@ def test_a_command_on_the_pages_composes(line, tmp_path, monkeypatch):
         words = train._rewritten(words)[1]
     if name == "bench":
         words[0] = f"check={words[0]}"
-    single = [word if "[" in word else word.partition(",")[0] for word in words if word != "-m"]  # first of a sweep
+    single = [
+        word if "[" in word or "{" in word else word.partition(",")[0] for word in words if word != "-m"
+    ]  # first of a sweep
     cli.compose(name, single)
 
 

@@ -99,9 +99,11 @@ def _budget(settings: Mapping[str, Any], run_dir: Path, console: Console) -> dic
         path = Path(str(directory))
         name = path.resolve().name
         named[name if name not in named else str(path)] = budget.read_results(path)
-    for name, overrides in settings["configurations"].items():
+    common = settings["common"] or {"split": "dev", "episodes": 10, "video": False, "workers": 1}
+    for name, overrides in (settings["configurations"] or {}).items():
         where = run_dir / "runs" / str(name)
-        words = [*map(str, settings["common"]), *(f"{k}={v}" for k, v in (overrides or {}).items()), f"run_dir={where}"]
+        words = [f"{key}={value}" for key, value in {**common, **(overrides or {})}.items()]
+        words.append(f"run_dir={where}")
         console.print(f"running {name}: python -m wamrl.plan {shlex.join(words)}", highlight=False)
         done = subprocess.run([sys.executable, "-m", "wamrl.plan", *words], capture_output=True, text=True)
         if done.returncode:
