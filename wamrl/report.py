@@ -44,6 +44,8 @@ METHODS = {
 _TAGS = {
     "no_approach": "the hand never came within 6 cm of its target",
     "no_motion": "the hand came near, the object moved less than 2 cm",
+    "missed_grasp": "the hand came near and never touched the object",
+    "premature_release": "both pads held the object and let go of it away from its goal",
     "slip": "the object came nearer to its goal and fell back",
     "wrong_place": "the object moved, but not to the goal",
     "timeout": "time ran out",
