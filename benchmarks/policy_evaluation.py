@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--split", choices=("test", "dev"), default="test")
     parser.add_argument("--policies", type=int, default=None, help="only the first so many independent ones")
     parser.add_argument("--wam", default="six")
-    parser.add_argument("--settings", nargs="*", default=["keyframe_every=10"], help="more settings of evaluate")
+    parser.add_argument("--settings", nargs="*", default=["ensemble=3"], help="more settings of evaluate")
     parser.add_argument("--calibration", type=int, default=40, help="dev starts per task for the judge's threshold")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/policy_evaluation"))
     parser.add_argument("--store", type=Path, default=RESULTS / "policy_evaluation.json")
