@@ -264,7 +264,7 @@ def test_ctrl_c_ends_a_real_process_with_130(tmp_path):
 # ------------------------------------------------------------------------------------ the shipped commands
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*COMMANDS, "evaluate", "bench"])
 def test_help_of_every_command_is_for_newcomers(name, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", f"wamrl.{name}", "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=120

@@ -45,7 +45,7 @@ def commands() -> list[str]:
 
 def test_the_pages_show_every_command():
     shown = {line.split()[2].removeprefix("wamrl.") for line in commands()}
-    assert shown == {"collect", "train", "plan", "posttrain", "loop"}
+    assert shown == {"collect", "train", "plan", "posttrain", "loop", "evaluate", "bench"}
 
 
 @pytest.mark.parametrize("line", commands())
@@ -56,7 +56,11 @@ def test_a_command_on_the_pages_composes(line, tmp_path, monkeypatch):
     name, *words = line.removeprefix("python -m wamrl.").split()
     if name in ("train", "posttrain"):
         words = cli.rewritten(name, words)[1]
-    single = [word if "[" in word else word.partition(",")[0] for word in words if word != "-m"]  # first of a sweep
+    if name == "bench":
+        words[0] = f"check={words[0]}"
+    single = [
+        word if "[" in word or "{" in word else word.partition(",")[0] for word in words if word != "-m"
+    ]  # first of a sweep
     cli.compose(name, single)
 
 

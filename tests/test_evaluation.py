@@ -241,6 +241,21 @@ def test_failure_tags_from_what_happened():
     assert FailureTags(None, PUSH).tag() == "timeout"
 
 
+def test_contacts_tell_a_missed_grasp_and_a_premature_release():
+    goal, thing = [0.0, 0.8, 0.0], [0.0, 0.6, 0.0]
+    nothing, both, hand = torch.zeros(4), torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 1.0, 0.0])
+    tags = FailureTags(_state([0.3, 0.4, 0.3], thing, goal), PUSH)
+    tags.see(_state([0.0, 0.6, 0.03], thing, goal), nothing)
+    assert tags.tag() == "missed_grasp"
+    tags.see(_state([0.0, 0.6, 0.03], thing, goal), hand)
+    assert tags.tag() == "no_motion"  # touched, not moved
+    for y in (0.6, 0.62, 0.64):
+        tags.see(_state([0.0, y, 0.03], [0.0, y, 0.0], goal), both)
+    assert tags.tag() == "wrong_place"  # still held
+    tags.see(_state([0.0, 0.64, 0.1], [0.0, 0.64, 0.0], goal), nothing)
+    assert tags.tag() == "premature_release"
+
+
 class _Random:
     """Uniform actions whose numbers depend on the episode's identity and step alone."""
 

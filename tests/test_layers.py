@@ -17,11 +17,15 @@ LAYERS = {
     **dict.fromkeys(("interfaces", "noise", "naming", "files", "provenance"), 0),
     **dict.fromkeys(("models", "imagination"), 1),
     **dict.fromkeys(("envs", "planners", "agents"), 2),
-    **dict.fromkeys(("data", "checkpoint", "training", "evaluation", "report", "control", "oracle", "video"), 3),
+    **dict.fromkeys(
+        ("data", "checkpoint", "training", "evaluation", "report", "control", "oracle", "video", "agreement"), 3
+    ),
     "image_quality": 3,
     # cli: what the commands share; film, results: parts of plan; imagined: environments from checkpoint and data
-    **dict.fromkeys(("cli", "film", "results", "imagined"), 4),
-    "workers": 5,
+    **dict.fromkeys(
+        ("cli", "film", "results", "imagined", "policies", "judging", "verdict", "pages", "budget", "properties"), 4
+    ),
+    **dict.fromkeys(("workers", "evaluated", "pair_films"), 5),
     **dict.fromkeys(("collect", "train", "plan", "posttrain", "evaluate", "loop", "bench"), 6),
     "configs": 6,
     "": 7,  # wamrl/__init__.py, the way in for users

@@ -67,6 +67,7 @@ def test_what_the_oracle_imagines_is_what_happens(pushing):
             assert torch.equal(after["reward"][:, 0], imagined.reward[:, candidate, 0, step])
             assert torch.equal(after["success"][:, 0], imagined.success[:, candidate, 0, step].bool())
         assert torch.equal(after["snapshot"], imagined.leaf["snapshot"][:, candidate, 0])
+        assert torch.equal(after["state"], oracle.decode(imagined.leaf[:, candidate, 0], ("state",))["state"])
 
 
 def test_imagining_leaves_the_controlled_simulator_alone(pushing):
@@ -120,7 +121,7 @@ def test_the_oracle_plans_among_the_candidates_of_its_model(pushing):
         plan, _ = planner.plan(model, state, planner.initial_state(model, 2), NoiseKey.for_rows(2), Budget())
         candidates.append(plan.candidates)
     assert torch.equal(*candidates)
-    assert "behaviour" in oracle.spec.provides and "decode" not in oracle.spec.provides
+    assert "behaviour" in oracle.spec.provides
 
 
 def test_the_oracle_says_what_it_is_not(pushing):
@@ -128,7 +129,7 @@ def test_the_oracle_says_what_it_is_not(pushing):
     assert oracle.spec.ensemble_size == 1
     with pytest.raises(ValueError, match="needs one row"):
         OracleWAM(_model(), metaworld.MetaWorldEnv(REACH, num_envs=2))
-    with pytest.raises(ValueError, match="does not answer 'decode'"):
-        oracle.decode(TensorDict({}, batch_size=[1]))
+    with pytest.raises(ValueError, match="does not answer 'inverse'"):
+        oracle.spec.require("inverse")
     with pytest.raises(ValueError, match="one future"):
         oracle.imagine(TensorDict({}, batch_size=[1]), torch.zeros(1, 1, 1, 4), futures=2)

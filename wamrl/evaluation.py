@@ -219,6 +219,9 @@ class FailureTags:
     "no_approach": the hand never came within 6 cm of the object (for reach: of the goal).
     "no_motion": it came near, but the object moved less than 2 cm. "slip": the object came at least 5 cm nearer to
     its goal and then lost at least half of that. "wrong_place": the object moved, not to the goal.
+    Where the environment tells of contacts (left pad, right pad, hand with object; hand with table): "missed_grasp"
+    instead of "no_motion" when the hand came near and never touched the object, and "premature_release" instead of
+    "wrong_place" when both pads held the object and let go of it, for good, more than 5 cm away from its goal.
     `run_episodes` itself says "simulator_error" where the simulator failed.
     Uses Meta-World's state layout (hand 0:3, object 4:7, goal 36:39, metres); without it, every failure is "timeout".
     """
@@ -230,6 +233,8 @@ class FailureTags:
         self._first = None if state is None or state.shape[-1] != 39 else state.double().clone()
         self._nearest = self._moved = 0.0
         self._goal_now = self._goal_best = self._goal_first = 0.0
+        self._contacts = self._touched = self._held = False
+        self._held_steps, self._released_m = 0, 0.0
         if self._first is not None:
             self._nearest = math.inf
             self._goal_first = self._goal_best = self._distance_to_goal(self._first)
@@ -238,8 +243,8 @@ class FailureTags:
     def _distance_to_goal(self, state: Tensor) -> float:
         return float((state[4:7] - state[36:39]).norm())
 
-    def see(self, state: Tensor | None) -> None:
-        """Take in the state [39] after a step."""
+    def see(self, state: Tensor | None, contact: Tensor | None = None) -> None:
+        """Take in the state [39] and the contacts [4] after a step."""
         if self._first is None or state is None:
             return
         state = state.double()
@@ -248,6 +253,13 @@ class FailureTags:
         self._moved = max(self._moved, float((state[4:7] - self._first[4:7]).norm()))
         self._goal_now = self._distance_to_goal(state)
         self._goal_best = min(self._goal_best, self._goal_now)
+        if contact is not None and contact.shape[-1] == 4:
+            left, right, hand, _ = (bool(flag > 0.5) for flag in contact)
+            self._contacts, self._touched = True, self._touched or left or right or hand
+            held = left and right
+            if self._held and not held:
+                self._released_m = self._goal_now
+            self._held, self._held_steps = held, self._held_steps + held
 
     def tag(self) -> str:
         """The tag of a failed episode."""
@@ -258,10 +270,13 @@ class FailureTags:
         if self._reach:
             return "timeout"
         if self._moved < self.MOVED_M:
-            return "no_motion"
+            return "missed_grasp" if self._contacts and not self._touched else "no_motion"
         gained, lost = self._goal_first - self._goal_best, self._goal_now - self._goal_best
         if gained >= self.PROGRESS_M and lost >= 0.5 * gained:
             return "slip"
+        # Three control steps between both pads are a grasp, fewer a bump.
+        if self._held_steps >= 3 and not self._held and self._released_m > self.PROGRESS_M:
+            return "premature_release"
         return "wrong_place"
 
 
@@ -394,7 +409,7 @@ def run_episodes(
             episode.length += 1
             episode.total += float(after["reward"][row])
             if "state" in after.keys():
-                episode.tags.see(after["state"][row])
+                episode.tags.see(after["state"][row], after["contact"][row] if "contact" in after.keys() else None)
             success = bool(after["success"][row])
             if success or bool(after["done"][row]) or episode.length >= max_steps:
                 finished[episode.start] = Episode(

@@ -42,20 +42,21 @@ class OracleWAM(WAM):
             model.spec,
             observation={**model.spec.observation, "snapshot": (int(simulator.snapshot_size),)},
             # What the simulator answers, and with the model's own candidates: both plan among the same ones.
-            provides=frozenset({"rollout", "policy", "value", "observe", "reward", "success", "uncertainty"})
+            provides=frozenset({"rollout", "policy", "value", "observe", "reward", "success", "uncertainty", "decode"})
             | (model.spec.provides & {"behaviour"}),
             anatomy=Anatomy("simulator state", "physics engine", "none", "planning"),
             ensemble_size=1,
         )
 
     def encode(self, context: Context) -> State:
-        """The model's state beside the simulator's: {"model": ..., "snapshot": [B, S], "task": [B]}."""
+        """The model's state beside the simulator's: {"model", "snapshot" [B, S], "task" [B], "observation"}."""
         plain = replace(context, observation=context.observation.exclude("snapshot"))
         return TensorDict(
             {
                 "model": self.model.encode(plain),
                 "snapshot": context.observation["snapshot"][:, -1].double(),
                 "task": context.task,
+                "observation": plain.observation[:, -1].select(*self.model.spec.observation),
             },
             batch_size=context.task.shape,
         )
@@ -103,6 +104,7 @@ class OracleWAM(WAM):
                 "model": self.model.encode(Context.from_observation(observation)),
                 "snapshot": torch.cat(snapshots).to(device),
                 "task": task,
+                "observation": observation.exclude("task"),
             },
             batch_size=[rows * num],
         )
@@ -143,3 +145,10 @@ class OracleWAM(WAM):
     def value(self, state: State) -> Tensor:
         """The model's values of the states that the simulator reached."""
         return self.model.value(state["model"])
+
+    def decode(self, state: State | Imagined, keys: tuple[str, ...] | None = None) -> TensorDict:
+        """What the simulator showed in these states [R]; futures are decoded at their leaf only."""
+        if isinstance(state, Imagined):
+            raise ValueError("the oracle keeps no frames between; decode the state `leaf` of what it imagined")
+        shown = cast(TensorDict, state["observation"])
+        return shown if keys is None else shown.select(*keys)

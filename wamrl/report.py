@@ -25,7 +25,7 @@ PLANS_SHOWN = 8
 CANDIDATES_SHOWN = 18
 
 # One colour per method, light and dark: distinct in lightness as well, and never the only sign (labels stand beside).
-_COLOURS = {
+COLOURS = {
     "planner": ("#1f63d0", "#6ea8ff"),
     "policy": ("#c8661a", "#f3a35c"),
     "shuffled": ("#94409f", "#d18fe0"),
@@ -55,6 +55,8 @@ METHODS = {
 _TAGS = {
     "no_approach": "the hand never came within 6 cm of its target",
     "no_motion": "the hand came near, the object moved less than 2 cm",
+    "missed_grasp": "the hand came near and never touched the object",
+    "premature_release": "both pads held the object and let go of it away from its goal",
     "slip": "the object came nearer to its goal and fell back",
     "wrong_place": "the object moved, but not to the goal",
     "timeout": "time ran out",
@@ -66,27 +68,28 @@ def short(task: str) -> str:
     return task.rsplit("/", 1)[-1].removesuffix("-v3")
 
 
-def _palette(dark: bool) -> str:
+def palette(dark: bool) -> str:
+    """The CSS variables of the page and of the methods' colours."""
     ink = (
         "--bg:#12151b;--card:#1a1f28;--ink:#e8ebf0;--soft:#a4adba;--line:#323a47;--faint:#262d38;--accent:#6ea8ff;"
         if dark
         else "--bg:#fbfbfa;--card:#ffffff;--ink:#1b1f26;--soft:#5b6472;--line:#d6dae0;--faint:#eceef1;--accent:#1f63d0;"
     )
     scale = "".join(f"--q{k}:{pair[dark]};" for k, pair in enumerate(_SCALE))
-    return ink + scale + "".join(f"--{name}:{pair[dark]};" for name, pair in _COLOURS.items())
+    return ink + scale + "".join(f"--{name}:{pair[dark]};" for name, pair in COLOURS.items())
 
 
-_SVG_STYLE = """
+SVG_STYLE = """
 svg{font-family:ui-sans-serif,system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;font-size:12px;color:var(--ink)}
 svg text{fill:var(--ink)} svg .soft{fill:var(--soft)} svg .small{font-size:10.5px} svg .bold{font-weight:600}
 svg .grid{stroke:var(--line);stroke-width:1} svg .faint{stroke:var(--faint);stroke-width:1}
 """ + "".join(
     f"svg .s-{n}{{stroke:var(--{n})}} svg .f-{n}{{fill:var(--{n})}} svg text.f-{n}{{fill:var(--{n})}}\n"
-    for n in (*_COLOURS, *(f"q{k}" for k in range(len(_SCALE))))
+    for n in (*COLOURS, *(f"q{k}" for k in range(len(_SCALE))))
 )
 
 
-class _Figure:
+class Figure:
     """A list of SVG elements with a viewBox; `.inline` for the page, `.alone` for a file of its own."""
 
     def __init__(self, width: float, height: float, title: str) -> None:
@@ -121,8 +124,8 @@ class _Figure:
 
     @property
     def alone(self) -> str:
-        dark = f"@media(prefers-color-scheme:dark){{svg{{{_palette(True)}}}}}"
-        style = f"svg{{{_palette(False)}background:var(--bg)}}{dark}{_SVG_STYLE}"
+        dark = f"@media(prefers-color-scheme:dark){{svg{{{palette(True)}}}}}"
+        style = f"svg{{{palette(False)}background:var(--bg)}}{dark}{SVG_STYLE}"
         box = f'viewBox="0 0 {self.width:g} {self.height:g}" width="{2 * self.width:g}"'
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" {box}>'
@@ -134,21 +137,21 @@ def _attributes(style: Mapping[str, str]) -> str:
     return "".join(f' {k.replace("_", "-")}="{v}"' for k, v in style.items())
 
 
-def _beside(figures: Sequence[_Figure], columns: int, title: str) -> _Figure:
+def beside(figures: Sequence[Figure], columns: int, title: str) -> Figure:
     """Several figures on one sheet, for the stand-alone files."""
     width, height = max(f.width for f in figures), max(f.height for f in figures)
     rows = math.ceil(len(figures) / columns)
-    sheet = _Figure(width * min(columns, len(figures)), height * rows, title)
+    sheet = Figure(width * min(columns, len(figures)), height * rows, title)
     for i, figure in enumerate(figures):
         x, y = (i % columns) * width, (i // columns) * height
         sheet.parts.append(f'<g transform="translate({x:g},{y:g})">{"".join(figure.parts)}</g>')
     return sheet
 
 
-def success_figure(title: str, summaries: Mapping[str, Mapping[str, Any]]) -> _Figure:
+def success_figure(title: str, summaries: Mapping[str, Mapping[str, Any]]) -> Figure:
     """One line per method: the success rate as a dot on its 95 % interval. summaries: method -> `Summary` as a dict."""
     top, step, left, right = 30, 21, 70, 52
-    figure = _Figure(340, top + step * len(summaries) + 22, f"success on {title}")
+    figure = Figure(340, top + step * len(summaries) + 22, f"success on {title}")
     span = figure.width - left - right
     figure.text(0, 15, title, "bold")
     bottom = top + step * len(summaries) - 4
@@ -166,9 +169,9 @@ def success_figure(title: str, summaries: Mapping[str, Mapping[str, Any]]) -> _F
     return figure
 
 
-def speed_figure(title: str, episodes: Sequence[Mapping[str, Any]], methods: Sequence[str], max_steps: int) -> _Figure:
+def speed_figure(title: str, episodes: Sequence[Mapping[str, Any]], methods: Sequence[str], max_steps: int) -> Figure:
     """Share of episodes that have succeeded by each control step, one stair per method."""
-    figure = _Figure(340, 190, f"success by time on {title}")
+    figure = Figure(340, 190, f"success by time on {title}")
     left, right, top, bottom = 34, 6, 26, 24
     w, h = figure.width - left - right, figure.height - top - bottom
     figure.text(0, 15, title, "bold")
@@ -196,13 +199,13 @@ def speed_figure(title: str, episodes: Sequence[Mapping[str, Any]], methods: Seq
     return figure
 
 
-def fidelity_figure(title: str, fidelity: Mapping[str, Sequence[float]]) -> _Figure:
+def fidelity_figure(title: str, fidelity: Mapping[str, Sequence[float]]) -> Figure:
     """Distance between imagined and measured positions by the number of steps imagined ahead, in centimetres."""
-    figure = _Figure(340, 190, f"error of imagination on {title}")
+    figure = Figure(340, 190, f"error of imagination on {title}")
     left, right, top, bottom = 34, 8, 26, 24
     w, h = figure.width - left - right, figure.height - top - bottom
     figure.text(0, 15, title, "bold")
-    ceiling = _ceiling(max(max(fidelity["hand_cm_p90"]), max(fidelity["object_cm_p90"]), 0.1))
+    ceiling = ceiling_of(max(max(fidelity["hand_cm_p90"]), max(fidelity["object_cm_p90"]), 0.1))
     for k in range(5):
         y = top + h * (1 - k / 4)
         figure.line(left, y, left + w, y, "grid" if k == 0 else "faint")
@@ -220,7 +223,8 @@ def fidelity_figure(title: str, fidelity: Mapping[str, Sequence[float]]) -> _Fig
     return figure
 
 
-def _ceiling(value: float) -> float:
+def ceiling_of(value: float) -> float:
+    """The next of 1, 2, 4, 8 and 10 times a power of ten, for an axis."""
     unit = 10 ** math.floor(math.log10(value))
     return next(m * unit for m in (1, 2, 4, 8, 10) if m * unit >= value - 1e-12)
 
@@ -269,14 +273,14 @@ def _missed(trace: Mapping[str, Any], plan: Mapping[str, Any]) -> float:
     return math.dist(plan["hand"][ahead], trace["hand"][plan["step"] + ahead])
 
 
-def plan_figure(trace: Mapping[str, Any], plan: Mapping[str, Any]) -> _Figure:
+def plan_figure(trace: Mapping[str, Any], plan: Mapping[str, Any]) -> Figure:
     """One plan: the candidates' hand paths from above and from the side, and what is imagined along the chosen one.
 
     Candidates are coloured by score; of a tree, all of its chunks by value. Beside them the chosen path, the path that
     was executed, with a ring where the next plan was made, the object's imagined path and the goal. Below: value and
     disagreement along the chosen chunk.
     """
-    figure = _Figure(340, 322, f"plan on {trace['task']} at step {plan['step']}")
+    figure = Figure(340, 322, f"plan on {trace['task']} at step {plan['step']}")
     begin, ahead = plan["step"], len(plan["hand"]) - 1
     executed = trace["hand"][begin : begin + ahead + 1]
     lines = _lines(plan)
@@ -340,7 +344,7 @@ def _lines(plan: Mapping[str, Any]) -> list[tuple[float, list[Sequence[float]]]]
     return lines[:few] + lines[few:][-2 * few :]
 
 
-def _along(figure: _Figure, plan: Mapping[str, Any], top: float, height: float) -> None:
+def _along(figure: Figure, plan: Mapping[str, Any], top: float, height: float) -> None:
     """Value (line, left) and disagreement (bars, right) after each step of the chosen chunk, into `figure`."""
     left, right, steps = 44, 44, max(len(plan["hand"]) - 1, 1)
     w, base = figure.width - left - right, top + height
@@ -368,7 +372,7 @@ def _along(figure: _Figure, plan: Mapping[str, Any], top: float, height: float) 
         figure.text(left - 6, base, f"{low:.4g}", "f-planner small", "end")
 
 
-def tree_figure(trace: Mapping[str, Any], plan: Mapping[str, Any]) -> _Figure:
+def tree_figure(trace: Mapping[str, Any], plan: Mapping[str, Any]) -> Figure:
     """The search tree of a plan: a node per imagined chunk, as large as its visits, coloured by its value.
 
     The thick line is the chosen chunk and, below it, the most visited way on.
@@ -395,7 +399,7 @@ def tree_figure(trace: Mapping[str, Any], plan: Mapping[str, Any]) -> _Figure:
                 depth[child] = depth[node] + 1
                 stack.append((child, False))
     deepest = max(depth)
-    figure = _Figure(340, 62 + 44 * deepest, f"search tree on {trace['task']} at step {plan['step']}")
+    figure = Figure(340, 62 + 44 * deepest, f"search tree on {trace['task']} at step {plan['step']}")
     at = lambda n: (10 + 320 * (place[n] + 0.5) / max(leaves, 1), 30 + 44 * depth[n])  # noqa: E731
     way = {tree["chosen"]} if tree["chosen"] is not None else set()
     node = tree["chosen"]
@@ -446,13 +450,13 @@ def _plan_views(traces: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return views
 
 
-def episode_figure(trace: Mapping[str, Any]) -> _Figure:
+def episode_figure(trace: Mapping[str, Any]) -> Figure:
     """One episode: measured reward, the reward each plan imagined for its chunk, and the members' disagreement."""
-    figure = _Figure(340, 214, f"imagined and measured reward on {trace['task']}")
+    figure = Figure(340, 214, f"imagined and measured reward on {trace['task']}")
     left, right, top, h, gap, h2 = 34, 8, 26, 104, 24, 34
     w, steps = figure.width - left - right, max(len(trace["reward"]), 2)
     figure.text(0, 15, short(trace["task"]), "bold")
-    ceiling = _ceiling(
+    ceiling = ceiling_of(
         max(max(trace["reward"], default=1.0), max((r for p in trace["plans"] for r in p["reward"]), default=1.0), 0.1)
     )
     x = lambda t: left + w * t / steps  # noqa: E731
@@ -489,10 +493,10 @@ def episode_figure(trace: Mapping[str, Any]) -> _Figure:
     return figure
 
 
-def latency_figure(timing: Mapping[str, Mapping[str, Any]]) -> _Figure:
+def latency_figure(timing: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Milliseconds per plan, split into encode, imagine and search, at the median; p95 and p99 as ticks."""
     rows = [(name, t) for name, t in timing.items() if t.get("total_ms")]
-    figure = _Figure(340, 34 + 46 * len(rows), "time per plan")
+    figure = Figure(340, 34 + 46 * len(rows), "time per plan")
     ceiling = max((t["total_ms"]["p99"] for _, t in rows), default=1.0) * 1.02
     for i, (name, t) in enumerate(rows):
         y, at = 14 + 46 * i, 0.0
@@ -669,7 +673,7 @@ def _provenance(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _figures(
     results: Mapping[str, Any], episodes: Sequence[Mapping[str, Any]], traces: Sequence[Mapping[str, Any]]
-) -> dict[str, list[_Figure]]:
+) -> dict[str, list[Figure]]:
     tasks, summary = list(results["tasks"]), results["summary"]
     methods = [m for m in results["methods"] if m in summary]
     by_task = {t: {m: summary[m][t] for m in methods if t in summary[m]} for t in ["mean", *tasks]}
@@ -702,7 +706,7 @@ def write_report(
     figures = _figures(results, episodes, traces)
     for name, group in figures.items():
         if group:
-            write_text(run_dir / "figures" / f"{name}.svg", _beside(group, min(3, len(group)), name).alone)
+            write_text(run_dir / "figures" / f"{name}.svg", beside(group, min(3, len(group)), name).alone)
     summary = results["summary"]
     words = {"policy": "the same weights' own policy", "shuffled": "the same planner with shuffled scores"}
     words |= {"expert": "the scripted expert"}
@@ -721,10 +725,10 @@ def write_report(
         episodes=episodes,
         methods=[m for m in results["methods"] if m in summary],
         descriptions=METHODS,
-        colours=list(_COLOURS),
-        palette_light=_palette(False),
-        palette_dark=_palette(True),
-        svg_style=Markup(_SVG_STYLE),
+        colours=list(COLOURS),
+        palette_light=palette(False),
+        palette_dark=palette(True),
+        svg_style=Markup(SVG_STYLE),
         planner=summary.get("planner", {}).get("mean"),
         others=[(text, summary[m]["mean"]["success"]) for m, text in words.items() if m in summary],
         tiles=_tiles(results),

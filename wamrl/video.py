@@ -135,6 +135,100 @@ def _draw_plan(draw: Any, plan: Mapping[str, Any], trace: Mapping[str, Any], vie
         draw.line([(x - 11, y + 11), (x + 11, y - 11)], fill=(*_GREEN, 255), width=5)
 
 
+def write_pair(
+    path: str | Path,
+    frames: Sequence[NDArray[np.uint8]],
+    real: Mapping[str, NDArray[np.floating[Any]]],
+    imagined: Mapping[str, NDArray[np.floating[Any]]],
+    probability: Sequence[float],
+    threshold: float,
+    view: View,
+    *,
+    solved: tuple[bool, bool],
+    fps: int = 10,
+    every: int = 2,
+    hold: int = 6,
+) -> None:
+    """Write an H.264 mp4 of one start in both worlds: left the simulator, right imagination, below what the judge says.
+
+    frames: [H, W, 3] before each control step and after the last one. real, imagined: "hand" and "object" [L + 1, 3],
+    metres; real also "goal" [3]. probability: [L] of success after each imagined step. solved: in reality, in
+    imagination. every: control steps per picture.
+    """
+    import imageio.v2 as imageio
+
+    last = max(len(real["hand"]), len(imagined["hand"])) - 1
+    steps = [*range(0, last, every), last]
+    with atomic_path(path) as temporary:
+        with imageio.get_writer(
+            temporary, fps=fps, codec="libx264", quality=6, macro_block_size=2, ffmpeg_log_level="error"
+        ) as writer:
+            for step in [*steps, *[last] * hold]:
+                picture = _pair(frames, real, imagined, probability, threshold, view, step, solved)
+                writer.append_data(picture)  # type: ignore[attr-defined]  # missing from imageio's types
+
+
+def _pair(
+    frames: Sequence[NDArray[np.uint8]],
+    real: Mapping[str, NDArray[np.floating[Any]]],
+    imagined: Mapping[str, NDArray[np.floating[Any]]],
+    probability: Sequence[float],
+    threshold: float,
+    view: View,
+    step: int,
+    solved: tuple[bool, bool],
+) -> NDArray[np.uint8]:
+    """[H + strip, 2 W, 3] of one moment; the world that ended first stands still."""
+    from PIL import Image, ImageDraw
+
+    height, width = frames[0].shape[:2]
+    size = (width * _SCALE, height * _SCALE)
+    grey = frames[0].astype(np.float32).mean(axis=2, keepdims=True)
+    dim = (0.42 * (0.35 * frames[0] + 0.65 * grey)).astype(np.uint8)
+    right = Image.fromarray(dim).resize(size, Image.Resampling.BILINEAR)
+    draw = ImageDraw.Draw(right)
+
+    def pixels(points: NDArray[np.floating[Any]]) -> list[tuple[float, float]]:
+        found = view.project(np.asarray(points, dtype=np.float64)) * _SCALE
+        return [(float(x), float(y)) for x, y in found if math.isfinite(x) and math.isfinite(y)]
+
+    for name, colour in (("object", _ORANGE), ("hand", _BLUE)):
+        so_far = pixels(imagined[name][: min(step, len(imagined[name]) - 1) + 1])
+        if len(so_far) > 1:
+            draw.line(so_far, fill=colour, width=5, joint="curve")
+        for x, y in so_far[-1:]:
+            draw.ellipse((x - 9, y - 9, x + 9, y + 9), fill=colour)
+        for x, y in pixels(real[name][min(step, len(real[name]) - 1)][None]):
+            draw.ellipse((x - 14, y - 14, x + 14, y + 14), outline=_WHITE, width=3)
+    for x, y in pixels(real["goal"][None]):
+        draw.line([(x - 11, y - 11), (x + 11, y + 11)], fill=_GREEN, width=5)
+        draw.line([(x - 11, y + 11), (x + 11, y - 11)], fill=_GREEN, width=5)
+    sheet = Image.new("RGB", (2 * width * _SCALE, (height + _STRIP) * _SCALE), _DARK)
+    now = frames[min(step, len(frames) - 1)]
+    sheet.paste(Image.fromarray(now).resize(size, Image.Resampling.BILINEAR), (0, 0))
+    sheet.paste(right, (size[0], 0))
+    draw = ImageDraw.Draw(sheet)
+    done = step >= len(frames) - 1
+    _label(draw, (10, 8), "simulator" + ((": solved" if solved[0] else ": failed") if done else f", step {step}"),
+           _GREEN if done and solved[0] else _WHITE)  # fmt: skip
+    over = max(probability[: max(step, 1)], default=0.0) >= threshold and solved[1]
+    _label(draw, (width + 10, 8), "imagination" + (": solved" if over else f", step {step}"), _GREEN if over else _BLUE)
+    _legend(draw, width, height)
+    left, end, base, high = 46, 2 * width - 12, height + _STRIP - 14, _STRIP - 40
+    count = max(len(probability), 2)
+
+    def at(t: float, p: float) -> tuple[float, float]:
+        return (left + (end - left) * t / count) * _SCALE, (base - high * p) * _SCALE
+
+    draw.line([at(0, 0), at(count, 0)], fill=(70, 78, 92), width=_SCALE)
+    draw.line([at(0, threshold), at(count, threshold)], fill=_SOFT, width=_SCALE)
+    seen = [at(t + 1, p) for t, p in enumerate(probability[:step])]
+    if len(seen) > 1:
+        draw.line(seen, fill=_BLUE, width=2 * _SCALE)
+    _label(draw, (left + 6, height + 4), "probability of success, imagined; grey: the judge's threshold", _SOFT, 11)
+    return np.asarray(sheet.resize((2 * width, height + _STRIP), Image.Resampling.LANCZOS))
+
+
 @functools.cache
 def _font(size: int) -> Any:
     from PIL import ImageFont

@@ -1,0 +1,269 @@
+"""Judging policies of independent origin inside the reference WAM, against the simulator.
+
+    python -m benchmarks.policy_evaluation                         # 200 test starts per policy, four tasks
+    python -m benchmarks.policy_evaluation --split dev --tasks push-v3 reach-v3 --episodes 20 --policies 8
+
+Policies differ in algorithm, data and seed: behaviour cloning by networks and by nearest neighbours on few or many
+demonstrations, WAMs trained on little data, planners, the scripted expert and random actions. Noisy versions come on
+top and are reported apart. Data sets and policies are made by the commands that users run, in directories below
+`--out`; what is done is not done again. The metrics go to benchmarks/results/policy_evaluation.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from benchmarks.stored import RESULTS, ROOT, Clock
+from wamrl.data import EpisodeDataset
+from wamrl.interfaces import PolicyState, task_id
+from wamrl.report import short
+
+TASKS = ("reach-v3", "push-v3", "pick-place-v3", "drawer-open-v3")
+FIRST_TEST_START = 200  # earlier ones were read by other benchmarks
+
+
+# ------------------------------------------------------------------------------------------------ simple learners
+
+
+def demonstrations(data: str, per_task: int, tasks: Sequence[str], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """States [F, 39], executed actions [F, 4] and task ids [F] of `per_task` successful episodes of each task."""
+    dataset = EpisodeDataset.open(data, keys=["state"], tasks=list(tasks))
+    rng = np.random.default_rng(seed)
+    states, actions, ids = [], [], []
+    for task in tasks:
+        of_task = [i for i, e in enumerate(dataset.episodes) if e["task"] == task and e["success"]]
+        for i in rng.permutation(of_task)[:per_task].tolist():
+            length, offset = int(dataset.lengths[i]), int(dataset.offsets[i])
+            states.append(dataset.frames["observation"]["state"][offset : offset + length])
+            actions.append(dataset.frames["action"][offset : offset + length])
+            ids.append(torch.full((length,), task_id(task)))
+    return torch.cat(states).float(), torch.cat(actions).float(), torch.cat(ids)
+
+
+class _Cloned:
+    """A policy without memory over states, one model per task."""
+
+    def __init__(self, models: dict[int, Any]) -> None:
+        self.models = models
+
+    def initial_state(self, rows: int) -> PolicyState:
+        return TensorDict({}, batch_size=[rows])
+
+    @torch.no_grad()
+    def act(self, observation: TensorDict, policy_state: PolicyState, is_init: Tensor) -> tuple[Tensor, PolicyState]:
+        action = torch.zeros(observation.batch_size[0], 4)
+        for number, model in self.models.items():
+            rows = observation["task"] == number
+            if rows.any():
+                action[rows] = model(observation["state"][rows])
+        return action.clamp(-1, 1), policy_state
+
+
+def cloned(data: str, per_task: int, tasks: Sequence[str], seed: int, width: int = 128, steps: int = 1500) -> _Cloned:
+    """Behaviour cloning: a network per task, mean squared error on executed actions."""
+    state, action, ids = demonstrations(data, per_task, tasks, seed)
+    models: dict[int, Any] = {}
+    for task in tasks:
+        mine = ids == task_id(task)
+        x, y = state[mine], action[mine].clamp(-1, 1)
+        mean, std = x.mean(0), x.std(0).clamp(min=1e-3)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            network = nn.Sequential(
+                nn.Linear(39, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4), nn.Tanh()
+            )
+        optimiser = torch.optim.Adam(network.parameters(), 1e-3)
+        for _ in range(steps):
+            some = torch.randint(len(x), (128,), generator=generator)
+            loss = (network((x[some] - mean) / std) - y[some]).square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        models[task_id(task)] = lambda s, n=network, m=mean, d=std: n((s - m) / d)
+    return _Cloned(models)
+
+
+def nearest(data: str, per_task: int, tasks: Sequence[str], seed: int, neighbours: int = 3) -> _Cloned:
+    """Nearest neighbours: the mean action of the closest states of the demonstrations (Pari et al., 2021)."""
+    state, action, ids = demonstrations(data, per_task, tasks, seed)
+    models: dict[int, Any] = {}
+    for task in tasks:
+        mine = ids == task_id(task)
+        x, y = state[mine], action[mine]
+        mean, std = x.mean(0), x.std(0).clamp(min=1e-2)
+
+        def act(s: Tensor, x: Tensor = (x - mean) / std, y: Tensor = y, m: Tensor = mean, d: Tensor = std) -> Tensor:
+            near = torch.cdist((s - m) / d, x).topk(neighbours, largest=False).indices
+            return y[near].mean(1)
+
+        models[task_id(task)] = act
+    return _Cloned(models)
+
+
+# ------------------------------------------------------------------------------------------------ the benchmark
+
+
+@dataclass(frozen=True)
+class Wam:
+    """A WAM of its own data and seed, trained briefly, whose policy takes part. episodes: of noisy experts per task."""
+
+    name: str
+    episodes: int
+    seed: int
+    steps: int
+
+
+WAMS = (Wam("wam_15", 15, 11, 1200), Wam("wam_40", 40, 12, 1500))
+
+
+def run(command: Sequence[str], done: Path, log: Path) -> None:
+    """Run a command of wamrl unless `done` exists; RuntimeError with the log's end when it fails."""
+    if done.exists():
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        code = subprocess.run(
+            [sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT, env=environment
+        ).returncode
+    if code:
+        raise RuntimeError(f"{' '.join(command)} exited with {code}:\n{log.read_text()[-2000:]}")
+
+
+def collect(out: Path, name: str, tasks: Sequence[str], seed: int, first: int, mixture: dict[str, int]) -> Path:
+    """A data set of train starts for policies, apart from those that the judging WAM was trained on."""
+    path = out / name
+    none = {"expert": 0, "noisy_expert": 0, "failing": 0, "random": 0}
+    words = ",".join(f"{k}:{v}" for k, v in {**none, **mixture}.items())
+    run(
+        ["wamrl.collect", "env=metaworld/six", f"env.tasks=[{','.join(tasks)}]", "data=rich",
+         f"data.mixture={{{words}}}", f"path={path}", f"seed={seed}", f"first_start={first}", "snapshots=false",
+         f"run_dir={out / f'{name}_run'}"],
+        out / f"{name}_run" / "results.json", out / f"{name}.log",
+    )  # fmt: skip
+    return path
+
+
+def policies(out: Path, tasks: Sequence[str], count: int | None) -> list[Any]:
+    """Descriptions of the policies, as `wamrl.evaluate` takes them; independent ones first, in a fixed order."""
+    clean = collect(out, "demonstrations", tasks, 21, 2000, {"expert": 40})
+    noisy = collect(out, "noisy_demonstrations", tasks, 22, 2100, {"noisy_expert": 40})
+
+    def learner(function: str, name: str, data: Path, per_task: int, seed: int, **more: Any) -> dict[str, Any]:
+        arguments = {"data": str(data), "per_task": per_task, "tasks": list(tasks), "seed": seed, **more}
+        return {"kind": "callable", "target": f"benchmarks.policy_evaluation:{function}", "name": name,
+                "arguments": arguments}  # fmt: skip
+
+    found: list[Any] = [
+        "expert",
+        "random",
+        learner("cloned", "bc_2", clean, 2, 1),
+        learner("cloned", "bc_10", clean, 10, 2),
+        learner("cloned", "bc_40", clean, 40, 3),
+        learner("nearest", "neighbours_5", clean, 5, 4),
+        learner("cloned", "bc_noisy_8", noisy, 8, 5),
+        learner("nearest", "neighbours_noisy_40", noisy, 40, 6),
+        learner("cloned", "bc_noisy_40", noisy, 40, 7),
+    ]
+    if count is None or count > len(found):
+        for wam in WAMS:
+            data = collect(out, f"{wam.name}_data", tasks, wam.seed, 2200, {"noisy_expert": wam.episodes})
+            folder = out / wam.name
+            run(
+                ["wamrl.train", f"data={data}", "wam=reference", f"steps={wam.steps}", f"seed={wam.seed}", "threads=1",
+                 "device=cpu", "tensorboard=false", f"run_dir={folder}"],
+                folder / "checkpoints" / "model.safetensors", out / f"{wam.name}.log",
+            )  # fmt: skip
+            found.append({"kind": "checkpoint", "checkpoint": str(folder), "name": wam.name})
+            found.append(
+                {"kind": "planner", "checkpoint": str(folder), "name": f"planner:{wam.name}",
+                 "planner": {"num_candidates": 16}}
+            )  # fmt: skip
+        found.append("six")
+    found = found[:count] if count else found
+    return [*found, "expert+0.3", "expert+0.7"]
+
+
+def _words(value: Any) -> str:
+    """A value as Hydra's command line reads it."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{_words(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_words, value)) + "]"
+    return f"'{value}'" if isinstance(value, str) else str(value)
+
+
+def main() -> None:
+    """Make what is missing, evaluate, and store the metrics."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--episodes", type=int, default=200, help="start states per task and policy")
+    parser.add_argument("--split", choices=("test", "dev"), default="test")
+    parser.add_argument("--policies", type=int, default=None, help="only the first so many independent ones")
+    parser.add_argument("--wam", default="six")
+    parser.add_argument("--settings", nargs="*", default=["ensemble=3"], help="more settings of evaluate")
+    parser.add_argument("--calibration", type=int, default=40, help="dev starts per task for the judge's threshold")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench/policy_evaluation"))
+    parser.add_argument("--store", type=Path, default=RESULTS / "policy_evaluation.json")
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    clock = Clock()
+    tasks = [f"metaworld/{name}" for name in arguments.tasks]
+    described = policies(arguments.out, tasks, arguments.policies)
+    first = FIRST_TEST_START if arguments.split == "test" else 0
+    folder = arguments.out / f"evaluate_{arguments.split}"
+    command = [
+        "wamrl.evaluate", "env=metaworld/six", f"env.tasks=[{','.join(tasks)}]", f"wam={arguments.wam}",
+        f"policies={_words(described)}", f"split={arguments.split}", f"episodes={arguments.episodes}",
+        f"first_start={first}", f"calibration.episodes={arguments.calibration}", *arguments.settings,
+        f"run_dir={folder}",
+    ]  # fmt: skip
+    run(command, folder / "report.html", arguments.out / "evaluate.log")
+    results = json.loads((folder / "results.json").read_text())
+    metrics: dict[str, Any] = {}
+    for scope, found in results["agreement"].items():
+        for key in ("pearson", "mmrv", "gap", "kappa"):
+            metrics[f"{short(scope)}/{key}"] = {k: found[key][k] for k in ("mean", "n", "low", "high")}
+        metrics |= {f"{short(scope)}/{key}": found[key] for key in ("spearman", "permutation_p", "bias")}
+        metrics[f"{short(scope)}/false_positive_rate"] = found["judge"]["false_positive_rate"]
+    for name, entry in results["policies"].items():
+        for world in ("real", "imagined"):
+            metrics[f"mean/{name}/{world}_success"] = {k: entry["mean"][world][k] for k in ("mean", "n", "low", "high")}
+    for name, variant in results["variants"].items():
+        for key in ("pearson", "mmrv", "gap", "bias", "kappa", "recall", "false_positive_rate", "ece"):
+            metrics[f"judges/{name}/{key}"] = variant[key]
+    for name, found in results["drift"].items():
+        for scope in ("mean", *results["tasks"]):
+            metrics[f"{short(scope)}/{name}_sustained_steps"] = found[scope]["sustained"]
+    cost = results["cost"]
+    metrics["cost/imagined_share_of_real"] = cost["imagined_us_per_step"] / cost["real_us_per_step"]
+    clock.store(
+        arguments.store,
+        config={"wam": arguments.wam, "tasks": tasks, "split": arguments.split, "episodes": arguments.episodes,
+                "first_start": first, "calibration": arguments.calibration, "settings": arguments.settings,
+                "origins": {n: e["origin"] for n, e in results["policies"].items()}, "warnings": results["warnings"]},
+        metrics=metrics,
+        arguments=" ".join(sys.argv[1:]),
+        protocol_hash=results["protocol_hash"],
+    )  # fmt: skip
+    for key, value in metrics.items():
+        if key.startswith(("all/", "independent/", "judges/")):
+            print(key, value if not isinstance(value, dict) else {k: v for k, v in value.items()})
+
+
+if __name__ == "__main__":
+    main()

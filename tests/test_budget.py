@@ -1,0 +1,113 @@
+"""Accuracy at budget: rows, the Pareto front, and runs that may not be compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wamrl import budget
+from wamrl.bench import main
+
+
+def _row(success: float, ms: float | None) -> dict[str, Any]:
+    return {"success": {"mean": success}, "ms": None if ms is None else {"total": {"p50": ms}}}
+
+
+def test_the_front_of_a_case_worked_by_hand():
+    rows = [_row(0.9, 20), _row(0.8, 5), _row(0.7, 10), _row(0.9, 30), _row(0.95, 40), _row(1.0, None), _row(0.8, 5)]
+    # .7 at 10 ms is beaten by .8 at 5 ms, .9 at 30 ms by .9 at 20 ms; equals both stay; no latency, no place.
+    assert budget.pareto(rows) == [True, True, False, False, True, False, True]
+
+
+def _plan(folder: Path, digest: str, p95: float, **changes: Any) -> Path:
+    quantiles = {"p50": 8.0, "p95": p95, "p99": p95 + 1}
+    s = {"n": 10, "success": 0.5, "low": 0.24, "high": 0.76, "tags": {"slip": 5}}
+    results = {
+        "name": "plan", "partial": False, "protocol_hash": digest, "protocol": {"control_dt_s": 0.025},
+        "config": {"planner": {"_target_": "wamrl.planners.mppi.make_mppi"}, "controller": {"replan_every": 2}},
+        "checkpoint": {"name": "six", "content_hash": "abc"},
+        "summary": {"planner": {"mean": s}, "policy": {"mean": s}},
+        "timing": {"single": {f"{part}_ms": quantiles for part in budget.PARTS}},
+        "evaluations_per_plan": 4096, "peak_rss_mib": {"main": 100.0, "worker": 300.0}, "device": "cpu",
+        "dtype": "float32", "threads": 1, "resume_command": "python -m wamrl.plan resume=x", **changes,
+    }  # fmt: skip
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_row_holds_what_the_run_measured(tmp_path):
+    run = budget.read_results(_plan(tmp_path / "a", "aaaa", 49.0))
+    planner, policy = budget.rows_of({"a": run})
+    assert planner["rate_met"] and planner["allowed_ms"] == 50.0  # two control steps of 25 ms per plan
+    assert planner["planner"] == "mppi" and planner["evaluations"] == 4096 and planner["memory_mib"] == 300.0
+    assert policy["ms"] is None and policy["rate_met"] is None and policy["evaluations"] is None
+    slow = budget.rows_of({"b": budget.read_results(_plan(tmp_path / "b", "aaaa", 51.0))})[0]
+    assert slow["rate_met"] is False
+
+
+def test_different_protocols_never_share_a_table_without_a_warning(tmp_path, capsys):
+    a, b, c = (_plan(tmp_path / n, d, 20.0) for n, d in (("a", "aaaa"), ("b", "bbbb"), ("c", "aaaa")))
+    main(["budget", f"runs=[{a},{c}]", "run_dir=same"])
+    same = json.loads(Path("same/results.json").read_text())
+    assert same["warnings"] == [] and {r["name"] for r in same["groups"]["aaaa"]} == {
+        "a planner", "a policy", "c planner", "c policy"
+    }  # fmt: skip
+    capsys.readouterr()
+    main(["budget", f"runs=[{a},{b}]", "run_dir=other"])
+    other, printed = json.loads(Path("other/results.json").read_text()), capsys.readouterr().out
+    assert set(other["groups"]) == {"aaaa", "bbbb"} and len(other["groups"]["aaaa"]) == 2
+    assert "different protocol hashes" in printed and "different protocol hashes" in other["warnings"][0]
+    page = Path("other/report.html").read_text()
+    assert page.index("Protocol aaaa") < page.index("Protocol bbbb") and "different protocol hashes" in page
+
+
+def test_latencies_of_different_machines_are_warned_of(tmp_path):
+    a, b = _plan(tmp_path / "a", "aaaa", 20.0), _plan(tmp_path / "b", "aaaa", 20.0, threads=2)
+    main(["budget", f"runs=[{a},{b}]", "run_dir=out"])
+    assert "numbers of threads" in json.loads(Path("out/results.json").read_text())["warnings"][0]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["budget"], "nothing to compare"),
+        ([], "say what to measure"),
+        (["bugdet"], "did you mean 'budget'"),
+        (["budget", "runs=[absent]"], "there is no absent/results.json"),
+        (["properties", "split=train"], "trained on these start states"),
+        (["properties", "shifts=[colour]"], "unknown shift 'colour'"),
+    ],
+)
+def test_mistakes_are_one_message(words, reason, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2 and reason in capsys.readouterr().err
+
+
+def test_a_stopped_run_or_one_of_another_command_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="was stopped; finish it"):
+        budget.read_results(_plan(tmp_path / "a", "aaaa", 1.0, partial=True))
+    with pytest.raises(ValueError, match="is of 'train'"):
+        budget.read_results(_plan(tmp_path / "b", "aaaa", 1.0, name="train"))
+
+
+@pytest.mark.parametrize("planners", [("mppi", "best_of_n")])
+def test_configurations_are_run_and_compared(planners):
+    pytest.importorskip("metaworld")
+    asked = ",".join(f"{p}:{{planner:{p},planner.num_candidates:4,planner.horizon:3}}" for p in planners)
+    common = "{env:metaworld/reach-v3,split:dev,episodes:1,workers:1,video:false,env.max_steps:4,latency_plans:2}"
+    main(["budget", f"configurations={{{asked}}}", f"common={common}", "run_dir=out"])
+    results = json.loads(Path("out/results.json").read_text())
+    (rows,) = results["groups"].values()
+    assert {r["planner"] for r in rows if r["planner"]} == set(planners)
+    assert all(r["ms"]["total"]["p50"] > 0 and r["evaluations"] > 0 for r in rows if r["agent"] == "planner")
+    assert any(r["front"] for r in rows) and "Pareto" in Path("out/report.html").read_text()

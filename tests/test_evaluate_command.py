@@ -1,0 +1,210 @@
+"""The evaluate command as a user runs it: what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from wamrl import checkpoint
+from wamrl.collect import main as collect
+from wamrl.evaluate import main
+from wamrl.models.joint_embedding import JointEmbeddingWAM
+
+pytest.importorskip("metaworld")
+
+REACH = "metaworld/reach-v3"
+SIZES = dict(latent_dim=16, width=16, dynamics_width=16, head_width=16, members=2, values=2, horizon=4)
+QUICK = ["env.max_steps=15", "episodes=3", "calibration.episodes=2", "films=0", "split=dev"]
+QUICK += ["policies=[expert,expert+0.8,random]", "calibration.policies=[expert+0.4,random]"]
+DATA = {"split": "train", "plan": {"mixture": {"expert": 5, "failing": 5}}}
+
+
+def _save(path: Path, provenance: Any = None, **changes: Any) -> str:
+    arguments: dict[str, Any] = {
+        "observation": {"state": [39]}, "action_dim": 4, "tasks": [REACH], "control_dt_s": 0.025, **SIZES, **changes
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = JointEmbeddingWAM(**arguments)
+    config = {"wam": {"_target_": "wamrl.models.joint_embedding.JointEmbeddingWAM", **arguments}}
+    checkpoint.save(path, model, config=config, provenance=provenance or {"data": [DATA]})
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def wam(tmp_path_factory) -> str:
+    return _save(tmp_path_factory.mktemp("wam") / "tiny.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def _arguments(wam: str, *more: str) -> list[str]:
+    given = [f"env={REACH}", f"wam={wam}", *QUICK, *more]
+    return list({word.partition("=")[0]: word for word in given}.values())
+
+
+def _results(folder: str = "outputs/evaluate/latest") -> dict[str, Any]:
+    return json.loads(Path(folder, "results.json").read_text())
+
+
+def _refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    written = capsys.readouterr().err
+    assert written.startswith("error: ") and "Traceback" not in written
+    return written
+
+
+class _Page(HTMLParser):
+    """Open tags, and what the page would load from elsewhere."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.svgs = 0
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.svgs += tag == "svg"
+        self.loads += [v for k, v in attrs if k in ("src", "href") and v and not v.startswith(("data:", "#"))]
+        if tag not in ("meta", "link", "br", "line", "circle", "rect", "path"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_a_run_judges_compares_and_writes_everything(wam, capsys):
+    main(_arguments(wam, "ensemble=2", "uncertainty_penalty=0.5", "keyframe_every=5"))
+    printed = capsys.readouterr().out
+    results = _results()
+    assert set(results["policies"]) == {"expert", "expert+0.8", "random"}
+    for entry in results["policies"].values():
+        for world in ("real", "imagined"):
+            assert entry["mean"][world]["n"] == 3
+    assert list(results["variants"]) == ["none", "threshold", "uncertainty_penalty", "ensemble", "keyframe", "judge"]
+    assert results["variants"]["judge"]["settings"] == {"roll_out": "keyframe", "replicas": 2, "penalty": 0.5}
+    with Path("outputs/evaluate/latest/episodes.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 3 * 3  # one per policy and start
+    assert {(line["policy"], line["start"]) for line in lines} == {
+        (p, str(s)) for p in results["policies"] for s in range(3)
+    }
+    for name, entry in results["policies"].items():
+        mine = [line for line in lines if line["policy"] == name]
+        assert sum(int(line["real_success"]) for line in mine) == entry["mean"]["real"]["successes"]
+        assert sum(int(line["imagined_success"]) for line in mine) == entry["mean"]["imagined"]["successes"]
+    assert results["drift"]["open_loop"]["mean"]["by_horizon"][0]["h"] == 1
+    assert {"real_us_per_step", "imagined_us_per_step"} <= set(results["cost"])
+    assert results["metrics"]["evaluate/all/mmrv"]["n"] == 3
+    assert "Only 3 policies" in printed and "outputs in outputs/evaluate" in printed
+    text = Path("outputs/evaluate/latest/report.html").read_text()
+    page = _Page(text)
+    assert page.open == [] and page.loads == [] and page.svgs == 4
+    assert "prefers-color-scheme:dark" in text and 'name="viewport"' in text
+    for name in results["policies"]:
+        assert name in text
+
+
+def test_the_same_command_gives_the_same_numbers_whatever_the_batch(wam):
+    for name, rows in (("a", 3), ("b", 2)):
+        main(_arguments(wam, f"num_envs={rows}", f"run_dir={name}"))
+    a, b = Path("a/episodes.csv").read_text(), Path("b/episodes.csv").read_text()
+    assert [x.split(",")[:11] for x in a.splitlines()] == [x.split(",")[:11] for x in b.splitlines()]
+    assert _results("a")["protocol_hash"] == _results("b")["protocol_hash"]
+
+
+def test_without_a_simulator_the_ranking_is_unverified(wam, capsys):
+    main(_arguments(wam, "real=false", "threshold=0.4"))
+    results, printed = _results(), capsys.readouterr().out
+    assert results["agreement"] == {} and results["drift"] == {}
+    assert "real" not in results["policies"]["expert"]["mean"]
+    assert "imagined" in printed
+    assert "Unverified" in Path("outputs/evaluate/latest/report.html").read_text()
+
+
+def test_first_frames_may_come_from_a_dataset_of_held_out_starts(wam, capsys):
+    words = [f"env={REACH}", "split=dev", "rows=2", "env.max_steps=5", "path=starts"]
+    words += ["data.mixture={expert:1,noisy_expert:1,failing:0,random:0}"]
+    collect(["data=rich", *words])
+    main(
+        _arguments(wam, "real=false", "threshold=0.4", "frames=starts", "policies=[random,tests.test_policies:middle]")
+    )
+    assert _results()["policies"]["random"]["mean"]["imagined"]["n"] == 2
+    collect(["data=rich", *[w.replace("split=dev", "split=train").replace("=starts", "=trained") for w in words]])
+    capsys.readouterr()
+    assert "train start states" in _refused(capsys, _arguments(wam, "real=false", "threshold=0.4", "frames=trained"))
+    assert "add real=false" in _refused(capsys, _arguments(wam, "frames=starts"))
+
+
+def test_a_calibrated_threshold_can_be_used_again_with_the_same_judge(wam, tmp_path, capsys):
+    main(_arguments(wam, "run_dir=first"))
+    main(_arguments(wam, "run_dir=second", "real=false", "threshold=first"))
+    assert _results("second")["calibration"]["thresholds"] == _results("first")["calibration"]["thresholds"]
+    assert "other remedies" in _refused(capsys, _arguments(wam, "threshold=first", "ensemble=2"))
+    other = _save(tmp_path / "other.safetensors", latent_dim=17)
+    assert "another command or WAM" in _refused(capsys, _arguments(other, "threshold=first"))
+    assert "no results.json" in _refused(capsys, _arguments(wam, "threshold=absent"))
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["policies=[expert,random]"], "needs at least 3"),
+        (["split=train"], "trained on these start states"),
+        (["split=dve"], "did you mean 'dev'"),
+        (["calibration.first_start=2"], "overlap; move calibration.first_start to 3"),
+        (["real=false"], "threshold=calibrated compares with the simulator"),
+        (["threshold=1.5"], "score lies in (0, 1]"),
+        (["episodes=0"], "episodes is 0"),
+        (["ensemble=5"], "has 2 members"),
+        (["keyframe_every=0"], "keyframe_every is 0"),
+        (["epsilon=0"], "epsilon is 0"),
+        (["policies=[expert,random,six]", "env=metaworld/hammer-v3"], "hammer"),
+        (["policies=[expert,random,expret]"], "expret"),
+    ],
+)
+def test_mistakes_are_one_message(wam, capsys, words, reason):
+    assert reason in _refused(capsys, _arguments(wam, *words))
+
+
+def test_a_wam_or_policy_trained_on_the_evaluation_starts_is_refused(tmp_path, wam, capsys):
+    spoilt = _save(tmp_path / "spoilt.safetensors", {"data": [{**DATA, "split": "dev"}]})
+    assert "was trained on dev start states" in _refused(capsys, _arguments(spoilt))
+    policies = f"policies=[expert,random,{spoilt}]"
+    assert "the policy 'spoilt' was trained on dev" in _refused(capsys, _arguments(wam, policies))
+
+
+def test_a_judge_without_failures_in_its_data_is_warned_of(tmp_path):
+    only = {"data": [{"split": "train", "plan": {"mixture": {"expert": 5}}}]}
+    main(_arguments(_save(tmp_path / "rosy.safetensors", only)))
+    assert any("no episodes that were made to fail" in text for text in _results()["warnings"])
+    assert "made to fail" in Path("outputs/evaluate/latest/report.html").read_text()
+
+
+def test_a_missing_simulator_is_one_message(wam, capsys, monkeypatch):
+    import sys
+
+    from wamrl.envs import metaworld
+
+    metaworld._environment_classes.cache_clear()
+    monkeypatch.setitem(sys.modules, "metaworld.env_dict", None)
+    monkeypatch.setitem(sys.modules, "metaworld", None)
+    try:
+        assert "Meta-World is not installed" in _refused(capsys, _arguments(wam))
+    finally:
+        metaworld._environment_classes.cache_clear()

@@ -1,0 +1,182 @@
+"""The five properties: models that have one and models that lack it, told apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+
+from wamrl import properties
+from wamrl.interfaces import WAM, Anatomy, Imagined, Spec, task_id
+from wamrl.properties import Windows
+
+THRESHOLDS = dict(
+    shuffle_ratio=2.0, displacement_r2=0.8, outputs_changed=0.0, future_gradient=0.0, outside_limits=0.01,
+    moved_alone=0.01, inverse_error_ratio=1.5,
+)  # fmt: skip
+
+
+class Hand(WAM):
+    """The hand moves 1 cm per unit of action; options break one promise each."""
+
+    def __init__(self, *, deaf=False, spread=0.0005, looks_ahead=False, drifting_object=0.0) -> None:
+        super().__init__()
+        self.deaf, self.spread, self.looks_ahead, self.drifting_object = deaf, spread, looks_ahead, drifting_object
+        self.spec = Spec(
+            observation={"state": (39,)}, action_dim=4, tasks=("toy",), chunk_length=1, max_horizon=5, discount=0.9,
+            control_dt_s=0.1, provides=frozenset({"rollout", "decode"}), anatomy=Anatomy("v", "n", "n", "o"),
+            ensemble_size=2,
+        )  # fmt: skip
+
+    def encode(self, context):
+        return TensorDict({"x": context.observation["state"][:, -1]}, batch_size=context.task.shape)
+
+    def imagine(self, state, actions, *, futures=None, noise=None, with_frames=False):
+        rows, num, horizon, _ = actions.shape
+        used = torch.zeros_like(actions) if self.deaf else actions
+        if self.looks_ahead:
+            used = used + 0.01 * used.flip(2)
+        path = state["x"][:, None, None, None].expand(rows, num, 2, horizon, 39).clone()
+        moved = 0.01 * used[..., :3].cumsum(2)[:, :, None]
+        noise_of = torch.tensor([-1.0, 1.0])[:, None, None] * self.spread
+        add = torch.cat([moved + noise_of, torch.zeros(rows, num, 2, horizon, 36)], dim=-1)
+        add[..., 4] = add[..., 4] + self.drifting_object * torch.arange(1, horizon + 1)
+        frames = path + add
+        leaf = TensorDict({"x": frames[..., -1, :]}, batch_size=[rows, num, 2])
+        return Imagined(leaf=leaf, evaluations=1, frames=frames if with_frames else None)
+
+    def decode(self, state, keys=None):
+        return TensorDict({"state": state.frames}, batch_size=state.frames.shape[:-1])
+
+
+@pytest.fixture
+def windows() -> Windows:
+    generator = torch.Generator().manual_seed(0)
+    count, horizon = 40, 5
+    actions = torch.rand(count, horizon, 4, generator=generator) * 2 - 1
+    begin = torch.zeros(count, 39)
+    begin[:, :3] = 0.3 * torch.rand(count, 3, generator=generator)
+    begin[:, 4:7] = begin[:, :3] + 0.2 + 0.1 * torch.rand(count, 3, generator=generator)
+    measured = begin[:, None].repeat(1, horizon, 1)
+    measured[..., :3] += 0.01 * actions[..., :3].cumsum(1)
+    task = torch.full((count,), task_id("toy"))
+    return Windows(TensorDict({"state": begin, "task": task}, batch_size=[count]), actions, measured)
+
+
+def _by_name(checks):
+    return {c.name: c for c in checks}
+
+
+def test_a_model_that_hears_the_actions_passes_and_a_deaf_one_fails(windows):
+    good = _by_name(properties.interactability(Hand(), windows, THRESHOLDS))
+    assert good["shuffle_ratio"].verdict == "pass" and good["displacement_r2"].value == pytest.approx(1.0, abs=1e-4)
+    deaf = _by_name(properties.interactability(Hand(deaf=True), windows, THRESHOLDS))
+    assert deaf["shuffle_ratio"].value == 0.0 and deaf["shuffle_ratio"].verdict == "fail"
+    assert deaf["displacement_r2"].verdict == "fail"
+    loud = _by_name(properties.interactability(Hand(spread=0.1), windows, THRESHOLDS))
+    assert loud["shuffle_ratio"].verdict == "fail"  # the actions' effect drowns in the samples' noise
+
+
+def test_a_model_that_looks_ahead_fails_causality(windows):
+    good = _by_name(properties.causality(Hand(), windows, THRESHOLDS))
+    assert good["outputs_changed"].value == 0 and good["future_gradient"].value == 0.0
+    assert good["later_observations"].verdict == "not applicable"
+    bad = _by_name(properties.causality(Hand(looks_ahead=True), windows, THRESHOLDS))
+    assert bad["outputs_changed"].verdict == "fail" and bad["future_gradient"].verdict == "fail"
+
+
+def test_an_object_that_moves_alone_and_states_outside_the_box_are_found(windows):
+    good = _by_name(properties.plausibility(Hand(), windows, THRESHOLDS))
+    assert {c.verdict for c in good.values()} == {"pass"}
+    moved = _by_name(properties.plausibility(Hand(drifting_object=0.02), windows, THRESHOLDS))
+    assert moved["moved_alone"].value == 1.0 and moved["moved_alone"].verdict == "fail"
+    assert moved["outside_limits"].verdict == "fail"
+    deaf = _by_name(properties.plausibility(Hand(deaf=True), windows, THRESHOLDS))
+    assert deaf["inverse_error_ratio"].verdict == "fail"  # no action explains a hand that stands still
+
+
+def test_r2_of_cases_worked_by_hand():
+    x = np.array([[0.0], [1.0], [2.0], [3.0]])
+    assert properties.linear_r2(x, 2 * x + 1) == pytest.approx(1.0)
+    # y = 0, 1, 1, 0 has no linear part in x.
+    assert properties.linear_r2(x, np.array([[0.0], [1.0], [1.0], [0.0]])) == pytest.approx(0.0)
+    assert properties.linear_r2(x, np.ones((4, 1))) == 0.0
+
+
+def test_windows_need_episodes_that_are_long_enough():
+    with pytest.raises(ValueError, match="no recorded episode has 5"):
+        properties.windows_of([SimpleNamespace(observations={}, actions={})], 5)
+
+
+def test_a_shift_changes_what_it_declares_and_nothing_else():
+    metaworld = pytest.importorskip("wamrl.envs.metaworld")
+    task = "metaworld/push-v3"
+
+    def env():
+        return metaworld.MetaWorldEnv(task, num_envs=1, split="dev")
+
+    def run(shift: str) -> tuple[torch.Tensor, torch.Tensor]:
+        made = env()
+        properties.apply_shift(made, shift)
+        now = made.reset(TensorDict({"start": torch.tensor([0])}, batch_size=[1]))
+        first = now["state"][0].clone()
+        expert = metaworld.ExpertPolicy(task)
+        for _ in range(40):
+            now["action"] = expert.label(now["state"], now["task"])
+            now = made.step(now)["next"]
+        return first, now["state"][0].clone()
+
+    plain = run("none")
+    for shift in ("camera", "light", "object_colour"):  # seen, not felt
+        assert torch.equal(run(shift)[1], plain[1])
+    first, last = run("dynamics")
+    torch.testing.assert_close(first, plain[0], atol=0.005, rtol=0.0)  # it settles a little deeper
+    assert not torch.equal(last, plain[1])
+    moved = run("start_layout")[0] - plain[0]
+    assert abs(abs(moved[4].item()) - 0.05) < 0.005 and moved[36:39].abs().max() < 0.005
+    with pytest.raises(ValueError, match="declared on Meta-World"):
+        properties.apply_shift(SimpleNamespace(), "dynamics")
+
+
+def test_the_visual_shifts_change_the_picture():
+    metaworld = pytest.importorskip("wamrl.envs.metaworld")
+    from wamrl.envs.rendering import RenderingUnavailable
+
+    pictures = {}
+    for shift in ("none", "camera", "light", "object_colour"):
+        try:
+            env = metaworld.MetaWorldEnv("metaworld/push-v3", num_envs=1, split="dev", pixels=True)
+        except RenderingUnavailable as error:
+            pytest.skip(str(error))
+        properties.apply_shift(env, shift)
+        pictures[shift] = env.reset(TensorDict({"start": torch.tensor([0])}, batch_size=[1]))["pixels"][0].float()
+        env.close()
+    for shift in ("camera", "light", "object_colour"):
+        assert (pictures[shift] - pictures["none"]).abs().mean() > 0.1
+    assert pictures["light"].mean() < pictures["none"].mean()
+
+
+def test_the_score_card_of_the_shipped_checkpoint(tmp_path, monkeypatch):
+    pytest.importorskip("metaworld")
+    from wamrl.bench import main
+
+    monkeypatch.chdir(tmp_path)
+    main(["properties", "env=metaworld/reach-v3", "episodes=3", "num_envs=3", "env.max_steps=30", "run_dir=out",
+          "shifts=[none,camera,dynamics,action_noise]"])  # fmt: skip
+    results = json.loads(Path("out/results.json").read_text())
+    checks = {(c["group"], c["name"]): c for c in results["checks"]}
+    assert {g for g, _ in checks} == {
+        "interactability", "causality", "persistence", "plausibility", "generalization"
+    }  # fmt: skip
+    assert checks["causality", "outputs_changed"]["verdict"] == "pass"
+    assert checks["interactability", "shuffle_ratio"]["verdict"] == "pass"
+    assert checks["persistence", "memory_slope"]["verdict"] == "pass"
+    assert checks["generalization", "camera_success_drop"]["verdict"] == "not applicable"
+    assert results["shifts"]["none"]["success"]["n"] == 3 and results["shifts"]["camera"]["success"] is None
+    page = Path("out/report.html").read_text()
+    assert "not applicable" in page and "matrix of declared shifts" in page

@@ -1,0 +1,531 @@
+"""Judge policies inside a World Action Model, and the judgement against the simulator.
+
+    python -m wamrl.evaluate policies=[expert,expert+0.5,random,six] env=metaworld/push-v3 split=dev
+
+Load and check, calibrate the judge on dev starts, run every policy from the same start states in the simulator and in
+imagination, compare, report. The run directory holds results.json, episodes.csv, report.html, figures/*.svg and films.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from tensordict import TensorDict
+
+from wamrl import checkpoint, judging, pair_films, policies, provenance, verdict
+from wamrl.cli import command, plain
+from wamrl.data import EpisodeDataset, start_frames
+from wamrl.evaluated import (
+    Bench,
+    Played,
+    asked_judges,
+    asked_roll_outs,
+    drift_keys,
+    episodes_csv,
+    is_metaworld,
+    results_of,
+)
+from wamrl.evaluation import Start, protocol_hash
+from wamrl.files import write_json, write_text
+from wamrl.interfaces import WAM, task_id
+from wamrl.judging import Cost, Imagining
+from wamrl.naming import unknown_name
+from wamrl.pages import evaluation_page, number
+from wamrl.policies import Entrant, Surroundings
+from wamrl.report import short
+from wamrl.verdict import Judged
+from wamrl.workers import load_model, make_env, module_of
+
+
+@command(
+    "evaluate",
+    help="Judge policies inside a World Action Model: the same start states closed loop in imagination and in the "
+    "simulator, and how well the two agree, over policies and start by start.",
+    examples=[
+        "env=metaworld/push-v3 policies=[expert,expert+0.5,random,six] split=dev",
+        "policies=[expert,six,planner:six,outputs/train/latest,my_package.my_module:my_policy]",
+        "policies=[expert,random,{kind:sb3,path:ppo.zip,algorithm:PPO,trust:true}]",
+        "ensemble=8 uncertainty_penalty=0.2 keyframe_every=10",
+        "real=false threshold=0.5 frames=data/dev_starts",
+    ],
+)
+def main(config: DictConfig, run_dir: Path) -> float | None:
+    """Run the evaluation; returns Pearson's r over policies, for sweepers (None without a simulator)."""
+    started, clock = datetime.now(UTC), time.perf_counter()
+    settings = _settings(plain(config))
+    torch.set_num_threads(settings["threads"])
+    bench = _prepare(settings)
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    console.print(
+        f"[bold]{settings['wam']['checkpoint']}[/] judges {len(bench.entrants)} policies on {len(bench.tasks)} "
+        f"task{'s' if len(bench.tasks) > 1 else ''}, {settings['episodes']} {settings['split']} starts each"
+        + ("" if settings["real"] else ", without a simulator")
+    )
+    calibrated = _calibrate(bench, console)
+    judged = _run(bench, bench.entrants, bench.starts, settings["split"], console, "policies")
+    results = results_of(bench, judged, calibrated, started, clock)
+    write_text(run_dir / "episodes.csv", episodes_csv(bench, judged, results))
+    write_json(run_dir / "results.json", results)
+    films, note = _films(bench, judged, results, run_dir)
+    if note:
+        results["warnings"].append(f"No film: {note}")
+        write_json(run_dir / "results.json", results)
+    evaluation_page(run_dir, results, films)
+    _print(results, console)
+    r = results["agreement"]["all"]["pearson"]["mean"] if results["agreement"] else None
+    return r
+
+
+# -------------------------------------------------------------------------------------------------- load and check
+
+
+def _settings(given: dict[str, Any]) -> dict[str, Any]:
+    for key in ("episodes", "num_envs", "threads", "ensemble"):
+        _whole(given, key, 1)
+    for key in ("first_start", "seed", "films"):
+        _whole(given, key, 0)
+    for key in ("episodes", "first_start"):
+        _whole(given["calibration"], key, 1 if key == "episodes" else 0, "calibration.")
+    if given["keyframe_every"] is not None:
+        _whole(given, "keyframe_every", 1)
+    for key in ("uncertainty_penalty", "epsilon"):
+        value = given[key]
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or value < 0
+            or (key == "epsilon" and not value)
+        ):
+            raise ValueError(f"{key} is {value!r}, but must be a number of at least 0 (epsilon: above 0)")
+    if not isinstance(given["real"], bool):
+        raise ValueError(f"real is {given['real']!r}, but must be true or false")
+    if given["split"] == "train":
+        raise ValueError(
+            "split=train: models and policies were trained on these start states, so agreement there says little. "
+            "Use split=dev to choose settings or split=test to report"
+        )
+    if given["split"] not in ("dev", "test"):
+        raise unknown_name("split", str(given["split"]), ("dev", "test"))
+    if given["split"] == "test" and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise ValueError(
+            "a sweep chooses between settings, and choosing on the test starts would spoil them for the report; "
+            "run the sweep with split=dev, then the winner once with split=test"
+        )
+    least = 3 if given["real"] else 2
+    if not isinstance(given["policies"], list) or len(given["policies"]) < least:
+        count = len(given["policies"]) if isinstance(given["policies"], list) else 0
+        what = "a correlation" if given["real"] else "a ranking"
+        raise ValueError(
+            f"there are {count} policies, but {what} needs at least {least}, better ten or more of independent origin; "
+            "add some, as in policies=[expert,expert+0.5,random]"
+        )
+    if given["frames"] is not None and given["real"]:
+        raise ValueError(
+            "frames names the start states of an evaluation without a simulator; add real=false, or leave it"
+        )
+    calibrates = given["threshold"] == "calibrated"
+    if calibrates and not given["real"]:
+        raise ValueError(
+            "threshold=calibrated compares with the simulator, but real=false; give a number such as threshold=0.5, or "
+            "threshold=<directory of an earlier run of evaluate with this WAM>"
+        )
+    if calibrates and given["split"] == "dev":
+        mine = range(given["first_start"], given["first_start"] + given["episodes"])
+        first = given["calibration"]["first_start"]
+        other = range(first, first + given["calibration"]["episodes"])
+        if mine.start < other.stop and other.start < mine.stop:
+            raise ValueError(
+                f"the judge would be calibrated on dev starts {other.start} to {other.stop - 1} and tested on "
+                f"{mine.start} to {mine.stop - 1}, which overlap; move calibration.first_start to {mine.stop}"
+            )
+    try:
+        torch.empty(0, device=str(given["device"]))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={given['device']} cannot be used here: {str(error).splitlines()[0]}") from error
+    words: list[str] = []
+    if HydraConfig.initialized():
+        words = [w for w in HydraConfig.get().overrides.task if not w.startswith("run_dir=")]
+    given["command"] = shlex.join(["python", "-m", "wamrl.evaluate", *words])
+    return given
+
+
+def _whole(given: Mapping[str, Any], key: str, least: int, prefix: str = "") -> None:
+    value = given[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{prefix}{key} is {value!r}, but must be a whole number of at least {least}")
+
+
+def _prepare(settings: dict[str, Any]) -> Bench:
+    """Build everything once, so that a mistake is an error before any work."""
+    metadata = checkpoint.read_metadata(settings["wam"]["checkpoint"])
+    model = load_model(settings)
+    model.spec.require("rollout", "reward", "success", "decode")
+    if settings["uncertainty_penalty"] or settings["ensemble"] > 1:
+        model.spec.require("uncertainty")
+    env_module = str(settings["env"]["_target_"]).rpartition(".")[0]
+    if settings["ensemble"] > model.spec.ensemble_size:
+        raise ValueError(
+            f"ensemble={settings['ensemble']}, but the model has {model.spec.ensemble_size} members; use at most those"
+        )
+    _refuse_trained_on(settings["split"], metadata.provenance, f"the judging WAM {settings['wam']['checkpoint']}")
+    starts: list[Start] = []
+    if settings["frames"] is None:
+        env = make_env(settings, None, len(settings["env"]["tasks"]) if "tasks" in settings["env"] else 1)
+        tasks, max_steps, action_repeat = tuple(env.tasks), env.max_steps, env.action_repeat
+        observation = {k: tuple(env.observation_spec[k].shape[1:]) for k in env.observation_spec.keys()}
+        checkpoint.check_compatible(
+            model.spec,
+            observation=observation,
+            action_dim=env.action_spec.shape[-1],
+            tasks=tasks,
+            control_dt_s=env.control_dt_s,
+        )
+        first, count = settings["first_start"], settings["episodes"]
+        starts = [Start(task, i) for task in tasks for i in range(first, first + count)]
+        frames = judging.first_frames(env, starts).select(*model.spec.observation, "task")
+        vectors = {t: module_of(env).start_states(t, settings["split"], first + count).rand_vec[first:] for t in tasks}
+        env.close()
+    else:
+        starts, frames = _starts_of_data(settings, model)
+        tasks = tuple(dict.fromkeys(start.task for start in starts))
+        max_steps, action_repeat = int(settings["env"]["max_steps"]), int(settings["env"].get("action_repeat", 1))
+        flat = torch.cat([frames[key].flatten(1).double() for key in model.spec.observation], dim=1).numpy()
+        vectors = {t: flat[[i for i, s in enumerate(starts) if s.task == t]] for t in tasks}
+    versions = provenance.versions()
+    digest = protocol_hash(
+        starts={
+            t: {"split": settings["split"], "indices": [s.index for s in starts if s.task == t], "rand_vec": v.tolist()}
+            for t, v in vectors.items()
+        },
+        seeds=[settings["seed"]],
+        max_steps=max_steps,
+        action_repeat=action_repeat,
+        versions={k: str(versions.get(k)) for k in ("mujoco", "metaworld")},
+    )
+    around = Surroundings(
+        tasks=tasks,
+        action_dim=model.spec.action_dim,
+        env_module=env_module,
+        wam=str(settings["wam"]["checkpoint"]),
+        planner=settings["planner"],
+        controller=settings["controller"],
+        seed=settings["seed"],
+        device=settings["device"],
+    )
+    entrants = policies.build(settings["policies"], around)
+    for entrant in entrants:
+        _refuse_trained_on(settings["split"], entrant.provenance, f"the policy '{entrant.name}'")
+    bench = Bench(settings, model, metadata, entrants, tasks, starts, frames, max_steps, action_repeat, digest, around)
+    failures = judging.failures_in_training(metadata.provenance)
+    if failures != "some":
+        known = "holds no episodes that were made to fail" if failures == "none" else "does not say what it holds"
+        bench.warnings.append(
+            f"The judging WAM's training data {known}; a success head that saw few failures tends to imagine success. "
+            "Collect some with data=rich, or data.mixture.failing=<episodes>, and train again."
+        )
+    same = [e.name for e in entrants if e.content_hash == metadata.content_sha256]
+    if same:
+        bench.warnings.append(
+            f"{', '.join(same)} share{'s' if len(same) == 1 else ''} the judging WAM's weights, so its errors and "
+            "those of the judge are not independent."
+        )
+    return bench
+
+
+def _refuse_trained_on(split: str, provenance_of: Mapping[str, Any] | None, who: str) -> None:
+    if split in judging.training_splits(provenance_of):
+        raise ValueError(
+            f"{who} was trained on {split} start states, so what it says of them proves nothing; "
+            "use the other split, or a checkpoint trained on split=train"
+        )
+
+
+def _starts_of_data(settings: Mapping[str, Any], model: WAM) -> tuple[list[Start], TensorDict]:
+    """The first frames of a dataset of held-out starts, one per start state."""
+    keys = tuple(model.spec.observation)
+    wanted = settings["env"].get("tasks")
+    dataset = EpisodeDataset.open(settings["frames"], keys=keys, training=False)
+    for index in dataset.indices:
+        if index["split"] != settings["split"]:
+            raise ValueError(
+                f"{index['path']} was collected from {index['split']} start states, but split={settings['split']}; "
+                "evaluate on a dataset of that split"
+                + (": train starts are refused" if index["split"] == "train" else "")
+            )
+    frames = start_frames(settings["frames"], keys=keys, first_only=True, training=False)
+    starts: list[Start] = []
+    chosen: list[int] = []
+    for i, info in enumerate(dataset.episodes):
+        start = Start(info["task"], int(info["start"]))
+        many = sum(s.task == start.task for s in starts)
+        if start not in starts and many < settings["episodes"] and (wanted is None or start.task in wanted):
+            starts.append(start)
+            chosen.append(i)
+    if not starts:
+        raise ValueError(
+            f"{settings['frames']} holds no episode of {', '.join(wanted or [])}; choose another env or frames"
+        )
+    for start in starts:
+        if start.task not in model.spec.tasks:
+            raise unknown_name("task for this checkpoint", start.task, model.spec.tasks)
+    assert all(int(frames["task"][i]) == task_id(s.task) for i, s in zip(chosen, starts, strict=True))
+    return starts, frames[torch.tensor(chosen)]
+
+
+# -------------------------------------------------------------------------------------------------- run
+
+
+def _run(
+    bench: Bench,
+    entrants: Sequence[Entrant],
+    starts: Sequence[Start],
+    split: str,
+    console: Console,
+    title: str,
+    frames: TensorDict | None = None,
+) -> Played:
+    """Every entrant from every start, in both worlds."""
+    settings, keys = bench.settings, list(bench.model.spec.observation)
+    frames = bench.frames if frames is None else frames
+    roll_outs = asked_roll_outs(settings)
+    played = Played(
+        list(starts), [e.name for e in entrants], [[] for _ in entrants], {r: [[] for _ in entrants] for r in roll_outs}
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+        bar = progress.add_task(title.ljust(36), total=len(entrants) * len(bench.tasks))
+        for task in bench.tasks:
+            mine = [i for i, start in enumerate(starts) if start.task == task]
+            some, first = [starts[i] for i in mine], frames[torch.tensor(mine)]
+            rows = min(settings["num_envs"], len(some))
+            env = make_env({**settings, "split": split}, [task], rows) if settings["real"] else None
+            for k, entrant in enumerate(entrants):
+                progress.update(bar, description=f"{entrant.name} {short(task)}".ljust(36)[:36])
+                common: dict[str, Any] = {
+                    "name": entrant.name,
+                    "split": split,
+                    "seed": settings["seed"],
+                    "max_steps": bench.max_steps,
+                }
+                recording = None
+                if env is not None:
+                    real, recording = judging.run_real(
+                        env, entrant.policy, some, keys=keys, cost=bench.real_cost, **common
+                    )
+                    played.real[k] += real
+                else:
+                    played.real[k] += [None] * len(some)
+                for name, how in roll_outs.items():
+                    runs = [
+                        judging.run_imagined(
+                            bench.model,
+                            first,
+                            entrant.policy,
+                            some,
+                            num_envs=settings["num_envs"],
+                            replica=replica,
+                            cost=bench.imagined_cost,
+                            with_paths=recording is not None and replica == 0 and name == "plain",
+                            **how,
+                            **common,
+                        )
+                        for replica in range(how["replicas"])
+                    ]
+                    episodes = [list(replicas) for replicas in zip(*runs, strict=True)]
+                    if recording is not None and name == "plain":
+                        _keep_drift(bench, played, task, recording, [e[0] for e in episodes], some)
+                    for replicas in episodes:
+                        replicas[0].path = np.empty((0, 0))  # read above; large
+                    played.imagined[name][k] += episodes
+                progress.advance(bar)
+            if env is not None:
+                env.close()
+        progress.update(bar, description=title.ljust(36))
+    return played
+
+
+def _keep_drift(
+    bench: Bench, played: Played, task: str, recording: Any, imagined: Sequence[Imagining], starts: Sequence[Start]
+) -> None:
+    keys = drift_keys(bench.model)
+    scale = None
+    paths = [judging.real_path(recording, start, keys) for start in starts]
+    if not is_metaworld(bench.model):
+        scale = np.maximum(np.concatenate(paths).std(axis=0), 1e-6)
+    horizon = bench.max_steps
+    played.open_loop.setdefault(task, []).append(judging.open_loop(bench.model, recording, keys, horizon, scale))
+    closed = np.full((len(starts), horizon), np.nan)
+    for i, (one, real) in enumerate(zip(imagined, paths, strict=True)):
+        length = min(len(real), len(one.path)) - 1
+        found = one.path[1 : length + 1, : real.shape[1]]
+        closed[i, :length] = judging.errors_of(found, real[1 : length + 1], scale)
+    played.closed_loop.setdefault(task, []).append(closed)
+
+
+def _calibrate(bench: Bench, console: Console) -> dict[str, Any]:
+    """Judge -> thresholds per task, and where they come from."""
+    settings, variants = bench.settings, asked_judges(bench.settings)
+    given = settings["threshold"]
+    if isinstance(given, int | float) and not isinstance(given, bool):
+        if not 0 < given <= 1:
+            raise ValueError(f"threshold is {given}, but a score lies in (0, 1]")
+        values = {name: dict.fromkeys(bench.tasks, float(given)) for name in variants}
+        return {"source": "given", "thresholds": {**values, "none": dict.fromkeys(bench.tasks, 0.5)}}
+    if given != "calibrated":
+        return _thresholds_of(Path(str(given)), bench, variants)
+    how = settings["calibration"]
+    first, count = how["first_start"], how["episodes"]
+    starts = [Start(task, i) for task in bench.tasks for i in range(first, first + count)]
+    env = make_env({**settings, "split": "dev"}, None, len(bench.tasks))
+    frames = judging.first_frames(env, starts).select(*bench.model.spec.observation, "task")
+    env.close()
+    entrants = policies.build(how["policies"], bench.around)
+    for entrant in entrants:
+        _refuse_trained_on("dev", entrant.provenance, f"the calibration policy '{entrant.name}'")
+    _refuse_trained_on("dev", bench.metadata.provenance, f"the judging WAM {settings['wam']['checkpoint']}")
+    played = _run(bench, entrants, starts, "dev", console, "calibration", frames)
+    tasks = [start.task for start in starts]
+    found: dict[str, dict[str, float]] = {}
+    for name, variant in variants.items():
+        found[name], blind = verdict.thresholds(played.outcomes, played.scores(variant), tasks)
+    if blind:
+        bench.warnings.append(
+            f"On {', '.join(map(short, blind))} the calibration policies all succeeded or all failed, so the threshold "
+            "there is 0.5; add others to calibration.policies."
+        )
+    bench.real_cost, bench.imagined_cost = Cost(), Cost()  # those of the policies alone are reported
+    return {
+        "source": f"{len(entrants)} policies on {count} dev starts per task, {first} to {first + count - 1}",
+        "policies": [e.name for e in entrants],
+        "thresholds": {**found, "none": dict.fromkeys(bench.tasks, 0.5)},
+    }
+
+
+def _thresholds_of(directory: Path, bench: Bench, variants: Mapping[str, Any]) -> dict[str, Any]:
+    path = directory / "results.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"threshold={directory}: there is no results.json; give calibrated, a number, or a directory of evaluate"
+        )
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before.get("name") != "evaluate" or before["wam"]["content_hash"] != bench.metadata.content_sha256:
+        raise ValueError(
+            f"threshold={directory}: that run was of another command or WAM; its thresholds mean nothing here"
+        )
+    if before["variants"].get("judge", {}).get("settings") != variants["judge"]:
+        raise ValueError(
+            f"threshold={directory}: its judge had other remedies: {before['variants']['judge']['settings']}"
+        )
+    stored = before["variants"]["judge"]["thresholds"]
+    absent = [task for task in bench.tasks if task not in stored]
+    if absent:
+        raise ValueError(f"threshold={directory}: it has none for {', '.join(absent)}; give a number, or another run")
+    values = {name: {task: stored[task] for task in bench.tasks} for name in variants}
+    return {
+        "source": f"calibrated by {before['command']}",
+        "thresholds": {**values, "none": dict.fromkeys(bench.tasks, 0.5)},
+    }
+
+
+def _films(
+    bench: Bench, played: Played, results: Mapping[str, Any], run_dir: Path
+) -> tuple[list[dict[str, str]], str | None]:
+    """Films of the most telling episodes, and why there are none."""
+    settings, judge = bench.settings, results["variants"]["judge"]
+    if not settings["real"] or not settings["films"]:
+        return [], None
+    if not is_metaworld(bench.model):
+        return [], "films show positions of hand and object, which only a Meta-World state has"
+    tasks = [start.task for start in played.starts]
+    judged = Judged(played.scores(judge["settings"]), judge["thresholds"])
+    decisions, real = judged.decisions(tasks), played.outcomes
+    how = asked_roll_outs(settings)[judge["settings"]["roll_out"]]
+    envs = {task: make_env(settings, [task], 1) for task in bench.tasks}
+    choices = []
+    for k, n in pair_films.choose(real, decisions, judged.scores, settings["films"]):
+        start = played.starts[n]
+        choices.append(
+            {
+                "env": envs[start.task],
+                "model": bench.model,
+                "frame": bench.frames[n],
+                "policy": bench.entrants[k].policy,
+                "start": start,
+                "name": bench.entrants[k].name,
+                "split": settings["split"],
+                "seed": settings["seed"],
+                "max_steps": bench.max_steps,
+                "threshold": judge["thresholds"][start.task],
+                "solved": (bool(real[k, n]), bool(decisions[k, n])),
+                **how,
+            }
+        )
+    made, note = pair_films.films_of(choices, run_dir)
+    for env in envs.values():
+        env.close()
+    return made, note
+
+
+def _print(results: Mapping[str, Any], console: Console) -> None:
+    real = results["real"]
+    table = Table(title=f"success on {results['protocol']['split']} starts", title_justify="left")
+    for name in ("policy", *(("real",) if real else ()), "imagined", *(("kappa",) if real else ())):
+        table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
+    order = "real" if real else "imagined"
+    for name, entry in sorted(results["policies"].items(), key=lambda item: -item[1]["mean"][order]["mean"]):
+        cells = [
+            f"{v['mean']:.0%} [{v['low']:.0%}, {v['high']:.0%}]"
+            for v in (entry["mean"][w] for w in ("real", "imagined") if w in entry["mean"])
+        ]
+        table.add_row(name, *cells, *([number(entry["kappa"])] if real else []))
+    console.print(table)
+    for scope, found in results["agreement"].items():
+        r = found["pearson"]
+        bounds = "" if r["low"] is None else f" [{r['low']:.2f}, {r['high']:.2f}]"
+        console.print(
+            f"{short(scope)}: {found['policies']} policies, Pearson {number(r['mean'])}{bounds}, "
+            f"Spearman {number(found['spearman'])}, p {number(found['permutation_p'], 4)}, "
+            f"MMRV {found['mmrv']['mean']:.3f}, mean gap {100 * found['gap']['mean']:.1f} points, "
+            f"kappa {number(found['kappa']['mean'])}, P(imagined success | real failure) "
+            f"{number(found['judge']['false_positive_rate'])}",
+            highlight=False,
+        )
+    if real and len(results["variants"]) > 2:
+        table = Table(title="remedies", title_justify="left")
+        for name in ("judge", "Pearson", "MMRV", "gap", "bias", "kappa", "recall", "false positives", "ECE"):
+            table.add_column(name, justify="left" if name == "judge" else "right")
+        for name, v in results["variants"].items():
+            cells = [
+                number(v[k], 3)
+                for k in ("pearson", "mmrv", "gap", "bias", "kappa", "recall", "false_positive_rate", "ece")
+            ]
+            table.add_row(name, *cells)
+        console.print(table)
+    if real:
+        ends = {n: d["mean"]["sustained"] for n, d in results["drift"].items()}
+        console.print(
+            f"sustained horizon H* (error below {results['config']['epsilon']:g}): {ends['open_loop']} steps told the "
+            f"real actions, {ends['closed_loop']} closed loop",
+            highlight=False,
+        )
+    for text in results["warnings"]:
+        console.print(f"[yellow]warning:[/] {text}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""Policies in imagination: closed loop in a World Action Model from given start states, and what the model says of it.
+
+An imagined episode begins at the real first frame of a start state. The policy acts on what the model decodes, the
+model imagines what follows, control step after control step up to the full length of a real episode. Nothing is judged
+while it runs: the success head's probability and the ensemble's disagreement of every step are kept, so that different
+judges can read the same episodes.
+
+Letters: F frames, L steps of an episode, R replicas (imagined episodes of one start, each in another ensemble member).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tensordict import TensorDict
+from torch import Tensor
+
+from wamrl.envs.imagined_env import ImaginedEnv
+from wamrl.evaluation import Episode, Recording, Start, StepRecord, run_episodes
+from wamrl.interfaces import WAM, Context, Policy, PolicyState
+
+Floats = NDArray[np.float64]
+
+
+class Imagination(ImaginedEnv):
+    """An `ImaginedEnv` for judging: open-ended, numbered like the real start states, never stopped by a success.
+
+    Args:
+        model: as for `ImaginedEnv`.
+        frames: [F] real first frames with `task`, in the order of `starts`.
+        starts: what they are the first frames of; a reset to `start` asks for `Start.index`.
+        num_envs: rows.
+        max_steps: control steps of an episode, beyond the model's `max_horizon` as well.
+        keyframe_every: encode what was decoded anew every so many control steps, which brings the latent back to where
+            encoded frames lie; None never does.
+        replica, replicas: the part of the ensemble that this environment follows: replicas share it out evenly.
+        seed: of what is random in the model.
+    """
+
+    def __init__(
+        self,
+        model: WAM,
+        frames: TensorDict,
+        starts: Sequence[Start],
+        num_envs: int,
+        *,
+        max_steps: int,
+        keyframe_every: int | None = None,
+        replica: int = 0,
+        replicas: int = 1,
+        seed: int = 0,
+    ) -> None:
+        if keyframe_every is not None and keyframe_every < 1:
+            raise ValueError(f"keyframe_every is {keyframe_every}, but must be at least 1, or null")
+        if len(starts) != frames.batch_size[0]:
+            raise ValueError(f"there are {len(starts)} starts, but {frames.batch_size[0]} frames; give one for each")
+        self.keyframe_every, self._share = keyframe_every, replica / replicas
+        self._number = {start: i for i, start in enumerate(starts)}
+        # A snapshot among the observation keys is the oracle's own business, and no policy's.
+        keys = [key for key in model.spec.observation if key != "snapshot"]
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        super().__init__(model, frames, num_envs, keys=keys, max_steps=max_steps, seed=seed, device=device)
+
+    def _frame(self, task: str, number: int) -> int:
+        found = self._number.get(Start(task, number))
+        if found is None:
+            raise ValueError(f"`start` asks for {number} of '{task}', of which there is no frame here")
+        return found
+
+    def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> TensorDict:
+        shown = super()._begin(rows, start, snapshot)
+        self._future[rows] = (self._future[rows] + self._share) % 1.0
+        return shown
+
+    @torch.no_grad()
+    def _advance(self, rows: Tensor, action: Tensor) -> TensorDict:
+        after = super()._advance(rows, action)
+        after.set("success", torch.zeros_like(after["success"]))
+        if self.keyframe_every is not None:
+            due = (self._steps[rows] % self.keyframe_every == 0).nonzero()[:, 0]
+            if due.numel():
+                frame = after[due].select(*self.keys)
+                frame["task"] = self._task_ids[rows[due]]
+                self._put(rows[due], self.model.encode(Context.from_observation(frame)))
+        return after
+
+
+@dataclass
+class Imagining:
+    """One imagined episode.
+
+    probability: [L] of success after each step. uncertainty: [L], zeros for a model without. path: [L + 1, G] what was
+    decoded, the first frame included; empty unless asked for.
+    """
+
+    probability: Floats
+    uncertainty: Floats
+    path: Floats = field(default_factory=lambda: np.empty((0, 0)))
+
+
+class _Watched:
+    """A policy on the model's observation keys alone, in both worlds, whose time is taken."""
+
+    def __init__(self, policy: Policy, keys: Sequence[str], name: str) -> None:
+        self.policy, self.keys, self.name = policy, keys, name
+        self.seconds = 0.0
+
+    def initial_state(self, rows: int) -> PolicyState:
+        return self.policy.initial_state(rows)
+
+    def act(self, observation: TensorDict, policy_state: PolicyState, is_init: Tensor) -> tuple[Tensor, PolicyState]:
+        begun = time.perf_counter()
+        try:
+            return self.policy.act(observation.select(*self.keys, "task"), policy_state, is_init)
+        except KeyError as error:
+            raise ValueError(
+                f"policy '{self.name}' reads {error}, but acts on what the model decodes: {', '.join(self.keys)}"
+            ) from error
+        finally:
+            self.seconds += time.perf_counter() - begun
+
+
+@dataclass
+class Cost:
+    """Wall seconds of episodes, the policies' own time apart, and their control steps."""
+
+    env_s: float = 0.0
+    policy_s: float = 0.0
+    steps: int = 0
+
+    def add(self, env_s: float, policy_s: float, steps: int) -> None:
+        self.env_s, self.policy_s, self.steps = self.env_s + env_s, self.policy_s + policy_s, self.steps + steps
+
+
+def first_frames(env: Any, starts: Sequence[Start]) -> TensorDict:
+    """[F] what the simulator shows at the beginning of each start, with `task`."""
+    found: list[TensorDict] = []
+    for start in starts:
+        row = env.row_tasks.index(start.task)
+        index = torch.zeros(env.batch_size[0], dtype=torch.int64)
+        reset = torch.zeros(env.batch_size[0], 1, dtype=torch.bool)
+        index[row], reset[row] = start.index, True
+        if not found:
+            env.reset()  # the first one has to cover every row
+        found.append(env.reset(TensorDict({"start": index, "_reset": reset}, batch_size=env.batch_size))[row].clone())
+    return cast(TensorDict, torch.stack(found))
+
+
+def run_real(
+    env: Any,
+    policy: Policy,
+    starts: Sequence[Start],
+    *,
+    name: str,
+    keys: Sequence[str],
+    split: str,
+    seed: int,
+    max_steps: int,
+    cost: Cost,
+) -> tuple[list[Episode], Recording]:
+    """The episodes of a policy in the simulator, and what was seen and done in them."""
+    watched, recording = _Watched(policy, keys, name), Recording()
+    begun = time.perf_counter()
+    episodes = run_episodes(
+        env, watched, starts, method=name, split=split, seed=seed, max_steps=max_steps, on_step=recording.see
+    )
+    total = time.perf_counter() - begun
+    cost.add(total - watched.seconds, watched.seconds, sum(e.length for e in episodes))
+    return episodes, recording
+
+
+def run_imagined(
+    model: WAM,
+    frames: TensorDict,
+    policy: Policy,
+    starts: Sequence[Start],
+    *,
+    name: str,
+    split: str,
+    seed: int,
+    max_steps: int,
+    num_envs: int,
+    keyframe_every: int | None = None,
+    replica: int = 0,
+    replicas: int = 1,
+    cost: Cost,
+    with_paths: bool = False,
+) -> list[Imagining]:
+    """The episodes of a policy in imagination, one per start, all of `max_steps` unless the model ends them."""
+    env = Imagination(
+        model,
+        frames,
+        starts,
+        min(num_envs, len(starts)),
+        max_steps=max_steps,
+        keyframe_every=keyframe_every,
+        replica=replica,
+        replicas=replicas,
+        seed=seed,
+    )
+    watched = _Watched(policy, env.keys, name)
+    probability: dict[Start, list[float]] = {start: [] for start in starts}
+    uncertainty: dict[Start, list[float]] = {start: [] for start in starts}
+    paths: dict[Start, list[Tensor]] = {start: [] for start in starts}
+    has_uncertainty = "uncertainty" in model.spec.provides
+
+    def flat(observation: TensorDict, k: int) -> Tensor:
+        return torch.cat([observation[key][k].flatten().float() for key in env.keys])
+
+    def see(record: StepRecord) -> None:
+        p = record.after["success_probability"][:, 0].tolist()
+        u = record.after["uncertainty"][:, 0].tolist() if has_uncertainty else [0.0] * len(p)
+        for k, start in enumerate(record.starts):
+            if with_paths:
+                if not paths[start]:
+                    paths[start].append(flat(record.observation, k))
+                paths[start].append(flat(record.after, k))
+            probability[start].append(p[k])
+            uncertainty[start].append(u[k])
+
+    begun = time.perf_counter()
+    run_episodes(env, watched, starts, method=name, split=split, seed=seed, max_steps=max_steps, on_step=see)
+    total = time.perf_counter() - begun
+    cost.add(total - watched.seconds, watched.seconds, sum(map(len, probability.values())))
+    return [
+        Imagining(
+            np.asarray(probability[start]),
+            np.asarray(uncertainty[start]),
+            torch.stack(paths[start]).double().cpu().numpy() if with_paths else np.empty((0, 0)),
+        )
+        for start in starts
+    ]
+
+
+def score(replicas: Sequence[Imagining], *, penalty: float = 0.0) -> float:
+    """How sure the judge is that an episode succeeds, in [0, 1]: the mean over replicas of the best step's probability.
+
+    penalty: that much of the uncertainty accumulated so far is taken off each step's probability, so that a success
+    which the ensemble lost track of on the way counts less.
+    """
+    found = []
+    for one in replicas:
+        sure = one.probability - penalty * np.cumsum(one.uncertainty)
+        found.append(float(np.clip(sure.max(initial=0.0), 0.0, 1.0)))
+    return float(np.mean(found))
+
+
+def first_step(replicas: Sequence[Imagining], threshold: float) -> int | None:
+    """Control steps until the first replica's probability reaches `threshold`; None when it never does."""
+    over = np.flatnonzero(replicas[0].probability >= threshold)
+    return int(over[0]) + 1 if len(over) else None
+
+
+# ------------------------------------------------------------------------------------------------ drift
+
+
+def errors_of(decoded: Floats, measured: Floats, scale: Floats | None) -> Floats:
+    """[..., L] distance between decoded and measured observations [..., L, G].
+
+    scale: None for a Meta-World state (its first 39 numbers): centimetres, the larger of hand and object. Otherwise the
+    root mean square over the numbers in units of `scale` [G].
+    """
+    if scale is None:
+        gap = 100 * (decoded - measured)
+        hand, thing = (np.linalg.norm(gap[..., part], axis=-1) for part in (slice(0, 3), slice(4, 7)))
+        return np.maximum(hand, thing)
+    return np.sqrt(np.mean(((decoded - measured) / scale) ** 2, axis=-1))
+
+
+@torch.no_grad()
+def open_loop(model: WAM, recording: Recording, keys: Sequence[str], horizon: int, scale: Floats | None) -> Floats:
+    """[N, H] error after 1, ..., H steps when the model is told the actions that were executed from the first frame on.
+
+    NaN after an episode's end. The decoded observations are those of the sampled futures' mean.
+    """
+    starts = list(recording.actions)
+    found = np.full((len(starts), horizon), np.nan)
+    if not starts:
+        return found
+    first = cast(TensorDict, torch.stack([recording.observations[s][0] for s in starts]))
+    state = model.encode(Context.from_observation(first.select(*model.spec.observation, "task")))
+    lengths = [min(len(recording.actions[s]), horizon) for s in starts]
+    actions = torch.zeros(len(starts), max(lengths), model.spec.action_dim)
+    for i, start in enumerate(starts):
+        actions[i, : lengths[i]] = torch.stack(recording.actions[start][: lengths[i]])
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    imagined = model.imagine(state, actions[:, None].clamp(-1, 1).to(device), with_frames=True)
+    seen = model.decode(imagined, tuple(keys))
+    decoded = torch.cat([seen[key][:, 0].flatten(3).float() for key in keys], dim=-1).mean(1).double().cpu().numpy()
+    for i, start in enumerate(starts):
+        after = recording.observations[start][1 : lengths[i] + 1]
+        measured = torch.stack([torch.cat([o[key].flatten().float() for key in keys]) for o in after])
+        found[i, : lengths[i]] = errors_of(decoded[i, : lengths[i]], measured.double().cpu().numpy(), scale)
+    return found
+
+
+def real_path(recording: Recording, start: Start, keys: Sequence[str]) -> Floats:
+    """[L + 1, G] what was measured in one episode, the numbers of `keys` one after the other."""
+    frames = recording.observations[start]
+    flat = torch.stack([torch.cat([o[key].flatten().float() for key in keys]) for o in frames])
+    return flat.double().cpu().numpy()
+
+
+def failures_in_training(provenance: Mapping[str, Any]) -> str:
+    """What a checkpoint's data mixture says of failures: "some", "none" or "unknown".
+
+    Counts episodes of behaviours that are made to fail; a behaviour may fail by chance as well, which nobody recorded.
+    """
+    plans = [index.get("plan") or {} for index in _indices(provenance)]
+    mixtures = [plan["mixture"] for plan in plans if plan.get("mixture")]
+    if not mixtures:
+        return "unknown"
+    return "some" if any(m.get("failing", 0) + m.get("random", 0) > 0 for m in mixtures) else "none"
+
+
+def training_splits(provenance: Mapping[str, Any] | None) -> set[str]:
+    """The splits whose start states a checkpoint was trained on, as far as it says."""
+    return {str(index["split"]) for index in _indices(provenance or {}) if "split" in index}
+
+
+def _indices(provenance: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    data = provenance.get("data")
+    return [index for index in data if isinstance(index, Mapping)] if isinstance(data, list) else []

@@ -1,0 +1,360 @@
+"""Five properties of a World Action Model as checks with thresholds: a score card for any checkpoint.
+
+Interactability, causality, persistence, physical plausibility, generalization. Checks that read positions need a
+Meta-World state; what a model has no part in (a camera, for a model of states) is "not applicable", with the reason.
+
+Letters: N windows or episodes, M sampled futures, H steps, A action dims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tensordict import TensorDict
+from torch import Tensor
+
+from wamrl.evaluation import Recording
+from wamrl.interfaces import WAM, Context, State
+
+HAND, OBJECT = slice(0, 3), slice(4, 7)
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the score card.
+
+    value: None where it is not applicable. at_least: whether the threshold is a floor.
+    """
+
+    group: str
+    name: str
+    value: float | None
+    threshold: float
+    at_least: bool
+    unit: str
+    detail: str
+
+    @property
+    def verdict(self) -> str:
+        if self.value is None:
+            return "not applicable"
+        return "pass" if (self.value >= self.threshold if self.at_least else self.value <= self.threshold) else "fail"
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Stretches of real episodes.
+
+    first: [N] observations. actions: [N, H, A]. measured: [N, H, G] of the key "
+    "`state`.
+    """
+
+    first: TensorDict
+    actions: Tensor
+    measured: Tensor
+
+
+def windows_of(recordings: Sequence[Recording], horizon: int, *, every: int = 5) -> Windows:
+    """Windows of `horizon` steps, beginning at every `every`-th step of the recorded episodes.
+
+    Raises ValueError when no episode is that long.
+    """
+    first: list[TensorDict] = []
+    actions: list[Tensor] = []
+    measured: list[Tensor] = []
+    for recording in recordings:
+        for start, seen in recording.observations.items():
+            done = recording.actions[start]
+            for t in range(0, len(done) - horizon + 1, every):
+                first.append(seen[t])
+                actions.append(torch.stack(done[t : t + horizon]))
+                measured.append(torch.stack([o["state"] for o in seen[t + 1 : t + horizon + 1]]))
+    if not first:
+        raise ValueError(f"no recorded episode has {horizon} control steps; use more episodes or a shorter horizon")
+    stacked: Any = torch.stack(first)
+    return Windows(stacked, torch.stack(actions).clamp(-1, 1), torch.stack(measured).float())
+
+
+@torch.no_grad()
+def imagined_states(model: WAM, state: State, actions: Tensor) -> Tensor:
+    """[N, M, H, G] decoded key `state` of the futures of `actions` [N, H, A]."""
+    imagined = model.imagine(state, actions[:, None], with_frames=True)
+    return model.decode(imagined, ("state",))["state"][:, 0].float()
+
+
+def encoded(model: WAM, first: TensorDict) -> State:
+    """The states [N] of single frames [N]."""
+    with torch.no_grad():
+        return model.encode(Context.from_observation(first.select(*model.spec.observation, "task")))
+
+
+# ------------------------------------------------------------------------------------------------ interactability
+
+
+def interactability(model: WAM, windows: Windows, thresholds: Mapping[str, float], *, seed: int = 0) -> list[Check]:
+    """Whether futures follow the actions.
+
+    shuffle_ratio: mean distance of the hand between futures of aligned and of shuffled actions, over the spread of the
+    sampled futures of the same actions. displacement_r2: how much of the imagined hand displacement a linear map of the
+    commanded one (the summed xyz actions) explains; the simulator's own value stands in the detail.
+    """
+    state = encoded(model, windows.first)
+    aligned = imagined_states(model, state, windows.actions)
+    order = torch.randperm(len(windows.actions), generator=torch.Generator().manual_seed(seed))
+    shuffled = imagined_states(model, state, windows.actions[order])
+    apart = (aligned.mean(1) - shuffled.mean(1))[..., HAND].norm(dim=-1).mean().item()
+    many = aligned.shape[1] > 1
+    between = (aligned - aligned.mean(1, keepdim=True))[..., HAND].norm(dim=-1).mean().item() if many else 0.0
+    ratio = apart / between if between > 0 else None
+    begin = windows.first["state"].float()[:, HAND]
+    commanded = windows.actions[..., :3].sum(1).double().numpy()
+    imagined = (aligned.mean(1)[:, -1, HAND] - begin).double().numpy()
+    real = (windows.measured[:, -1, HAND] - begin).double().numpy()
+    steps = windows.actions.shape[1]
+    return [
+        Check("interactability", "shuffle_ratio", ratio, thresholds["shuffle_ratio"], True, "times the futures' spread",
+              f"shuffled actions move the hand {100 * apart:.2f} cm away, sampled futures differ by "
+              f"{100 * between:.2f} cm"
+              if many else "the model samples one future, so it has no noise to compare with"),
+        Check("interactability", "displacement_r2", linear_r2(commanded, imagined), thresholds["displacement_r2"], True,
+              "",               f"over {steps} steps and {len(begin)} windows; the simulator's own is "
+              f"{linear_r2(commanded, real):.3f}"),
+    ]  # fmt: skip
+
+
+def linear_r2(x: Floats, y: Floats) -> float:
+    """Share of the variance of y [N, D] that the least-squares affine map of x [N, C] explains."""
+    design = np.concatenate([x, np.ones((len(x), 1))], axis=1)
+    fitted = design @ np.linalg.lstsq(design, y, rcond=None)[0]
+    total = ((y - y.mean(0)) ** 2).sum()
+    return float(1 - ((y - fitted) ** 2).sum() / total) if total > 0 else 0.0
+
+
+# ------------------------------------------------------------------------------------------------ causality
+
+
+def causality(model: WAM, windows: Windows, thresholds: Mapping[str, float], *, seed: int = 0) -> list[Check]:
+    """Whether the past is deaf to the future: earlier outputs bit-equal, and their gradients exactly zero.
+
+    Actions after each step k are replaced.
+    """
+    rows = min(4, len(windows.actions))
+    first, actions = windows.first[:rows], windows.actions[:rows]
+    state = encoded(model, first)
+    horizon = actions.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    differing = 0
+    with torch.no_grad():
+        base = model.imagine(state, actions[:, None], with_frames=True)
+        for k in range(horizon - 1):
+            other = actions.clone()
+            other[:, k + 1 :] = torch.rand(other[:, k + 1 :].shape, generator=generator) * 2 - 1
+            changed = model.imagine(state, other[:, None], with_frames=True)
+            for name in ("frames", "reward", "success", "alive"):
+                a, b = getattr(base, name), getattr(changed, name)
+                if a is not None and not torch.equal(a[:, :, :, : k + 1], b[:, :, :, : k + 1]):
+                    differing += 1
+    largest = 0.0
+    for k in range(horizon - 1):
+        free = actions.clone().requires_grad_()
+        frames = model.imagine(state, free[:, None], with_frames=True).frames
+        assert frames is not None
+        (gradient,) = torch.autograd.grad(frames[:, :, :, : k + 1].sum(), free)
+        largest = max(largest, gradient[:, k + 1 :].abs().max().item())
+    checks = [
+        Check("causality", "outputs_changed", float(differing), thresholds["outputs_changed"], False, "outputs",
+              f"that differ at or before step k when actions after it are replaced, for k = 1 to {horizon - 1}"),
+        Check("causality", "future_gradient", largest, thresholds["future_gradient"], False, "",
+              "the largest gradient of frames up to step k with respect to later actions"),
+    ]  # fmt: skip
+    checks.append(
+        Check("causality", "later_observations", None, 0.0, False, "",
+              "encode is given the frames up to now only, so there is no later observation to perturb")
+    )  # fmt: skip
+    return checks
+
+
+# ------------------------------------------------------------------------------------------------ persistence
+
+GO_AND_RETURN = (5, 10, 15, 20)
+
+
+def go_and_return(env: Any, steps: int, *, seed: int = 0, speed: float = 0.5) -> tuple[TensorDict, Tensor, Tensor]:
+    """Real first frames [B], actions [B, 2 * steps, A] that go `steps` upwards and back, and the last state [B, G]."""
+    rows = env.batch_size[0]
+    generator = torch.Generator().manual_seed(seed)
+    way = torch.randn(rows, 3, generator=generator)
+    way[:, 2] = way[:, 2].abs() + 0.5  # away from the table, so that nothing is touched
+    way = speed * way / way.norm(dim=1, keepdim=True)
+    go = torch.cat([way, torch.zeros(rows, env.action_spec.shape[-1] - 3)], dim=1)
+    actions = torch.stack([go] * steps + [-go] * steps, dim=1)
+    now = env.reset(TensorDict({"start": torch.arange(rows)}, batch_size=[rows]))
+    first = now.clone()
+    for t in range(2 * steps):
+        now["action"] = actions[:, t]
+        now = env.step(now)["next"]
+    return first, actions, now["state"].clone()
+
+
+@torch.no_grad()
+def persistence(
+    model: WAM, env: Any, thresholds: Mapping[str, float], *, seed: int = 0, memory_steps: int = 200
+) -> list[Check]:
+    """Whether what was left is found again, and whether memory stays bounded while imagination goes on.
+
+    go_and_return_<n>: the larger of hand and object error in centimetres after n steps out and n back, mean over rows,
+    against the simulator under the same actions. memory_slope: bytes of the state per control step, fitted over
+    `memory_steps` steps of one action at a time.
+    """
+    checks = []
+    for steps in GO_AND_RETURN:
+        first, actions, last = go_and_return(env, steps, seed=seed)
+        end = imagined_states(model, encoded(model, first), actions).mean(1)[:, -1]
+        gap = 100 * (end - last.float())
+        error = torch.maximum(gap[:, HAND].norm(dim=-1), gap[:, OBJECT].norm(dim=-1))
+        checks.append(
+            Check("persistence", f"go_and_return_{steps}", float(error.mean()), thresholds["go_and_return_cm"], False,
+                  "cm",                   f"{steps} steps out and back on {len(error)} starts; 90th percentile "
+                  f"{float(error.quantile(0.9)):.1f} cm")
+        )  # fmt: skip
+    first, actions, _ = go_and_return(env, 1, seed=seed)
+    state = encoded(model, first)
+    sizes = []
+    for _ in range(memory_steps):
+        state = model.imagine(state, actions[:, None, :1]).leaf[:, 0, 0]
+        sizes.append(sum(state.get(k).nbytes for k in state.keys(include_nested=True, leaves_only=True)))
+    slope = float(np.polyfit(np.arange(memory_steps), np.array(sizes, dtype=np.float64), 1)[0])
+    checks.append(
+        Check("persistence", "memory_slope", abs(slope), thresholds["memory_slope_bytes"], False, "bytes per step",
+              f"the state of {len(first)} rows holds {sizes[-1]} bytes after {memory_steps} steps, one at a time")
+    )  # fmt: skip
+    return checks
+
+
+# ------------------------------------------------------------------------------------------------ plausibility
+
+
+def plausibility(
+    model: WAM, windows: Windows, thresholds: Mapping[str, float], *, margin_m: float = 0.03, near_m: float = 0.10
+) -> list[Check]:
+    """Whether imagined states could be, read off the state probe.
+
+    outside_limits: share of imagined states whose hand, object or gripper leaves the box of all measured ones by more
+    than `margin_m` (below the table is outside of it). moved_alone: share of steps in which the object moves more than
+    half a centimetre while the hand is farther than `near_m`. inverse_error_ratio: error of a linear inverse model,
+    fitted on measured transitions, on imagined ones, over its error on measured ones that it was not fitted on.
+    """
+    state = encoded(model, windows.first)
+    futures = imagined_states(model, state, windows.actions).double().numpy()  # [N, M, H, G]
+    real = np.concatenate([windows.first["state"][:, None], windows.measured], axis=1).astype(np.float64)
+    parts = np.r_[0:4, 4:7]
+    low, high = real[..., parts].min((0, 1)) - margin_m, real[..., parts].max((0, 1)) + margin_m
+    outside = ((futures[..., parts] < low) | (futures[..., parts] > high)).any(-1)
+    begin = np.repeat(real[:, None, :1], futures.shape[1], axis=1)
+    whole = np.concatenate([begin, futures], axis=2)
+
+    def alone(path: Floats) -> float | None:
+        far = np.linalg.norm(path[..., :-1, HAND] - path[..., :-1, OBJECT], axis=-1) > near_m
+        moved = np.linalg.norm(np.diff(path[..., OBJECT], axis=-2), axis=-1) > 0.005
+        return float(moved[far].mean()) if far.any() else None
+
+    half = len(real) // 2
+    action = windows.actions.double().numpy()
+
+    def pairs(path: Floats) -> Floats:
+        # Hand, gripper and object: the numbers of the state that move.
+        before, after = path[..., :-1, :7], path[..., 1:, :7]
+        return np.concatenate([before, after - before], axis=-1).reshape(-1, 14)
+
+    known = pairs(real[:half])
+    centre, scale = known.mean(0), np.maximum(known.std(0), 1e-5)
+
+    def design(path: Floats) -> Floats:
+        z = (pairs(path) - centre) / scale
+        return np.concatenate([z, np.ones((len(z), 1))], axis=1)
+
+    fitted = design(real[:half])
+    ridge = 1e-3 * len(fitted) * np.eye(fitted.shape[1])
+    weights = np.linalg.solve(fitted.T @ fitted + ridge, fitted.T @ action[:half].reshape(len(fitted), -1))
+
+    def error(path: Floats, wanted: Floats) -> float:
+        guess = design(path) @ weights
+        return float(np.abs(guess[:, :3] - wanted.reshape(len(guess), -1)[:, :3]).mean())
+
+    measured_error = error(real[half:], action[half:])
+    mean_path = np.concatenate([real[half:, :1], futures[half:].mean(1)], axis=1)
+    imagined_error = error(mean_path, action[half:])
+    share_real = alone(real)
+    return [
+        Check("plausibility", "outside_limits", float(outside.mean()), thresholds["outside_limits"], False, "of states",
+              f"of {outside.size} imagined states outside the measured box by more than {100 * margin_m:g} cm"),
+        Check("plausibility", "moved_alone", alone(whole), thresholds["moved_alone"], False, "of steps",
+              f"with the hand more than {100 * near_m:g} cm away; in the simulator "
+              + ("it never was" if share_real is None else f"{share_real:.3f}")),
+        Check("plausibility", "inverse_error_ratio", imagined_error / measured_error, thresholds["inverse_error_ratio"],
+              False,               "times", f"action error {imagined_error:.3f} on imagined, {measured_error:.3f} "
+              f"on measured transitions"),
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ shifts
+
+VISUAL = ("camera", "light", "object_colour")
+SHIFTS: dict[str, str] = {
+    "none": "the training distribution (held-out starts)",
+    "camera": "the camera turned by 15 degrees",
+    "light": "the lights at half their strength",
+    "object_colour": "the colours of the task's objects exchanged",
+    "start_layout": "the object moved by 5 cm away from the middle, out of the training range at its edge",
+    "dynamics": "the task's objects of twice the mass, friction halved",
+    "action_noise": "Gaussian noise of 0.3 on every action",
+}
+
+
+def apply_shift(env: Any, shift: str) -> None:
+    """Change a fresh Meta-World environment in place; "none" and "action_noise" change nothing here.
+
+    Raises ValueError for an environment without the simulators that this reaches into.
+    """
+    if shift in ("none", "action_noise"):
+        return
+    if not hasattr(env, "simulators"):
+        raise ValueError(f"the shift '{shift}' is declared on Meta-World, but the environment is {type(env).__name__}")
+    if shift == "camera":
+        camera = env.camera
+        env.camera = type(camera)(**{**camera.to_dict(), "azimuth": camera.azimuth + 15.0})
+        return
+    for simulator in env.simulators:
+        model = simulator.raw.model
+        if shift == "light":
+            model.light_diffuse[:] *= 0.5
+            model.light_ambient[:] *= 0.5
+            model.vis.headlight.diffuse[:] *= 0.5
+            model.vis.headlight.ambient[:] *= 0.5
+        elif shift == "object_colour":
+            model.geom_rgba[simulator._geoms, :3] = model.geom_rgba[simulator._geoms, :3][:, [2, 0, 1]]
+            materials = np.unique(model.geom_matid[simulator._geoms])
+            materials = materials[materials >= 0]
+            model.mat_rgba[materials, :3] = model.mat_rgba[materials, :3][:, [2, 0, 1]] * 0.6
+        elif shift == "dynamics":
+            model.body_mass[simulator._bodies] *= 2.0
+            model.body_inertia[simulator._bodies] *= 2.0
+            model.geom_friction[simulator._geoms] *= 0.5
+        elif shift == "start_layout":
+            simulator.reset = _moved(simulator.reset)
+
+
+def _moved(reset: Callable[[Floats], Floats], metres: float = 0.05) -> Callable[[Floats], Floats]:
+    def shifted(vector: Floats) -> Floats:
+        vector = np.array(vector, dtype=np.float64)
+        # The object only: Meta-World clips the goal that a policy sees to its own range.
+        vector[0] += metres * (1 if vector[0] >= 0 else -1)
+        return reset(vector)
+
+    return shifted
