@@ -731,7 +731,7 @@ class FlowWAM(WAM):
                 square = (found[part] - targets[part]).square()
                 if segment.kind == "future":
                     square = square.sum((-1, -2)) / self.moves.sum().clamp(min=1)
-                    weight = arrived & (times[part] < 1.0) & (times[part] > 0.0)
+                    weight = arrived & (times[part][:, -1:] < 1.0)  # clean or a goal: nothing to predict
                 else:
                     square = square.mean(-1)
                     weight = (imitated if segment.target == "label" else valid) & (times[part] < 1.0)
@@ -752,9 +752,10 @@ class FlowWAM(WAM):
         segment = self.coupling.segments[name]
         groups = self.frames if segment.kind == "future" else 1
         times = sample_times(segment.times, rows, 1, generator=noise, device=device).expand(-1, groups)
+        draw = torch.rand(rows, 4, 1, generator=noise, device=device)
+        times = torch.where(draw[:, 3] < segment.start, 0.0, times)
         if not (segment.clean or segment.absent) and taken is None:
             return times, None
-        draw = torch.rand(rows, 3, 1, generator=noise, device=device)
         clean, absent = draw[:, 0] < segment.clean, draw[:, 1] < segment.absent
         if taken is not None:
             clean, absent = clean & ~taken, absent | taken
