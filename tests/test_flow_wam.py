@@ -13,7 +13,7 @@ from wamrl import checkpoint, interfaces
 from wamrl.control import ModelPolicy
 from wamrl.interfaces import Budget, Context, task_id
 from wamrl.models.coupling import Coupling
-from wamrl.models.flow_wam import FlowWAM, worth_imitating
+from wamrl.models.flow_wam import FlowWAM
 from wamrl.models.substrate import GeometricSubstrate, make_substrate
 from wamrl.noise import NoiseKey
 from wamrl.planners.best_of_n import make_best_of_n
@@ -534,13 +534,3 @@ def test_forward_and_inverse_dynamics_agree_on_a_linear_system():
     # A chunk that knows nothing of the way is off by sqrt(2); one for another row's goal as well.
     assert error(0.3 * inverse.sum(1)) < 0.65
     assert error(0.3 * other.sum(1)) > 1.2
-
-
-def test_labels_after_a_stray_action_do_not_teach_the_chunk():
-    executed = torch.zeros(3, 4, 2)
-    wanted = torch.zeros(3, 4, 2)
-    wanted[0, 1, 0] = 0.5  # noise at step 1: its label counts, those of steps 2 and 3 answer another state
-    labelled = torch.tensor([[True] * 4, [True] * 4, [False] * 4])
-    counted = worth_imitating(executed, wanted, labelled, torch.tensor([False, False, True]))
-    assert counted.tolist() == [[True, True, False, False], [True] * 4, [True] * 4]
-    assert not worth_imitating(executed, wanted, labelled, torch.zeros(3, dtype=torch.bool))[2].any()

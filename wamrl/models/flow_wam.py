@@ -39,8 +39,6 @@ from wamrl.naming import unknown_name
 from wamrl.noise import NoiseKey
 
 BACKBONES: dict[str, type[DiT]] = {"dit": DiT, "mot": MixtureOfTransformers}
-FOLLOWED = 0.1
-"""How far an executed action may be from its label, in units of half the action range, to have followed it."""
 LEVELS = (1.0, 0.5, 0.25, 0.125)
 """Lengths of the steps that shortcuts are taught."""
 ANATOMY = {"dit": "iterative denoising (DiT)", "mot": "iterative denoising (mixture of transformers)"}
@@ -714,7 +712,7 @@ class FlowWAM(WAM):
         executed = batch["action"][:, :horizon].clamp(-1.0, 1.0)
         labelled = batch["label_valid"][:, :horizon]
         wanted = torch.where(labelled.unsqueeze(-1), batch["label"][:, :horizon], executed).clamp(-1.0, 1.0)
-        imitated = worth_imitating(executed, wanted, labelled, batch["imitate"]) & valid
+        imitated = (labelled | batch["imitate"].unsqueeze(1)) & valid
         changes = self._changes(later, present)
 
         names = self.coupling.trained()
@@ -857,19 +855,6 @@ class FlowWAM(WAM):
     def update_targets(self) -> None:
         """Move the target values towards the online ones by `target_rate`."""
         torch._foreach_lerp_(list(self.target_values.parameters()), list(self.values.parameters()), self.target_rate)
-
-
-def worth_imitating(executed: Tensor, wanted: Tensor, labelled: Tensor, imitate: Tensor) -> Tensor:
-    """[B, H] bool: the steps of chunks whose `wanted` actions [B, H, A] a policy of chunks should learn.
-
-    A label answers the state that was really reached. Once noise has led elsewhere, the labels that follow do not go on
-    with the chunk that those before them began: taught by them, a policy of chunks waits for noise that never comes.
-
-    executed: [B, H, A]. labelled: [B, H] bool. imitate: [B] bool, all actions of the window are worth imitating.
-    """
-    strayed = labelled & ((executed - wanted).abs().amax(-1) > FOLLOWED)
-    followed = strayed.int().cumsum(1) - strayed.int() == 0
-    return (labelled | imitate.unsqueeze(1)) & followed
 
 
 def _index(spans: Sequence[slice]) -> Tensor:
