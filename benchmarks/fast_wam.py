@@ -50,18 +50,24 @@ WAYS = ("joint", "future_first", "planner")  # of mot_uwm, beside its policy
 DEMONSTRATIONS = {"drawer-open": 60, "push": 300}
 STEPS_SWEEP = (1, 2, 4, 10)
 ROWS = 10
+HELD_OUT, HELD_OUT_START = 10, 900  # episodes that nothing is trained on, and the first of their starts
 
 
 def stages(arguments: argparse.Namespace, task: str, seed: int, directory: Path) -> list[tuple[str, list[str]]]:
     """(name, command) of what comes before the closed loop."""
     data, count = directory / "data", arguments.demonstrations or DEMONSTRATIONS.get(task, 100)
-    mixture = [f"data.mixture.expert={count}"] if arguments.data == "demonstrations" else []
-    todo = [(
-        "collect",
-        [sys.executable, "-m", "wamrl.collect", f"env=metaworld/{task}-v3", f"data={arguments.data}", *mixture,
-         f"path={data}", f"seed={seed}", f"first_start={1000 * seed}", "snapshots=false",
-         f"run_dir={directory / 'collect'}"],
-    )]  # fmt: skip
+    todo = []
+    for name, first, episodes, path in (
+        ("collect", 0, count, data),
+        ("collect_held", HELD_OUT_START, HELD_OUT, directory / "held"),
+    ):
+        mixture = [f"data.mixture.expert={episodes}"] if arguments.data == "demonstrations" else []
+        todo.append((
+            name,
+            [sys.executable, "-m", "wamrl.collect", f"env=metaworld/{task}-v3", f"data={arguments.data}", *mixture,
+             f"path={path}", f"seed={seed}", f"first_start={1000 * seed + first}", "snapshots=false",
+             f"run_dir={directory / name}"],
+        ))  # fmt: skip
     for variant in arguments.variants:
         todo.append((
             f"train_{variant}",
@@ -129,11 +135,11 @@ def closed_loop(
 def imagination(directory: Path, windows: int = 400) -> dict[str, list[float]]:
     """Root mean square errors of mot_uwm's frames per step, in standard deviations of what moves.
 
-    On windows of its own training data: true actions, those of another window, no actions (video), and persistence.
+    On windows of held-out episodes: true actions, those of another window, no actions (video), and persistence.
     """
     model = load(directory, "mot_uwm")
     horizon = model.spec.chunk_length
-    data = EpisodeDataset.open(directory / "data", keys=list(model.spec.observation))
+    data = EpisodeDataset.open(directory / "held", keys=list(model.spec.observation))
     batch = data.sample(windows, horizon, torch.Generator().manual_seed(0))
     frames = [
         model.encode(Context.from_observation(TensorDict({**o.to_dict(), "task": batch["task"]}, [windows])))["z"]

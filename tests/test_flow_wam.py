@@ -414,6 +414,31 @@ def test_settings_that_make_no_sense_are_refused(changes, sentence):
         FlowWAM(**{k: v for k, v in config("fast", **changes).items() if k != "_target_"})
 
 
+def test_shortcuts_teach_one_step_what_two_do():
+    model = checkpoint.build(config("fast", shortcut=0.5))
+    assert isinstance(model, FlowWAM)
+    windows, generator = Windows(), torch.Generator().manual_seed(0)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for _ in range(100):
+        losses = model.loss(windows.sample(64, 4, generator), noise=generator)
+        optimiser.zero_grad()
+        losses["loss"].backward()
+        optimiser.step()
+    state, key = encoded(model, 64), NoiseKey.for_rows(64)
+    chunks = {}
+    with torch.no_grad():
+        for steps in (1, 2, 16):
+            model.action_steps = steps
+            chunks[steps] = model.propose(state, 1, mode="ode", noise=key).chain[:, 0, -1]
+        model.action_steps, model.shortcut = 1, 0.0
+        euler = model.propose(state, 1, mode="ode", noise=key).chain[:, 0, -1]
+    gap = {steps: float((chunks[steps] - chunks[16]).square().mean()) for steps in (1, 2)}
+    assert gap[1] < 0.7 * float((euler - chunks[16]).square().mean())
+    assert gap[2] < gap[1]
+    with pytest.raises(ValueError, match="denoises a future too"):
+        checkpoint.build(config("joint", shortcut=0.5))
+
+
 def test_short_windows_and_missing_noise_are_refused():
     model = make("fast")
     with pytest.raises(ValueError, match="set length=4"):
@@ -464,7 +489,7 @@ def test_forward_and_inverse_dynamics_agree_on_a_linear_system():
     sizes = config("mot_uwm", backbone=wide, action_steps=8, future_steps=8, frame_stride=4)
     segments = sizes["coupling"]["segments"]
     segments["A"]["copies"] = 1
-    segments["V"]["clean"] = 0.5
+    segments["V"]["clean"] = 0.4
     model = checkpoint.build(sizes)
     assert isinstance(model, FlowWAM)
     windows, generator = Windows(), torch.Generator().manual_seed(0)
@@ -479,7 +504,7 @@ def test_forward_and_inverse_dynamics_agree_on_a_linear_system():
             for key, value in frames.items()
         }
     )
-    steps = 400
+    steps = 500
     optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
     for _ in range(steps):
@@ -505,7 +530,7 @@ def test_forward_and_inverse_dynamics_agree_on_a_linear_system():
     def error(guess: torch.Tensor) -> float:
         return float((guess - way).square().mean().sqrt() / way.square().mean().sqrt())
 
-    assert error(reached) < 0.25
+    assert error(reached) < 0.3
     # A chunk that knows nothing of the way is off by sqrt(2); one for another row's goal as well.
     assert error(0.3 * inverse.sum(1)) < 0.65
     assert error(0.3 * other.sum(1)) > 1.2

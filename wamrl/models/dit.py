@@ -33,11 +33,16 @@ Modulation = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Stream:
-    """Tokens of one expert. x: [B, S, W]. times: [B, G] noise times. group: [S] int64, the time of each token."""
+    """Tokens of one expert.
+
+    x: [B, S, W]. times: [B, G] noise times. group: [S] int64, the time of each token. strides: [B, G], how far in time
+    the velocity is to lead at once, 0 for the flow's own; only a backbone with shortcuts reads it.
+    """
 
     x: Tensor
     times: Tensor
     group: Tensor
+    strides: Tensor | None = None
 
 
 class TimeEmbedding(nn.Module):
@@ -88,10 +93,11 @@ class Block(nn.Module):
 class Expert(nn.Module):
     """The blocks of one stream, its time embedding and its last norm."""
 
-    def __init__(self, width: int, layers: int, heads: int, head_dim: int, expansion: int) -> None:
+    def __init__(self, width: int, layers: int, heads: int, head_dim: int, expansion: int, shortcut: bool) -> None:
         super().__init__()
         self.width = width
         self.time = TimeEmbedding(width)
+        self.stride = TimeEmbedding(width) if shortcut else None
         self.modulation = nn.Linear(width, 6 * width)
         self.last = nn.Linear(width, 2 * width)
         for layer in (self.modulation, self.last):
@@ -99,16 +105,32 @@ class Expert(nn.Module):
             nn.init.zeros_(layer.bias)
         self.blocks = nn.ModuleList(Block(width, heads, head_dim, expansion) for _ in range(layers))
 
+    def embed(self, stream: Stream) -> Tensor:
+        """What modulates the stream, [B, G, W]."""
+        if self.stride is None:
+            return self.time(stream.times)
+        strides = torch.zeros_like(stream.times) if stream.strides is None else stream.strides
+        return self.time(stream.times) + self.stride(strides)
+
 
 class DiT(nn.Module):
     """A transformer over streams of tokens. `experts`: kind of token -> number of its expert; here all are 0.
 
-    width: W. layers, heads, head_dim: the heads' dims may be more or fewer than W. expansion: of the MLP.
+    width: W. layers, heads, head_dim: the heads' dims may be more or fewer than W. expansion: of the MLP. shortcut:
+    whether tokens are told how far in time their velocity is to lead.
     """
 
-    def __init__(self, width: int = 128, layers: int = 4, heads: int = 4, head_dim: int = 32, expansion: int = 4):
+    def __init__(
+        self,
+        width: int = 128,
+        layers: int = 4,
+        heads: int = 4,
+        head_dim: int = 32,
+        expansion: int = 4,
+        shortcut: bool = False,
+    ) -> None:
         super().__init__()
-        self._build({kind: 0 for kind in KINDS}, [width], layers, heads, head_dim, [expansion])
+        self._build({kind: 0 for kind in KINDS}, [width], layers, heads, head_dim, [expansion], shortcut)
 
     def _build(
         self,
@@ -118,13 +140,15 @@ class DiT(nn.Module):
         heads: int,
         head_dim: int,
         expansion: Sequence[int],
+        shortcut: bool,
     ) -> None:
         for name, value in (("layers", layers), ("heads", heads), ("head_dim", head_dim), ("width", min(widths))):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"backbone.{name} is {value!r}, expected a whole number of at least 1")
         self.expert_of, self.heads, self.head_dim, self.layers = dict(expert_of), heads, head_dim, layers
         self.experts = nn.ModuleList(
-            Expert(width, layers, heads, head_dim, grow) for width, grow in zip(widths, expansion, strict=True)
+            Expert(width, layers, heads, head_dim, grow, shortcut)
+            for width, grow in zip(widths, expansion, strict=True)
         )
 
     def width(self, kind: str) -> int:
@@ -148,7 +172,7 @@ class DiT(nn.Module):
         present = [(self._expert(number), stream) for number, stream in streams.items()]
         x = [stream.x for _, stream in present]
         sizes = [part.shape[1] for part in x]
-        embedded = [expert.time(stream.times) for expert, stream in present]
+        embedded = [expert.embed(stream) for expert, stream in present]
         modulations = [
             expert.modulation(e)[:, stream.group].chunk(6, dim=-1)
             for (expert, stream), e in zip(present, embedded, strict=True)

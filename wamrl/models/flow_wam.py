@@ -39,6 +39,8 @@ from wamrl.naming import unknown_name
 from wamrl.noise import NoiseKey
 
 BACKBONES: dict[str, type[DiT]] = {"dit": DiT, "mot": MixtureOfTransformers}
+LEVELS = (1.0, 0.5, 0.25, 0.125)
+"""Lengths of the steps that shortcuts are taught."""
 ANATOMY = {"dit": "iterative denoising (DiT)", "mot": "iterative denoising (mixture of transformers)"}
 
 
@@ -90,6 +92,8 @@ class FlowWAM(WAM):
     H it goes on from its last frame. futures: M sampled per candidate; their disagreement is the uncertainty.
     action_steps, future_steps: K of the samplers. sde_scale: of the policy's SDE, see `wamrl.models.flow.sde_step`.
     policy: which query `propose` answers with: "policy", "joint" or "future_first"; None is the coupling's first.
+    shortcut: above 0, the share of a batch that teaches the policy to take long steps at once (Frans et al., 2024,
+    arXiv:2410.12557), for 1 or 2 action_steps.
     discount, reward_scale, success_bonus, expectile, values, target_rate: as in the reference WAM.
     loss_weights: of reward, success and value; those of the flows are the segments'.
     """
@@ -116,6 +120,7 @@ class FlowWAM(WAM):
         future_steps: int = 4,
         sde_scale: float = 0.3,
         policy: str | None = None,
+        shortcut: float = 0.0,
         head_width: int = 128,
         task_dim: int = 16,
         values: int = 4,
@@ -148,7 +153,15 @@ class FlowWAM(WAM):
         name = str(settings.pop("name", ""))
         if name not in BACKBONES:
             raise unknown_name("backbone", name, BACKBONES)
-        self.backbone = BACKBONES[name](**settings)
+        if not 0.0 <= shortcut <= 1.0:
+            raise ValueError(f"shortcut is {shortcut}, expected a share of the batch from 0 to 1")
+        if shortcut and not self._is_chain(queries[self.policy_query]):
+            raise ValueError(
+                f"shortcut={shortcut} teaches a policy that denoises the action alone to do so in long steps, but "
+                f"'{self.policy_query}' denoises a future too; set shortcut=0"
+            )
+        self.shortcut = shortcut
+        self.backbone = BACKBONES[name](**settings, shortcut=shortcut > 0)
         provides = {"decode"} if self.substrate.decodes else set()
         provides |= {"policy", "value", "observe", "goal"} | {
             q for q in ("rollout", "inverse", "video") if q in queries
@@ -321,10 +334,12 @@ class FlowWAM(WAM):
         *,
         hidden: Mapping[Part, Tensor] | None = None,
         prefix: Prefix | None = None,
+        stride: Tensor | None = None,
     ) -> tuple[dict[Part, Tensor], Cache]:
         """Velocities of `parts` (in the shape of their contents), and their keys and values.
 
         times: [X, groups of the part]. hidden: [X, groups of the part] bool, tokens that only their own group sees.
+        stride: [X] of all parts, see `Stream`.
         """
         before = () if prefix is None else tuple((name, 0) for name in prefix.parts)
         sequence = self._sequence(before, tuple(parts), task.device)
@@ -345,6 +360,7 @@ class FlowWAM(WAM):
                 torch.cat([self._embed(self._kind(part), contents[part], task) for part in own], dim=1),
                 torch.cat([times[part] for part in own], dim=1),
                 group,
+                None if stride is None else stride.unsqueeze(1).expand(-1, int(group[-1]) + 1),
             )
             for expert, own, _, group in sequence.experts
         }
@@ -395,15 +411,23 @@ class FlowWAM(WAM):
         return Prefix((*prefix.parts, name), cache, behind)
 
     def _velocity(
-        self, prefix: Prefix, stage: Stage, contents: Mapping[str, Tensor], time: Tensor, task: Tensor
+        self,
+        prefix: Prefix,
+        stage: Stage,
+        contents: Mapping[str, Tensor],
+        time: Tensor,
+        task: Tensor,
+        stride: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Velocities of the segments that `stage` denoises, all at `time` [X]."""
+        """Velocities of the segments that `stage` denoises, all at `time` [X]; stride: [X], see `Stream`."""
         shown = {**contents, **{name: contents[twin] for name, twin in stage.tied.items()}}
         parts = [(name, 0) for name in shown]
         times = {
             part: time.unsqueeze(1).expand(-1, self.frames if self._kind(part) == "future" else 1) for part in parts
         }
-        found, _ = self._run(parts, {(name, 0): x for name, x in shown.items()}, times, task, prefix=prefix)
+        found, _ = self._run(
+            parts, {(name, 0): x for name, x in shown.items()}, times, task, prefix=prefix, stride=stride
+        )
         return {name: found[(name, 0)] for name in contents}
 
     def _shape(self, name: str) -> tuple[int, ...]:
@@ -432,7 +456,8 @@ class FlowWAM(WAM):
             return {n: part.unflatten(1, shape) for n, part, shape in zip(names, parts, shapes, strict=True)}
 
         def velocity(x: Tensor, time: float) -> Tensor:
-            found = self._velocity(prefix, stage, unpack(x), x.new_full((len(x),), time), task)
+            stride = x.new_full((len(x),), 1.0 / steps) if self.shortcut else None
+            found = self._velocity(prefix, stage, unpack(x), x.new_full((len(x),), time), task, stride)
             return torch.cat([found[name].flatten(1) for name in names], dim=1)
 
         path = ode_sample(velocity, torch.cat([starts[name].flatten(1) for name in names], dim=1), steps)
@@ -731,16 +756,48 @@ class FlowWAM(WAM):
                 square = (found[part] - targets[part]).square()
                 if segment.kind == "future":
                     square = square.sum((-1, -2)) / self.moves.sum().clamp(min=1)
-                    weight = arrived & (times[part] < 1.0) & (times[part] > 0.0)
+                    weight = arrived & (times[part][:, -1:] < 1.0)  # clean or a goal: nothing to predict
                 else:
                     square = square.mean(-1)
                     weight = (imitated if segment.target == "label" else valid) & (times[part] < 1.0)
                 error, count = error + (square * weight).sum(), count + weight.sum()
             losses[f"flow_{name}"] = error / count.clamp(min=1.0)
             total = total + segment.weight * losses[f"flow_{name}"]
+        if self.shortcut:
+            count = max(1, round(self.shortcut * rows))
+            losses["shortcut"] = self._shortcut_loss(
+                present[:count], wanted[:count], task[:count], imitated[:count], noise
+            )
+            total = total + losses["shortcut"]
         heads = self._head_losses(batch, z.flatten(2), task, arrived)
         total = total + sum(self.loss_weights[name] * value for name, value in heads.items())
         return {"loss": total, **{name: value.detach() for name, value in {**losses, **heads}.items()}}
+
+    def _shortcut_loss(
+        self, present: Tensor, wanted: Tensor, task: Tensor, imitated: Tensor, noise: torch.Generator | None
+    ) -> Tensor:
+        """One step of length d is to lead where two of d / 2 lead, with d from 1 down to 1/8 (the paper's eq. 5)."""
+        (stage,) = self.coupling.queries[self.policy_query]
+        (action,) = stage.denoise
+        rows, device = len(present), present.device
+        level = torch.randint(len(LEVELS), (rows,), generator=noise, device=device)
+        stride = torch.tensor(LEVELS, device=device)[level]
+        place = torch.rand(rows, generator=noise, device=device)
+        time = (place / stride).floor() * stride  # of the steps that begin at 0
+        half = 0.5 * stride
+        asked = half.where(half > 0.5 * LEVELS[-1], 0.0)  # the shortest steps follow the flow itself
+        draw = torch.randn(wanted.shape, generator=noise, device=device)
+        x = interpolate(draw, wanted, time[:, None, None])
+        prefix = self._prefix(present.flatten(1), task)
+
+        def velocity(x: Tensor, time: Tensor, stride: Tensor) -> Tensor:
+            return self._velocity(prefix, stage, {action: x}, time, task, stride)[action]
+
+        with torch.no_grad():
+            first = velocity(x, time, asked)
+            second = velocity(x + half[:, None, None] * first, time + half, asked)
+        square = (velocity(x, time, stride) - 0.5 * (first + second)).square().mean(-1)
+        return (square * imitated).sum() / imitated.sum().clamp(min=1)
 
     def _draw_times(
         self, name: str, rows: int, noise: torch.Generator | None, device: torch.device, taken: Tensor | None
@@ -752,9 +809,10 @@ class FlowWAM(WAM):
         segment = self.coupling.segments[name]
         groups = self.frames if segment.kind == "future" else 1
         times = sample_times(segment.times, rows, 1, generator=noise, device=device).expand(-1, groups)
+        draw = torch.rand(rows, 4, 1, generator=noise, device=device)
+        times = torch.where(draw[:, 3] < segment.start, 0.0, times)
         if not (segment.clean or segment.absent) and taken is None:
             return times, None
-        draw = torch.rand(rows, 3, 1, generator=noise, device=device)
         clean, absent = draw[:, 0] < segment.clean, draw[:, 1] < segment.absent
         if taken is not None:
             clean, absent = clean & ~taken, absent | taken

@@ -12,7 +12,7 @@ class MixtureOfTransformers(DiT):
     """Two experts with weights of their own (QKV, output, MLP, adaLN).
 
     width: of the frame and future expert. action_width: of the action expert. Both project to the same heads.
-    expansion, action_expansion: of the MLPs.
+    expansion, action_expansion: of the MLPs. shortcut: as in `DiT`.
     """
 
     def __init__(
@@ -24,6 +24,7 @@ class MixtureOfTransformers(DiT):
         head_dim: int = 32,
         expansion: int = 4,
         action_expansion: int = 4,
+        shortcut: bool = False,
     ) -> None:
         super(DiT, self).__init__()
         self._build(
@@ -33,4 +34,5 @@ class MixtureOfTransformers(DiT):
             heads,
             head_dim,
             [expansion, action_expansion],
+            shortcut,
         )
