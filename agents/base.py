@@ -291,7 +291,7 @@ class Updater:
         groups = [{"params": [*policy, *own], "lr": learning_rate}]
         if rest and world_weight:
             groups.append({"params": rest, "lr": world_learning_rate})
-        self.optimiser = torch.optim.Adam(groups)
+        self.optimiser = torch.optim.Adam(groups, fused=True)
         self.skipped = self.streak = 0
         self.generator = torch.Generator()
 

@@ -44,7 +44,13 @@ def commands() -> list[str]:
 
 
 def test_the_pages_show_every_command():
-    assert {line.split()[2] for line in commands()} == {"wamrl.collect", "wamrl.train", "wamrl.plan", "wamrl.posttrain", "wamrl.loop"}
+    assert {line.split()[2] for line in commands()} == {
+        "wamrl.collect",
+        "wamrl.train",
+        "wamrl.plan",
+        "wamrl.posttrain",
+        "wamrl.loop",
+    }
 
 
 @pytest.mark.parametrize("line", commands())
