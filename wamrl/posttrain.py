@@ -95,6 +95,7 @@ def posttrain(
     real: bool = True,
     real_steps: int | None = None,
     max_seconds: float | None = None,
+    success_ends: bool | None = None,
     seed: int = 0,
     world_batch: int = 64,
     world_length: int = 5,
@@ -124,6 +125,7 @@ def posttrain(
         real: whether `env` is a simulator, whose steps count.
         real_steps: control steps in it after which to stop.
         max_seconds: after which to stop.
+        success_ends: whether a success ends the learner's episode; None: where the model has a success bonus.
         seed: of everything random.
         world_batch: windows per step of the world model's loss.
         world_length: control steps of a window.
@@ -251,6 +253,7 @@ class _Run:
             discount=spec.discount,
             success_bonus=spec.success_bonus,
             value_unit=value_unit(self.model),
+            success_ends=spec.success_bonus > 0 if self.given["success_ends"] is None else self.given["success_ends"],
         )
         self.collector = Collector(
             self.wrapped,
@@ -268,7 +271,7 @@ class _Run:
             return
         if self.collector is not None:
             self.collector.shutdown()
-        elif self.env is not None and not self.env.is_closed:
+        if self.env is not None and not self.env.is_closed:
             self.env.close()
         self.env = self.collector = self.wrapped = None
 
@@ -567,7 +570,8 @@ def _command(config: DictConfig, run_dir: Path) -> None:
     print(summary(results))
 
 
-_LOOP = ("iterations", "decisions", "num_envs", "real_steps", "max_seconds", "seed", "world_batch", "world_length",
+_LOOP = ("iterations", "decisions", "num_envs", "real_steps", "max_seconds", "success_ends", "seed", "world_batch",
+         "world_length",
          "validation_fraction", "validation_windows", "evaluate_every", "save_every")  # fmt: skip
 _FREE = ("iterations", "real_steps", "max_seconds", "save_every", "threads", "run_dir", "resume", "device")
 
