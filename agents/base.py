@@ -144,8 +144,7 @@ class EpisodeEnv(EnvBase):
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Close the environment behind it."""
-        if not self.env.is_closed:
-            self.env.close()
+        self.env.close(raise_if_closed=False)
         super().close(raise_if_closed=raise_if_closed)
 
 

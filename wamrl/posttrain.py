@@ -271,8 +271,8 @@ class _Run:
             return
         if self.collector is not None:
             self.collector.shutdown()
-        if self.env is not None and not self.env.is_closed:
-            self.env.close()
+        if self.env is not None:
+            self.env.close(raise_if_closed=False)
         self.env = self.collector = self.wrapped = None
 
     def _attach(self, env: RowsEnv) -> None:
@@ -340,6 +340,7 @@ class _Run:
         if self.held_out is not None:
             found.world_error = self._world_error()
             needed = {"rollout", "reward", "success", "decode"}
+            imagined = imagined and self.learner.kind != "sb3"  # which may read keys that the model does not imagine
             if imagined and how.episodes and needed <= set(self.model.spec.provides):
                 found.imagined = self._imagined_success(policy)
         return found
@@ -525,11 +526,11 @@ def _command(config: DictConfig, run_dir: Path) -> None:
             raise ValueError("a model made anew learns nothing from its own imagination; choose a simulator for env")
         model, sizes, normalisation = _fresh(settings, simulator, device)
         start = None
+    learner: Learner = instantiate(settings["agent"], _convert_="all")
     data = None
     if settings["dataset"] is not None:
-        data = EpisodeDataset.open(settings["dataset"], keys=list(model.spec.observation), tasks=None)
-        data = _known(data, model)
-    learner: Learner = instantiate(settings["agent"], _convert_="all")
+        keys = None if learner.kind == "sb3" else list(model.spec.observation)
+        data = _known(EpisodeDataset.open(settings["dataset"], keys=keys), model)
     env: RowsEnv | Callable[[], RowsEnv] | None = None
     if learner.kind != "imagine":
 
