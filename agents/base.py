@@ -144,8 +144,7 @@ class EpisodeEnv(EnvBase):
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Close the environment behind it."""
-        if not self.env.is_closed:
-            self.env.close()
+        self.env.close(raise_if_closed=False)
         super().close(raise_if_closed=raise_if_closed)
 
 
@@ -291,7 +290,7 @@ class Updater:
         groups = [{"params": [*policy, *own], "lr": learning_rate}]
         if rest and world_weight:
             groups.append({"params": rest, "lr": world_learning_rate})
-        self.optimiser = torch.optim.Adam(groups)
+        self.optimiser = torch.optim.Adam(groups, fused=True)
         self.skipped = self.streak = 0
         self.generator = torch.Generator()
 

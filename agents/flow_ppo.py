@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from wamrl.agents.base import check_horizon, encode
-from wamrl.agents.ppo import PPO, GaussianActor
+from wamrl.agents.ppo import PPO, GaussianActor, state_of
 from wamrl.interfaces import WAM, Proposal, State
 
 
@@ -53,7 +53,7 @@ class ChainActor(GaussianActor):
     def get_dist(self, tensordict: TensorDictBase) -> ChainDistribution:
         """The distribution of `chain` at these observations [F]."""
         times = self.times if self.times is not None else tensordict["times"][0]
-        return ChainDistribution(self.model, encode(self.model, tensordict, gradient=self.gradient), times)
+        return ChainDistribution(self.model, state_of(self.model, tensordict, gradient=self.gradient), times)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Sample a chunk for observations [B]."""

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 from torchrl.objectives import ClipPPOLoss
@@ -30,10 +30,11 @@ from wamrl.agents.base import (
     shuffled_rewards,
     value_unit,
 )
-from wamrl.interfaces import WAM
+from wamrl.interfaces import WAM, State
 from wamrl.noise import NoiseKey
 
 _TICKS = 1 << 20  # decisions of one iteration, at most
+_KEEP = 4096  # numbers of a state up to which those of a batch are kept for all of its epochs
 
 
 class GaussianActor(TensorDictModuleBase):
@@ -60,7 +61,7 @@ class GaussianActor(TensorDictModuleBase):
 
     def get_dist(self, tensordict: TensorDictBase) -> Distribution:
         """The distribution of `chain` [F, A] at these observations [F]."""
-        mean, log_std = cast(Any, self.model).gaussian(encode(self.model, tensordict, gradient=self.gradient))
+        mean, log_std = cast(Any, self.model).gaussian(state_of(self.model, tensordict, gradient=self.gradient))
         return Independent(Normal(mean, log_std.exp().clamp(*self.noise), validate_args=False), 1, validate_args=False)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -72,6 +73,28 @@ class GaussianActor(TensorDictModuleBase):
         tensordict["action"] = chain.detach().clamp(-1.0, 1.0)
         tensordict["action_log_prob"] = dist.log_prob(chain).detach()
         return tensordict
+
+
+class Critic(TensorDictModuleBase):
+    """The mean of the model's value heads at observations [F], in their unit, as `state_value` [F, 1]."""
+
+    def __init__(self, model: WAM, *, gradient: bool) -> None:
+        super().__init__()
+        self.in_keys = [*model.spec.observation, "task"]
+        self.out_keys = ["state_value"]
+        self.model, self.gradient, self.unit = model, gradient, value_unit(model)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Add `state_value`."""
+        state = state_of(self.model, tensordict, gradient=self.gradient)
+        tensordict["state_value"] = self.model.value(state).mean(-1, keepdim=True) / self.unit
+        return tensordict
+
+
+def state_of(model: WAM, tensordict: TensorDictBase, *, gradient: bool) -> State:
+    """The state kept in the TensorDict, or that of its observations."""
+    kept = tensordict.get("state_kept", None)
+    return encode(model, tensordict, gradient=gradient) if kept is None else kept
 
 
 class _ClipLoss(ClipPPOLoss):
@@ -158,17 +181,9 @@ class PPO:
     def bind(self, model: WAM, world: WorldBatch | None, *, rows: int, seed: int) -> None:
         """See `wamrl.agents.base.Learner`. Raises ValueError for a model without log-probs or a critic."""
         require_log_prob(model, self.name)
-        self.model, self.seed, self.unit = model, seed, value_unit(model)
+        self.model, self.seed = model, seed
         self._acting = self._actor(model)
-        keys = [*model.spec.observation, "task"]
-
-        def value(*given: Tensor) -> Tensor:
-            frame = TensorDict(dict(zip(keys, given, strict=True)), batch_size=given[-1].shape)
-            state = encode(model, frame.reshape(-1), gradient=self.train_encoder)
-            values = model.value(state).mean(-1, keepdim=True) / self.unit
-            return values.view(*frame.batch_size, 1)
-
-        self.critic = TensorDictModule(value, in_keys=keys, out_keys=["state_value"])
+        self.critic = Critic(model, gradient=self.train_encoder)
         self.gae = GAE(
             gamma=model.spec.discount**self.chunk,
             lmbda=self.gae_lambda,
@@ -203,10 +218,7 @@ class PPO:
         metrics = batch_metrics(batch)
         if self.shuffle_rewards:
             batch = shuffled_rewards(batch, self.updater.generator)
-        with torch.no_grad():
-            self.critic(batch)
-            self.critic(batch["next"])
-            self.gae(batch)
+        kept = self._values(batch)
         if not bool(torch.isfinite(batch["advantage"]).all()):
             self.updater.skip("a reward or an advantage")
             return {**metrics, "skipped": float(self.updater.skipped)}
@@ -216,10 +228,27 @@ class PPO:
         if self.reference is not None:
             with torch.no_grad():
                 flat["reference_log_prob"] = self.reference.get_dist(flat).log_prob(flat["chain"])
+        if kept is not None:
+            flat = flat.exclude(*self.model.spec.observation, "task").set("state_kept", kept)
+        flat = flat.exclude("action", "done", "terminated", "truncated", "success", "executed", "task_reward")
         metrics |= self._epochs(flat)
         error = batch["value_target"] - batch["state_value"]
         explained = 1.0 - float(error.var() / batch["value_target"].var().clamp(min=1e-12))
         return {**metrics, "value_explained": explained, "skipped": float(self.updater.skipped)}
+
+    @torch.no_grad()
+    def _values(self, batch: TensorDict) -> State | None:
+        """Values and advantages of batch [B, T]; its states [F] where they are small and stay what they are."""
+        keys = (*self.model.spec.observation, "task")
+        shape, states = (*batch.batch_size, 1), []
+        for part in (batch, batch["next"]):
+            flat = part.select(*keys).reshape(-1)
+            states.append(encode(self.model, flat))
+            found = self.critic(TensorDict({"state_kept": states[-1]}, batch_size=flat.batch_size))
+            part["state_value"] = found["state_value"].view(shape)
+        self.gae(batch)
+        size = sum(x[0].numel() for x in states[0].values(include_nested=True, leaves_only=True))
+        return None if self.train_encoder or size > _KEEP else states[0]
 
     def _epochs(self, flat: TensorDict) -> dict[str, float]:
         sums: dict[str, float] = {}

@@ -249,6 +249,36 @@ def env_speed(result: Mapping[str, Any]) -> str:
     return _grid(["environment", "compared with", "steps/s", "its steps/s", "ratio"], rows)
 
 
+def posttrain(result: Mapping[str, Any]) -> str:
+    """Success before and after every variant that has finished, by task, and what it cost."""
+    metrics = result["metrics"]
+    rows = []
+    for name in dict.fromkeys(key.partition("/")[0] for key in metrics):
+        seeds = metrics[f"{name}/seeds"]
+        where = [key.split("/")[1] for key in metrics if key.startswith(f"{name}/") and key.endswith("/after/success")]
+        for task in where:
+            before, after = (_rate(metrics[f"{name}/{task}/{moment}/success"]) for moment in ("before", "after"))
+            n = metrics[f"{name}/{task}/after/success"]["n"]
+            cost = f"{metrics[f'{name}/real_steps']:,.0f}" if task == "mean" else ""
+            decay = f"{100 * metrics[f'{name}/world_error_growth']:+.1f} %" if task == "mean" else ""
+            rows.append([f"`{name}`" if task == "mean" else "", task, before, after, str(n), str(seeds), cost, decay])
+    return _grid(["variant", "task", "before, %", "after, %", "n", "seeds", "real steps", "world model's error"], rows)
+
+
+def posttrain_speed(result: Mapping[str, Any]) -> str:
+    """The collector beside the bare environment, and an update beside SB3's."""
+    m = result["metrics"]
+    bare, ours = (f"{m[f'collector/{name}_steps_per_cpu_s']:.0f}" for name in ("bare", "collector"))
+    mine, peer = (f"{m[f'update/{name}_cpu_s']:.2f}" for name in ("wamrl", "sb3"))
+    return _grid(
+        ["what", "wamrl", "beside", "ratio"],
+        [
+            ["collector, control steps per CPU second (bare environment)", ours, bare, f"{m['collector/ratio']:.2f}"],
+            ["one PPO update, CPU seconds (Stable-Baselines3)", mine, peer, f"{m['update/ratio']:.2f}"],
+        ],
+    )
+
+
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "success": ("plan_metaworld", success),
     "tasks": ("plan_metaworld", tasks),
@@ -262,6 +292,8 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "collection": ("collect_speed", collection),
     "adapter": ("envs", adapter),
     "env_speed": ("envs", env_speed),
+    "posttrain": ("posttrain", posttrain),
+    "posttrain_speed": ("posttrain_speed", posttrain_speed),
 }
 
 

@@ -129,6 +129,25 @@ def test_the_latent_actor_critic_needs_no_environment(tmp_path):
     assert found["real_steps"] == 0 and found["iterations"] == 4
 
 
+def test_one_environment_is_open_at_a_time(tmp_path):
+    # As Isaac Lab wants it: a second one in the process is an error.
+    opened: list[AimEnv] = []
+
+    class Alone(AimEnv):
+        def __init__(self, *given, **options):
+            assert not opened, "another one is open"
+            super().__init__(*given, **options)
+            opened.append(self)
+
+        def close(self, *, raise_if_closed=True):
+            if self in opened:
+                opened.remove(self)
+
+    how = Measuring(simulator=lambda split, rows: Alone(rows, split=split), episodes=2, rows=2)
+    found = small(tmp_path, env=lambda: Alone(16), measuring=how, evaluate_every=2)
+    assert [point["iteration"] for point in found["curve"]] == [0, 2, 4] and not opened
+
+
 def test_a_budget_of_real_steps_stops_it(tmp_path):
     found = small(tmp_path, iterations=50, real_steps=150)
     assert found["stopped"] == "the budget of real steps is spent" and 150 <= found["real_steps"] < 300

@@ -82,7 +82,7 @@ class Measuring:
 def posttrain(
     model: WAM,
     learner: Learner,
-    env: RowsEnv | None,
+    env: RowsEnv | Callable[[], RowsEnv] | None,
     *,
     run_dir: str | Path,
     save_model: Callable[[Path, WAM, int], object],
@@ -95,6 +95,7 @@ def posttrain(
     real: bool = True,
     real_steps: int | None = None,
     max_seconds: float | None = None,
+    success_ends: bool | None = None,
     seed: int = 0,
     world_batch: int = 64,
     world_length: int = 5,
@@ -111,7 +112,8 @@ def posttrain(
     Args:
         model: with a policy. learner: of `wamrl.agents`.
         learner: how to improve it.
-        env: where the learner collects, on train start states; None for a learner that imagines by itself.
+        env: where the learner collects, on train start states, or what makes it: it is then closed while the policy is
+            measured, because some simulators allow one at a time. None for a learner that imagines by itself.
         run_dir: gets checkpoints/, log.csv, evaluation.csv, episodes.csv and results.json.
         save_model: `save_model(path, model, iteration)` writes a checkpoint.
         data: real episodes from train start states, for the world model's loss and its validation.
@@ -123,6 +125,7 @@ def posttrain(
         real: whether `env` is a simulator, whose steps count.
         real_steps: control steps in it after which to stop.
         max_seconds: after which to stop.
+        success_ends: whether a success ends the learner's episode; None: where the model has a success bonus.
         seed: of everything random.
         world_batch: windows per step of the world model's loss.
         world_length: control steps of a window.
@@ -167,23 +170,10 @@ class _Run:
             def world(generator: torch.Generator) -> TensorDict:
                 return training.sample(batch, length, generator)
 
-        env: RowsEnv | None = given["env"]
+        self.learner.bind(self.model, world, rows=given["num_envs"], seed=given["seed"])
+        self.env: RowsEnv | None = None
+        self.collector: Any = None
         self.wrapped: EpisodeEnv | None = None
-        if self.learner.kind == "collect":
-            assert env is not None
-            spec = self.model.spec
-            self.wrapped = EpisodeEnv(
-                env,
-                keys=spec.observation,
-                chunk=self.learner.chunk,
-                discount=spec.discount,
-                success_bonus=spec.success_bonus,
-                value_unit=value_unit(self.model),
-            )
-        rows = env.batch_size[0] if env is not None else given["num_envs"]
-        self.learner.bind(self.model, world, rows=rows, seed=given["seed"])
-        if self.learner.kind == "sb3":
-            self._attach(env)
         self.iteration, self.steps, self.seconds = 0, 0, 0.0
         self.before: dict[str, Any] = {}
         self.before_real: list[bool] = []
@@ -199,6 +189,8 @@ class _Run:
     def go(self, *, quiet: bool) -> dict[str, Any]:
         given = self.given
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        if self.learner.kind == "sb3":
+            self._open()  # its policy is measured too, and there is none without an environment
         if not self._restore():
             found = self.measure()
             self.before, self.before_real = found.plain(), [e.success for e in found.real]
@@ -206,7 +198,6 @@ class _Run:
             self._save()
         before, started = self.seconds, time.perf_counter()
         log = Log(self.run_dir, self.iteration, tensorboard=False)
-        collector = self._collector()
         reason = "all iterations done"
         try:
             with interruptible() as interrupted, log:
@@ -224,30 +215,47 @@ class _Run:
                     if given["real_steps"] is not None and self.steps >= given["real_steps"]:
                         reason = "the budget of real steps is spent"
                         break
-                    self._iterate(collector)
+                    self._iterate()
                     log.write("log", self.iteration, {"real_steps": float(self.steps), **self.metrics})
                     if not quiet:
                         self._tell()
                     every = given["evaluate_every"]
                     if every and self.iteration % every == 0 and self.iteration < given["iterations"]:
+                        self._close(for_good=False)
                         self.curve.append(self._point(self.measure(imagined=False).plain()))
                     good = not getattr(getattr(self.learner, "updater", None), "streak", 0)
                     if self.iteration % given["save_every"] == 0 and good:
                         self._save()
             self.seconds = before + time.perf_counter() - started
+            self._close(for_good=self.learner.kind != "sb3")
             after = self.measure()
             self._save()
         finally:
-            if collector is not None:
-                collector.shutdown()
+            self._close()
         return self._results(after, reason)
 
-    def _collector(self) -> Any:
-        if self.wrapped is None:
-            return None
+    def _open(self) -> None:
+        """The environment that the learner collects in, with TorchRL's collector, unless they are open."""
+        made = self.given["env"]
+        if self.env is not None or made is None:
+            return
+        self.env = made if isinstance(made, RowsEnv) else made()
+        if self.learner.kind == "sb3":
+            self._attach(self.env)
+            return
         from torchrl.collectors import Collector
 
-        return Collector(
+        spec = self.model.spec
+        self.wrapped = EpisodeEnv(
+            self.env,
+            keys=spec.observation,
+            chunk=self.learner.chunk,
+            discount=spec.discount,
+            success_bonus=spec.success_bonus,
+            value_unit=value_unit(self.model),
+            success_ends=spec.success_bonus > 0 if self.given["success_ends"] is None else self.given["success_ends"],
+        )
+        self.collector = Collector(
             self.wrapped,
             self.learner.actor,
             frames_per_batch=self.wrapped.batch_size[0] * self.given["decisions"],
@@ -257,11 +265,20 @@ class _Run:
             auto_register_policy_transforms=False,
         )
 
-    def _attach(self, env: RowsEnv | None) -> None:
+    def _close(self, *, for_good: bool = True) -> None:
+        """Close the environment; not `for_good`: only where it can be made again as it was."""
+        if not for_good and (isinstance(self.given["env"], RowsEnv) or self.learner.kind == "sb3"):
+            return
+        if self.collector is not None:
+            self.collector.shutdown()
+        if self.env is not None:
+            self.env.close(raise_if_closed=False)
+        self.env = self.collector = self.wrapped = None
+
+    def _attach(self, env: RowsEnv) -> None:
         """Give Stable-Baselines3 its environment, and the data where it asks for demonstrations."""
         from wamrl.envs.sb3 import RowsSB3Env
 
-        assert env is not None
         learner: Any = self.learner
         tasks = tuple(task_id(task) for task in env.tasks)
         keys = tuple(observation_keys(env))
@@ -272,15 +289,16 @@ class _Run:
             chosen = [n for n, episode in enumerate(self.data.episodes) if episode["task"] in env.tasks]
             learner.demonstrate(self.data.select(chosen).replay_buffer(1, 1)[:])
 
-    def _iterate(self, collector: Any) -> None:
+    def _iterate(self) -> None:
+        self._open()
         seed = self.given["seed"] * 1_000_003 + self.iteration
         torch.manual_seed(seed)
         self.learner.begin(self.iteration)
         self.model.train()
-        if collector is not None:
+        if self.collector is not None:
             assert self.wrapped is not None
             self.wrapped.set_seed(seed)
-            batch = next(iter(collector)).clone()
+            batch = next(iter(self.collector)).clone()
             if self.given["real"]:
                 self.steps += int(batch["next", "executed"].sum())
         elif self.learner.kind == "sb3":
@@ -322,6 +340,7 @@ class _Run:
         if self.held_out is not None:
             found.world_error = self._world_error()
             needed = {"rollout", "reward", "success", "decode"}
+            imagined = imagined and self.learner.kind != "sb3"  # which may read keys that the model does not imagine
             if imagined and how.episodes and needed <= set(self.model.spec.provides):
                 found.imagined = self._imagined_success(policy)
         return found
@@ -507,12 +526,18 @@ def _command(config: DictConfig, run_dir: Path) -> None:
             raise ValueError("a model made anew learns nothing from its own imagination; choose a simulator for env")
         model, sizes, normalisation = _fresh(settings, simulator, device)
         start = None
+    learner: Learner = instantiate(settings["agent"], _convert_="all")
     data = None
     if settings["dataset"] is not None:
-        data = EpisodeDataset.open(settings["dataset"], keys=list(model.spec.observation), tasks=None)
-        data = _known(data, model)
-    learner: Learner = instantiate(settings["agent"], _convert_="all")
-    env = None if learner.kind == "imagine" else _environment(settings, model, imagined, device)
+        keys = None if learner.kind == "sb3" else list(model.spec.observation)
+        data = _known(EpisodeDataset.open(settings["dataset"], keys=keys), model)
+    env: RowsEnv | Callable[[], RowsEnv] | None = None
+    if learner.kind != "imagine":
+
+        def make() -> RowsEnv:
+            return _simulator(settings["env"], model, "train", settings["num_envs"], device)
+
+        env = _imagination(settings, model, device) if imagined else make
     frames = None
     if learner.kind == "imagine":
         if settings["dataset"] is None:
@@ -546,7 +571,8 @@ def _command(config: DictConfig, run_dir: Path) -> None:
     print(summary(results))
 
 
-_LOOP = ("iterations", "decisions", "num_envs", "real_steps", "max_seconds", "seed", "world_batch", "world_length",
+_LOOP = ("iterations", "decisions", "num_envs", "real_steps", "max_seconds", "success_ends", "seed", "world_batch",
+         "world_length",
          "validation_fraction", "validation_windows", "evaluate_every", "save_every")  # fmt: skip
 _FREE = ("iterations", "real_steps", "max_seconds", "save_every", "threads", "run_dir", "resume", "device")
 
@@ -590,10 +616,8 @@ def _frames(settings: Mapping[str, Any], model: WAM) -> TensorDict:
     return start_frames(settings["dataset"], keys=tuple(model.spec.observation), tasks=tasks, first_only=first)
 
 
-def _environment(settings: Mapping[str, Any], model: WAM, imagined: bool, device: str) -> RowsEnv:
-    """Where the learner collects: a simulator on train starts, or the model itself."""
-    if not imagined:
-        return _simulator(settings["env"], model, "train", settings["num_envs"], device)
+def _imagination(settings: Mapping[str, Any], model: WAM, device: str) -> RowsEnv:
+    """The model itself as the environment."""
     if settings["dataset"] is None:
         raise ValueError("env=imagined begins at real frames; name them with data=<dataset>")
     left_out = ("_target_", "wam", "data", "tasks", "first_only", "num_envs")
