@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wamrl import checkpoint
 from wamrl.data import EpisodeDataset, EpisodeWriter, episode_tensordict
+from wamrl.imagined import make
 from wamrl.interfaces import Context, task_id
 from wamrl.models.images import PixelLatent
 from wamrl.models.joint_embedding import JointEmbeddingWAM
@@ -255,3 +256,21 @@ def test_acting_without_task_or_proprioception_or_with_float_images_of_255_says_
         with pytest.raises(ValueError, match=reason):
             policy.act(wrong)
     assert model.spec.observation["pixels"] == (3, SIZE, SIZE)
+
+
+def test_a_tokenizer_that_is_stopped_and_resumed_equals_one_that_is_not(data, tokenizer):
+    main([f"data={data}", *TOKENIZER, "run_dir=part", "max_seconds=0.05"])
+    done = json.loads(Path("part/results.json").read_text())["steps"]
+    main(["resume=part", "max_seconds=null"])
+    assert done < 12 == json.loads(Path("part/results.json").read_text())["steps"]
+    whole, parts = (checkpoint.load(run).state_dict() for run in (tokenizer, "part"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_an_imagined_environment_shows_the_images_that_the_model_decodes(data, trained):
+    env = make(wam=trained, data=data, num_envs=3)
+    td = env.rollout(4, break_when_any_done=False)
+    assert td["pixels"].shape == (3, 4, 3, SIZE, SIZE) and td["pixels"].dtype == torch.uint8
+    assert td["next", "pixels"].dtype == torch.uint8 and td["proprioception"].dtype == torch.float32
+    first = EpisodeDataset.open(data).frames["observation", "pixels"]
+    assert all(any(torch.equal(image, seen) for seen in first) for image in td["pixels"][:, 0])

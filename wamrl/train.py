@@ -371,7 +371,8 @@ def _rewritten(given: list[str]) -> tuple[Path | None, list[str]]:
     settings: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     stored = {**settings, "run_dir": str(folder), "resume": None}
     earlier = [f"++{path}={_literal(value)}" for path, value in _leaves(stored)]
-    return folder, [*earlier, *(word for word in words if not word.startswith("resume="))]
+    # Without the default choice of a model, whose settings another model does not have.
+    return folder, ["~wam", *earlier, *(word for word in words if not word.startswith("resume="))]
 
 
 def _leaves(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -389,6 +390,8 @@ def _literal(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(_literal, value))}]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, str):
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return repr(value)
