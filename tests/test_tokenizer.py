@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +113,8 @@ def test_latents_are_encoded_once_and_read_from_their_files_afterwards(data, tok
     again = EpisodeDataset.open(data).with_tokens(substrate)
     both = (first.frames["observation", "pixels_tokens"], again.frames["observation", "pixels_tokens"])
     assert torch.equal(*both)
-    (folder / "episode-3.npy").unlink()
+    newer = (folder / "episode-3.npy").stat().st_mtime + 1
+    os.utime(data / "episodes" / "episode-3" / "episode.json", (newer, newer))  # as if it was collected again
     with pytest.raises(AssertionError, match="encoded again"):  # that episode, and it alone
         EpisodeDataset.open(data).with_tokens(substrate)
     assert not [file for file in folder.iterdir() if file.name.startswith(".")], "a half-written file was left"
@@ -129,7 +131,7 @@ def test_latents_of_another_tokenizer_are_refused(data, tokenizer):
         dataset.with_tokens(substrate)
     (folder / "tokenizer.json").write_text(json.dumps(facts))
     np.save(folder / "episode-0.npy", np.zeros((3, 4, 4), np.float16))
-    with pytest.raises(ValueError, match="collected again"):
+    with pytest.raises(ValueError, match="damaged"):
         dataset.with_tokens(substrate)
 
 

@@ -101,6 +101,7 @@ def train(
                 f"{wam} was trained on latents of the tokenizer {frozen.fingerprint()}, but tokenizer={tokenizer} is "
                 f"{given.fingerprint()}, whose latents mean something else; leave tokenizer= out, the model has its own"
             )
+        frozen.to(device)
         training = training.with_tokens(frozen)
         validation = validation.with_tokens(frozen) if validation is not None else None
     start = earlier.content_sha256 if earlier else None
