@@ -18,7 +18,7 @@ LAYERS = {
     **dict.fromkeys(("models", "imagination"), 1),
     **dict.fromkeys(("envs", "planners", "agents"), 2),
     **dict.fromkeys(("data", "checkpoint", "training", "evaluation", "report", "control", "oracle", "video"), 3),
-    "image_quality": 3,
+    **dict.fromkeys(("image_quality", "probe"), 3),
     # cli: what the commands share; film, results: parts of plan; imagined: environments from checkpoint and data
     **dict.fromkeys(("cli", "film", "results", "imagined"), 4),
     "workers": 5,
