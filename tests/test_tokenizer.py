@@ -91,6 +91,8 @@ def test_the_command_trains_a_tokenizer_and_judges_it_on_held_out_frames(tokeniz
     quality = results["validation"]["images"]["pixels"]
     assert quality["encoded"].keys() == {"psnr_db", "ssim"} and "imagined" not in quality
     assert "psnr_db" in (tokenizer / "validation.csv").read_text().splitlines()[0]
+    with pytest.raises(ValueError, match="unknown observation key 'state'"):
+        model.decode(model.encode(context()), ("state",))
     with pytest.raises(ValueError, match="does not answer 'rollout'"):
         model.imagine(TensorDict({}, [1]), torch.zeros(1, 1, 1, 2))
 
