@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import fast_wam
 from tests.test_flow_wam import make, observations
-from wamrl import cli, train
+from wamrl import cli
 from wamrl.interfaces import Context
 
 
@@ -32,7 +32,7 @@ def test_every_training_command_composes(tmp_path, monkeypatch):
     ]
     assert "data.mixture.expert=300" in found[0][1]
     for name, command in found[2:]:
-        words = train._rewritten([word for word in command[3:] if not word.startswith("run_dir=")])[1]
+        words = cli.rewritten("train", [word for word in command[3:] if not word.startswith("run_dir=")])[1]
         config = cli.compose("train", words)
         assert config.wam.backbone.layers == 2 and name == f"train_{command[4].removeprefix('wam=')}"
 

@@ -20,7 +20,7 @@ LAYERS = {
     **dict.fromkeys(
         ("data", "checkpoint", "training", "evaluation", "report", "control", "oracle", "video", "agreement"), 3
     ),
-    "image_quality": 3,
+    **dict.fromkeys(("image_quality", "probe"), 3),
     # cli: what the commands share; film, results: parts of plan; imagined: environments from checkpoint and data
     **dict.fromkeys(
         ("cli", "film", "results", "imagined", "policies", "judging", "verdict", "pages", "budget", "properties"), 4

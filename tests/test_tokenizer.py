@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from wamrl import checkpoint
 from wamrl.data import EpisodeDataset, EpisodeWriter, episode_tensordict
+from wamrl.imagined import make
 from wamrl.interfaces import Context, task_id
 from wamrl.models.images import PixelLatent
 from wamrl.models.joint_embedding import JointEmbeddingWAM
@@ -89,6 +91,8 @@ def test_the_command_trains_a_tokenizer_and_judges_it_on_held_out_frames(tokeniz
     quality = results["validation"]["images"]["pixels"]
     assert quality["encoded"].keys() == {"psnr_db", "ssim"} and "imagined" not in quality
     assert "psnr_db" in (tokenizer / "validation.csv").read_text().splitlines()[0]
+    with pytest.raises(ValueError, match="unknown observation key 'state'"):
+        model.decode(model.encode(context()), ("state",))
     with pytest.raises(ValueError, match="does not answer 'rollout'"):
         model.imagine(TensorDict({}, [1]), torch.zeros(1, 1, 1, 2))
 
@@ -111,7 +115,8 @@ def test_latents_are_encoded_once_and_read_from_their_files_afterwards(data, tok
     again = EpisodeDataset.open(data).with_tokens(substrate)
     both = (first.frames["observation", "pixels_tokens"], again.frames["observation", "pixels_tokens"])
     assert torch.equal(*both)
-    (folder / "episode-3.npy").unlink()
+    newer = (folder / "episode-3.npy").stat().st_mtime + 1
+    os.utime(data / "episodes" / "episode-3" / "episode.json", (newer, newer))  # as if it was collected again
     with pytest.raises(AssertionError, match="encoded again"):  # that episode, and it alone
         EpisodeDataset.open(data).with_tokens(substrate)
     assert not [file for file in folder.iterdir() if file.name.startswith(".")], "a half-written file was left"
@@ -128,7 +133,7 @@ def test_latents_of_another_tokenizer_are_refused(data, tokenizer):
         dataset.with_tokens(substrate)
     (folder / "tokenizer.json").write_text(json.dumps(facts))
     np.save(folder / "episode-0.npy", np.zeros((3, 4, 4), np.float16))
-    with pytest.raises(ValueError, match="collected again"):
+    with pytest.raises(ValueError, match="damaged"):
         dataset.with_tokens(substrate)
 
 
@@ -255,3 +260,21 @@ def test_acting_without_task_or_proprioception_or_with_float_images_of_255_says_
         with pytest.raises(ValueError, match=reason):
             policy.act(wrong)
     assert model.spec.observation["pixels"] == (3, SIZE, SIZE)
+
+
+def test_a_tokenizer_that_is_stopped_and_resumed_equals_one_that_is_not(data, tokenizer):
+    main([f"data={data}", *TOKENIZER, "run_dir=part", "max_seconds=0.05"])
+    done = json.loads(Path("part/results.json").read_text())["steps"]
+    main(["resume=part", "max_seconds=null"])
+    assert done < 12 == json.loads(Path("part/results.json").read_text())["steps"]
+    whole, parts = (checkpoint.load(run).state_dict() for run in (tokenizer, "part"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_an_imagined_environment_shows_the_images_that_the_model_decodes(data, trained):
+    env = make(wam=trained, data=data, num_envs=3)
+    td = env.rollout(4, break_when_any_done=False)
+    assert td["pixels"].shape == (3, 4, 3, SIZE, SIZE) and td["pixels"].dtype == torch.uint8
+    assert td["next", "pixels"].dtype == torch.uint8 and td["proprioception"].dtype == torch.float32
+    first = EpisodeDataset.open(data).frames["observation", "pixels"]
+    assert all(any(torch.equal(image, seen) for seen in first) for image in td["pixels"][:, 0])

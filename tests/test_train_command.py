@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors.torch import load_file
 
 from wamrl import checkpoint
+from wamrl.cli import _literal
 from wamrl.data import EpisodeDataset, EpisodeWriter, episode_tensordict
 from wamrl.train import main, train
 from wamrl.training import TrainingOptions
@@ -209,3 +211,12 @@ def test_help_names_every_setting(capsys):
     said = capsys.readouterr().out
     for name in ("dataset", "steps", "max_seconds", "resume", "wam=", "reference"):
         assert name in said
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, True, -1.5, "a 'quoted', name", [1, "two"], [{"name": "pixel", "keys": ["pixels"]}, {"weight": 1e-4}]],
+)
+def test_a_resumed_runs_settings_come_back_as_they_were(value):
+    parsed = OverridesParser.create().parse_override(f"++setting={_literal(value)}")
+    assert parsed.value() == value

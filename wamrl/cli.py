@@ -508,6 +508,9 @@ def device(name: str) -> str:
     return name
 
 
+_RESUMED_GROUPS = {"train": ("wam",), "posttrain": ("wam", "agent", "env")}
+
+
 def rewritten(name: str, given: list[str]) -> tuple[Path | None, list[str]]:
     """Let `data=` name the dataset although configs/data is a group, and `resume=` bring back a run's settings.
 
@@ -525,7 +528,9 @@ def rewritten(name: str, given: list[str]) -> tuple[Path | None, list[str]]:
     settings: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     stored = {**settings, "run_dir": str(folder), "resume": None}
     earlier = [f"++{path}={_literal(value)}" for path, value in _leaves(stored)]
-    return folder, [*earlier, *(word for word in words if not word.startswith("resume="))]
+    # Without the default choices of groups, whose settings the stored choices do not have.
+    groups = [f"~{group}" for group in _RESUMED_GROUPS[name]]
+    return folder, [*groups, *earlier, *(word for word in words if not word.startswith("resume="))]
 
 
 def _leaves(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -543,6 +548,8 @@ def _literal(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(_literal, value))}]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, str):
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return repr(value)

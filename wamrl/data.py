@@ -648,7 +648,7 @@ def _cached_tokens(substrate: ImageSubstrate, fingerprint: str, episode: str | N
     """float16 [T+1, L, D] of an episode's `images`, from its file or encoded and written there."""
 
     def encoded() -> Tensor:
-        parts = [substrate.encode({substrate.key: part}) for part in images.split(256)]
+        parts = [substrate.encode({substrate.key: part.to(substrate.mean.device)}) for part in images.split(256)]
         return torch.cat(parts).to("cpu", torch.float16)
 
     if episode is None:  # in memory only
@@ -664,15 +664,16 @@ def _cached_tokens(substrate: ImageSubstrate, fingerprint: str, episode: str | N
             f"the latents in {folder} were cached with the tokenizer {stored}, but the model's is "
             f"{fingerprint}; delete that folder, and they are made again"
         )
-    if not file.is_file():
+    # An episode that is newer than its tokens was collected again.
+    if not file.is_file() or file.stat().st_mtime_ns < (source / "episode.json").stat().st_mtime_ns:
         with atomic_path(file) as temporary:
             np.save(temporary, encoded().numpy())
     cached = np.load(file, mmap_mode="c")
     expected = (len(images), substrate.tokens, substrate.width)
     if cached.shape != expected or cached.dtype != np.float16:
         raise ValueError(
-            f"{file} holds {cached.dtype} {cached.shape}, expected float16 {expected}; was the episode collected "
-            "again? Delete the file, and it is made again"
+            f"{file} holds {cached.dtype} {cached.shape}, expected float16 {expected}; it is damaged; delete it, and "
+            "it is made again"
         )
     return torch.from_numpy(cached)
 

@@ -20,10 +20,12 @@ from wamrl.interfaces import WAM
 from wamrl.models.foundation import advice, load_foundation
 from wamrl.models.images import ImageSubstrate, check_image_shape
 from wamrl.models.tokenizer import Tokenizer
+from wamrl.probe import probe_errors
 from wamrl.provenance import versions
 from wamrl.training import TrainingOptions, TrainingResult, fit
 
 _PICTURES = 128  # held-out windows whose decoded images are judged
+_PROBED = 1024  # frames on which a linear read-out is fitted
 _OPTIONS = tuple(item.name for item in dataclasses.fields(TrainingOptions))
 
 
@@ -40,6 +42,7 @@ def train(
     device: str = "cpu",
     model_class: type[WAM] | str | None = None,
     tokenizer: str | Path | None = None,
+    probe: str | None = None,
     config: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> TrainingResult:
@@ -59,6 +62,8 @@ def train(
         model_class: of a checkpoint whose model lies outside wamrl, see `checkpoint.load`.
         tokenizer: checkpoint of a trained tokenizer, or directory of an autoencoder of diffusers, through which a model
             of images reads them; its weights become part of the model's. A model's checkpoint has its own already.
+        probe: an observation key of the data, of which a linear read-out of imagined latents is judged, as
+            `validation.probe` of results.json; the model need not read it.
         config: the resolved config of the command, stored in the checkpoint.
         quiet: no progress on stderr.
 
@@ -101,6 +106,7 @@ def train(
                 f"{wam} was trained on latents of the tokenizer {frozen.fingerprint()}, but tokenizer={tokenizer} is "
                 f"{given.fingerprint()}, whose latents mean something else; leave tokenizer= out, the model has its own"
             )
+        frozen.to(device)
         training = training.with_tokens(frozen)
         validation = validation.with_tokens(frozen) if validation is not None else None
     start = earlier.content_sha256 if earlier else None
@@ -129,6 +135,13 @@ def train(
         identity=_identity(training, model_config, "".join([str(start), *provenance["tokenizers"]])),
         quiet=quiet,
     )
+    if probe is not None and validation is not None and "rollout" in model.spec.provides:
+        draw = torch.Generator().manual_seed(options.seed)
+        fitted = training.sample(_PROBED, 1, draw).to(device)
+        horizon = min(options.validation_horizon, model.spec.max_horizon)
+        windows = validation.sample(options.validation_windows, horizon, draw).to(device)
+        errors = probe_errors(model.eval(), fitted, windows, probe, statistics[probe]["std"].flatten().to(device))
+        result = dataclasses.replace(result, validation={**result.validation, "probe": {probe: errors}})
     if pictures is not None:
         horizon = min(options.validation_horizon, model.spec.max_horizon)
         windows = pictures.sample(_PICTURES, horizon, torch.Generator().manual_seed(options.seed)).to(device)
@@ -176,7 +189,10 @@ def _command(config: DictConfig, run_dir: Path) -> None:
         raise ValueError("no data given; write data=<directory made by python -m wamrl.collect>")
     options = TrainingOptions(**{name: settings[name] for name in _OPTIONS})
     device = cli.device(settings["device"])
-    dataset = EpisodeDataset.open(settings["dataset"], keys=settings["observation"], tasks=settings["tasks"])
+    keys = settings["observation"]
+    if keys is not None and settings["probe"] is not None:
+        keys = list(dict.fromkeys([*keys, settings["probe"]]))
+    dataset = EpisodeDataset.open(settings["dataset"], keys=keys, tasks=settings["tasks"])
     result = train(
         dataset,
         settings["wam"].get("checkpoint", settings["wam"]),
@@ -188,6 +204,7 @@ def _command(config: DictConfig, run_dir: Path) -> None:
         device=device,
         model_class=settings["wam"].get("model_class"),
         tokenizer=settings["tokenizer"],
+        probe=settings["probe"],
         config=settings,
     )
     print(_summary(result))

@@ -15,6 +15,7 @@ from torch import Tensor
 from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Spec, State
 from wamrl.models.images import TrainedSubstrate, uint8_images, unit_images
 from wamrl.models.substrate import make_substrate
+from wamrl.naming import unknown_name
 
 
 class Tokenizer(WAM):
@@ -69,6 +70,9 @@ class Tokenizer(WAM):
     def decode(self, state: State | Imagined, keys: tuple[str, ...] | None = None) -> TensorDict:
         if isinstance(state, Imagined):
             self.spec.require("rollout")
+        for key in keys or ():
+            if key not in self.substrate.decodes:
+                raise unknown_name("observation key", key, self.substrate.decodes)
         tokens = cast(TensorDict, state)["z"]
         decoded = self.substrate.decode(tokens)
         return TensorDict({key: uint8_images(value) for key, value in decoded.items()}, batch_size=tokens.shape[:-2])
