@@ -32,6 +32,7 @@ from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Proposal, Spec, St
 from wamrl.models.coupling import POLICIES, Coupling, Stage
 from wamrl.models.dit import Cache, DiT, Stream
 from wamrl.models.flow import gaussian_log_prob, interpolate, ode_sample, sample_times, sde_sample, sde_step
+from wamrl.models.images import uint8_images
 from wamrl.models.joint_embedding import ensemble_mlp, mlp, task_rows
 from wamrl.models.mot import MixtureOfTransformers
 from wamrl.models.substrate import make_substrate
@@ -264,11 +265,15 @@ class FlowWAM(WAM):
             z = state.frames
         else:
             z = state["z"]
-        parts = self.substrate.decode(self._tokens_of(z))
         for key in keys or ():
-            if key not in parts:
-                raise unknown_name("observation key", key, parts)
-        chosen = {key: value for key, value in parts.items() if keys is None or key in keys}
+            if key not in self.substrate.decodes:
+                raise unknown_name("observation key", key, self.substrate.decodes)
+        parts = self.substrate.decode(self._tokens_of(z), keys)
+        chosen = {
+            key: uint8_images(value) if len(self.spec.observation[key]) == 3 else value
+            for key, value in parts.items()
+            if keys is None or key in keys
+        }
         return TensorDict(chosen, batch_size=z.shape[:-1])
 
     def _tokens_of(self, z: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Letters: L tokens of a frame, D numbers of a token, X images, C latent channels,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -126,7 +126,7 @@ class ImageSubstrate(Substrate):
         latents = self.latents(images.reshape(-1, *self.image_shape))
         return self._tokens(latents).unflatten(0, images.shape[:-3]) if images.ndim > 3 else self._tokens(latents)[0]
 
-    def decode(self, tokens: Tensor) -> dict[str, Tensor]:
+    def decode(self, tokens: Tensor, keys: Collection[str] | None = None) -> dict[str, Tensor]:
         if not self.decodes:
             return super().decode(tokens)
         cells = tokens.reshape(-1, self.tokens, self.width).transpose(1, 2).unflatten(2, self.cells)

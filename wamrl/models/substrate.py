@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,8 +56,8 @@ class Substrate(nn.Module):
         """Tokens [..., L, D] of an observation [...]."""
         raise NotImplementedError
 
-    def decode(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Observation keys [..., *shape] of tokens [..., L, D]."""
+    def decode(self, tokens: Tensor, keys: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Observation keys [..., *shape] of tokens [..., L, D]; of `keys` at least, None is all."""
         raise ValueError(f"{type(self).__name__} is encoder-only: its tokens decode to no observation")
 
     def set_normalisation(self, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -160,7 +159,7 @@ class GeometricSubstrate(Substrate):
         flat = torch.cat([observation[key].float() for key in self.keys], dim=-1)
         return ((flat - self.mean) / self.std)[..., self.where] * self.used
 
-    def decode(self, tokens: Tensor) -> dict[str, Tensor]:
+    def decode(self, tokens: Tensor, keys: Collection[str] | None = None) -> dict[str, Tensor]:
         flat = tokens.flatten(-2)[..., self.source] * self.std + self.mean
         return dict(zip(self.keys, flat.split(list(self.shapes.values()), dim=-1), strict=True))
 
@@ -189,11 +188,13 @@ class JointSubstrate(Substrate):
     def encode(self, observation: TensorDict) -> Tensor:
         return torch.cat([self._padded(part.encode(observation)) for part in self._parts()], dim=-2)
 
-    def decode(self, tokens: Tensor) -> dict[str, Tensor]:
+    def decode(self, tokens: Tensor, keys: Collection[str] | None = None) -> dict[str, Tensor]:
         decoded: dict[str, Tensor] = {}
         for part, own in zip(self._parts(), tokens.split([p.tokens for p in self._parts()], dim=-2), strict=True):
-            if part.decodes:
-                decoded = {**part.decode(own[..., : part.width]), **decoded}
+            # Images take long to decode, so a part that has nothing to add is left alone.
+            wanted = set(part.decodes) - set(decoded)
+            if wanted if keys is None else wanted & set(keys):
+                decoded = {**part.decode(own[..., : part.width], keys), **decoded}
         return decoded
 
     def describe(self) -> str:
@@ -236,8 +237,3 @@ def make_substrate(
     built = getattr(importlib.import_module(module), cls)({key: observation[key] for key in keys}, **arguments)
     assert isinstance(built, Substrate)
     return built
-
-
-def numbers(substrate: Substrate) -> int:
-    """L * D, the length of a flat frame."""
-    return math.prod((substrate.tokens, substrate.width))
