@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import copy
+import functools
 
 import pytest
 import torch
-import yaml
 from tensordict import TensorDict
 
-from wamrl import checkpoint, interfaces
+from wamrl import checkpoint, cli, interfaces
 from wamrl.control import ModelPolicy
 from wamrl.interfaces import Budget, Context, task_id
 from wamrl.models.coupling import Coupling
-from wamrl.models.flow_wam import FlowWAM
+from wamrl.models.flow_wam import BACKBONES, FlowWAM
 from wamrl.models.substrate import GeometricSubstrate, make_substrate
 from wamrl.noise import NoiseKey
 from wamrl.planners.best_of_n import make_best_of_n
@@ -23,15 +23,19 @@ from wamrl.planners.mcts import make_mcts
 from wamrl.planners.mppi import make_mppi
 from wamrl.training import TrainingOptions, fit
 
-ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = ("fast", "joint", "idm", "no_cotrain", "mot_uwm")
 TASKS = ("toy/a", "toy/b")
 OBSERVATION = {"state": [6], "proprioception": [2]}
 SIZES = {"name": "mot", "width": 24, "action_width": 12, "layers": 2, "heads": 2, "head_dim": 8}
 
 
+@functools.cache
+def composed(*words: str) -> dict:
+    return cli.plain(cli.compose("train", words).wam)
+
+
 def config(name: str, **changes) -> dict:
-    sizes = yaml.safe_load((ROOT / "configs" / "wam" / f"{name}.yaml").read_text())
+    sizes = copy.deepcopy(composed(f"wam={name}"))
     facts = {"observation": OBSERVATION, "action_dim": 2, "tasks": list(TASKS), "control_dt_s": 0.05}
     small = {"backbone": SIZES, "chunk_length": 4, "frame_stride": 2, "head_width": 16, "action_steps": 3}
     return {**sizes, **facts, **small, **changes}
@@ -347,6 +351,26 @@ def test_a_combination_builds_trains_imagines_proposes_and_acts(substrate, backb
     policy = ModelPolicy(model, replan_every=replan)
     action, carried = policy.act(observations(3), policy.initial_state(3), torch.ones(3, dtype=torch.bool))
     assert action.shape == (3, 2) and int(carried["used"][0]) == 1
+
+
+@pytest.mark.parametrize("backbone", ["mot", "dit"])
+@pytest.mark.parametrize("coupling", ["fast", "joint", "idm", "no_cotrain", "uwm"])
+def test_substrate_backbone_and_coupling_are_chosen_apart(backbone, coupling):
+    sizes = composed("wam=mot_uwm", f"wam/backbone={backbone}", f"wam/coupling={coupling}", "wam.backbone.layers=1")
+    facts = {k: v for k, v in config("fast").items() if k in ("observation", "action_dim", "tasks", "control_dt_s")}
+    model = checkpoint.build({**sizes, **facts})
+    assert isinstance(model, FlowWAM)
+    assert type(model.backbone) is BACKBONES[backbone] and model.backbone.layers == 1
+    named = composed(f"wam={'mot_uwm' if coupling == 'uwm' else coupling}")
+    assert named["coupling"] == sizes["coupling"]
+
+
+def test_a_choice_that_a_model_does_not_have_is_named():
+    with pytest.raises(ValueError, match="no choice of substrate; wam=mot_uwm"):
+        composed("wam=reference", "wam/substrate=pixels")
+    with pytest.raises(ValueError, match="unknown wam/substrate 'pixel'; did you mean 'pixels'"):
+        composed("wam=fast", "wam/substrate=pixel")
+    assert not [choice for choice in cli.options("wam") if "/" in choice]
 
 
 @pytest.mark.parametrize("name", VARIANTS)

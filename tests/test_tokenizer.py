@@ -16,6 +16,7 @@ from wamrl import checkpoint
 from wamrl.data import EpisodeDataset, EpisodeWriter, episode_tensordict
 from wamrl.imagined import make
 from wamrl.interfaces import Context, task_id
+from wamrl.models.flow_wam import FlowWAM
 from wamrl.models.images import PixelLatent
 from wamrl.models.joint_embedding import JointEmbeddingWAM
 from wamrl.models.tokenizer import Tokenizer
@@ -35,6 +36,8 @@ FAST = [
     "tensorboard=false",
 ]  # fmt: skip
 TOKENIZER = ["wam=tokenizer", "observation=[pixels]", "wam.substrate.channels=8", "wam.substrate.patch=1", *FAST]
+FLOW = ["wam=mot_uwm", "wam/substrate=pixels", "observation=[pixels,proprioception]", "tokenizer=tokenizer", *FAST,
+        "wam.chunk_length=2", "wam.frame_stride=1", "wam.backbone.layers=1", "wam.backbone.width=16"]  # fmt: skip
 REFERENCE = ["wam=reference", "observation=[pixels,proprioception]", *FAST, *(f"wam.{k}={v}" for k, v in SMALL.items())]
 
 
@@ -168,6 +171,49 @@ def test_the_reference_model_trains_plans_and_decodes_from_images(tokenizer, tra
     results = json.loads((trained / "results.json").read_text())["validation"]
     assert {"tokens", "consistency"} <= results["losses"].keys()
     assert len(results["images"]["pixels"]["imagined"]) == len(results["images"]["pixels"]["persistence"]) == 3
+
+
+@pytest.mark.parametrize(("backbone", "coupling"), [("mot", "uwm"), ("dit", "joint")])
+def test_a_flow_matching_model_reads_images_with_any_backbone_and_coupling(data, tokenizer, backbone, coupling):
+    main([f"data={data}", *FLOW, f"wam/backbone={backbone}", f"wam/coupling={coupling}", "run_dir=flow"])
+    model = checkpoint.load("flow")
+    assert isinstance(model, FlowWAM) and model.spec.anatomy.substrate == "pixel and geometric"
+    own = checkpoint.load(tokenizer).substrate  # type: ignore[attr-defined]
+    assert model.substrate.parts[0].fingerprint() == own.fingerprint()  # type: ignore[union-attr, operator]
+    found = json.loads(Path("flow/results.json").read_text())["validation"]
+    assert ("imagined" in found["images"]["pixels"]) == (coupling == "uwm")
+    with torch.no_grad():
+        state = model.encode(context())
+        proposal = model.propose(state, 2, mode="ode", noise=NoiseKey.for_rows(3))
+        decoded = model.decode(state)
+    assert proposal.actions.shape == (3, 2, 2, 2)
+    assert decoded["pixels"].shape == (3, 3, SIZE, SIZE) and decoded["pixels"].dtype == torch.uint8
+    torch.testing.assert_close(decoded["proprioception"], context().observation["proprioception"][:, -1])
+
+
+def test_a_flow_matching_model_decodes_no_image_that_nobody_asked_for(data, tokenizer, monkeypatch):
+    main([f"data={data}", *FLOW, "run_dir=flow"])
+    model = checkpoint.load("flow")
+    state = model.encode(context())
+    monkeypatch.setattr(PixelLatent, "images", lambda *_: pytest.fail("an image was decoded"))
+    assert set(model.decode(state, ("proprioception",)).keys()) == {"proprioception"}
+    with pytest.raises(ValueError, match="unknown observation key 'state'"):
+        model.decode(state, ("state",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (["tokenizer=null"], "through a frozen tokenizer"),
+        (["observation=[pixels]"], "reads 'proprioception'"),
+        (["wam/substrate=geometric"], "none of the model's substrates"),
+    ],
+)
+def test_a_flow_matching_model_and_a_tokenizer_that_do_not_belong_together_are_refused(
+    data, tokenizer, changes, reason, capsys
+):
+    kept = [word for word in FLOW if word.partition("=")[0] not in [change.partition("=")[0] for change in changes]]
+    assert reason in refused(capsys, [f"data={data}", *kept, *changes])
 
 
 def test_its_latents_depend_on_the_image(trained):

@@ -44,6 +44,8 @@ from wamrl import files, provenance
 from wamrl.naming import RunError, unknown_name
 
 CONFIGS = "wamrl.configs"
+# Choices that a choice has in turn, as in wam=mot_uwm wam/backbone=dit.
+_INNER_GROUPS = {"wam": ("substrate", "backbone", "coupling")}
 OUTPUTS = Path("outputs")
 
 # Mistakes in what the user gave. Anything else is a defect of ours and keeps its traceback.
@@ -319,6 +321,9 @@ def _unknown_option(name: str, folders: Sequence[str], error: MissingConfigExcep
     group, _, option = missing.partition("/")
     if not option:
         return ValueError(f"there is no configs/{missing or name}.yaml")
+    if option.partition("/")[0] in _INNER_GROUPS.get(group, ()):
+        inner, _, option = option.partition("/")
+        group = f"{group}/{inner}"
     known = options(group, folders)
     if group == "wam":
         known += _shipped()
@@ -328,6 +333,9 @@ def _unknown_option(name: str, folders: Sequence[str], error: MissingConfigExcep
 
 def _unknown_setting(name: str, overrides: Sequence[str], folders: Sequence[str], key: str) -> Exception:
     group, at, place = key.partition("@")
+    outer, _, inner = key.partition("/")
+    if inner in _INNER_GROUPS.get(outer, ()):
+        return ValueError(f"the {outer} that was chosen has no choice of {inner}; wam=mot_uwm and its siblings have")
     if at:
         owner = place.rpartition(".")[0] or place
         return ValueError(
@@ -381,7 +389,7 @@ def options(group: str, folders: Sequence[str] = ()) -> list[str]:
     for root in (resources.files(CONFIGS) / group, *(Path(folder) / group for folder in folders)):
         base = Path(str(root))
         found |= {str(path.relative_to(base).with_suffix("").as_posix()) for path in base.rglob("*.yaml")}
-    return sorted(found)
+    return sorted(choice for choice in found if choice.partition("/")[0] not in _INNER_GROUPS.get(group, ()))
 
 
 def _shipped() -> list[str]:
@@ -446,6 +454,8 @@ def _help(name: str, purpose: str, examples: Sequence[str], folders: Sequence[st
     lines = [textwrap.fill(" ".join(purpose.split()), 100), "", "usage:", f"  {start} [setting=value ...]", ""]
     lines += ["examples:", f"  {start}", *(f"  {start} {example}" for example in examples), ""]
     groups = _default_groups(name, folders)
+    if groups.get("wam", "checkpoint") != "checkpoint":
+        groups |= {f"wam/{inner}": "that of the wam, if it has one" for inner in _INNER_GROUPS["wam"]}
     if groups:
         lines.append("choices (group=choice; each is a file configs/<group>/<choice>.yaml with its own settings):")
         width = max(map(len, groups)) + 1
