@@ -465,6 +465,8 @@ def test_shortcuts_teach_one_step_what_two_do():
 
 def test_short_windows_and_missing_noise_are_refused():
     model = make("fast")
+    with pytest.raises(ValueError, match="lacks 'proprioception', which this model reads; it has state"):
+        model.encode(Context.from_observation(observations(3).exclude("proprioception")))
     with pytest.raises(ValueError, match="set length=4"):
         model.loss(Windows().sample(4, 3, torch.Generator()))
     with pytest.raises(ValueError, match="needs noise"):

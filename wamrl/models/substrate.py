@@ -156,6 +156,12 @@ class GeometricSubstrate(Substrate):
         self.change.copy_((stacked["change"] / self.std)[self.where] * self.used)
 
     def encode(self, observation: TensorDict) -> Tensor:
+        for key in self.keys:
+            if key not in observation.keys():
+                raise ValueError(
+                    f"the observation lacks '{key}', which this model reads; it has "
+                    f"{', '.join(map(str, observation.keys())) or 'nothing'}"
+                )
         flat = torch.cat([observation[key].float() for key in self.keys], dim=-1)
         return ((flat - self.mean) / self.std)[..., self.where] * self.used
 
