@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from wamrl import checkpoint
+from wamrl import checkpoint, cli
 from wamrl.evaluation import read_episodes
 from wamrl.models.joint_embedding import JointEmbeddingWAM
 from wamrl.plan import main
@@ -77,6 +77,16 @@ def _refused(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> st
     assert written.startswith("error: ")
     assert "Traceback" not in written
     return written
+
+
+def test_a_model_that_only_acts_runs_without_a_planner(tmp_path, capsys):
+    sizes = cli.plain(cli.compose("train", ["wam=fast", "wam.backbone.layers=1"]).wam)
+    facts = {"observation": {"state": [39]}, "action_dim": 4, "tasks": [REACH], "control_dt_s": 0.025}
+    model = checkpoint.build({**sizes, **facts})
+    path = checkpoint.save(tmp_path / "fast.safetensors", model, config={"wam": {**sizes, **facts}})
+    main(_arguments(str(path), "methods=[policy,random]", "video=false"))
+    assert set(_results()["summary"]) == {"policy", "random"}
+    assert "wam=mot_uwm" in _refused(capsys, _arguments(str(path), "methods=[planner,policy]"))
 
 
 def test_a_run_compares_and_writes_everything(wam, capsys):

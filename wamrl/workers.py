@@ -6,6 +6,7 @@ the settings of the run.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import multiprocessing
 import queue
@@ -63,8 +64,12 @@ class Worker:
         torch.set_num_threads(settings["threads"])
         self.settings, self.directory, self.emit = settings, directory, emit
         self.model = load_model(settings)
-        self._every = planner_policy(settings, self.model).replan_every
         self._envs: dict[tuple[str, int, bool], Any] = {}
+
+    @functools.cached_property
+    def _every(self) -> int:
+        """Control steps that the controller executes per plan; a model that only acts has no planner to ask."""
+        return planner_policy(self.settings, self.model).replan_every
 
     def run(self, job: Job) -> None:
         """Run the job, telling of episodes as they finish."""
