@@ -2,6 +2,7 @@
 
     python -m benchmarks.fast_wam                                   # two tasks, three seeds, test starts
     python -m benchmarks.fast_wam --tasks drawer-open --seeds 0 --steps 200 --episodes 5 --out outputs/smoke
+    python -m benchmarks.fast_wam --pixels                          # images and proprioception instead of the state
 
 Per task and seed: demonstrations are collected once, every variant is trained on them by `python -m wamrl.train` with
 the same optimiser steps, and runs closed loop from the same test starts, replanning every half chunk. mot_uwm runs in
@@ -9,7 +10,8 @@ all of its ways to act (policy, joint, future_first) and under a planner, and it
 executed actions, with those of other windows, and against persistence. Latency is measured by turns in one run. A stage
 that is done is not done again. The metrics go to benchmarks/results/fast_wam.json.
 
-`--data` names a mixture of configs/data, `--overrides` go to wamrl.train (`observation=[pixels,proprioception]`, ...).
+`--pixels` collects images, trains a tokenizer on them first, and lets all models read images through it.
+`--data` names a mixture of configs/data, `--overrides` go to the training of every variant (`wam/backbone=dit`, ...).
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ WAYS = ("joint", "future_first", "planner")  # of mot_uwm, beside its policy
 DEMONSTRATIONS = {"drawer-open": 60, "push": 300}
 STEPS_SWEEP = (1, 2, 4, 10)
 ROWS = 10
+TOKENIZER = ["wam=tokenizer", "observation=[pixels]", "batch_size=32", "length=1", "learning_rate=3e-3"]
 HELD_OUT, HELD_OUT_START = 10, 900  # episodes that nothing is trained on, and the first of their starts
 
 
@@ -66,15 +69,24 @@ def stages(arguments: argparse.Namespace, task: str, seed: int, directory: Path)
             name,
             [sys.executable, "-m", "wamrl.collect", f"env=metaworld/{task}-v3", f"data={arguments.data}", *mixture,
              f"path={path}", f"seed={seed}", f"first_start={1000 * seed + first}", "snapshots=false",
-             f"run_dir={directory / name}"],
+             f"env.pixels={str(arguments.pixels).lower()}", f"run_dir={directory / name}"],
         ))  # fmt: skip
+    common = ["tensorboard=false", "threads=1", "validation_fraction=0", f"seed={seed}"]
+    reads: list[str] = []
+    if arguments.pixels:
+        tokenizer = directory / "tokenizer"
+        todo.append((
+            "tokenizer",
+            [sys.executable, "-m", "wamrl.train", f"data={data}", *TOKENIZER, f"steps={arguments.tokenizer_steps}",
+             *common, f"run_dir={tokenizer}"],
+        ))  # fmt: skip
+        reads = ["wam/substrate=pixels", "observation=[pixels,proprioception]", f"tokenizer={tokenizer}"]
     for variant in arguments.variants:
         todo.append((
             f"train_{variant}",
             [sys.executable, "-m", "wamrl.train", f"data={data}", f"wam={variant}", f"steps={arguments.steps}",
-             "batch_size=64", "warmup_steps=50", "weight_decay=0.01", "clip_norm=1.0", "tensorboard=false",
-             "threads=1", "validation_fraction=0", f"seed={seed}", *arguments.overrides,
-             f"run_dir={directory / f'train_{variant}'}"],
+             "batch_size=64", "warmup_steps=50", "weight_decay=0.01", "clip_norm=1.0", *reads, *common,
+             *arguments.overrides, f"run_dir={directory / f'train_{variant}'}"],
         ))  # fmt: skip
     return todo
 
@@ -121,7 +133,11 @@ def closed_loop(
     if way == "planner":
         planner = make_mppi(horizon=model.spec.chunk_length, num_candidates=16, sigma=0.1)
         policy = PlannerPolicy(model, planner, replan_every=replan, seed=seed)
-    env = MetaWorldEnv([f"metaworld/{task}-v3"], num_envs=min(ROWS, arguments.episodes), split=arguments.split)
+    camera = json.loads((directory / "data" / "dataset.json").read_text())["env"]["camera"]
+    env = MetaWorldEnv(
+        [f"metaworld/{task}-v3"], num_envs=min(ROWS, arguments.episodes), split=arguments.split, camera=camera,
+        pixels="pixels" in model.spec.observation,
+    )  # fmt: skip
     first = FIRST_TEST_START if arguments.split == "test" else 0
     starts = [Start(f"metaworld/{task}-v3", first + i) for i in range(arguments.episodes)]
     started = time.perf_counter()
@@ -187,7 +203,8 @@ def latency(directory: Path, variants: Sequence[str], turns: int) -> dict[str, A
     """Milliseconds per chunk of one row by turns, and floating-point operations as torch counts them."""
     calls: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
-    data = EpisodeDataset.open(directory / "data", keys=["state", "proprioception"])
+    keys = list(load(directory, variants[0]).spec.observation)
+    data = EpisodeDataset.open(directory / "data", keys=keys)
     window = data.sample(1, 1, torch.Generator().manual_seed(0))
     observation = TensorDict({**window["observation"][:, 0].to_dict(), "task": window["task"]}, [1])
     for variant in variants:
@@ -257,9 +274,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="optimiser steps of every variant")
     parser.add_argument("--episodes", type=int, default=34, help="starts per task and seed")
     parser.add_argument("--split", choices=("dev", "test"), default="test")
+    parser.add_argument("--pixels", action="store_true", help="read images and proprioception, not the state")
+    parser.add_argument("--tokenizer-steps", type=int, default=900, help="optimiser steps of the tokenizer")
     parser.add_argument("--data", default="demonstrations", help="of configs/data")
     parser.add_argument("--demonstrations", type=int, help="per task; the default depends on the task")
-    parser.add_argument("--overrides", nargs="*", default=[], help="for wamrl.train")
+    parser.add_argument("--overrides", nargs="*", default=[], help="for training the variants")
     parser.add_argument("--sweep", action="store_true", help="also success of fast at 1, 2, 4 and 10 steps")
     parser.add_argument("--turns", type=int, default=100, help="of the latency measurement")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/fast_wam"))

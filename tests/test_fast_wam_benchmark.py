@@ -15,9 +15,12 @@ from wamrl import cli
 from wamrl.interfaces import Context
 
 
-def test_every_training_command_composes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("pixels", [False, True])
+def test_every_training_command_composes(tmp_path, monkeypatch, pixels):
     monkeypatch.chdir(tmp_path)
     arguments = argparse.Namespace(
+        pixels=pixels,
+        tokenizer_steps=5,
         demonstrations=None,
         data="demonstrations",
         steps=10,
@@ -28,12 +31,16 @@ def test_every_training_command_composes(tmp_path, monkeypatch):
     assert [name for name, _ in found] == [
         "collect",
         "collect_held",
+        *(["tokenizer"] if pixels else []),
         *(f"train_{variant}" for variant in fast_wam.VARIANTS),
     ]
     assert "data.mixture.expert=300" in found[0][1]
     for name, command in found[2:]:
         words = cli.rewritten("train", [word for word in command[3:] if not word.startswith("run_dir=")])[1]
         config = cli.compose("train", words)
+        if name == "tokenizer":
+            continue
+        assert config.tokenizer == ("out/tokenizer" if pixels else None)
         assert config.wam.backbone.layers == 2 and name == f"train_{command[4].removeprefix('wam=')}"
 
 
