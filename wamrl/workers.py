@@ -223,8 +223,8 @@ def load_model(settings: Mapping[str, Any]) -> WAM:
     wam = settings["wam"]
     if "_target_" in wam:
         raise ValueError(
-            f"wam= names a kind of model to train ({wam['_target_'].rsplit('.', 1)[-1]}), but this command needs trained "
-            "weights: wam=<shipped name, .safetensors file or run directory>; python -m wamrl.train makes them"
+            f"wam= names a kind of model to train ({wam['_target_'].rsplit('.', 1)[-1]}), but this command needs "
+            "trained weights: wam=<shipped name, .safetensors file or run directory>; python -m wamrl.train makes them"
         )
     return checkpoint.load(wam["checkpoint"], device=settings["device"], model_class=wam.get("model_class"))
 
