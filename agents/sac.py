@@ -169,8 +169,7 @@ class SAC:
         drawn = drawn.to(device)
 
         def latent(observation: TensorDict) -> Tensor:
-            state = encode(self.model, observation)
-            return torch.cat([state["z"], state["task"]], dim=-1)
+            return self.model.policy_input(encode(self.model, observation))
 
         after = drawn["next"]
         return TensorDict(

@@ -204,9 +204,10 @@ def test_sac_reaches_the_known_optimum():
     assert (mean - torch.tensor(OPTIMUM)).abs().mean() < 0.15
 
 
-def test_sac_goes_on_from_its_state_exactly():
+@pytest.mark.parametrize("points", [None, {"state": [0, 0]}])
+def test_sac_goes_on_from_its_state_exactly(points):
     learners = [SAC(learning_rate=3e-3, updates=4, warmup=10, width=8, batch=16) for _ in range(2)]
-    models = [reference_model(), reference_model()]
+    models = [reference_model(points=points), reference_model(points=points)]
     train(models[0], learners[0], 2)
     learners[1].bind(models[1], None, rows=32, seed=0)
     models[1].load_state_dict(models[0].state_dict())

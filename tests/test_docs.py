@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def test_a_command_on_the_pages_composes(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for made in ("train", "posttrain"):
         Path(f"outputs/{made}/latest").mkdir(parents=True)
-    name, *words = line.removeprefix("python -m wamrl.").split()
+    assert any(sign in line for sign in "'\"") or not re.search(r"\{[^}]*,", line), "a shell would expand the braces"
+    name, *words = shlex.split(line.removeprefix("python -m wamrl."))
     if name in ("train", "posttrain"):
         words = cli.rewritten(name, words)[1]
     if name == "bench":

@@ -171,7 +171,7 @@ def test_points_that_are_not_in_the_observation_are_refused(points: object, mess
 def test_the_points_of_meta_world_are_found_by_its_observation_and_no_others() -> None:
     options = {**SIZES, "action_dim": 4, "tasks": TASKS, "control_dt_s": 0.025, "points": "auto"}
     wam = JointEmbeddingWAM(observation={"proprioception": (4,), "state": (39,)}, **options)  # type: ignore[arg-type]
-    assert wam.pairs[:, ::3].tolist() == [[4, 4, 8], [8, 40, 40]]  # hand, object and goal after four numbers
+    assert wam.pairs[::3].tolist() == [4, 4, 8, 8, 40, 40]  # hand, object and goal after four numbers
     assert model(points="auto").pairs.numel() == 0
 
 

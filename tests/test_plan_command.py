@@ -162,7 +162,7 @@ def test_the_oracle_is_one_more_method(wam):
 def test_what_the_oracle_cannot_verify_is_refused_before_any_work(wam, capsys):
     """The simulator's imagination has no frames to compare with."""
     words = _arguments(wam, "oracle=true", "methods=[planner]", "video=false", "controller=adaptive")
-    assert "does not answer 'decode'" in _refused(capsys, words)
+    assert "oracle=true plans in the true simulator, which does not answer all" in _refused(capsys, words)
 
 
 def test_the_gain_is_reported_with_an_adaptive_controller(wam):
@@ -187,6 +187,7 @@ def test_a_sweep_on_test_starts_is_refused(wam, capsys):
         (["env.tasks=[metaworld/psh-v3]"], "metaworld/push-v3"),
         (["planner=mppy"], "mppi"),
         (["wam=nowhere/tiny.safetensors"], "unknown checkpoint"),
+        (["wam=fast"], "wam= names a kind of model to train (FlowWAM)"),
         (["episodes=0"], "episodes is 0, but must be a whole number of at least 1"),
         (["episodes=2.5"], "episodes is 2.5"),
         (["num_envs=0"], "num_envs is 0"),

@@ -333,3 +333,11 @@ def test_a_video_is_written(tmp_path):
     assert count == 7
     assert seconds == pytest.approx(0.7, abs=0.1)
     assert [path.name for path in tmp_path.iterdir()] == ["x.mp4"]
+
+
+@pytest.mark.parametrize(("p_value", "reading"), [(0.5, "no difference shown"), (0.03, "planner is better")])
+def test_two_starts_do_not_make_a_method_better(p_value: float, reading: str) -> None:
+    """Newcombe's interval of 2 wins in 2 starts leaves out 0, and the exact test is far from telling anything."""
+    pair = {"first": "planner", "second": "random", "n": 2, "difference": 1.0, "low": 0.07, "high": 1.0}
+    pair |= {"only_first": 2, "only_second": 0, "p_value": p_value}
+    assert report._pairs({"paired": [pair]})[0][-1] == reading

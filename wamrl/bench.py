@@ -44,7 +44,7 @@ CHECKS = ("budget", "properties")
     "of a WAM (first word: properties).",
     examples=[
         "budget runs=[outputs/plan/latest,outputs/evaluate/latest]",
-        "budget configurations={mppi:{planner:mppi},cem:{planner:cem,planner.horizon:6}}",
+        "budget 'configurations={mppi:{planner:mppi},cem:{planner:cem,planner.horizon:6}}'",
         "properties wam=six env=metaworld/push-v3",
     ],
 )

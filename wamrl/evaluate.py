@@ -59,7 +59,7 @@ from wamrl.workers import load_model, make_env, module_of
     examples=[
         "env=metaworld/push-v3 policies=[expert,expert+0.5,random,six] split=dev",
         "policies=[expert,six,planner:six,outputs/train/latest,my_package.my_module:my_policy]",
-        "policies=[expert,random,{kind:sb3,path:ppo.zip,algorithm:PPO,trust:true}]",
+        "'policies=[expert,random,{kind:sb3,path:ppo.zip,algorithm:PPO,trust:true}]'",
         "ensemble=8 uncertainty_penalty=0.2 keyframe_every=10",
         "real=false threshold=0.5 frames=data/dev_starts",
     ],

@@ -187,7 +187,12 @@ def _prepare(settings: dict[str, Any], directory: Path, started: datetime, earli
     if {"planner", "shuffled"} & set(settings["methods"]):
         planner_policy(settings, model).initial_state(1)  # asks the planner whether the model answers what it needs
     if settings["oracle"]:
-        oracle_policy(settings, model, tasks[0]).initial_state(1)  # a controller or gate may ask what it cannot answer
+        try:
+            oracle_policy(settings, model, tasks[0]).initial_state(1)
+        except ValueError as error:
+            raise ValueError(
+                f"oracle=true plans in the true simulator, which does not answer all that these settings ask: {error}"
+            ) from error
     starts = module_of(env).start_states
     if "expert" in settings["methods"] and not hasattr(module_of(env), "ExpertPolicy"):
         others = ",".join(m for m in settings["methods"] if m != "expert")

@@ -310,7 +310,7 @@ def plan_figure(trace: Mapping[str, Any], plan: Mapping[str, Any]) -> Figure:
 
         def inside(p: Sequence[float], box: Any = box, project: Any = project) -> tuple[float, float]:
             x, y = project(p)
-            return min(max(x, box[0]), box[0] + box[2]), min(max(y, box[1]), box[1] + box[3])
+            return min(max(x, box[0] + 6), box[0] + box[2] - 6), min(max(y, box[1] + 6), box[1] + box[3] - 6)
 
         for score, line in lines:
             shade = round(4 * (score - worst) / (best - worst)) if best > worst else 4
@@ -399,7 +399,7 @@ def tree_figure(trace: Mapping[str, Any], plan: Mapping[str, Any]) -> Figure:
                 depth[child] = depth[node] + 1
                 stack.append((child, False))
     deepest = max(depth)
-    figure = Figure(340, 62 + 44 * deepest, f"search tree on {trace['task']} at step {plan['step']}")
+    figure = Figure(340, 76 + 44 * deepest, f"search tree on {trace['task']} at step {plan['step']}")
     at = lambda n: (10 + 320 * (place[n] + 0.5) / max(leaves, 1), 30 + 44 * depth[n])  # noqa: E731
     way = {tree["chosen"]} if tree["chosen"] is not None else set()
     node = tree["chosen"]
@@ -452,8 +452,8 @@ def _plan_views(traces: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def episode_figure(trace: Mapping[str, Any]) -> Figure:
     """One episode: measured reward, the reward each plan imagined for its chunk, and the members' disagreement."""
-    figure = Figure(340, 214, f"imagined and measured reward on {trace['task']}")
-    left, right, top, h, gap, h2 = 34, 8, 26, 104, 24, 34
+    figure = Figure(340, 228, f"imagined and measured reward on {trace['task']}")
+    left, right, top, h, gap, h2 = 34, 8, 26, 104, 38, 34
     w, steps = figure.width - left - right, max(len(trace["reward"]), 2)
     figure.text(0, 15, short(trace["task"]), "bold")
     ceiling = ceiling_of(
@@ -478,7 +478,7 @@ def episode_figure(trace: Mapping[str, Any]) -> Figure:
             figure.rect(
                 x(step + 0.15), base - h2 * u / most, w / steps * 0.7, h2 * u / most, "f-shuffled", opacity="0.75"
             )
-        figure.text(left, top + h + gap - 6, f"disagreement (highest {most:.3g})", "f-shuffled small")
+        figure.text(left, top + h + gap - 20, f"disagreement, up to {most:.3g}", "f-shuffled small")
     scored = [(p["step"], p["value"]) for p in trace["plans"] if p["value"] is not None]
     if scored:
         low, high = min(v for _, v in scored), max(v for _, v in scored)
@@ -486,7 +486,7 @@ def episode_figure(trace: Mapping[str, Any]) -> Figure:
         figure.path(dots, "s-policy", stroke_width="1.2")
         for dot in dots:
             figure.circle(*dot, 2.4, "f-policy")
-        figure.text(left + w, top + h + gap - 6, f"plan's score ({low:.2g} to {high:.2g})", "f-policy small", "end")
+        figure.text(left, top + h + gap - 6, f"the plan's score, {low:.4g} to {high:.4g}", "f-policy small")
     figure.line(left, base, left + w, base)
     for t in range(0, steps + 1, max(1, steps // 5)):
         figure.text(x(t), base + 15, str(t), "soft small", "end" if t == steps else "middle")
@@ -532,7 +532,7 @@ def _pairs(results: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for p in results["paired"]:
         reading = "no difference shown"
-        if p["low"] > 0 or p["high"] < 0:
+        if (p["low"] > 0 or p["high"] < 0) and p["p_value"] < 0.05:
             reading = f"{p['first'] if p['low'] > 0 else p['second']} is better"
         difference, low, high = (f"{100 * p[k]:+.0f}" for k in ("difference", "low", "high"))
         only = [str(p["only_first"]), str(p["only_second"])]

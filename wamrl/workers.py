@@ -224,8 +224,13 @@ def _work(settings: Mapping[str, Any], directory: Path, jobs: Any, events: Any) 
 
 
 def load_model(settings: Mapping[str, Any]) -> WAM:
-    """The WAM of the run's checkpoint."""
+    """The WAM of the run's checkpoint; ValueError where a kind of model is given in its place."""
     wam = settings["wam"]
+    if "_target_" in wam:
+        raise ValueError(
+            f"wam= names a kind of model to train ({wam['_target_'].rsplit('.', 1)[-1]}), but this command needs "
+            "trained weights: wam=<shipped name, .safetensors file or run directory>; python -m wamrl.train makes them"
+        )
     return checkpoint.load(wam["checkpoint"], device=settings["device"], model_class=wam.get("model_class"))
 
 

@@ -199,7 +199,7 @@ class JointEmbeddingWAM(WAM):
         seen = total + (self.substrate.tokens * self.substrate.width if self.substrate else 0)
         pairs = list(itertools.combinations(_first_numbers(self.features, points), 2))
         coordinates = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2, 1) + torch.arange(3)
-        self.register_buffer("pairs", coordinates.movedim(1, 0).flatten(1), persistent=False)  # [2, 3 * pairs]
+        self.register_buffer("pairs", coordinates.movedim(1, 0).flatten(), persistent=False)  # firsts, then seconds
         relations = 7 * len(pairs)
         self.register_buffer("mean", torch.zeros(total))
         self.register_buffer("std", torch.ones(total))
@@ -209,6 +209,7 @@ class JointEmbeddingWAM(WAM):
         nn.init.normal_(self.task_embedding.weight, std=1.0 / math.sqrt(task_dim))
         self.encoder = mlp(seen + relations + task_dim, [width, width], latent_dim)
         self.observed, latent_dim = total, total + latent_dim
+        self.latent_dim = latent_dim
         self.dynamics = ensemble_mlp(
             members, latent_dim + relations + task_dim + action_dim, [dynamics_width, dynamics_width], latent_dim
         )
@@ -256,23 +257,22 @@ class JointEmbeddingWAM(WAM):
         if not self.pairs.numel():
             return z
         place = z[..., : self.observed] * self.std + self.mean
-        between = place[..., self.pairs[0]] - place[..., self.pairs[1]]
-        distance = between.unflatten(-1, (-1, 3)).norm(dim=-1)
+        first, second = place.index_select(-1, self.pairs).chunk(2, dim=-1)
+        between = first - second
+        distance = torch.linalg.vector_norm(between.unflatten(-1, (-1, 3)), dim=-1)
         return torch.cat([z, between / _FAR, torch.tanh(between / _NEAR), torch.log(0.1 + distance / 0.1)], dim=-1)
 
     def _latent(self, encoder: nn.Module, x: Tensor, tokens: Tensor, task: Tensor) -> Tensor:
         return torch.cat([x, normalise(encoder(torch.cat([self._with_relations(x), tokens, task], dim=-1)))], dim=-1)
 
-    def _step(self, z: Tensor, task: Tensor, action: Tensor) -> Tensor:
-        """Next latents [M, X, D] from [M, X, D]."""
-        x, features = z.tensor_split([self.observed], dim=-1)
-        step, turn = self.dynamics(torch.cat([self._with_relations(z), task, action], dim=-1)).tensor_split(
-            [self.observed], dim=-1
-        )
+    def _step(self, seen: Tensor, task: Tensor, action: Tensor) -> Tensor:
+        """Next latents [M, X, D] from latents with their relations [M, X, ...]."""
+        x, features, _ = seen.tensor_split([self.observed, self.latent_dim], dim=-1)
+        step, turn = self.dynamics(torch.cat([seen, task, action], dim=-1)).tensor_split([self.observed], dim=-1)
         return torch.cat([x + self.change * step, normalise(features + turn)], dim=-1)
 
-    def _policy(self, z: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
-        return self.gaussian_of(self.policy(torch.cat([self._with_relations(z), task], dim=-1)))
+    def _policy(self, seen: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
+        return self.gaussian_of(self.policy(torch.cat([seen, task], dim=-1)))
 
     @staticmethod
     def gaussian_of(output: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,14 +282,18 @@ class JointEmbeddingWAM(WAM):
 
     def gaussian(self, state: State) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the standard deviation of the policy's action, each [*state.batch, A]."""
-        return self._policy(state["z"], state["task"])
+        return self.gaussian_of(self.policy(self.policy_input(state)))
+
+    def policy_input(self, state: State) -> Tensor:
+        """What the policy network reads [*state.batch, ...]: latent, the relations of its points, and task."""
+        return torch.cat([self._with_relations(state["z"]), state["task"]], dim=-1)
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """The weights of the policy and of the values, which no other part of the model reads."""
         return [*self.policy.parameters(), *self.values.parameters()]
 
-    def _behaviour(self, z: Tensor, task: Tensor) -> Tensor:
-        return torch.tanh(self.behaviour(torch.cat([self._with_relations(z), task], dim=-1)))
+    def _behaviour(self, seen: Tensor, task: Tensor) -> Tensor:
+        return torch.tanh(self.behaviour(torch.cat([seen, task], dim=-1)))
 
     # ---- queries -------------------------------------------------------------------------------------------------
 
@@ -365,12 +369,13 @@ class JointEmbeddingWAM(WAM):
 
         def act(t: int, z: Tensor) -> Tensor:
             nonlocal log_prob
-            mean, log_std = self._policy(z, task)
+            seen = self._with_relations(z)
+            mean, log_std = self._policy(seen, task)
             action = mean + log_std.exp() * draws[:, t]
             if behaviour:
                 action = action.unflatten(0, (rows, num))
                 action[:, num - behaviour :] = self._behaviour(
-                    *(x.unflatten(0, (rows, num))[:, num - behaviour :] for x in (z, task))
+                    *(x.unflatten(0, (rows, num))[:, num - behaviour :] for x in (seen, task))
                 )
                 action = action.flatten(0, 1)
             if perturbation is not None:
@@ -401,7 +406,7 @@ class JointEmbeddingWAM(WAM):
 
         def act(t: int, z: Tensor) -> Tensor:
             nonlocal total
-            mean, log_std = self._policy(z, task)
+            mean, log_std = self._policy(self._with_relations(z), task)
             total = total + _gaussian_log_prob(chain[:, t], mean, log_std)
             return chain[:, t].clamp(-1.0, 1.0)
 
@@ -419,12 +424,12 @@ class JointEmbeddingWAM(WAM):
         alone = "member" in state.keys()
         members = 1 if alone else self.members
         task = state["task"].repeat_interleave(num, 0)
-        z = state["z"].repeat_interleave(num, 0)
+        mean = state["z"].repeat_interleave(num, 0)
         if alone:
             member = state["member"].repeat_interleave(num, 0)
             slot, width = _places(member, self.members)
-        mean, latents, actions = z, [], []
-        z = z.expand(members, -1, -1)
+        seen = self._with_relations(state["z"]).repeat_interleave(num, 0).expand(members, -1, -1)
+        frames, actions = [], []
         tasks = task.expand(members, -1, -1)
 
         def each(network: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -437,15 +442,14 @@ class JointEmbeddingWAM(WAM):
 
         for t in range(horizon):
             action = act(t, mean)
-            z = each(self._step, z, tasks, action.expand(members, -1, -1))
-            mean = z.mean(0)
-            latents.append(z)
+            z = each(self._step, seen, tasks, action.expand(members, -1, -1))
+            mean, seen = z.mean(0), self._with_relations(z)
+            frames.append(seen)
             actions.append(action)
-        path = torch.stack(latents, dim=2)
+        ahead = torch.stack(frames, dim=2)
+        path = ahead[..., : self.latent_dim]
         taken = torch.stack(actions, dim=1).expand(members, -1, -1, -1)
-        heads_in = torch.cat(
-            [self._with_relations(path), tasks.unsqueeze(2).expand(-1, -1, horizon, -1), taken], dim=-1
-        )
+        heads_in = torch.cat([ahead, tasks.unsqueeze(2).expand(-1, -1, horizon, -1), taken], dim=-1)
 
         def outcomes(x: Tensor) -> Tensor:  # each member's own head
             return self.outcome(x.flatten(1, 2)).unflatten(1, (-1, horizon))
@@ -533,7 +537,7 @@ class JointEmbeddingWAM(WAM):
         member_action = action.view(members, -1, steps, action_dim)
         predicted = [start]
         for t in range(steps):
-            z = self._step(z, member_task, member_action[:, :, t])
+            z = self._step(self._with_relations(z), member_task, member_action[:, :, t])
             predicted.append(z.flatten(0, 1))
         path = torch.stack(predicted, dim=1)  # [B, T+1, D], the first frame encoded, the others imagined
         before, after = path[:, :-1], path[:, 1:]
@@ -573,7 +577,8 @@ class JointEmbeddingWAM(WAM):
         # Encoded frames count fully; imagined ones, at a quarter, teach the policy to act on what the model predicts.
         frames = torch.cat([online[:, :-1], before[:, 1:]], dim=1)
         frame_tasks = torch.cat([tasks[:, :-1], tasks[:, 1:-1]], dim=1)
-        mean, log_std = self._policy(frames, frame_tasks)
+        seen = self._with_relations(frames)
+        mean, log_std = self._policy(seen, frame_tasks)
         weight = torch.cat([weight, 0.25 * weight[:, 1:]], dim=1)
         wanted = torch.cat([wanted, wanted[:, 1:]], dim=1)
         nll = -_gaussian_log_prob(wanted, mean.detach(), log_std)
@@ -585,7 +590,7 @@ class JointEmbeddingWAM(WAM):
         # no demonstration shows, and is less precise; a search decides where it is to be preferred.
         weight = (batch["episode_success"].unsqueeze(1) & (batch["steps_to_success"][:, :-1] > 0)).float() * mask
         weight = torch.cat([weight, 0.25 * weight[:, 1:]], dim=1)
-        error = (self._behaviour(frames.detach(), frame_tasks.detach()) - wanted).square().sum(-1)
+        error = (self._behaviour(seen.detach(), frame_tasks.detach()) - wanted).square().sum(-1)
         losses["behaviour"] = (error * weight).sum() / weight.sum().clamp(min=1.0)
 
         decoded = self.probe(after.detach())
