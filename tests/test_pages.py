@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wamrl import verdict
 from wamrl.evaluation import wilson
+from wamrl.judging import verdict
 from wamrl.pages import (
     Section,
     TableOf,

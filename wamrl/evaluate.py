@@ -27,10 +27,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from tensordict import TensorDict
 
-from wamrl import checkpoint, judging, pair_films, policies, provenance, verdict
+from wamrl import checkpoint, provenance
 from wamrl.cli import command, plain
 from wamrl.data import EpisodeDataset, start_frames
-from wamrl.evaluated import (
+from wamrl.evaluation import Start, protocol_hash
+from wamrl.files import write_json, write_text
+from wamrl.interfaces import WAM, task_id
+from wamrl.judging import films, policies, verdict, worlds
+from wamrl.judging.outcome import (
     Bench,
     Played,
     asked_judges,
@@ -40,15 +44,12 @@ from wamrl.evaluated import (
     is_metaworld,
     results_of,
 )
-from wamrl.evaluation import Start, protocol_hash
-from wamrl.files import write_json, write_text
-from wamrl.interfaces import WAM, task_id
-from wamrl.judging import Cost, Imagining
+from wamrl.judging.policies import Entrant, Surroundings
+from wamrl.judging.verdict import Judged
+from wamrl.judging.worlds import Cost, Imagining
 from wamrl.naming import unknown_name
 from wamrl.pages import evaluation_page, number
-from wamrl.policies import Entrant, Surroundings
 from wamrl.report import short
-from wamrl.verdict import Judged
 from wamrl.workers import load_model, make_env, module_of
 
 
@@ -81,11 +82,11 @@ def main(config: DictConfig, run_dir: Path) -> float | None:
     results = results_of(bench, judged, calibrated, started, clock)
     write_text(run_dir / "episodes.csv", episodes_csv(bench, judged, results))
     write_json(run_dir / "results.json", results)
-    films, note = _films(bench, judged, results, run_dir)
+    made, note = _films(bench, judged, results, run_dir)
     if note:
         results["warnings"].append(f"No film: {note}")
         write_json(run_dir / "results.json", results)
-    evaluation_page(run_dir, results, films)
+    evaluation_page(run_dir, results, made)
     _print(results, console)
     r = results["agreement"]["all"]["pearson"]["mean"] if results["agreement"] else None
     return r
@@ -197,7 +198,7 @@ def _prepare(settings: dict[str, Any]) -> Bench:
         )
         first, count = settings["first_start"], settings["episodes"]
         starts = [Start(task, i) for task in tasks for i in range(first, first + count)]
-        frames = judging.first_frames(env, starts).select(*model.spec.observation, "task")
+        frames = worlds.first_frames(env, starts).select(*model.spec.observation, "task")
         vectors = {t: module_of(env).start_states(t, settings["split"], first + count).rand_vec[first:] for t in tasks}
         env.close()
     else:
@@ -231,7 +232,7 @@ def _prepare(settings: dict[str, Any]) -> Bench:
     for entrant in entrants:
         _refuse_trained_on(settings["split"], entrant.provenance, f"the policy '{entrant.name}'")
     bench = Bench(settings, model, metadata, entrants, tasks, starts, frames, max_steps, action_repeat, digest, around)
-    failures = judging.failures_in_training(metadata.provenance)
+    failures = worlds.failures_in_training(metadata.provenance)
     if failures != "some":
         known = "holds no episodes that were made to fail" if failures == "none" else "does not say what it holds"
         bench.warnings.append(
@@ -248,7 +249,7 @@ def _prepare(settings: dict[str, Any]) -> Bench:
 
 
 def _refuse_trained_on(split: str, provenance_of: Mapping[str, Any] | None, who: str) -> None:
-    if split in judging.training_splits(provenance_of):
+    if split in worlds.training_splits(provenance_of):
         raise ValueError(
             f"{who} was trained on {split} start states, so what it says of them proves nothing; "
             "use the other split, or a checkpoint trained on split=train"
@@ -324,7 +325,7 @@ def _run(
                 }
                 recording = None
                 if env is not None:
-                    real, recording = judging.run_real(
+                    real, recording = worlds.run_real(
                         env, entrant.policy, some, keys=keys, cost=bench.real_cost, **common
                     )
                     played.real[k] += real
@@ -332,7 +333,7 @@ def _run(
                     played.real[k] += [None] * len(some)
                 for name, how in roll_outs.items():
                     runs = [
-                        judging.run_imagined(
+                        worlds.run_imagined(
                             bench.model,
                             first,
                             entrant.policy,
@@ -364,16 +365,16 @@ def _keep_drift(
 ) -> None:
     keys = drift_keys(bench.model)
     scale = None
-    paths = [judging.real_path(recording, start, keys) for start in starts]
+    paths = [worlds.real_path(recording, start, keys) for start in starts]
     if not is_metaworld(bench.model):
         scale = np.maximum(np.concatenate(paths).std(axis=0), 1e-6)
     horizon = bench.max_steps
-    played.open_loop.setdefault(task, []).append(judging.open_loop(bench.model, recording, keys, horizon, scale))
+    played.open_loop.setdefault(task, []).append(worlds.open_loop(bench.model, recording, keys, horizon, scale))
     closed = np.full((len(starts), horizon), np.nan)
     for i, (one, real) in enumerate(zip(imagined, paths, strict=True)):
         length = min(len(real), len(one.path)) - 1
         found = one.path[1 : length + 1, : real.shape[1]]
-        closed[i, :length] = judging.errors_of(found, real[1 : length + 1], scale)
+        closed[i, :length] = worlds.errors_of(found, real[1 : length + 1], scale)
     played.closed_loop.setdefault(task, []).append(closed)
 
 
@@ -392,7 +393,7 @@ def _calibrate(bench: Bench, console: Console) -> dict[str, Any]:
     first, count = how["first_start"], how["episodes"]
     starts = [Start(task, i) for task in bench.tasks for i in range(first, first + count)]
     env = make_env({**settings, "split": "dev"}, None, len(bench.tasks))
-    frames = judging.first_frames(env, starts).select(*bench.model.spec.observation, "task")
+    frames = worlds.first_frames(env, starts).select(*bench.model.spec.observation, "task")
     env.close()
     entrants = policies.build(how["policies"], bench.around)
     for entrant in entrants:
@@ -457,7 +458,7 @@ def _films(
     how = asked_roll_outs(settings)[judge["settings"]["roll_out"]]
     envs = {task: make_env(settings, [task], 1) for task in bench.tasks}
     choices = []
-    for k, n in pair_films.choose(real, decisions, judged.scores, settings["films"]):
+    for k, n in films.choose(real, decisions, judged.scores, settings["films"]):
         start = played.starts[n]
         choices.append(
             {
@@ -475,7 +476,7 @@ def _films(
                 **how,
             }
         )
-    made, note = pair_films.films_of(choices, run_dir)
+    made, note = films.films_of(choices, run_dir)
     for env in envs.values():
         env.close()
     return made, note

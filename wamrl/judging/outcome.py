@@ -17,15 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 from tensordict import TensorDict
 
-from wamrl import judging, provenance, verdict
+from wamrl import provenance
 from wamrl.checkpoint import Metadata
 from wamrl.evaluation import Episode, Start
 from wamrl.interfaces import WAM
-from wamrl.judging import Cost, Imagining
-from wamrl.policies import Entrant, Surroundings
+from wamrl.judging import verdict, worlds
+from wamrl.judging.policies import Entrant, Surroundings
+from wamrl.judging.verdict import Judged
+from wamrl.judging.worlds import Cost, Imagining
 from wamrl.report import short
 from wamrl.results import peak_rss_mib
-from wamrl.verdict import Judged
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Played:
         """[K, N] of a judge of `asked_judges`."""
         rows = self.imagined[variant["roll_out"]]
         return np.array(
-            [[judging.score(r[: variant["replicas"]], penalty=variant["penalty"]) for r in row] for row in rows]
+            [[worlds.score(r[: variant["replicas"]], penalty=variant["penalty"]) for r in row] for row in rows]
         )
 
 
@@ -191,7 +192,7 @@ def results_of(
             "content_hash": bench.metadata.content_sha256,
             "parameters": sum(p.numel() for p in bench.model.parameters()),
             "trained_horizon": bench.model.spec.max_horizon,
-            "failures_in_training": judging.failures_in_training(bench.metadata.provenance),
+            "failures_in_training": worlds.failures_in_training(bench.metadata.provenance),
         },
         "versions": provenance.versions(),
         "device": settings["device"],
@@ -272,7 +273,7 @@ def episodes_csv(bench: Bench, played: Played, results: Mapping[str, Any]) -> st
             real = played.real[k][i]
             threshold = results["variants"]["judge"]["thresholds"][start.task]
             replicas = played.imagined[variants["judge"]["roll_out"]][k][i]
-            step = judging.first_step(replicas, threshold)
+            step = worlds.first_step(replicas, threshold)
             row: dict[str, Any] = {
                 "policy": entrant.name,
                 "origin": entrant.origin,

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wamrl import agreement as ag
 from wamrl.evaluation import wilson
+from wamrl.judging import agreement as ag
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
