@@ -315,16 +315,17 @@ def evaluation_page(run_dir: str | Path, results: Mapping[str, Any], films: Sequ
     sections: list[Section] = []
     tiles: list[tuple[str, str]] = []
     if real:
-        whole = results["agreement"]["all"]
+        whole = results["agreement"][results["headline"]]
+        kind = "independent policies" if results["headline"] == "independent" else "policies"
         lead = (
             f"{count} policies ran from the same {starts} per task on {where}, closed loop in the simulator and "
-            f"inside the WAM '{wam}'. Over policies, imagined and "
+            f"inside the WAM '{wam}'. Over {whole['policies']} {kind}, imagined and "
             f"real success correlate with r = {bounds(whole['pearson'])}; the mean gap is "
             f"{100 * whole['gap']['mean']:.1f} points."
         )
         judge = whole["judge"]
         tiles = [
-            (number(whole["pearson"]["mean"]), f"Pearson's r over {count} policies"),
+            (number(whole["pearson"]["mean"]), f"Pearson's r over {whole['policies']} {kind}"),
             (number(whole["mmrv"]["mean"], 3), "MMRV, mean maximum rank violation (0 is best)"),
             (f"{100 * whole['gap']['mean']:.1f}", "mean gap of success, percentage points"),
             (number(whole["kappa"]["mean"]), "kappa, agreement start by start"),

@@ -22,6 +22,7 @@ from wamrl.checkpoint import Metadata
 from wamrl.evaluation import Episode, Start
 from wamrl.interfaces import WAM
 from wamrl.judging import verdict, worlds
+from wamrl.judging.cells import Cells
 from wamrl.judging.policies import Entrant, Surroundings
 from wamrl.judging.verdict import Judged
 from wamrl.judging.worlds import Cost, Imagining
@@ -47,6 +48,7 @@ class Bench:
     warnings: list[str] = field(default_factory=list)
     real_cost: Cost = field(default_factory=Cost)
     imagined_cost: Cost = field(default_factory=Cost)
+    cells: Cells | None = None  # where finished policies are kept
 
 
 @dataclass
@@ -145,7 +147,9 @@ def results_of(
             agreement[task] = verdict.compare(
                 real[:, mine], imagined[:, mine], [task] * int(mine.sum()), seed=settings["seed"]
             )
-        warnings += verdict.warnings_of(agreement["all"], real, imagined, names)
+        leading = independent if "independent" in agreement else list(range(len(names)))
+        found = agreement["independent" if "independent" in agreement else "all"]
+        warnings += verdict.warnings_of(found, real[leading], imagined[leading], [names[k] for k in leading])
     shown: dict[str, Any] = {}
     for k, entrant in enumerate(bench.entrants):
         entry: dict[str, Any] = {"kind": entrant.kind, "origin": entrant.origin, "content_hash": entrant.content_hash}
@@ -202,6 +206,8 @@ def results_of(
         "tasks": list(bench.tasks),
         "policies": shown,
         "agreement": agreement,
+        # What the report leads with: versions of one policy would flatter the correlation.
+        "headline": "independent" if "independent" in agreement else "all",
         "calibration": {**calibrated, "thresholds": calibrated["thresholds"]["judge"]},
         "variants": compared,
         "drift": {},
