@@ -89,15 +89,17 @@ class _Page(HTMLParser):
 
 
 def test_a_run_judges_compares_and_writes_everything(wam, capsys):
-    main(_arguments(wam, "ensemble=2", "uncertainty_penalty=0.5", "keyframe_every=5"))
+    main(_arguments(wam, "ensemble=2", "uncertainty_penalty=0.5", "keyframe_every=5", "contact_veto=4"))
     printed = capsys.readouterr().out
     results = _results()
     assert set(results["policies"]) == {"expert", "expert+0.8", "random"}
     for entry in results["policies"].values():
         for world in ("real", "imagined"):
             assert entry["mean"][world]["n"] == 3
-    assert list(results["variants"]) == ["none", "threshold", "uncertainty_penalty", "ensemble", "keyframe", "judge"]
-    assert results["variants"]["judge"]["settings"] == {"roll_out": "keyframe", "replicas": 2, "penalty": 0.5}
+    judges = ["none", "threshold", "uncertainty_penalty", "contact_veto", "ensemble", "keyframe", "judge"]
+    assert list(results["variants"]) == judges
+    asked = {"roll_out": "keyframe", "replicas": 2, "penalty": 0.5, "veto": 4}
+    assert results["variants"]["judge"]["settings"] == asked
     with Path("outputs/evaluate/latest/episodes.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 3 * 3  # one per policy and start
@@ -174,6 +176,7 @@ def test_a_calibrated_threshold_can_be_used_again_with_the_same_judge(wam, tmp_p
         (["ensemble=5"], "has 2 members"),
         (["keyframe_every=0"], "keyframe_every is 0"),
         (["epsilon=0"], "epsilon is 0"),
+        (["contact_veto=-1"], "contact_veto is -1"),
         (["policies=[expert,random,six]", "env=metaworld/hammer-v3"], "hammer"),
         (["policies=[expert,random,expret]"], "expret"),
     ],

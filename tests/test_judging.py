@@ -78,6 +78,9 @@ def test_a_perfect_model_judges_every_episode_as_it_is(played):
                 assert worlds.first_step([one], 0.5) == episode.first_success_step
             path = worlds.real_path(recording, start, ["state"])
             assert np.array_equal(one.path[: len(path)], path)
+            apart = np.linalg.norm(one.path[:, 0:3] - one.path[:, 4:7], axis=1) > worlds.NEAR_M
+            moved = 100 * np.linalg.norm(np.diff(one.path[:, 4:7], axis=0), axis=1)
+            assert one.alone == pytest.approx(np.cumsum(moved * (apart[:-1] & apart[1:])), abs=1e-2)
 
 
 def test_a_shuffled_model_is_no_better_than_chance():
@@ -202,7 +205,8 @@ def test_keyframes_are_encoded_anew_every_k_steps():
 
 
 def test_the_score_is_the_best_step_less_the_accumulated_uncertainty():
-    one = Imagining(np.array([0.1, 0.9, 0.8]), np.array([0.1, 0.1, 0.1]))
+    one = Imagining(np.array([0.1, 0.9, 0.8]), np.array([0.1, 0.1, 0.1]), np.array([0.0, 2.0, 3.0]))
+    assert worlds.score([one], veto=2.0) == pytest.approx(0.9) and worlds.score([one], veto=1.9) == pytest.approx(0.1)
     assert worlds.score([one]) == pytest.approx(0.9)
     assert worlds.score([one], penalty=1.0) == pytest.approx(0.7)
     assert worlds.score([one, replace(one, probability=np.zeros(3))]) == pytest.approx(0.45)

@@ -129,6 +129,9 @@ def _settings(given: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any], Pat
             or (key == "epsilon" and not value)
         ):
             raise ValueError(f"{key} is {value!r}, but must be a number of at least 0 (epsilon: above 0)")
+    veto = given["contact_veto"]
+    if veto is not None and (isinstance(veto, bool) or not isinstance(veto, int | float) or veto < 0):
+        raise ValueError(f"contact_veto is {veto!r}, but must be centimetres of at least 0, or null")
     if not isinstance(given["real"], bool):
         raise ValueError(f"real is {given['real']!r}, but must be true or false")
     if given["split"] == "train":
@@ -215,6 +218,10 @@ def _prepare(settings: dict[str, Any]) -> Bench:
     model.spec.require("rollout", "reward", "success", "decode")
     if settings["uncertainty_penalty"] or settings["ensemble"] > 1:
         model.spec.require("uncertainty")
+    if settings["contact_veto"] is not None and not is_metaworld(model):
+        raise ValueError(
+            "contact_veto reads hand and object off a Meta-World state, which this model lacks; leave it out"
+        )
     env_module = str(settings["env"]["_target_"]).rpartition(".")[0]
     if settings["ensemble"] > model.spec.ensemble_size:
         raise ValueError(

@@ -433,6 +433,7 @@ def _judge_section(results: Mapping[str, Any]) -> Section:
         "none": "one imagined episode, threshold 0.5",
         "threshold": "threshold calibrated" if results["config"]["threshold"] == "calibrated" else "threshold as given",
         "uncertainty_penalty": "uncertainty-penalised success",
+        "contact_veto": "no success after an object moved by itself",
         "ensemble": "an ensemble of imagined episodes",
         "keyframe": "keyframe re-initialisation",
         "judge": "all that was asked for",

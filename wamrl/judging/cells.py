@@ -17,6 +17,8 @@ from wamrl.evaluation import Episode
 from wamrl.files import atomic_path, write_json
 from wamrl.judging.worlds import Cost, Imagining
 
+_CURVES = ("probability", "uncertainty", "alone")
+
 
 @dataclass
 class Cell:
@@ -84,8 +86,8 @@ class Cells:
             for name in about["roll_outs"]:
                 lengths = found[f"{name}/lengths"]
                 cuts = np.cumsum(lengths.ravel())[:-1]
-                p, u = (iter(np.split(found[f"{name}/{key}"], cuts)) for key in ("probability", "uncertainty"))
-                cell.imagined[name] = [[Imagining(next(p), next(u)) for _ in row] for row in lengths]
+                parts = [iter(np.split(found[f"{name}/{key}"], cuts)) for key in _CURVES]
+                cell.imagined[name] = [[Imagining(*map(next, parts)) for _ in row] for row in lengths]
         return cell
 
     def write(self, cell: Cell, *names: str) -> None:
@@ -101,7 +103,7 @@ class Cells:
             arrays |= {"open_loop": cell.open_loop, "closed_loop": cell.closed_loop}
         for name, rows in cell.imagined.items():
             arrays[f"{name}/lengths"] = np.array([[len(one.probability) for one in row] for row in rows])
-            for key in ("probability", "uncertainty"):
+            for key in _CURVES:
                 arrays[f"{name}/{key}"] = np.concatenate([getattr(one, key) for row in rows for one in row])
         with atomic_path(self.path(*names)) as temporary:
             np.savez_compressed(temporary, **arrays)

@@ -75,7 +75,10 @@ class Played:
         """[K, N] of a judge of `asked_judges`."""
         rows = self.imagined[variant["roll_out"]]
         return np.array(
-            [[worlds.score(r[: variant["replicas"]], penalty=variant["penalty"]) for r in row] for row in rows]
+            [
+                [worlds.score(r[: variant["replicas"]], penalty=variant["penalty"], veto=variant["veto"]) for r in row]
+                for row in rows
+            ]
         )
 
 
@@ -89,12 +92,14 @@ def asked_roll_outs(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def asked_judges(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The judges that are compared: without any remedy, each remedy alone, and what was asked for ("judge")."""
-    base = {"roll_out": "plain", "replicas": 1, "penalty": 0.0}
+    base = {"roll_out": "plain", "replicas": 1, "penalty": 0.0, "veto": None}
     found = {"none": base}
     if settings["threshold"] != 0.5:
         found["threshold"] = dict(base)
     if settings["uncertainty_penalty"]:
         found["uncertainty_penalty"] = {**base, "penalty": settings["uncertainty_penalty"]}
+    if settings["contact_veto"] is not None:
+        found["contact_veto"] = {**base, "veto": settings["contact_veto"]}
     if settings["ensemble"] > 1:
         found["ensemble"] = {**base, "replicas": settings["ensemble"]}
     if settings["keyframe_every"] is not None:
@@ -103,6 +108,7 @@ def asked_judges(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "roll_out": "plain" if settings["keyframe_every"] is None else "keyframe",
         "replicas": settings["ensemble"],
         "penalty": settings["uncertainty_penalty"],
+        "veto": settings["contact_veto"],
     }
     return found
 
