@@ -116,7 +116,7 @@ def _films(folder: Path, films: Sequence[Mapping[str, str]]) -> list[dict[str, s
 
 def scatter_figure(title: str, points: Sequence[Mapping[str, Any]]) -> Figure:
     """Imagined against real success with both Wilson intervals; points: name, origin, real and imagined rates."""
-    figure = Figure(340, 366, f"real and imagined success, {title}")
+    figure = Figure(352, 366, f"real and imagined success, {title}")
     left, top, size = 40.0, 26.0, 290.0
     figure.text(0, 15, title, "bold")
     x = lambda v: left + size * v  # noqa: E731
@@ -149,10 +149,14 @@ def scatter_figure(title: str, points: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+_LETTER = 6.2  # width of a small letter, about
+
+
 def ladder_figure(title: str, points: Sequence[Mapping[str, Any]]) -> Figure:
     """Two ladders of success, real and imagined, a line per policy: lines that cross are rank violations."""
-    figure = Figure(340, 300, f"order of policies in both worlds, {title}")
-    top, height, left, right = 40.0, 236.0, 96.0, 244.0
+    margin = max(96.0, 12 + _LETTER * max(len(point["name"]) + 5 for point in points))
+    figure = Figure(int(2 * margin + 148), 300, f"order of policies in both worlds, {title}")
+    top, height, left, right = 40.0, 236.0, margin, margin + 148
     figure.text(0, 15, title, "bold")
     figure.text(left, top - 10, "simulator", "soft small", "middle")
     figure.text(right, top - 10, "imagination", "soft small", "middle")
