@@ -242,3 +242,13 @@ def test_what_a_checkpoint_says_of_failures_and_splits_is_read():
     assert worlds.failures_in_training(index(expert=10)) == "none"
     assert worlds.failures_in_training({"data": "made by hand"}) == "unknown"
     assert worlds.training_splits(index(expert=1)) == {"train"} and worlds.training_splits(None) == set()
+
+
+def test_a_threshold_at_its_limit_is_told_of():
+    real = np.array([[True] * 6 + [False] * 4])
+    low = np.linspace(0.04, 0.0, 10)[None]  # orders the episodes rightly, but thinks little of all
+    found, blind = verdict.thresholds(real, low, ["metaworld/push-v3"] * 10)
+    (text,) = verdict.limits_met(found)
+    assert not blind and "on push stands at its limit of 0.1" in text and "hard on" in text
+    found, _ = verdict.thresholds(real, 20 * low, ["metaworld/push-v3"] * 10)
+    assert verdict.limits_met(found) == []

@@ -473,6 +473,7 @@ def _calibrate(bench: Bench, console: Console) -> dict[str, Any]:
             f"On {', '.join(map(short, blind))} the calibration policies all succeeded or all failed, so the threshold "
             "there is 0.5; add others to calibration.policies."
         )
+    bench.warnings += verdict.limits_met(found["judge"])
     bench.real_cost, bench.imagined_cost = Cost(), Cost()  # those of the policies alone are reported
     return {
         "source": f"{len(entrants)} policies on {count} dev starts per task, {first} to {first + count - 1}",
