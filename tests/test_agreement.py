@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from wamrl import agreement as ag
+from wamrl.judging import agreement as ag
 
 REAL, IMAGINED = [0.1, 0.4, 0.6, 0.9], [0.3, 0.2, 0.8, 0.7]
 

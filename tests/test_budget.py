@@ -77,6 +77,16 @@ def test_latencies_of_different_machines_are_warned_of(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "words",
+    ["budget seed=3 --cfg job", "seed=3 budget --cfg job", "--cfg job budget seed=3", "--cfg=job budget seed=3"],
+)
+def test_the_check_is_the_first_word_that_is_no_setting(words, capsys):
+    main(words.split())
+    printed = capsys.readouterr().out
+    assert "check: budget" in printed and "seed: 3" in printed
+
+
+@pytest.mark.parametrize(
     ("words", "reason"),
     [
         (["budget"], "nothing to compare"),

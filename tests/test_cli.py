@@ -196,8 +196,9 @@ def test_help_shows_purpose_choices_settings_and_outputs(demo, capsys):
     assert "defaults:" not in told and runs() == []
 
 
-def test_the_whole_config_can_be_printed(demo, capsys):
-    assert demo("--cfg", "job", "planner=deep") == 0
+@pytest.mark.parametrize("words", [("--cfg", "job", "planner=deep"), ("planner=deep", "--cfg", "job")])
+def test_the_whole_config_can_be_printed(demo, capsys, words):
+    assert demo(*words) == 0
     assert yaml.safe_load(capsys.readouterr().out)["planner"]["horizon"] == 9
     assert runs() == []
 

@@ -89,15 +89,17 @@ class _Page(HTMLParser):
 
 
 def test_a_run_judges_compares_and_writes_everything(wam, capsys):
-    main(_arguments(wam, "ensemble=2", "uncertainty_penalty=0.5", "keyframe_every=5"))
+    main(_arguments(wam, "ensemble=2", "uncertainty_penalty=0.5", "keyframe_every=5", "contact_veto=4"))
     printed = capsys.readouterr().out
     results = _results()
     assert set(results["policies"]) == {"expert", "expert+0.8", "random"}
     for entry in results["policies"].values():
         for world in ("real", "imagined"):
             assert entry["mean"][world]["n"] == 3
-    assert list(results["variants"]) == ["none", "threshold", "uncertainty_penalty", "ensemble", "keyframe", "judge"]
-    assert results["variants"]["judge"]["settings"] == {"roll_out": "keyframe", "replicas": 2, "penalty": 0.5}
+    judges = ["none", "threshold", "uncertainty_penalty", "contact_veto", "ensemble", "keyframe", "judge"]
+    assert list(results["variants"]) == judges
+    asked = {"roll_out": "keyframe", "replicas": 2, "penalty": 0.5, "veto": 4}
+    assert results["variants"]["judge"]["settings"] == asked
     with Path("outputs/evaluate/latest/episodes.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 3 * 3  # one per policy and start
@@ -174,6 +176,7 @@ def test_a_calibrated_threshold_can_be_used_again_with_the_same_judge(wam, tmp_p
         (["ensemble=5"], "has 2 members"),
         (["keyframe_every=0"], "keyframe_every is 0"),
         (["epsilon=0"], "epsilon is 0"),
+        (["contact_veto=-1"], "contact_veto is -1"),
         (["policies=[expert,random,six]", "env=metaworld/hammer-v3"], "hammer"),
         (["policies=[expert,random,expret]"], "expret"),
     ],
@@ -208,3 +211,52 @@ def test_a_missing_simulator_is_one_message(wam, capsys, monkeypatch):
         assert "Meta-World is not installed" in _refused(capsys, _arguments(wam))
     finally:
         metaworld._environment_classes.cache_clear()
+
+
+def test_a_stopped_run_goes_on_where_it_was(wam, capsys, monkeypatch):
+    import wamrl.evaluate as module
+
+    played, play = [], module._play
+
+    def counted(bench, entrant, *rest):
+        if len(played) == 3:
+            raise KeyboardInterrupt
+        played.append(entrant.name)
+        return play(bench, entrant, *rest)
+
+    words = ["ensemble=2", "keyframe_every=5", "num_envs=3"]
+    main(_arguments(wam, *words, "run_dir=whole"))
+    monkeypatch.setattr(module, "_play", counted)
+    with pytest.raises(SystemExit) as stopped:
+        main(_arguments(wam, *words, "run_dir=part"))
+    assert stopped.value.code == 130 and "resume=part" in capsys.readouterr().err
+    assert "leave out seed=1" in _refused(capsys, ["resume=part", "seed=1"])
+    assert "another policies" in _refused(capsys, _arguments(wam, "policies=[expert,random,expert+2]", "run_dir=part"))
+    played.clear()
+    monkeypatch.setattr(module, "_play", lambda *given: (played.append(given[1].name), play(*given))[1])
+    main(["resume=part", "run_dir=rest"])
+    assert played == ["expert+0.8", "random"]  # two for calibration and one more were kept
+    assert Path("rest/episodes.csv").read_text() == Path("whole/episodes.csv").read_text()
+    whole, rest = _results("whole"), _results("rest")
+    assert rest["agreement"] == whole["agreement"] and rest["drift"] == whole["drift"]
+    assert rest["cost"].keys() == whole["cost"].keys() and "resume" not in rest["command"]
+    assert not Path("part/cells").exists() and not Path("whole/cells").exists()
+    assert "there is no cells/run.json" in _refused(capsys, ["resume=part"])
+
+
+def test_a_threshold_taken_over_was_not_set_on_the_starts_that_are_judged(wam, capsys):
+    main(_arguments(wam, "run_dir=first", "keyframe_every=5"))
+    inside = ["first_start=500", "calibration.first_start=0", "keyframe_every=5", "threshold=first"]
+    assert "calibrated on dev starts 500 to 501, which overlap" in _refused(capsys, _arguments(wam, *inside))
+    main(_arguments(wam, "first_start=502", "keyframe_every=5", "threshold=first", "run_dir=second"))
+    for name in ("threshold", "keyframe", "judge"):
+        assert _results("second")["variants"][name]["thresholds"] == _results("first")["variants"][name]["thresholds"]
+
+
+def test_the_headline_is_over_policies_of_independent_origin(wam, capsys):
+    words = ["policies=[expert,expert+0.8,random,tests.test_policies:middle]", "threshold=0.5"]
+    main(_arguments(wam, *words))
+    results, page = _results(), Path("outputs/evaluate/latest/report.html").read_text()
+    assert results["headline"] == "independent" and "r over 3 independent policies" in page
+    assert any("Only 3 policies" in text for text in results["warnings"])
+    assert any(text.startswith("middle cannot say which start states") for text in results["warnings"])

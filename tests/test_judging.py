@@ -9,14 +9,14 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from wamrl import agreement as ag
-from wamrl import judging, verdict
 from wamrl.evaluation import Start
 from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Spec
-from wamrl.judging import Cost, Imagination, Imagining
+from wamrl.judging import agreement as ag
+from wamrl.judging import verdict, worlds
+from wamrl.judging.policies import Surroundings, build
+from wamrl.judging.worlds import Cost, Imagination, Imagining
 from wamrl.models.joint_embedding import JointEmbeddingWAM
 from wamrl.oracle import OracleWAM
-from wamrl.policies import Surroundings, build
 
 metaworld = pytest.importorskip("wamrl.envs.metaworld")
 
@@ -44,18 +44,18 @@ def played():
     env = metaworld.MetaWorldEnv(REACH, num_envs=STARTS, split="dev", snapshots=True)
     oracle = OracleWAM(_model(), metaworld.MetaWorldEnv(REACH, num_envs=1, snapshots=True))
     starts = [Start(REACH, i) for i in range(STARTS)]
-    frames = judging.first_frames(env, starts).select(*oracle.spec.observation, "task")
+    frames = worlds.first_frames(env, starts).select(*oracle.spec.observation, "task")
     around = Surroundings((REACH,), 4, "wamrl.envs.metaworld", "none", {}, {})
     common = dict(split="dev", seed=0, max_steps=STEPS)
     real, imagined, recordings, cost = [], [], [], Cost()
     for entrant in build(POLICIES, around):
-        episodes, recording = judging.run_real(
+        episodes, recording = worlds.run_real(
             env, entrant.policy, starts, name=entrant.name, keys=["state"], cost=cost, **common
         )
         real.append(episodes)
         recordings.append(recording)
         imagined.append(
-            judging.run_imagined(
+            worlds.run_imagined(
                 oracle, frames, entrant.policy, starts, name=entrant.name, num_envs=STARTS, cost=cost,
                 with_paths=True, **common,
             )
@@ -66,7 +66,7 @@ def played():
 def test_a_perfect_model_judges_every_episode_as_it_is(played):
     starts, real, imagined, recordings, _ = played
     outcome = np.array([[e.success for e in row] for row in real])
-    scores = np.array([[judging.score([one]) for one in row] for row in imagined])
+    scores = np.array([[worlds.score([one]) for one in row] for row in imagined])
     assert 0 < outcome.mean() < 1 and len(set(outcome.mean(1))) >= 3  # otherwise the test would say nothing
     assert np.array_equal(scores >= 0.5, outcome)
     found = verdict.compare(outcome, scores >= 0.5, [REACH] * STARTS, draws=50)
@@ -75,9 +75,12 @@ def test_a_perfect_model_judges_every_episode_as_it_is(played):
     for row, row_imagined, recording in zip(real, imagined, recordings, strict=True):
         for episode, one, start in zip(row, row_imagined, starts, strict=True):
             if episode.success:  # and at the same control step
-                assert judging.first_step([one], 0.5) == episode.first_success_step
-            path = judging.real_path(recording, start, ["state"])
+                assert worlds.first_step([one], 0.5) == episode.first_success_step
+            path = worlds.real_path(recording, start, ["state"])
             assert np.array_equal(one.path[: len(path)], path)
+            apart = np.linalg.norm(one.path[:, 0:3] - one.path[:, 4:7], axis=1) > worlds.NEAR_M
+            moved = 100 * np.linalg.norm(np.diff(one.path[:, 4:7], axis=0), axis=1)
+            assert one.alone == pytest.approx(np.cumsum(moved * (apart[:-1] & apart[1:])), abs=1e-2)
 
 
 def test_a_shuffled_model_is_no_better_than_chance():
@@ -202,12 +205,13 @@ def test_keyframes_are_encoded_anew_every_k_steps():
 
 
 def test_the_score_is_the_best_step_less_the_accumulated_uncertainty():
-    one = Imagining(np.array([0.1, 0.9, 0.8]), np.array([0.1, 0.1, 0.1]))
-    assert judging.score([one]) == pytest.approx(0.9)
-    assert judging.score([one], penalty=1.0) == pytest.approx(0.7)
-    assert judging.score([one, replace(one, probability=np.zeros(3))]) == pytest.approx(0.45)
-    assert judging.score([one], penalty=100.0) == 0.0
-    assert judging.first_step([one], 0.8) == 2 and judging.first_step([one], 0.95) is None
+    one = Imagining(np.array([0.1, 0.9, 0.8]), np.array([0.1, 0.1, 0.1]), np.array([0.0, 2.0, 3.0]))
+    assert worlds.score([one], veto=2.0) == pytest.approx(0.9) and worlds.score([one], veto=1.9) == pytest.approx(0.1)
+    assert worlds.score([one]) == pytest.approx(0.9)
+    assert worlds.score([one], penalty=1.0) == pytest.approx(0.7)
+    assert worlds.score([one, replace(one, probability=np.zeros(3))]) == pytest.approx(0.45)
+    assert worlds.score([one], penalty=100.0) == 0.0
+    assert worlds.first_step([one], 0.8) == 2 and worlds.first_step([one], 0.95) is None
 
 
 def test_drift_is_the_models_error_by_steps_ahead():
@@ -223,7 +227,7 @@ def test_drift_is_the_models_error_by_steps_ahead():
         TensorDict({"x": f, "task": torch.tensor(task_id("toy"))}, batch_size=[]) for f in frames
     ]
     recording.actions[start] = actions
-    errors = judging.open_loop(Drifting(drift=0.1), recording, ["x"], 5, np.ones(2))
+    errors = worlds.open_loop(Drifting(drift=0.1), recording, ["x"], 5, np.ones(2))
     assert errors[0, :3] == pytest.approx([0.1, 0.2, 0.3], abs=1e-6)
     assert np.isnan(errors[0, 3:]).all()
     found = verdict.drift(errors[:, :3], 0.25)
@@ -234,7 +238,17 @@ def test_what_a_checkpoint_says_of_failures_and_splits_is_read():
     def index(**mixture):
         return {"data": [{"split": "train", "plan": {"mixture": mixture}}]}
 
-    assert judging.failures_in_training(index(expert=10, failing=3)) == "some"
-    assert judging.failures_in_training(index(expert=10)) == "none"
-    assert judging.failures_in_training({"data": "made by hand"}) == "unknown"
-    assert judging.training_splits(index(expert=1)) == {"train"} and judging.training_splits(None) == set()
+    assert worlds.failures_in_training(index(expert=10, failing=3)) == "some"
+    assert worlds.failures_in_training(index(expert=10)) == "none"
+    assert worlds.failures_in_training({"data": "made by hand"}) == "unknown"
+    assert worlds.training_splits(index(expert=1)) == {"train"} and worlds.training_splits(None) == set()
+
+
+def test_a_threshold_at_its_limit_is_told_of():
+    real = np.array([[True] * 6 + [False] * 4])
+    low = np.linspace(0.04, 0.0, 10)[None]  # orders the episodes rightly, but thinks little of all
+    found, blind = verdict.thresholds(real, low, ["metaworld/push-v3"] * 10)
+    (text,) = verdict.limits_met(found)
+    assert not blind and "on push stands at its limit of 0.1" in text and "hard on" in text
+    found, _ = verdict.thresholds(real, 20 * low, ["metaworld/push-v3"] * 10)
+    assert verdict.limits_met(found) == []

@@ -17,22 +17,18 @@ LAYERS = {
     **dict.fromkeys(("interfaces", "noise", "naming", "files", "provenance"), 0),
     **dict.fromkeys(("models", "imagination"), 1),
     **dict.fromkeys(("envs", "planners", "agents"), 2),
-    **dict.fromkeys(
-        ("data", "checkpoint", "training", "evaluation", "report", "control", "oracle", "video", "agreement"), 3
-    ),
+    **dict.fromkeys(("data", "checkpoint", "training", "evaluation", "report", "control", "oracle", "video"), 3),
     **dict.fromkeys(("image_quality", "probe"), 3),
     # cli: what the commands share; film, results: parts of plan; imagined: environments from checkpoint and data
-    **dict.fromkeys(
-        ("cli", "film", "results", "imagined", "policies", "judging", "verdict", "pages", "budget", "properties"), 4
-    ),
-    **dict.fromkeys(("workers", "evaluated", "pair_films"), 5),
+    **dict.fromkeys(("cli", "film", "results", "imagined", "pages", "budget", "properties"), 4),
+    **dict.fromkeys(("workers", "judging"), 5),
     **dict.fromkeys(("collect", "train", "plan", "posttrain", "evaluate", "loop", "bench"), 6),
     "configs": 6,
     "": 7,  # wamrl/__init__.py, the way in for users
 }
 # The nouns and their small tools are one page in several files.
 FRIENDS = {frozenset(("interfaces", "noise")), frozenset(("interfaces", "naming"))}
-FOLDERS = ("models", "envs", "planners", "agents", "configs")
+FOLDERS = ("models", "judging", "envs", "planners", "agents", "configs")
 LINKED = {"envs", "planners", "agents", "configs"}  # real folders at the top
 
 
@@ -113,7 +109,7 @@ def test_every_folder_of_the_package_is_checked():
     ],
 )
 def test_a_planted_violation_is_found(tmp_path, path, text, reason):
-    for folder in ("wamrl/models", "envs", "planners", "agents", "configs"):
+    for folder in ("wamrl/models", "wamrl/judging", "envs", "planners", "agents", "configs"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "__init__.py").touch()
     for module in ("__init__", "interfaces", "noise", "data", "control", "train"):

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wamrl import verdict
 from wamrl.evaluation import wilson
+from wamrl.judging import verdict
 from wamrl.pages import (
     Section,
     TableOf,
@@ -160,3 +160,12 @@ def test_a_browser_draws_the_charts_and_plays_the_films(page, tmp_path, size, da
     assert seen["wide"] <= seen["width"]  # the wide table scrolls by itself
     lightness = sum(map(int, re.findall(r"\d+", seen["background"])[:3]))
     assert (lightness < 200) == dark
+
+
+def test_long_names_stay_inside_the_ladder():
+    points = [{**point, "name": "neighbours_noisy_40" + "x" * k} for k, point in enumerate(_points())]
+    figure = ladder_figure("all", points)
+    for x, anchor, words in re.findall(r'<text x="([\d.]+)"[^>]*?text-anchor="(\w+)"[^>]*>([^<]+)<', figure.inline):
+        width = 6 * len(words)
+        assert anchor == "middle" or (float(x) - width > 0 if anchor == "end" else float(x) + width < figure.width)
+    assert "neighbours_noisy_40xx" in figure.inline

@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict
 
 from wamrl.interfaces import Policy, task_id
-from wamrl.policies import NoisyPolicy, Surroundings, build, describe, from_callable, load_sb3
+from wamrl.judging.policies import NoisyPolicy, Surroundings, build, describe, from_callable, load_sb3
 
 pytest.importorskip("metaworld")
 REACH = "metaworld/reach-v3"

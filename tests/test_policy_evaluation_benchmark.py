@@ -10,7 +10,7 @@ pytest.importorskip("metaworld")
 
 from benchmarks import policy_evaluation as bench
 from wamrl.interfaces import Policy, task_id
-from wamrl.policies import describe
+from wamrl.judging.policies import describe
 
 TASKS = ["metaworld/reach-v3"]
 

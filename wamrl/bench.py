@@ -23,11 +23,12 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from wamrl import budget, checkpoint, judging, policies, properties, provenance
+from wamrl import budget, checkpoint, properties, provenance
 from wamrl.cli import command, plain
 from wamrl.control import ModelPolicy
 from wamrl.evaluation import Recording, Start, wilson
 from wamrl.files import write_json
+from wamrl.judging import policies, worlds
 from wamrl.naming import unknown_name
 from wamrl.pages import Section, TableOf, number, pareto_figure, provenance_rows, rate, write_page
 from wamrl.properties import Check
@@ -36,6 +37,18 @@ from wamrl.results import peak_rss_mib
 from wamrl.workers import load_model, make_env
 
 CHECKS = ("budget", "properties")
+_TAKE_A_VALUE = (
+    "-c",
+    "--cfg",
+    "-p",
+    "--package",
+    "-cp",
+    "--config-path",
+    "-cn",
+    "--config-name",
+    "-cd",
+    "--config-dir",
+)
 
 
 @command(
@@ -83,10 +96,12 @@ def _command(config: DictConfig, run_dir: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command: its first word is the check, as in `budget runs=[...]`."""
+    """The command: its first word that is no setting is the check, as in `budget runs=[...]`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and "=" not in words[0] and not words[0].startswith("-"):
-        words[0] = f"check={words[0]}"
+    for i, word in enumerate(words):
+        if "=" not in word and word[:1] not in "-+~" and (i == 0 or words[i - 1] not in _TAKE_A_VALUE):
+            words[i] = f"check={word}"
+            break
     _command(words)
 
 
@@ -253,7 +268,7 @@ def _properties(settings: dict[str, Any], console: Console) -> dict[str, Any]:
     for shift in settings["shifts"]:
         if shift not in properties.SHIFTS:
             raise unknown_name("shift", str(shift), properties.SHIFTS)
-    if settings["split"] in judging.training_splits(metadata.provenance) or settings["split"] == "train":
+    if settings["split"] in worlds.training_splits(metadata.provenance) or settings["split"] == "train":
         raise ValueError(f"split={settings['split']}: the WAM was trained on these start states; use dev or test")
     tasks = tuple(settings["env"]["tasks"])
     count, rows = settings["episodes"], min(settings["num_envs"], settings["episodes"])
@@ -303,7 +318,7 @@ def _properties(settings: dict[str, Any], console: Console) -> dict[str, Any]:
 def _play(
     settings: Mapping[str, Any], env: Any, model: Any, policy: Any, task: str, count: int
 ) -> tuple[Any, Recording]:
-    return judging.run_real(
+    return worlds.run_real(
         env,
         policy,
         [Start(task, i) for i in range(count)],
@@ -312,7 +327,7 @@ def _play(
         split=settings["split"],
         seed=settings["seed"],
         max_steps=env.max_steps,
-        cost=judging.Cost(),
+        cost=worlds.Cost(),
     )
 
 
@@ -333,7 +348,7 @@ def _shift(
             policy = policies.NoisyPolicy(policy, 0.3, 0.5, seed=settings["seed"])
         episodes, recording = _play(settings, env, model, policy, task, count)
         env.close()
-        found = judging.open_loop(model, recording, ["state"], horizon, None)[:, -1]
+        found = worlds.open_loop(model, recording, ["state"], horizon, None)[:, -1]
         solved = sum(e.success for e in episodes)
         by_task[task] = {
             "successes": solved,

@@ -179,8 +179,8 @@ class _JobFailed(BaseException):
 
 def _run(name: str, main: Main, given: Sequence[str]) -> None:
     arguments = _checkpoint_paths(name, list(given), _config_folders(given))
-    # Hydra's parser takes no flag between two settings.
-    arguments.sort(key=lambda word: word not in ("-m", "--multirun"))
+    # Hydra's parser takes no flag between two settings, and more of them follow: flags and their values go first.
+    arguments.sort(key=lambda word: word[:1] in "+~" or ("=" in word and not word.startswith("-")))
     sweep = any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in arguments)
     sweep_dir = new_run_dir(name) if sweep else None
     ours = {

@@ -21,16 +21,22 @@ import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from tensordict import TensorDict
 
-from wamrl import checkpoint, judging, pair_films, policies, provenance, verdict
+from wamrl import checkpoint, provenance
 from wamrl.cli import command, plain
 from wamrl.data import EpisodeDataset, start_frames
-from wamrl.evaluated import (
+from wamrl.evaluation import Recording, Start, protocol_hash
+from wamrl.files import write_json, write_text
+from wamrl.interfaces import WAM, task_id
+from wamrl.judging import films, policies, verdict, worlds
+from wamrl.judging.cells import Cell, Cells
+from wamrl.judging.outcome import (
     Bench,
     Played,
     asked_judges,
@@ -40,15 +46,12 @@ from wamrl.evaluated import (
     is_metaworld,
     results_of,
 )
-from wamrl.evaluation import Start, protocol_hash
-from wamrl.files import write_json, write_text
-from wamrl.interfaces import WAM, task_id
-from wamrl.judging import Cost, Imagining
+from wamrl.judging.policies import Entrant, Surroundings
+from wamrl.judging.verdict import Judged
+from wamrl.judging.worlds import Cost, Imagining
 from wamrl.naming import unknown_name
 from wamrl.pages import evaluation_page, number
-from wamrl.policies import Entrant, Surroundings
 from wamrl.report import short
-from wamrl.verdict import Judged
 from wamrl.workers import load_model, make_env, module_of
 
 
@@ -62,39 +65,53 @@ from wamrl.workers import load_model, make_env, module_of
         "'policies=[expert,random,{kind:sb3,path:ppo.zip,algorithm:PPO,trust:true}]'",
         "ensemble=8 uncertainty_penalty=0.2 keyframe_every=10",
         "real=false threshold=0.5 frames=data/dev_starts",
+        "resume=outputs/evaluate/latest",
     ],
 )
 def main(config: DictConfig, run_dir: Path) -> float | None:
     """Run the evaluation; returns Pearson's r over policies, for sweepers (None without a simulator)."""
     started, clock = datetime.now(UTC), time.perf_counter()
-    settings = _settings(plain(config))
+    settings, home = _settings(plain(config), run_dir)
     torch.set_num_threads(settings["threads"])
     bench = _prepare(settings)
+    bench.cells = Cells(home, _identity(bench), settings)
     console = Console(width=None if sys.stdout.isatty() else 130)
     console.print(
         f"[bold]{settings['wam']['checkpoint']}[/] judges {len(bench.entrants)} policies on {len(bench.tasks)} "
         f"task{'s' if len(bench.tasks) > 1 else ''}, {settings['episodes']} {settings['split']} starts each"
         + ("" if settings["real"] else ", without a simulator")
     )
-    calibrated = _calibrate(bench, console)
-    judged = _run(bench, bench.entrants, bench.starts, settings["split"], console, "policies")
+    try:
+        calibrated = _calibrate(bench, console)
+        judged = _run(bench, bench.entrants, bench.starts, settings["split"], console, "policies")
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "Every policy that finished a task is kept. Do the rest with: "
+            f"python -m wamrl.evaluate resume={shlex.quote(str(home))}"
+        ) from None
     results = results_of(bench, judged, calibrated, started, clock)
     write_text(run_dir / "episodes.csv", episodes_csv(bench, judged, results))
     write_json(run_dir / "results.json", results)
-    films, note = _films(bench, judged, results, run_dir)
+    made, note = _films(bench, judged, results, run_dir)
     if note:
         results["warnings"].append(f"No film: {note}")
         write_json(run_dir / "results.json", results)
-    evaluation_page(run_dir, results, films)
+    evaluation_page(run_dir, results, made)
+    bench.cells.remove()
     _print(results, console)
-    r = results["agreement"]["all"]["pearson"]["mean"] if results["agreement"] else None
-    return r
+    return results["agreement"][results["headline"]]["pearson"]["mean"] if results["agreement"] else None
 
 
 # -------------------------------------------------------------------------------------------------- load and check
 
 
-def _settings(given: dict[str, Any]) -> dict[str, Any]:
+def _settings(given: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any], Path]:
+    """The checked settings, and the directory that keeps the cells: the stopped run's if one is resumed."""
+    home = run_dir
+    if given["resume"] is not None:
+        home = Path(given["resume"])
+        given = _stopped_run(given, home)
+        write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(given)))
     for key in ("episodes", "num_envs", "threads", "ensemble"):
         _whole(given, key, 1)
     for key in ("first_start", "seed", "films"):
@@ -112,6 +129,9 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
             or (key == "epsilon" and not value)
         ):
             raise ValueError(f"{key} is {value!r}, but must be a number of at least 0 (epsilon: above 0)")
+    veto = given["contact_veto"]
+    if veto is not None and (isinstance(veto, bool) or not isinstance(veto, int | float) or veto < 0):
+        raise ValueError(f"contact_veto is {veto!r}, but must be centimetres of at least 0, or null")
     if not isinstance(given["real"], bool):
         raise ValueError(f"real is {given['real']!r}, but must be true or false")
     if given["split"] == "train":
@@ -157,11 +177,32 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
         torch.empty(0, device=str(given["device"]))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={given['device']} cannot be used here: {str(error).splitlines()[0]}") from error
-    words: list[str] = []
-    if HydraConfig.initialized():
-        words = [w for w in HydraConfig.get().overrides.task if not w.startswith("run_dir=")]
-    given["command"] = shlex.join(["python", "-m", "wamrl.evaluate", *words])
-    return given
+    if "command" not in given:
+        words: list[str] = []
+        if HydraConfig.initialized():
+            words = [w for w in HydraConfig.get().overrides.task if not w.startswith("run_dir=")]
+        given["command"] = shlex.join(["python", "-m", "wamrl.evaluate", *words])
+    return given, home
+
+
+def _stopped_run(given: Mapping[str, Any], earlier: Path) -> dict[str, Any]:
+    """The settings of the stopped run in `earlier`; none may be given beside `resume`."""
+    stopped = Cells.about(earlier)["settings"]
+    given_now = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    others = [word for word in given_now if word.partition("=")[0] not in ("resume", "run_dir")]
+    if others:
+        raise ValueError(f"resume takes all settings from the stopped run, so leave out {' '.join(others)}")
+    return {**given, **stopped, "resume": str(earlier), "run_dir": given["run_dir"]}
+
+
+def _identity(bench: Bench) -> dict[str, Any]:
+    """What has to be the same for a stopped run to go on."""
+    return {
+        "protocol_hash": bench.digest,
+        "wam": bench.metadata.content_sha256,
+        "policies": [[e.name, e.content_hash] for e in bench.entrants],
+        "command": bench.settings["command"],
+    }
 
 
 def _whole(given: Mapping[str, Any], key: str, least: int, prefix: str = "") -> None:
@@ -177,6 +218,10 @@ def _prepare(settings: dict[str, Any]) -> Bench:
     model.spec.require("rollout", "reward", "success", "decode")
     if settings["uncertainty_penalty"] or settings["ensemble"] > 1:
         model.spec.require("uncertainty")
+    if settings["contact_veto"] is not None and not is_metaworld(model):
+        raise ValueError(
+            "contact_veto reads hand and object off a Meta-World state, which this model lacks; leave it out"
+        )
     env_module = str(settings["env"]["_target_"]).rpartition(".")[0]
     if settings["ensemble"] > model.spec.ensemble_size:
         raise ValueError(
@@ -197,7 +242,7 @@ def _prepare(settings: dict[str, Any]) -> Bench:
         )
         first, count = settings["first_start"], settings["episodes"]
         starts = [Start(task, i) for task in tasks for i in range(first, first + count)]
-        frames = judging.first_frames(env, starts).select(*model.spec.observation, "task")
+        frames = worlds.first_frames(env, starts).select(*model.spec.observation, "task")
         vectors = {t: module_of(env).start_states(t, settings["split"], first + count).rand_vec[first:] for t in tasks}
         env.close()
     else:
@@ -231,12 +276,18 @@ def _prepare(settings: dict[str, Any]) -> Bench:
     for entrant in entrants:
         _refuse_trained_on(settings["split"], entrant.provenance, f"the policy '{entrant.name}'")
     bench = Bench(settings, model, metadata, entrants, tasks, starts, frames, max_steps, action_repeat, digest, around)
-    failures = judging.failures_in_training(metadata.provenance)
+    failures = worlds.failures_in_training(metadata.provenance)
     if failures != "some":
         known = "holds no episodes that were made to fail" if failures == "none" else "does not say what it holds"
         bench.warnings.append(
             f"The judging WAM's training data {known}; a success head that saw few failures tends to imagine success. "
             "Collect some with data=rich, or data.mixture.failing=<episodes>, and train again."
+        )
+    silent = [e.name for e in entrants if e.kind in ("sb3", "callable")]
+    if silent:
+        bench.warnings.append(
+            f"{', '.join(silent)} cannot say which start states {'it was' if len(silent) == 1 else 'they were'} made "
+            "from, so only you can know that these were not among them."
         )
     same = [e.name for e in entrants if e.content_hash == metadata.content_sha256]
     if same:
@@ -248,7 +299,7 @@ def _prepare(settings: dict[str, Any]) -> Bench:
 
 
 def _refuse_trained_on(split: str, provenance_of: Mapping[str, Any] | None, who: str) -> None:
-    if split in judging.training_splits(provenance_of):
+    if split in worlds.training_splits(provenance_of):
         raise ValueError(
             f"{who} was trained on {split} start states, so what it says of them proves nothing; "
             "use the other split, or a checkpoint trained on split=train"
@@ -300,7 +351,7 @@ def _run(
     frames: TensorDict | None = None,
 ) -> Played:
     """Every entrant from every start, in both worlds."""
-    settings, keys = bench.settings, list(bench.model.spec.observation)
+    settings = bench.settings
     frames = bench.frames if frames is None else frames
     roll_outs = asked_roll_outs(settings)
     played = Played(
@@ -312,46 +363,24 @@ def _run(
         for task in bench.tasks:
             mine = [i for i, start in enumerate(starts) if start.task == task]
             some, first = [starts[i] for i in mine], frames[torch.tensor(mine)]
-            rows = min(settings["num_envs"], len(some))
-            env = make_env({**settings, "split": split}, [task], rows) if settings["real"] else None
+            env = None
             for k, entrant in enumerate(entrants):
                 progress.update(bar, description=f"{entrant.name} {short(task)}".ljust(36)[:36])
-                common: dict[str, Any] = {
-                    "name": entrant.name,
-                    "split": split,
-                    "seed": settings["seed"],
-                    "max_steps": bench.max_steps,
-                }
-                recording = None
-                if env is not None:
-                    real, recording = judging.run_real(
-                        env, entrant.policy, some, keys=keys, cost=bench.real_cost, **common
-                    )
-                    played.real[k] += real
-                else:
-                    played.real[k] += [None] * len(some)
-                for name, how in roll_outs.items():
-                    runs = [
-                        judging.run_imagined(
-                            bench.model,
-                            first,
-                            entrant.policy,
-                            some,
-                            num_envs=settings["num_envs"],
-                            replica=replica,
-                            cost=bench.imagined_cost,
-                            with_paths=recording is not None and replica == 0 and name == "plain",
-                            **how,
-                            **common,
-                        )
-                        for replica in range(how["replicas"])
-                    ]
-                    episodes = [list(replicas) for replicas in zip(*runs, strict=True)]
-                    if recording is not None and name == "plain":
-                        _keep_drift(bench, played, task, recording, [e[0] for e in episodes], some)
-                    for replicas in episodes:
-                        replicas[0].path = np.empty((0, 0))  # read above; large
-                    played.imagined[name][k] += episodes
+                cell = bench.cells.read(title, task, entrant.name) if bench.cells else None
+                if cell is None:
+                    if env is None and settings["real"]:
+                        env = make_env({**settings, "split": split}, [task], min(settings["num_envs"], len(some)))
+                    cell = _play(bench, entrant, some, first, split, env)
+                    if bench.cells:
+                        bench.cells.write(cell, title, task, entrant.name)
+                played.real[k] += [None] * len(some) if cell.real is None else cell.real
+                for name in roll_outs:
+                    played.imagined[name][k] += cell.imagined[name]
+                if cell.open_loop is not None and cell.closed_loop is not None:
+                    played.open_loop.setdefault(task, []).append(cell.open_loop)
+                    played.closed_loop.setdefault(task, []).append(cell.closed_loop)
+                for whole, part in ((bench.real_cost, cell.real_cost), (bench.imagined_cost, cell.imagined_cost)):
+                    whole.add(part.env_s, part.policy_s, part.steps)
                 progress.advance(bar)
             if env is not None:
                 env.close()
@@ -359,22 +388,58 @@ def _run(
     return played
 
 
-def _keep_drift(
-    bench: Bench, played: Played, task: str, recording: Any, imagined: Sequence[Imagining], starts: Sequence[Start]
-) -> None:
-    keys = drift_keys(bench.model)
-    scale = None
-    paths = [judging.real_path(recording, start, keys) for start in starts]
+def _play(
+    bench: Bench, entrant: Entrant, starts: Sequence[Start], first: TensorDict, split: str, env: Any | None
+) -> Cell:
+    """The episodes of one entrant on the starts of one task, in imagination and, with `env`, in the simulator."""
+    settings, cell, recording = bench.settings, Cell(), None
+    common: dict[str, Any] = {
+        "name": entrant.name,
+        "split": split,
+        "seed": settings["seed"],
+        "max_steps": bench.max_steps,
+    }
+    if env is not None:
+        keys = list(bench.model.spec.observation)
+        cell.real, recording = worlds.run_real(env, entrant.policy, starts, keys=keys, cost=cell.real_cost, **common)
+    for name, how in asked_roll_outs(settings).items():
+        runs = [
+            worlds.run_imagined(
+                bench.model,
+                first,
+                entrant.policy,
+                starts,
+                num_envs=settings["num_envs"],
+                replica=replica,
+                cost=cell.imagined_cost,
+                with_paths=recording is not None and replica == 0 and name == "plain",
+                **how,
+                **common,
+            )
+            for replica in range(how["replicas"])
+        ]
+        if recording is not None and name == "plain":
+            cell.open_loop, cell.closed_loop = _drift(bench, recording, runs[0], starts)
+        for one in runs[0]:
+            one.path = np.empty((0, 0))  # read above; large
+        cell.imagined[name] = [list(replicas) for replicas in zip(*runs, strict=True)]
+    return cell
+
+
+def _drift(
+    bench: Bench, recording: Recording, imagined: Sequence[Imagining], starts: Sequence[Start]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """[N, H] errors of imagination by steps ahead, told the executed actions and closed loop; NaN after an end."""
+    keys, scale, horizon = drift_keys(bench.model), None, bench.max_steps
+    paths = [worlds.real_path(recording, start, keys) for start in starts]
     if not is_metaworld(bench.model):
         scale = np.maximum(np.concatenate(paths).std(axis=0), 1e-6)
-    horizon = bench.max_steps
-    played.open_loop.setdefault(task, []).append(judging.open_loop(bench.model, recording, keys, horizon, scale))
     closed = np.full((len(starts), horizon), np.nan)
     for i, (one, real) in enumerate(zip(imagined, paths, strict=True)):
         length = min(len(real), len(one.path)) - 1
         found = one.path[1 : length + 1, : real.shape[1]]
-        closed[i, :length] = judging.errors_of(found, real[1 : length + 1], scale)
-    played.closed_loop.setdefault(task, []).append(closed)
+        closed[i, :length] = worlds.errors_of(found, real[1 : length + 1], scale)
+    return worlds.open_loop(bench.model, recording, keys, horizon, scale), closed
 
 
 def _calibrate(bench: Bench, console: Console) -> dict[str, Any]:
@@ -392,7 +457,7 @@ def _calibrate(bench: Bench, console: Console) -> dict[str, Any]:
     first, count = how["first_start"], how["episodes"]
     starts = [Start(task, i) for task in bench.tasks for i in range(first, first + count)]
     env = make_env({**settings, "split": "dev"}, None, len(bench.tasks))
-    frames = judging.first_frames(env, starts).select(*bench.model.spec.observation, "task")
+    frames = worlds.first_frames(env, starts).select(*bench.model.spec.observation, "task")
     env.close()
     entrants = policies.build(how["policies"], bench.around)
     for entrant in entrants:
@@ -408,9 +473,11 @@ def _calibrate(bench: Bench, console: Console) -> dict[str, Any]:
             f"On {', '.join(map(short, blind))} the calibration policies all succeeded or all failed, so the threshold "
             "there is 0.5; add others to calibration.policies."
         )
+    bench.warnings += verdict.limits_met(found["judge"])
     bench.real_cost, bench.imagined_cost = Cost(), Cost()  # those of the policies alone are reported
     return {
         "source": f"{len(entrants)} policies on {count} dev starts per task, {first} to {first + count - 1}",
+        "starts": [first, first + count],
         "policies": [e.name for e in entrants],
         "thresholds": {**found, "none": dict.fromkeys(bench.tasks, 0.5)},
     }
@@ -435,9 +502,22 @@ def _thresholds_of(directory: Path, bench: Bench, variants: Mapping[str, Any]) -
     absent = [task for task in bench.tasks if task not in stored]
     if absent:
         raise ValueError(f"threshold={directory}: it has none for {', '.join(absent)}; give a number, or another run")
-    values = {name: {task: stored[task] for task in bench.tasks} for name in variants}
+    starts = before["calibration"].get("starts")
+    mine = range(bench.settings["first_start"], bench.settings["first_start"] + bench.settings["episodes"])
+    if starts and bench.settings["split"] == "dev" and mine.start < starts[1] and starts[0] < mine.stop:
+        raise ValueError(
+            f"threshold={directory}: it was calibrated on dev starts {starts[0]} to {starts[1] - 1}, which overlap "
+            f"with {mine.start} to {mine.stop - 1} of this run; set first_start={starts[1]}, or split=test"
+        )
+    # A judge that the earlier run compared as well brings its own threshold.
+    same = {n: before["variants"].get(n, {}).get("settings") == v for n, v in variants.items()}
+    values = {
+        name: {t: before["variants"][name if same[name] else "judge"]["thresholds"][t] for t in bench.tasks}
+        for name in variants
+    }
     return {
         "source": f"calibrated by {before['command']}",
+        "starts": starts,
         "thresholds": {**values, "none": dict.fromkeys(bench.tasks, 0.5)},
     }
 
@@ -457,7 +537,7 @@ def _films(
     how = asked_roll_outs(settings)[judge["settings"]["roll_out"]]
     envs = {task: make_env(settings, [task], 1) for task in bench.tasks}
     choices = []
-    for k, n in pair_films.choose(real, decisions, judged.scores, settings["films"]):
+    for k, n in films.choose(real, decisions, judged.scores, settings["films"]):
         start = played.starts[n]
         choices.append(
             {
@@ -475,7 +555,7 @@ def _films(
                 **how,
             }
         )
-    made, note = pair_films.films_of(choices, run_dir)
+    made, note = films.films_of(choices, run_dir)
     for env in envs.values():
         env.close()
     return made, note

@@ -116,7 +116,7 @@ def _films(folder: Path, films: Sequence[Mapping[str, str]]) -> list[dict[str, s
 
 def scatter_figure(title: str, points: Sequence[Mapping[str, Any]]) -> Figure:
     """Imagined against real success with both Wilson intervals; points: name, origin, real and imagined rates."""
-    figure = Figure(340, 366, f"real and imagined success, {title}")
+    figure = Figure(352, 366, f"real and imagined success, {title}")
     left, top, size = 40.0, 26.0, 290.0
     figure.text(0, 15, title, "bold")
     x = lambda v: left + size * v  # noqa: E731
@@ -149,10 +149,14 @@ def scatter_figure(title: str, points: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+_LETTER = 6.2  # width of a small letter, about
+
+
 def ladder_figure(title: str, points: Sequence[Mapping[str, Any]]) -> Figure:
     """Two ladders of success, real and imagined, a line per policy: lines that cross are rank violations."""
-    figure = Figure(340, 300, f"order of policies in both worlds, {title}")
-    top, height, left, right = 40.0, 236.0, 96.0, 244.0
+    margin = max(96.0, 12 + _LETTER * max(len(point["name"]) + 5 for point in points))
+    figure = Figure(int(2 * margin + 148), 300, f"order of policies in both worlds, {title}")
+    top, height, left, right = 40.0, 236.0, margin, margin + 148
     figure.text(0, 15, title, "bold")
     figure.text(left, top - 10, "simulator", "soft small", "middle")
     figure.text(right, top - 10, "imagination", "soft small", "middle")
@@ -315,16 +319,17 @@ def evaluation_page(run_dir: str | Path, results: Mapping[str, Any], films: Sequ
     sections: list[Section] = []
     tiles: list[tuple[str, str]] = []
     if real:
-        whole = results["agreement"]["all"]
+        whole = results["agreement"][results["headline"]]
+        kind = "independent policies" if results["headline"] == "independent" else "policies"
         lead = (
             f"{count} policies ran from the same {starts} per task on {where}, closed loop in the simulator and "
-            f"inside the WAM '{wam}'. Over policies, imagined and "
+            f"inside the WAM '{wam}'. Over {whole['policies']} {kind}, imagined and "
             f"real success correlate with r = {bounds(whole['pearson'])}; the mean gap is "
             f"{100 * whole['gap']['mean']:.1f} points."
         )
         judge = whole["judge"]
         tiles = [
-            (number(whole["pearson"]["mean"]), f"Pearson's r over {count} policies"),
+            (number(whole["pearson"]["mean"]), f"Pearson's r over {whole['policies']} {kind}"),
             (number(whole["mmrv"]["mean"], 3), "MMRV, mean maximum rank violation (0 is best)"),
             (f"{100 * whole['gap']['mean']:.1f}", "mean gap of success, percentage points"),
             (number(whole["kappa"]["mean"]), "kappa, agreement start by start"),
@@ -432,6 +437,7 @@ def _judge_section(results: Mapping[str, Any]) -> Section:
         "none": "one imagined episode, threshold 0.5",
         "threshold": "threshold calibrated" if results["config"]["threshold"] == "calibrated" else "threshold as given",
         "uncertainty_penalty": "uncertainty-penalised success",
+        "contact_veto": "no success after an object moved by itself",
         "ensemble": "an ensemble of imagined episodes",
         "keyframe": "keyframe re-initialisation",
         "judge": "all that was asked for",

@@ -22,6 +22,7 @@ from scipy import stats
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Z_95 = 1.959963984540054
+THRESHOLDS = 0.1, 0.9  # between which `matching_threshold` lies
 _EXACT = 8  # 8! = 40320 permutations are gone through one by one
 _DRAWS = 100_000
 
@@ -244,7 +245,7 @@ def matching_threshold(*, real: ArrayLike, score: ArrayLike, otherwise: float = 
     if wanted in (0, len(s)):
         return otherwise
     ordered = np.sort(s)[::-1]
-    return float(np.clip((ordered[wanted - 1] + ordered[wanted]) / 2, 0.1, 0.9))
+    return float(np.clip((ordered[wanted - 1] + ordered[wanted]) / 2, *THRESHOLDS))
 
 
 def sustained_horizon(errors: NDArray[np.floating[Any]], epsilon: float, *, share: float = 0.9) -> int:

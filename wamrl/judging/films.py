@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
 
-from wamrl import judging
 from wamrl.evaluation import Start
 from wamrl.film import VIDEO_CAMERA, VIDEO_FPS, VIDEO_SIZE
 from wamrl.interfaces import WAM, Policy, PolicyState
+from wamrl.judging import worlds
 from wamrl.report import short
 from wamrl.video import View, write_pair
 
@@ -93,13 +93,13 @@ def film(
     keys = list(model.spec.observation)
     common: dict[str, Any] = {"name": name, "split": split, "seed": seed, "max_steps": max_steps}
     pictured = _Pictured(policy, env)
-    _, recording = judging.run_real(env, pictured, [start], keys=keys, cost=judging.Cost(), **common)
+    _, recording = worlds.run_real(env, pictured, [start], keys=keys, cost=worlds.Cost(), **common)
     pictured.take()
-    one = judging.run_imagined(
+    one = worlds.run_imagined(
         model, frame[None], policy, [start], num_envs=1, keyframe_every=keyframe_every, replica=0, replicas=replicas,
-        cost=judging.Cost(), with_paths=True, **common,
+        cost=worlds.Cost(), with_paths=True, **common,
     )[0]  # fmt: skip
-    measured = judging.real_path(recording, start, ["state"])
+    measured = worlds.real_path(recording, start, ["state"])
     at = sum(int(np.prod(model.spec.observation[key])) for key in keys[: keys.index("state")])
     shown = one.path[:, at : at + 39]
     fovy = float(env.simulators[0].raw.model.vis.global_.fovy)

@@ -26,6 +26,7 @@ from wamrl.evaluation import Episode, Recording, Start, StepRecord, run_episodes
 from wamrl.interfaces import WAM, Context, Policy, PolicyState
 
 Floats = NDArray[np.float64]
+NEAR_M = 0.06  # from hand to object, as in `wamrl.evaluation.FailureTags`
 
 
 class Imagination(ImaginedEnv):
@@ -96,11 +97,13 @@ class Imagining:
     """One imagined episode.
 
     probability: [L] of success after each step. uncertainty: [L], zeros for a model without. path: [L + 1, G] what was
-    decoded, the first frame included; empty unless asked for.
+    decoded, the first frame included; empty unless asked for. alone: [L] centimetres that the object has moved so far
+    with the hand more than `NEAR_M` away; zeros where the observation is no Meta-World state.
     """
 
     probability: Floats
     uncertainty: Floats
+    alone: Floats
     path: Floats = field(default_factory=lambda: np.empty((0, 0)))
 
 
@@ -207,7 +210,9 @@ def run_imagined(
     watched = _Watched(policy, env.keys, name)
     probability: dict[Start, list[float]] = {start: [] for start in starts}
     uncertainty: dict[Start, list[float]] = {start: [] for start in starts}
+    alone: dict[Start, list[float]] = {start: [] for start in starts}
     paths: dict[Start, list[Tensor]] = {start: [] for start in starts}
+    has_positions = tuple(model.spec.observation.get("state", ())) == (39,)
     has_uncertainty = "uncertainty" in model.spec.provides
 
     def flat(observation: TensorDict, k: int) -> Tensor:
@@ -216,7 +221,13 @@ def run_imagined(
     def see(record: StepRecord) -> None:
         p = record.after["success_probability"][:, 0].tolist()
         u = record.after["uncertainty"][:, 0].tolist() if has_uncertainty else [0.0] * len(p)
+        by_itself = [0.0] * len(p)
+        if has_positions:
+            before, after = record.observation["state"], record.after["state"]
+            apart = torch.minimum(*((s[:, 0:3] - s[:, 4:7]).norm(dim=1) for s in (before, after)))
+            by_itself = (100 * (after - before)[:, 4:7].norm(dim=1) * (apart > NEAR_M)).tolist()
         for k, start in enumerate(record.starts):
+            alone[start].append(by_itself[k] + (alone[start][-1] if alone[start] else 0.0))
             if with_paths:
                 if not paths[start]:
                     paths[start].append(flat(record.observation, k))
@@ -232,21 +243,25 @@ def run_imagined(
         Imagining(
             np.asarray(probability[start]),
             np.asarray(uncertainty[start]),
+            np.asarray(alone[start]),
             torch.stack(paths[start]).double().cpu().numpy() if with_paths else np.empty((0, 0)),
         )
         for start in starts
     ]
 
 
-def score(replicas: Sequence[Imagining], *, penalty: float = 0.0) -> float:
+def score(replicas: Sequence[Imagining], *, penalty: float = 0.0, veto: float | None = None) -> float:
     """How sure the judge is that an episode succeeds, in [0, 1]: the mean over replicas of the best step's probability.
 
     penalty: that much of the uncertainty accumulated so far is taken off each step's probability, so that a success
-    which the ensemble lost track of on the way counts less.
+    which the ensemble lost track of on the way counts less. veto: centimetres; steps at which the object has moved by
+    itself farther than that count as failures, since nothing real moves without being touched.
     """
     found = []
     for one in replicas:
         sure = one.probability - penalty * np.cumsum(one.uncertainty)
+        if veto is not None:
+            sure = np.where(one.alone <= veto, sure, 0.0)
         found.append(float(np.clip(sure.max(initial=0.0), 0.0, 1.0)))
     return float(np.mean(found))
 

@@ -17,15 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 from tensordict import TensorDict
 
-from wamrl import judging, provenance, verdict
+from wamrl import provenance
 from wamrl.checkpoint import Metadata
 from wamrl.evaluation import Episode, Start
 from wamrl.interfaces import WAM
-from wamrl.judging import Cost, Imagining
-from wamrl.policies import Entrant, Surroundings
+from wamrl.judging import verdict, worlds
+from wamrl.judging.cells import Cells
+from wamrl.judging.policies import Entrant, Surroundings
+from wamrl.judging.verdict import Judged
+from wamrl.judging.worlds import Cost, Imagining
 from wamrl.report import short
 from wamrl.results import peak_rss_mib
-from wamrl.verdict import Judged
 
 
 @dataclass
@@ -46,6 +48,7 @@ class Bench:
     warnings: list[str] = field(default_factory=list)
     real_cost: Cost = field(default_factory=Cost)
     imagined_cost: Cost = field(default_factory=Cost)
+    cells: Cells | None = None  # where finished policies are kept
 
 
 @dataclass
@@ -72,7 +75,10 @@ class Played:
         """[K, N] of a judge of `asked_judges`."""
         rows = self.imagined[variant["roll_out"]]
         return np.array(
-            [[judging.score(r[: variant["replicas"]], penalty=variant["penalty"]) for r in row] for row in rows]
+            [
+                [worlds.score(r[: variant["replicas"]], penalty=variant["penalty"], veto=variant["veto"]) for r in row]
+                for row in rows
+            ]
         )
 
 
@@ -86,12 +92,14 @@ def asked_roll_outs(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def asked_judges(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The judges that are compared: without any remedy, each remedy alone, and what was asked for ("judge")."""
-    base = {"roll_out": "plain", "replicas": 1, "penalty": 0.0}
+    base = {"roll_out": "plain", "replicas": 1, "penalty": 0.0, "veto": None}
     found = {"none": base}
     if settings["threshold"] != 0.5:
         found["threshold"] = dict(base)
     if settings["uncertainty_penalty"]:
         found["uncertainty_penalty"] = {**base, "penalty": settings["uncertainty_penalty"]}
+    if settings["contact_veto"] is not None:
+        found["contact_veto"] = {**base, "veto": settings["contact_veto"]}
     if settings["ensemble"] > 1:
         found["ensemble"] = {**base, "replicas": settings["ensemble"]}
     if settings["keyframe_every"] is not None:
@@ -100,6 +108,7 @@ def asked_judges(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "roll_out": "plain" if settings["keyframe_every"] is None else "keyframe",
         "replicas": settings["ensemble"],
         "penalty": settings["uncertainty_penalty"],
+        "veto": settings["contact_veto"],
     }
     return found
 
@@ -144,7 +153,9 @@ def results_of(
             agreement[task] = verdict.compare(
                 real[:, mine], imagined[:, mine], [task] * int(mine.sum()), seed=settings["seed"]
             )
-        warnings += verdict.warnings_of(agreement["all"], real, imagined, names)
+        leading = independent if "independent" in agreement else list(range(len(names)))
+        found = agreement["independent" if "independent" in agreement else "all"]
+        warnings += verdict.warnings_of(found, real[leading], imagined[leading], [names[k] for k in leading])
     shown: dict[str, Any] = {}
     for k, entrant in enumerate(bench.entrants):
         entry: dict[str, Any] = {"kind": entrant.kind, "origin": entrant.origin, "content_hash": entrant.content_hash}
@@ -191,7 +202,7 @@ def results_of(
             "content_hash": bench.metadata.content_sha256,
             "parameters": sum(p.numel() for p in bench.model.parameters()),
             "trained_horizon": bench.model.spec.max_horizon,
-            "failures_in_training": judging.failures_in_training(bench.metadata.provenance),
+            "failures_in_training": worlds.failures_in_training(bench.metadata.provenance),
         },
         "versions": provenance.versions(),
         "device": settings["device"],
@@ -201,6 +212,8 @@ def results_of(
         "tasks": list(bench.tasks),
         "policies": shown,
         "agreement": agreement,
+        # What the report leads with: versions of one policy would flatter the correlation.
+        "headline": "independent" if "independent" in agreement else "all",
         "calibration": {**calibrated, "thresholds": calibrated["thresholds"]["judge"]},
         "variants": compared,
         "drift": {},
@@ -272,7 +285,7 @@ def episodes_csv(bench: Bench, played: Played, results: Mapping[str, Any]) -> st
             real = played.real[k][i]
             threshold = results["variants"]["judge"]["thresholds"][start.task]
             replicas = played.imagined[variants["judge"]["roll_out"]][k][i]
-            step = judging.first_step(replicas, threshold)
+            step = worlds.first_step(replicas, threshold)
             row: dict[str, Any] = {
                 "policy": entrant.name,
                 "origin": entrant.origin,

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wamrl import agreement as ag
 from wamrl.evaluation import wilson
+from wamrl.judging import agreement as ag
+from wamrl.report import short
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -168,7 +169,15 @@ def thresholds(
     return found, blind
 
 
-HORIZONS = (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 150, 200)
+def limits_met(found: Mapping[str, float]) -> list[str]:
+    """A warning per task whose calibrated threshold stands at a limit: the one that matches lies beyond."""
+    return [
+        f"The judge's threshold on {short(task)} stands at its limit of {level:g}: its scores are too "
+        f"{'hard on' if level == ag.THRESHOLDS[0] else 'kind to'} the calibration policies, and may not be to others. "
+        "Calibrate on policies of the kind that is judged (calibration.policies)."
+        for task, level in found.items()
+        if level in ag.THRESHOLDS
+    ]
 
 
 def drift(errors: Floats, epsilon: float) -> dict[str, Any]:
