@@ -170,7 +170,7 @@ class SAC:
 
         def latent(observation: TensorDict) -> Tensor:
             state = encode(self.model, observation)
-            return torch.cat([state["z"], state["task"]], dim=-1)
+            return torch.cat([self.model._with_relations(state["z"]), state["task"]], dim=-1)
 
         after = drawn["next"]
         return TensorDict(

@@ -249,6 +249,48 @@ def test_the_latent_actor_critic_reaches_the_optimum_of_its_imagination():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.dynamics.state_dict().items())
 
 
+def test_the_policys_gradient_does_not_raise_what_the_critic_promises():
+    # Rewards are 0 whatever is done, so that values of 0 are right, and all that could move them is the policy's loss.
+    model = reference_model()
+    model.outcome = torch.nn.Sequential()
+    model.outcome.forward = lambda x: torch.stack([0.0 * x[..., 0], x[..., 0] * 0.0 - 20.0], dim=-1)
+    learner = Latent(horizon=4, learning_rate=3e-3, world_weight=0.0, kl_reference=0.0, updates=100)
+    learner.bind(model, None, rows=64, seed=0)
+    for iteration in range(2):
+        learner.begin(iteration)
+        learner.learn(observations(64))
+    values = model.value(model.encode(Context.from_observation(observations(32, seed=1)))) / model.value_unit
+    assert values.abs().max() < 0.02
+
+
+def test_the_kl_holds_the_imagining_policy_near_its_reference():
+    away = {}
+    for weight in (0.0, 10.0):
+        model = known_world()
+        state = model.encode(Context.from_observation(observations(32, seed=1)))
+        before = model.gaussian(state)[0].detach()
+        learner = Latent(horizon=4, learning_rate=3e-3, world_weight=0.0, kl_reference=weight, updates=100)
+        learner.bind(model, None, rows=64, seed=0)
+        learner.begin(0)
+        learner.learn(observations(64))
+        away[weight] = (model.gaussian(state)[0] - before).abs().mean().item()
+    assert away[0.0] > 0.2 and away[10.0] < 0.2 * away[0.0], away
+
+
+def test_one_member_imagines_without_a_spread():
+    model = reference_model(members=1)
+    learner = Latent(horizon=4, world_weight=0.0, updates=2)
+    learner.bind(model, None, rows=8, seed=0)
+    learner.begin(0)
+    assert learner.learn(observations(8))["skipped"] == 0.0
+
+
+def test_sac_reads_the_relations_of_points():
+    model = reference_model(points={"state": [0, 0]})
+    found = train(model, SAC(updates=2, warmup=10, width=8, batch=16), 1)
+    assert found[0]["skipped"] == 0.0 and math.isfinite(found[0]["loss_critic"])
+
+
 def test_start_frames_that_the_members_disagree_about_teach_nothing():
     model = known_world()
     before = copy.deepcopy(model.policy.state_dict())
