@@ -171,6 +171,25 @@ def test_ppo_reaches_the_known_optimum():
     assert (mean - torch.tensor(OPTIMUM)).abs().mean() < 0.1
 
 
+def test_a_learning_rate_that_overshoots_is_halved_until_it_does_not_and_a_resumed_run_keeps_it():
+    model, learner = reference_model(), PPO(learning_rate=0.1, world_weight=0.0, kl_limit=0.02, minibatch=48)
+    found = train(model, learner, 8)
+    rates = [row["learning_rate"] for row in found]
+    assert rates[0] == 0.1 and rates[-1] <= 0.1 / 8 and rates == sorted(rates, reverse=True)
+    resumed = PPO(learning_rate=0.1, world_weight=0.0, kl_limit=0.02, minibatch=48)
+    resumed.bind(reference_model(), None, rows=32, seed=0)
+    resumed.load_state_dict(learner.state_dict())
+    assert resumed.updater.learning_rate == rates[-1]
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_encoder_is_trained_where_that_is_asked_for(wanted):
+    model = reference_model()
+    before = copy.deepcopy(model.encoder.state_dict())
+    train(model, PPO(**FAST, train_encoder=wanted, minibatch=96, critic_warmup=0), 1)
+    assert wanted == any(not torch.equal(before[name], x) for name, x in model.encoder.state_dict().items())
+
+
 def test_flow_ppo_reaches_the_known_optimum():
     torch.manual_seed(0)
     model = FlowToy()
