@@ -48,6 +48,13 @@ def test_a_later_round_trains_on_all_data_from_the_improved_policy():
     assert train.overrides[0].count("_data") == 5
 
 
+def test_sizes_of_the_model_are_given_to_the_new_one_alone():
+    given = settings(train=["steps=30", "wam.width=64"])
+    trains = [next(s for s in stages(given, n, Path("run")) if s.command == "train") for n in (0, 1)]
+    assert ["wam.width=64" in one.overrides for one in trains] == [True, False]
+    assert all("steps=30" in one.overrides for one in trains)
+
+
 def test_a_stage_that_is_done_is_not_done_again_and_another_one_is_refused(tmp_path):
     stage = Stage("round0_train", "train", ("seed=1",))
     (tmp_path / "round0_train").mkdir()
