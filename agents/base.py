@@ -253,6 +253,7 @@ class Updater:
         world_learning_rate: of everything else in the model.
         world_weight: of `WAM.loss` in the objective; 0 leaves it out, and the world model's weights alone.
         imitation_weight: of the imitation of the data's labels inside `WAM.loss`, where the model can tell it apart.
+        train_all: whether everything else is trained without the world model's loss too.
         clip_norm: of the whole gradient.
         limit: see above.
     """
@@ -267,6 +268,7 @@ class Updater:
         world_learning_rate: float,
         world_weight: float,
         imitation_weight: float,
+        train_all: bool = False,
         clip_norm: float = 1.0,
         limit: int = 20,
     ) -> None:
@@ -288,7 +290,7 @@ class Updater:
         own = [parameter for module in modules for parameter in module.parameters() if id(parameter) not in held]
         self.parameters = [*policy, *rest, *own]
         groups = [{"params": [*policy, *own], "lr": learning_rate}]
-        if rest and world_weight:
+        if rest and (world_weight or train_all):
             groups.append({"params": rest, "lr": world_learning_rate})
         self.optimiser = torch.optim.Adam(groups, fused=True)
         self.skipped = self.streak = 0
@@ -318,6 +320,15 @@ class Updater:
             getattr(self.model, "update_targets", lambda: None)()
         return True
 
+    @property
+    def learning_rate(self) -> float:
+        """Of the policy, at present."""
+        return float(self.optimiser.param_groups[0]["lr"])
+
+    def slow_down(self) -> None:
+        """Halve the learning rate of the policy, for good."""
+        self.optimiser.param_groups[0]["lr"] *= 0.5
+
     def skip(self, what: str) -> None:
         """Count a step that was left out because `what` is not finite."""
         self.skipped += 1
@@ -329,8 +340,9 @@ class Updater:
             )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The optimiser's moments and the counts."""
+        """The optimiser's moments, the policy's learning rate and the counts."""
         found = {"skipped": torch.tensor([self.skipped, self.streak])}
+        found["learning_rate"] = torch.tensor(self.learning_rate, dtype=torch.float64)
         for index, values in self.optimiser.state_dict()["state"].items():
             found |= {f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
         return found
@@ -344,6 +356,7 @@ class Updater:
                 index, key = name.removeprefix("optimiser.").split(".", 1)
                 whole["state"].setdefault(int(index), {})[key] = tensor
         self.optimiser.load_state_dict(whole)
+        self.optimiser.param_groups[0]["lr"] = float(state["learning_rate"])
 
 
 def shuffled_rewards(batch: TensorDict, generator: torch.Generator) -> TensorDict:

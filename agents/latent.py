@@ -1,7 +1,8 @@
 """Latent actor-critic in pure imagination, after Dreamer (Hafner et al., 2020, arXiv:1912.01603).
 
 From real start frames the policy acts H steps in every member of the model's ensemble; the policy follows the
-gradient of the imagined return through the dynamics, the critic regresses that return. Four things keep a gain real:
+gradient of the imagined return through the dynamics, the critic regresses that return, and what follows the last step
+is valued by a copy of the model as it was at the start of the iteration. Four things keep a gain real:
 the horizon is at most the one that the model was trained for, exploration noise has a fixed bound, what the members
 disagree about is left out or subtracted, and a KL holds the policy near what it was.
 
@@ -83,6 +84,7 @@ class Latent:
         check_horizon(model, "agent.horizon", self.horizon, model.spec.chunk_length)
         self.model, self.seed, self.unit = model, seed, value_unit(model)
         self.reference = reference_of(model)
+        self.world = reference_of(model)
         self.updater = Updater(model, world, **self._rates)
         self.iteration = 0
 
@@ -92,6 +94,7 @@ class Latent:
 
     def begin(self, iteration: int) -> None:
         self.iteration = iteration
+        self.world.load_state_dict(self.model.state_dict())
         self.updater.generator.manual_seed(self.seed * 1_000_003 + iteration)
 
     def learn(self, batch: TensorDict) -> dict[str, float]:
@@ -114,24 +117,29 @@ class Latent:
         key = NoiseKey.for_rows(len(frames), seed=self.seed, step=step, device=frames.device or "cpu")
         noise = self.sigma * key.normal(1, self.horizon, model.spec.action_dim)
         proposal = model.propose(state, 1, mode="ode", perturbation=noise)
-        imagined = proposal.imagined if proposal.imagined is not None else model.imagine(state, proposal.actions)
+        imagined = proposal.imagined if proposal.imagined is not None else self.world.imagine(state, proposal.actions)
         assert imagined.reward is not None
         gained = imagined.reward[:, 0]
         if imagined.success is not None:
             gained = gained + model.spec.success_bonus * imagined.success[:, 0]
         weight = discount ** torch.arange(self.horizon, device=gained.device)
-        leaf = model.value(imagined.leaf[:, 0]).mean(-1)
+        # The frozen copy's: weights of the present critic would follow this gradient, and promise ever more.
+        leaf = self.world.value(imagined.leaf[:, 0]).mean(-1)
         returns = ((gained * weight).sum(-1) + discount**self.horizon * leaf) / self.unit  # [R, M]
-        objective = returns.mean(1) - self.risk * returns.std(1, correction=0)
+        objective = returns.mean(1)
+        if self.risk and returns.shape[1] > 1:  # of one member the deviation is 0, and its gradient NaN
+            objective = objective - self.risk * returns.std(1, correction=0)
         trusted = torch.ones_like(objective)
         if self.uncertainty_limit is not None:
             assert imagined.uncertainty is not None
             trusted = (imagined.uncertainty[:, 0].amax((1, 2)) <= self.uncertainty_limit).float()
         count = trusted.sum().clamp(min=1.0)
         policy = -(objective * trusted).sum() / count
-        # The chunk was drawn with a fixed noise, so this is the KL up to what the two spreads differ by.
-        gap = model.log_prob(state, proposal) - self.reference.log_prob(state, proposal).detach()
-        kl = 0.5 * gap.square().sum(-1)[:, 0].clamp(max=100.0).mean() / self.horizon
+        # The KL of what is done, the mean plus a noise of fixed spread, up to a constant that makes it 0 at the start.
+        # Its gradient goes through the actions, as the return's does: the policy's own spread is not used here.
+        with torch.no_grad():
+            own = model.log_prob(state, proposal)
+        kl = (own - self.reference.log_prob(state, proposal)).sum(-1).mean() / self.horizon
         value = model.value(state).mean(-1) / self.unit
         critic = F.smooth_l1_loss(value, returns.mean(1).detach())
         found = {"loss_policy": policy, "loss_critic": critic, "kl": kl, "trusted": trusted.mean()}

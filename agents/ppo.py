@@ -113,7 +113,8 @@ class PPO:
 
     epochs, minibatch: passes over a batch, and decisions per optimiser step. gae_lambda: of the advantages.
     clip: of the ratio. kl_limit: mean KL to the policy that collected the batch, beyond which the epochs of that batch
-    end. entropy: weight of the entropy bonus. kl_reference: weight of the KL to the policy as it was at the start.
+    end; where that happens within the first epoch, the learning rate is halved from then on, because single steps
+    overshoot. entropy: weight of the bonus. kl_reference: weight of the KL to the policy as it was at the start.
     noise: least and greatest standard deviation of an action, also while collecting. critic_warmup: iterations that
     train the critic alone. train_encoder: whether the policy's and the critic's gradients reach the model's encoder;
     otherwise the world model's loss alone moves it. shuffle_rewards: the null control. The others: `Updater`.
@@ -200,7 +201,7 @@ class PPO:
             functional=False,
         )
         self.loss.set_keys(action="chain", sample_log_prob="action_log_prob")
-        self.updater = Updater(model, world, **self._rates)
+        self.updater = Updater(model, world, train_all=self.train_encoder, **self._rates)
         self.reference = self._actor(reference_of(model)) if self.kl_reference else None
         self.iteration = 0
 
@@ -283,8 +284,11 @@ class PPO:
                     sums[name] = sums.get(name, 0.0) + float(value.detach())
             if stopped:
                 break
+        if stopped and steps < len(flat) // self.minibatch:
+            self.updater.slow_down()
         return {**{name: total / max(1, steps) for name, total in sums.items()},
-                "kl": kl, "kl_stopped": stopped, "updates": float(steps)}  # fmt: skip
+                "kl": kl, "kl_stopped": stopped, "updates": float(steps),
+                "learning_rate": self.updater.learning_rate}  # fmt: skip
 
     def _kl_reference(self, chosen: TensorDict) -> Tensor:
         """Half of the squared log-ratio: the k2 estimate, whose gradient is that of the KL to the reference."""

@@ -171,6 +171,25 @@ def test_ppo_reaches_the_known_optimum():
     assert (mean - torch.tensor(OPTIMUM)).abs().mean() < 0.1
 
 
+def test_a_learning_rate_that_overshoots_is_halved_until_it_does_not_and_a_resumed_run_keeps_it():
+    model, learner = reference_model(), PPO(learning_rate=0.1, world_weight=0.0, kl_limit=0.02, minibatch=48)
+    found = train(model, learner, 8)
+    rates = [row["learning_rate"] for row in found]
+    assert rates[0] == 0.1 and rates[-1] <= 0.1 / 8 and rates == sorted(rates, reverse=True)
+    resumed = PPO(learning_rate=0.1, world_weight=0.0, kl_limit=0.02, minibatch=48)
+    resumed.bind(reference_model(), None, rows=32, seed=0)
+    resumed.load_state_dict(learner.state_dict())
+    assert resumed.updater.learning_rate == rates[-1]
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_encoder_is_trained_where_that_is_asked_for(wanted):
+    model = reference_model()
+    before = copy.deepcopy(model.encoder.state_dict())
+    train(model, PPO(**FAST, train_encoder=wanted, minibatch=96, critic_warmup=0), 1)
+    assert wanted == any(not torch.equal(before[name], x) for name, x in model.encoder.state_dict().items())
+
+
 def test_flow_ppo_reaches_the_known_optimum():
     torch.manual_seed(0)
     model = FlowToy()
@@ -248,6 +267,48 @@ def test_the_latent_actor_critic_reaches_the_optimum_of_its_imagination():
     mean, _ = model.gaussian(model.encode(Context.from_observation(observations(32, seed=1))))
     assert (mean - torch.tensor(OPTIMUM)).abs().mean() < 0.1
     assert all(torch.equal(before[name], tensor) for name, tensor in model.dynamics.state_dict().items())
+
+
+def test_the_policys_gradient_does_not_raise_what_the_critic_promises():
+    # Rewards are 0 whatever is done, so that values of 0 are right, and all that could move them is the policy's loss.
+    model = reference_model()
+    model.outcome = torch.nn.Sequential()
+    model.outcome.forward = lambda x: torch.stack([0.0 * x[..., 0], x[..., 0] * 0.0 - 20.0], dim=-1)
+    learner = Latent(horizon=4, learning_rate=3e-3, world_weight=0.0, kl_reference=0.0, updates=100)
+    learner.bind(model, None, rows=64, seed=0)
+    for iteration in range(2):
+        learner.begin(iteration)
+        learner.learn(observations(64))
+    values = model.value(model.encode(Context.from_observation(observations(32, seed=1)))) / model.value_unit
+    assert values.abs().max() < 0.02
+
+
+def test_the_kl_holds_the_imagining_policy_near_its_reference():
+    away = {}
+    for weight in (0.0, 10.0):
+        model = known_world()
+        state = model.encode(Context.from_observation(observations(32, seed=1)))
+        before = model.gaussian(state)[0].detach()
+        learner = Latent(horizon=4, learning_rate=3e-3, world_weight=0.0, kl_reference=weight, updates=100)
+        learner.bind(model, None, rows=64, seed=0)
+        learner.begin(0)
+        learner.learn(observations(64))
+        away[weight] = (model.gaussian(state)[0] - before).abs().mean().item()
+    assert away[0.0] > 0.2 and away[10.0] < 0.2 * away[0.0], away
+
+
+def test_one_member_imagines_without_a_spread():
+    model = reference_model(members=1)
+    learner = Latent(horizon=4, world_weight=0.0, updates=2)
+    learner.bind(model, None, rows=8, seed=0)
+    learner.begin(0)
+    assert learner.learn(observations(8))["skipped"] == 0.0
+
+
+def test_sac_reads_the_relations_of_points():
+    model = reference_model(points={"state": [0, 0]})
+    found = train(model, SAC(updates=2, warmup=10, width=8, batch=16), 1)
+    assert found[0]["skipped"] == 0.0 and math.isfinite(found[0]["loss_critic"])
 
 
 def test_start_frames_that_the_members_disagree_about_teach_nothing():

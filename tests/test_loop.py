@@ -48,6 +48,13 @@ def test_a_later_round_trains_on_all_data_from_the_improved_policy():
     assert train.overrides[0].count("_data") == 5
 
 
+def test_sizes_of_the_model_are_given_to_the_new_one_alone():
+    given = settings(train=["steps=30", "wam.width=64"])
+    trains = [next(s for s in stages(given, n, Path("run")) if s.command == "train") for n in (0, 1)]
+    assert ["wam.width=64" in one.overrides for one in trains] == [True, False]
+    assert all("steps=30" in one.overrides for one in trains)
+
+
 def test_a_stage_that_is_done_is_not_done_again_and_another_one_is_refused(tmp_path):
     stage = Stage("round0_train", "train", ("seed=1",))
     (tmp_path / "round0_train").mkdir()
@@ -65,16 +72,26 @@ def test_a_stage_that_fails_says_why(tmp_path):
     assert not (tmp_path / "round0_train.done").exists()
 
 
+def words(*settings: str) -> str:
+    """A list of settings as configs/loop.yaml says to write it."""
+    return "[" + ",".join(f'"{one}"' for one in settings) + "]"
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_short_loop_runs_and_goes_on(tmp_path, monkeypatch):
     pytest.importorskip("metaworld")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     small = [
         "environment=metaworld/reach-v3", "run_dir=run", "episodes=1", "evaluation_episodes=2", "first_episodes=12",
-        "first_collect=[data.mixture.expert=4,data.mixture.noisy_expert=4,data.mixture.failing=2,data.mixture.random=2]",
-        "train=[steps=30,tensorboard=false,validation_fraction=0.2,validation_windows=16,batch_size=16]",
-        "posttrain=[iterations=1,num_envs=8,decisions=8,agent.updates=2,validation_fraction=0.2,validation_windows=16]",
+        "environment_overrides=" + words("env.max_steps=100"),
+        "first_collect=" + words("data.mixture.expert=4", "data.mixture.noisy_expert=4", "data.mixture.failing=2",
+                                 "data.mixture.random=2"),
+        "train=" + words("steps=30", "tensorboard=false", "validation_fraction=0.2", "validation_windows=16",
+                         "batch_size=16"),
+        "posttrain=" + words("iterations=1", "num_envs=8", "decisions=8", "agent.updates=2", "validation_fraction=0.2",
+                             "validation_windows=16"),
     ]  # fmt: skip
     loop.main([*small, "rounds=1"])
     loop.main([*small, "rounds=2"])

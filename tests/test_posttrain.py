@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.agent_toys import SIZES, TASK, AimEnv, reference_model, write_dataset
+from tests.agent_toys import SIZES, TASK, AimEnv, FlowToy, reference_model, write_dataset
 from wamrl import checkpoint, posttrain
 from wamrl.agents.base import LearningDiverged
 from wamrl.agents.latent import Latent
@@ -214,6 +214,12 @@ def test_what_cannot_work_is_refused_before_anything_is_done(push, capsys):
     assert "trained for 1 to 10" in said(capsys, "agent=flow_ppo", "agent.chunk=20", "wam=six", "episodes=0",
                                          "agent.world_weight=0")  # fmt: skip
     assert not list(Path("outputs/posttrain").glob("2*"))
+
+
+def test_windows_are_as_long_as_the_model_needs():
+    model = reference_model()
+    assert posttrain._window(model) == 5
+    assert posttrain._window(FlowToy(chunk=8)) == 8
 
 
 @pytest.mark.parametrize("env", ["gymnasium/pendulum"])

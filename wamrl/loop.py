@@ -65,7 +65,9 @@ def stages(settings: Mapping[str, Any], number: int, folder: Path) -> list[Stage
     data = ",".join(str(path) for path in data_of(folder, number))
     start = settings["checkpoint"] if number == 0 else str(before)
     wam = f"wam={start or 'reference'}"
-    found.append(Stage(f"round{number}_train", "train", (f"data=[{data}]", wam, *common, *settings["train"])))
+    # A checkpoint brings its own sizes: what stands of wam in the settings is for the model made in round 0.
+    own = [word for word in settings["train"] if start is None or not word.lstrip("+").startswith("wam.")]
+    found.append(Stage(f"round{number}_train", "train", (f"data=[{data}]", wam, *common, *own)))
     model = folder / f"round{number}_train"
     simulator = (
         f"env@simulator={settings['environment']}",

@@ -98,7 +98,7 @@ def posttrain(
     success_ends: bool | None = None,
     seed: int = 0,
     world_batch: int = 64,
-    world_length: int = 5,
+    world_length: int | None = None,
     validation_fraction: float = 0.05,
     validation_windows: int = 256,
     evaluate_every: int = 0,
@@ -128,7 +128,7 @@ def posttrain(
         success_ends: whether a success ends the learner's episode; None: where the model has a success bonus.
         seed: of everything random.
         world_batch: windows per step of the world model's loss.
-        world_length: control steps of a window.
+        world_length: control steps of a window; None: 5, or the chunk of a model that learns by whole ones.
         validation_fraction: of the episodes, held out. validation_windows: windows of those that are looked at.
         validation_windows: windows that the world model's error is measured on.
         evaluate_every: iterations between evaluations on the way; 0: only before and after.
@@ -165,7 +165,7 @@ class _Run:
             self.scale = {key: value["std"] for key, value in training.statistics().items()}
             horizon = min(10, self.model.spec.max_horizon)
             self.held_out = validation.sample(given["validation_windows"], horizon, torch.Generator().manual_seed(2))
-            batch, length = given["world_batch"], given["world_length"]
+            batch, length = given["world_batch"], given["world_length"] or _window(self.model)
 
             def world(generator: torch.Generator) -> TensorDict:
                 return training.sample(batch, length, generator)
@@ -371,6 +371,7 @@ class _Run:
             min(64, len(at)),
             chunk=1,
             max_steps=100,
+            uncertainty=False,
             device=device,
         )
         count = self.measuring.episodes
@@ -448,6 +449,11 @@ class _Run:
             write_episodes(self.run_dir / "episodes.csv", after.real)
         write_json(self.run_dir / "results.json", results)
         return results
+
+
+def _window(model: WAM) -> int:
+    """Control steps of a training window: a flow-matching model takes whole chunks, a Gaussian policy any."""
+    return 5 if hasattr(model, "gaussian") else max(5, model.spec.chunk_length)
 
 
 def _decay(before: float | None, after: float | None) -> dict[str, Any]:
@@ -588,6 +594,8 @@ def _check(settings: Mapping[str, Any]) -> None:
     for name, least in (("iterations", 1), ("num_envs", 1), ("decisions", 1), ("episodes", 0), ("first_start", 0),
                         ("evaluate_every", 0), ("save_every", 1), ("world_batch", 1), ("world_length", 1)):  # fmt: skip
         value = settings[name]
+        if value is None and name == "world_length":
+            continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}")
     if settings["evaluate"] not in ("dev", "test"):
@@ -624,6 +632,8 @@ def _imagination(settings: Mapping[str, Any], model: WAM, device: str) -> RowsEn
     options = {name: value for name, value in settings["env"].items() if name not in left_out}
     if settings["uncertainty_limit"] is not None:
         options["uncertainty_limit"] = settings["uncertainty_limit"]
+    if options.get("uncertainty_limit") is None:
+        options["uncertainty"] = False  # no learner reads it, and one future per row is several times cheaper
     steps = options.get("max_steps")
     if steps is not None and steps > model.spec.max_horizon:
         raise ValueError(
