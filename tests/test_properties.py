@@ -143,6 +143,18 @@ def test_a_shift_changes_what_it_declares_and_nothing_else():
         properties.apply_shift(SimpleNamespace(), "dynamics")
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("task", ["push-v3", "pick-place-v3", "door-open-v3"])
+def test_a_shifted_layout_is_one_that_meta_world_accepts(task):
+    metaworld = pytest.importorskip("wamrl.envs.metaworld")
+    env = metaworld.MetaWorldEnv(f"metaworld/{task}", num_envs=1, split="dev")
+    plain = [env.reset(TensorDict({"start": torch.tensor([k])}, [1]))["state"][0].clone() for k in range(30)]
+    properties.apply_shift(env, "start_layout")
+    for number, before in enumerate(plain):
+        moved = env.reset(TensorDict({"start": torch.tensor([number])}, [1]))["state"][0] - before
+        assert abs(abs(moved[4].item()) - 0.05) < 0.01, number
+
+
 def test_the_visual_shifts_change_the_picture():
     metaworld = pytest.importorskip("wamrl.envs.metaworld")
     from wamrl.envs.rendering import RenderingUnavailable

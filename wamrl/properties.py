@@ -353,8 +353,10 @@ def apply_shift(env: Any, shift: str) -> None:
 def _moved(reset: Callable[[Floats], Floats], metres: float = 0.05) -> Callable[[Floats], Floats]:
     def shifted(vector: Floats) -> Floats:
         vector = np.array(vector, dtype=np.float64)
-        # The object only: Meta-World clips the goal that a policy sees to its own range.
-        vector[0] += metres * (1 if vector[0] >= 0 else -1)
+        # The object only: Meta-World clips the goal that a policy sees to its own range. Away from the goal: where the
+        # two are too near each other, Meta-World draws again, for ever since what it draws is this vector.
+        goal = vector[3] if len(vector) >= 6 else 0.0
+        vector[0] += metres * (1 if vector[0] >= goal else -1)
         return reset(vector)
 
     return shifted
