@@ -51,7 +51,7 @@ setup-isaac: $(ISAAC_STAMP) ## make .venv-isaac: real Isaac Lab on a CPU, which 
 
 test-isaac: $(ISAAC_STAMP) ## run the tests of the Isaac Lab environments (a minute; three the first time)
 	@WARP_CACHE_PATH=$(CURDIR)/$(ISAAC)/warp-cache OMP_NUM_THREADS=1 WAMRL_TEST_NEEDS=isaaclab \
-		$(ISAAC)/bin/python -m pytest -m isaac tests/test_env_isaaclab.py $(ARGS)
+		$(ISAAC)/bin/python -m pytest -m isaac --timeout 900 tests/test_env_isaaclab.py $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .
