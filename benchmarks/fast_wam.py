@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -32,19 +31,17 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.stored import RESULTS, ROOT, Clock
+from benchmarks.stored import RESULTS, ROOT, Clock, run_stage
 from wamrl import checkpoint
 from wamrl.control import ModelPolicy, PlannerPolicy
 from wamrl.data import EpisodeDataset
 from wamrl.envs.metaworld import MetaWorldEnv
 from wamrl.evaluation import Episode, Start, read_episodes, run_episodes, summarise, write_episodes
-from wamrl.files import write_json
 from wamrl.interfaces import Context, Policy
 from wamrl.models.flow import time_grid
 from wamrl.models.flow_wam import FlowWAM
 from wamrl.noise import NoiseKey
 from wamrl.planners.mppi import make_mppi
-from wamrl.provenance import versions
 
 FIRST_TEST_START = 100  # starts 0 to 99 were read while earlier versions were made
 VARIANTS = ("fast", "joint", "idm", "no_cotrain", "mot_uwm")
@@ -89,25 +86,6 @@ def stages(arguments: argparse.Namespace, task: str, seed: int, directory: Path)
              *arguments.overrides, f"run_dir={directory / f'train_{variant}'}"],
         ))  # fmt: skip
     return todo
-
-
-def run_stage(name: str, command: Sequence[str], directory: Path) -> None:
-    """Run a command unless it is done; RuntimeError with the log's end when it fails."""
-    done = directory / f"{name}.done"
-    if done.exists():
-        stored = json.loads(done.read_text())["command"]
-        if stored[1:] != list(command)[1:]:
-            raise ValueError(f"{done} is of another command ({' '.join(stored)}); remove {directory} to start anew")
-        return
-    started, log = time.perf_counter(), directory / f"{name}.log"
-    with log.open("w") as file:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
-    if code:
-        raise RuntimeError(f"{' '.join(command)} exited with {code}:\n{log.read_text()[-2000:]}")
-    seconds = time.perf_counter() - started
-    write_json(done, {"command": list(command), "seconds": seconds, "versions": versions()})
-    print(f"{directory.name}: {name} in {seconds:.0f} s", flush=True)
 
 
 def load(directory: Path, variant: str, *, policy: str | None = None, steps: int | None = None) -> FlowWAM:

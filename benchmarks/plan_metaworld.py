@@ -13,9 +13,7 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,10 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.stored import RESULTS, ROOT, Clock
+from benchmarks.stored import RESULTS, ROOT, Clock, run_stage, stage_done
 from wamrl.evaluation import Episode, compare, read_episodes, summarise
-from wamrl.files import write_json
-from wamrl.provenance import versions
 
 FIRST_TEST_START = 150  # starts 0 to 149 were read while earlier versions were made
 METHODS = ("planner", "policy", "shuffled", "random", "expert")
@@ -94,26 +90,9 @@ def run(setting: Setting, seed: int, out: Path, *, until: str = "plan") -> None:
     directory = out / setting.name / f"seed{seed}"
     directory.mkdir(parents=True, exist_ok=True)
     for name, command in stages(setting, seed, directory):
-        done = directory / f"{name}.done"
-        if done.exists():
-            stored = json.loads(done.read_text())["command"]
-            if stored[1:] != command[1:]:
-                raise ValueError(f"{done} is of another command ({' '.join(stored)}); remove {directory} to start anew")
-            if name == until:
-                break
-            continue
-        started = time.perf_counter()
-        log = directory / f"{name}.log"
-        if name == "plan" and (directory / name).exists():
+        if name == "plan" and (directory / name).exists() and not stage_done(name, command, directory):
             shutil.rmtree(directory / name)
-        with log.open("w") as file:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
-        if code:
-            raise RuntimeError(f"{' '.join(command)} exited with {code}:\n{log.read_text()[-2000:]}")
-        seconds = time.perf_counter() - started
-        write_json(done, {"command": command, "seconds": seconds, "versions": versions()})
-        print(f"{setting.name} seed {seed}: {name} in {seconds:.0f} s", flush=True)
+        run_stage(name, command, directory, label=f"{setting.name} seed {seed}")
         if name == until:
             break
 

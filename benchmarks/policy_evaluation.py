@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from benchmarks.stored import RESULTS, ROOT, Clock
+from benchmarks.stored import RESULTS, ROOT, Clock, run_logged
 from wamrl.data import EpisodeDataset
 from wamrl.interfaces import PolicyState, task_id
 from wamrl.report import short
@@ -135,13 +134,7 @@ def run(command: Sequence[str], done: Path, log: Path) -> None:
     if done.exists():
         return
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        code = subprocess.run(
-            [sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT, env=environment
-        ).returncode
-    if code:
-        raise RuntimeError(f"{' '.join(command)} exited with {code}:\n{log.read_text()[-2000:]}")
+    run_logged([sys.executable, "-m", *command], log)
 
 
 def collect(out: Path, name: str, tasks: Sequence[str], seed: int, first: int, mixture: dict[str, int]) -> Path:

@@ -15,17 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.stored import RESULTS, ROOT, Clock
+from benchmarks.stored import RESULTS, ROOT, Clock, run_stage
 from wamrl.evaluation import wilson
-from wamrl.files import write_json
-from wamrl.provenance import versions
 
 TASKS = ("reach-v3", "push-v3", "pick-place-v3", "door-open-v3")
 ENV = f"[{','.join(f'metaworld/{task}' for task in TASKS)}]"
@@ -71,24 +67,10 @@ def run(seed: int, out: Path, variants: Sequence[str]) -> None:
     directory = out / f"seed{seed}"
     directory.mkdir(parents=True, exist_ok=True)
     for name, command, words in stages(seed, directory, variants):
-        done = directory / f"{name}.done"
-        if done.exists():
-            if json.loads(done.read_text())["settings"] != words:
-                raise ValueError(f"{done} is of another command; remove {directory} to start anew")
-            continue
-        started, given = time.perf_counter(), words
-        if command != "collect" and (directory / name / "checkpoints" / "last").is_dir():
-            given = [f"resume={directory / name}"]
-        log = directory / f"{name}.log"
-        with log.open("a") as file:
-            call = [sys.executable, "-m", f"wamrl.{command}", *given]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            code = subprocess.run(call, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
-        if code:
-            raise RuntimeError(f"{' '.join(call)} exited with {code}:\n{log.read_text()[-2000:]}")
-        seconds = time.perf_counter() - started
-        write_json(done, {"settings": words, "seconds": seconds, "versions": versions()})
-        print(f"seed {seed}: {name} in {seconds:.0f} s", flush=True)
+        call = [sys.executable, "-m", f"wamrl.{command}"]
+        stopped = command != "collect" and (directory / name / "checkpoints" / "last").is_dir()
+        resume = [*call, f"resume={directory / name}"] if stopped else None
+        run_stage(name, [*call, *words], directory, resume=resume, label=f"seed {seed}")
 
 
 def finished(out: Path, seeds: Sequence[int], name: str) -> dict[int, dict[str, Any]]:

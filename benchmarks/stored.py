@@ -1,9 +1,11 @@
-"""How a benchmark's result is stored: the one schema of benchmarks/results/*.json (docs/protocol.md)."""
+"""How a benchmark's stages run, and how its result is stored: the schema of benchmarks/results (docs/protocol.md)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -15,6 +17,45 @@ from wamrl.provenance import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+def run_logged(command: Sequence[str], log: Path, *, append: bool = False) -> float:
+    """Run `command` single-threaded with its output in `log`; its seconds, or RuntimeError with the log's end."""
+    started = time.perf_counter()
+    with log.open("a" if append else "w") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+    if code:
+        raise RuntimeError(f"{' '.join(command)} exited with {code}:\n{log.read_text()[-2000:]}")
+    return time.perf_counter() - started
+
+
+def stage_done(name: str, command: Sequence[str], directory: Path) -> bool:
+    """Whether `<directory>/<name>.done` says that this stage is; ValueError when it is of another command."""
+    done = directory / f"{name}.done"
+    if not done.exists():
+        return False
+    stored = json.loads(done.read_text())["command"]
+    if stored[1:] != list(command)[1:]:
+        raise ValueError(f"{done} is of another command ({' '.join(stored)}); remove {directory} to start anew")
+    return True
+
+
+def run_stage(
+    name: str, command: Sequence[str], directory: Path, *, resume: Sequence[str] | None = None, label: str | None = None
+) -> None:
+    """Run a stage unless it is done, and say so in `<directory>/<name>.done`.
+
+    resume: the command that goes on with a stopped one, run in its place. label: of what is printed; None is the
+    directory's name.
+    """
+    if stage_done(name, command, directory):
+        return
+    seconds = run_logged(resume or command, directory / f"{name}.log", append=resume is not None)
+    write_json(
+        directory / f"{name}.done", {"command": list(command), "seconds": seconds, "versions": versions()}
+    )  # fmt: skip
+    print(f"{label or directory.name}: {name} in {seconds:.0f} s", flush=True)
 
 
 class Clock:
