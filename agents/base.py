@@ -296,6 +296,10 @@ class Updater:
         self.skipped = self.streak = 0
         self.generator = torch.Generator()
 
+    def begin(self, seed: int, iteration: int) -> None:
+        """Seed what is drawn in an iteration."""
+        self.generator.manual_seed(seed * 1_000_003 + iteration)
+
     def world_loss(self) -> Tensor:
         """`WAM.loss` of fresh real windows, times its weight; zero when that is zero."""
         if not self.world_weight:
@@ -357,6 +361,32 @@ class Updater:
                 whole["state"].setdefault(int(index), {})[key] = tensor
         self.optimiser.load_state_dict(whole)
         self.optimiser.param_groups[0]["lr"] = float(state["learning_rate"])
+
+
+class CollectingLearner:
+    """What learners of kind "collect" share: their `bind` sets `seed`, `updater` and `_acting`, which collects."""
+
+    kind = "collect"
+    seed: int
+    updater: Updater
+    _acting: Any
+    iteration = 0
+
+    @property
+    def actor(self) -> Any:
+        """See `Learner`."""
+        return self._acting
+
+    def begin(self, iteration: int) -> None:
+        """See `Learner`."""
+        self.iteration = iteration
+        self._acting.begin(self.seed, iteration)
+        self.updater.begin(self.seed, iteration)
+
+
+def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries of a `state_dict` whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def shuffled_rewards(batch: TensorDict, generator: torch.Generator) -> TensorDict:

@@ -25,6 +25,7 @@ from wamrl.agents.base import (
     WorldBatch,
     check_horizon,
     encode,
+    part_of,
     reference_of,
     require_log_prob,
     value_unit,
@@ -95,7 +96,7 @@ class Latent:
     def begin(self, iteration: int) -> None:
         self.iteration = iteration
         self.world.load_state_dict(self.model.state_dict())
-        self.updater.generator.manual_seed(self.seed * 1_000_003 + iteration)
+        self.updater.begin(self.seed, iteration)
 
     def learn(self, batch: TensorDict) -> dict[str, float]:
         """One iteration on start frames [R]."""
@@ -152,9 +153,7 @@ class Latent:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.updater.load_state_dict(state)
-        prefix = "reference."
-        weights = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
-        self.reference.load_state_dict(weights)
+        self.reference.load_state_dict(part_of(state, "reference."))
 
 
 @contextlib.contextmanager

@@ -21,10 +21,12 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
 from wamrl.agents.base import (
+    CollectingLearner,
     Updater,
     WorldBatch,
     batch_metrics,
     encode,
+    part_of,
     reference_of,
     require_log_prob,
     shuffled_rewards,
@@ -108,7 +110,7 @@ class _ClipLoss(ClipPPOLoss):
         return found
 
 
-class PPO:
+class PPO(CollectingLearner):
     """PPO on a model that answers "policy", "log_prob" and "value"; fulfils `wamrl.agents.base.Learner`.
 
     epochs, minibatch: passes over a batch, and decisions per optimiser step. gae_lambda: of the advantages.
@@ -120,7 +122,6 @@ class PPO:
     otherwise the world model's loss alone moves it. shuffle_rewards: the null control. The others: `Updater`.
     """
 
-    kind = "collect"
     name = "ppo"
 
     def __init__(
@@ -203,16 +204,6 @@ class PPO:
         self.loss.set_keys(action="chain", sample_log_prob="action_log_prob")
         self.updater = Updater(model, world, train_all=self.train_encoder, **self._rates)
         self.reference = self._actor(reference_of(model)) if self.kl_reference else None
-        self.iteration = 0
-
-    @property
-    def actor(self) -> Any:
-        return self._acting
-
-    def begin(self, iteration: int) -> None:
-        self.iteration = iteration
-        self._acting.begin(self.seed, iteration)
-        self.updater.generator.manual_seed(self.seed * 1_000_003 + iteration)
 
     def learn(self, batch: TensorDict) -> dict[str, float]:
         """One iteration on batch [B, T] of the collector."""
@@ -306,6 +297,4 @@ class PPO:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.updater.load_state_dict(state)
         if self.reference is not None:
-            prefix = "reference."
-            weights = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
-            self.reference.model.load_state_dict(weights)
+            self.reference.model.load_state_dict(part_of(state, "reference."))

@@ -18,7 +18,16 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from wamrl.agents.base import Updater, WorldBatch, batch_metrics, encode, loss_weights, shuffled_rewards
+from wamrl.agents.base import (
+    CollectingLearner,
+    Updater,
+    WorldBatch,
+    batch_metrics,
+    encode,
+    loss_weights,
+    part_of,
+    shuffled_rewards,
+)
 from wamrl.agents.flow_ppo import ChainActor
 from wamrl.agents.ppo import GaussianActor
 from wamrl.interfaces import WAM, Budget, Plan, Planner
@@ -28,7 +37,7 @@ TARGETS = ("plan", "mean")
 _ROWS = 16  # states per plan: more candidates at once leave the caches of a CPU
 
 
-class RFT:
+class RFT(CollectingLearner):
     """Imitation of successes or of a planner; fulfils `wamrl.agents.base.Learner`.
 
     planner: None imitates successes; otherwise what teaches. target: "plan" is the chosen chunk, "mean" the candidates'
@@ -40,7 +49,6 @@ class RFT:
     The others: `wamrl.agents.base.Updater`.
     """
 
-    kind = "collect"
     name = "rft"
     chunk = 1
 
@@ -92,16 +100,6 @@ class RFT:
             self.planner.initial_state(model, 1)  # refuses a model that does not answer what the planner asks
         self.updater = Updater(model, world, **self._rates)
         self.kept: TensorDict | None = None
-        self.iteration = 0
-
-    @property
-    def actor(self) -> Any:
-        return self._acting
-
-    def begin(self, iteration: int) -> None:
-        self.iteration = iteration
-        self._acting.begin(self.seed, iteration)
-        self.updater.generator.manual_seed(self.seed * 1_000_003 + iteration)
 
     def learn(self, batch: TensorDict) -> dict[str, float]:
         """One iteration on batch [B, T] of the collector."""
@@ -228,7 +226,7 @@ class RFT:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.updater.load_state_dict(state)
-        kept = {name.removeprefix("kept."): tensor for name, tensor in state.items() if name.startswith("kept.")}
+        kept = part_of(state, "kept.")
         if kept:
             self.kept = TensorDict(kept, batch_size=[len(kept["label"])]).unflatten_keys(".")
 

@@ -19,7 +19,7 @@ from torch.distributions import Independent, Normal
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.objectives import SACLoss, SoftUpdate
 
-from wamrl.agents.base import Updater, WorldBatch, batch_metrics, encode, value_unit
+from wamrl.agents.base import CollectingLearner, Updater, WorldBatch, batch_metrics, encode, part_of, value_unit
 from wamrl.agents.ppo import GaussianActor
 from wamrl.interfaces import WAM
 from wamrl.models.joint_embedding import JointEmbeddingWAM, mlp
@@ -48,7 +48,7 @@ def _normal(loc: Tensor, scale: Tensor) -> Independent:
     return Independent(Normal(loc, scale, validate_args=False), 1, validate_args=False)
 
 
-class SAC:
+class SAC(CollectingLearner):
     """SAC on the reference WAM; fulfils `wamrl.agents.base.Learner`.
 
     buffer: transitions that are kept. batch: per step. updates: optimiser steps per iteration. warmup: transitions
@@ -57,7 +57,6 @@ class SAC:
     alone. The others: `wamrl.agents.base.Updater`.
     """
 
-    kind = "collect"
     name = "sac"
     chunk = 1
 
@@ -125,16 +124,6 @@ class SAC:
         self.targets = SoftUpdate(self.loss, tau=self.tau)
         self.updater = Updater(model, world, modules=[self.loss], **self._rates)
         self.replay = TensorDictReplayBuffer(storage=LazyTensorStorage(self.capacity), batch_size=self.batch)
-        self.iteration = 0
-
-    @property
-    def actor(self) -> Any:
-        return self._acting
-
-    def begin(self, iteration: int) -> None:
-        self.iteration = iteration
-        self._acting.begin(self.seed, iteration)
-        self.updater.generator.manual_seed(self.seed * 1_000_003 + iteration)
 
     def learn(self, batch: TensorDict) -> dict[str, float]:
         """One iteration on batch [B, T] of the collector."""
@@ -192,9 +181,8 @@ class SAC:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.updater.load_state_dict(state)
-        own = {name.removeprefix("loss."): x for name, x in state.items() if name.startswith("loss.")}
-        self.loss.load_state_dict(own, strict=False)
-        stored = {name.removeprefix("replay."): x for name, x in state.items() if name.startswith("replay.")}
+        self.loss.load_state_dict(part_of(state, "loss."), strict=False)
+        stored = part_of(state, "replay.")
         if stored:
             rows = len(next(iter(stored.values())))
             self.replay.empty()
