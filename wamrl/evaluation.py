@@ -626,8 +626,8 @@ def fidelity(model: WAM, recording: Recording, horizon: int) -> dict[str, list[f
     Returns {"hand_cm", "hand_cm_p90", "object_cm", "object_cm_p90": [horizon] centimetres (mean and 90th percentile),
     "windows": [number of start points]}; None when no episode is as long as `horizon`, or where the model does not know
     where its state holds hand and object.
-    Every fourth step of an episode is a start point. Positions are decoded by the model's probe, averaged over the
-    sampled futures, so the probe's own error is included.
+    Every fourth step of an episode is a start point. Positions are decoded by the model and averaged over the sampled
+    futures.
     """
     if not model.spec.layout.has("hand", "object"):
         return None
