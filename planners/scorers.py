@@ -30,10 +30,13 @@ class ReturnScorer:
             - uncertainty_penalty * (sum or mean over h of d^h uncertainty_h)
 
     Steps after an episode's end count for nothing (`alive` is 0 there); without an alive head all steps count.
+    A model's `success_value` adds guesses success_value_weight d^H alive_(H-1) success_value(leaf) of its own beside
+    those: returns and outcomes err in different places, and where they disagree the risk below counts it.
 
     discount: d per step; None is the model's own. Units: those of the reward.
     success_weight: None is the model's own `success_bonus`, which its values count as well.
-    risk, risk_weight, risk_share: over the M futures, each valued by every value head, see `reduce_guesses`.
+    success_value_weight: None is 1 in models that answer `success_value`, else 0. A search tree keeps to returns.
+    risk, risk_weight, risk_share: over the guesses, M futures valued by every head, see `reduce_guesses`.
     uncertainty_reduce: "sum" or "mean" over the steps (the mean divides by sum_h d^h).
     needs: the queries that the chosen weights ask of any model; a weight of 0 asks for nothing. `needs_of` a model's
     spec: what its `success_bonus` asks for as well.
@@ -42,6 +45,7 @@ class ReturnScorer:
     value_weight: float = 1.0
     reward_weight: float = 1.0
     success_weight: float | None = None
+    success_value_weight: float | None = None
     uncertainty_penalty: float = 0.0
     uncertainty_reduce: str = "sum"
     discount: float | None = None
@@ -52,9 +56,9 @@ class ReturnScorer:
 
     def __post_init__(self) -> None:
         """Check the ranges, and work out what a model must answer."""
-        for name in ("value_weight", "reward_weight", "success_weight", "uncertainty_penalty"):
+        for name in ("value_weight", "reward_weight", "success_weight", "success_value_weight", "uncertainty_penalty"):
             value = getattr(self, name)
-            if value is None and name == "success_weight":
+            if value is None and name in ("success_weight", "success_value_weight"):
                 continue
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name} is {value}, but must be a finite number of at least 0")
@@ -67,26 +71,30 @@ class ReturnScorer:
             "value": self.value_weight,
             "reward": self.reward_weight,
             "success": self.success_weight,
+            "success_value": self.success_value_weight,
             "uncertainty": self.uncertainty_penalty,
         }
         needs = frozenset(query for query, weight in weighted.items() if weight)
-        if not needs - {"uncertainty"} and self.success_weight is not None:
-            raise ValueError("value_weight, reward_weight and success_weight are all 0: no candidate could win")
+        if not needs - {"uncertainty"} and None not in (self.success_weight, self.success_value_weight):
+            raise ValueError(
+                "value_weight, reward_weight, success_weight and success_value_weight are all 0: no candidate could win"
+            )
         object.__setattr__(self, "needs", needs)
 
     def needs_of(self, spec: Spec) -> frozenset[str]:
         """Queries that a model of this `spec` must answer; ValueError where it cannot, or where nothing would count."""
+        needs = self.needs | ({"success_value"} if self._success_value_weight(spec) else set())
         if self.success_weight is not None or spec.success_bonus == 0:
-            if not self.needs - {"uncertainty"}:
+            if not needs - {"uncertainty"}:
                 raise _nothing_counts()
-            return self.needs
+            return needs
         if "success" not in spec.provides:
             raise ValueError(
                 f"the model's values count {spec.success_bonus} per step of success (spec.success_bonus), but it does "
                 "not answer 'success', so that imagined steps and values would not go together; let the model answer "
                 "it, or set success_weight=0 to plan without it"
             )
-        return self.needs | {"success"}
+        return needs | {"success"}
 
     def __call__(self, model: WAM, state: State, imagined: Imagined) -> Tensor:
         """[R, N] scores of the candidates in `imagined`."""
@@ -98,6 +106,13 @@ class ReturnScorer:
             if imagined.alive is not None:
                 value = value * imagined.alive[..., -1:]
             total = (value if total is None else total.unsqueeze(-1) + value).flatten(2)
+        weight = self._success_value_weight(model.spec)
+        if weight > 0:
+            ahead = model.success_value(imagined.leaf) * (weight * discount ** _steps(imagined))
+            if imagined.alive is not None:
+                ahead = ahead * imagined.alive[..., -1:]
+            ahead = ahead.flatten(2)
+            total = ahead if total is None else torch.cat([total, ahead], dim=-1)
         if total is None:
             raise _nothing_counts()
         score = reduce_guesses(total, self.risk, self.risk_weight, self.risk_share)
@@ -147,6 +162,11 @@ class ReturnScorer:
         if imagined.alive is not None:
             gain = gain * imagined.alive
         return gain[..., 0] if gain.shape[-1] == 1 else gain @ _discounts(discount, gain.shape[-1], gain)
+
+    def _success_value_weight(self, spec: Spec) -> float:
+        if self.success_value_weight is None:
+            return float("success_value" in spec.provides)
+        return self.success_value_weight
 
     def _penalty(self, imagined: Imagined, discount: float) -> Tensor:
         """[R, N] what the futures' disagreement costs."""

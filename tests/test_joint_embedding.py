@@ -411,6 +411,31 @@ def test_values_count_the_success_bonus() -> None:
     torch.testing.assert_close(wam.value(start).mean(), torch.tensor((1.0 + 3.0) / (1.0 - 0.5)), atol=0.3, rtol=0)
 
 
+def test_success_values_tell_how_far_success_is_and_teach_the_latents_nothing() -> None:
+    """Half of the windows succeed in 2 steps and the others never: discount^2 and 0 of the greatest value."""
+    wam = model(discount=0.5)
+    batch = linear_batch(64, 4, torch.Generator().manual_seed(0))
+    batch["observation"]["state"][:, :, 0] = torch.where(torch.arange(64) < 32, 1.0, -1.0)[:, None]
+    batch["steps_to_success"][:32], batch["steps_to_success"][32:] = 2.0, torch.inf
+    optimiser = torch.optim.Adam(wam.parameters(), lr=3e-3)
+    for _ in range(150):
+        optimiser.zero_grad()
+        wam.loss(batch)["loss"].backward()
+        optimiser.step()
+    start = wam.encode(
+        Context.from_observation(TensorDict({**batch["observation"][:, 0], "task": batch["task"]}, [64]))
+    )
+    ahead = wam.success_value(start) / wam.value_unit
+    assert ahead.shape == (64, wam.values[-1].weight.shape[0])
+    torch.testing.assert_close(ahead[:32].mean(), torch.tensor(0.25), atol=0.05, rtol=0)
+    assert ahead[32:].mean() < 0.05
+
+    alone = model(loss_weights={name: 0.0 for name in wam.loss_weights if name != "success_value"})
+    alone.loss(batch)["loss"].backward()
+    touched = {n for n, p in alone.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert touched and all(name.startswith("success_values.") for name in touched)
+
+
 def test_a_constant_feature_does_not_blow_up() -> None:
     wam = model()
     wam.set_normalisation({"state": {"mean": torch.ones(6), "std": torch.zeros(6), "change": torch.zeros(6)}})

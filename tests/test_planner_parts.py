@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from tensordict import TensorDict
 
 from wamrl import cli
-from wamrl.interfaces import Budget, Context, Gate, Imagined, Scorer
+from wamrl.interfaces import Budget, Context, Gate, Imagined, Scorer, State
 from wamrl.noise import NoiseKey
 from wamrl.planners import (
     Always,
@@ -159,6 +159,36 @@ def test_the_edge_of_a_tree_is_the_score_taken_apart() -> None:
     state = TensorDict({}, batch_size=[1])
     reward, discount, value = scorer.edge(model, imagined)
     torch.testing.assert_close(reward + discount * value, scorer(model, state, imagined))
+
+
+class OutcomeWAM(ToyWAM):
+    """Its success value has two heads, which say 1 and 3 times the latent."""
+
+    def success_value(self, state: State) -> torch.Tensor:
+        return state["z"] * torch.tensor([1.0, 3.0])
+
+
+def test_success_values_are_guesses_beside_the_returns() -> None:
+    def still(z: torch.Tensor, a: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(z.shape[:-1])
+
+    model = OutcomeWAM(
+        lambda z, a: z, still, lambda z: torch.full(z.shape[:-1], 2.0), state_dim=1, action_dim=1, discount=0.5
+    )
+    state = TensorDict({}, batch_size=[1])
+    imagined = futures(reward=torch.tensor([[[4.0]], [[0.0]]]), success=torch.zeros(2, 1, 1))
+    imagined.leaf["z"] = torch.tensor([4.0, 8.0]).view(1, 2, 1, 1)
+    returns = ReturnScorer()(model, state, imagined)
+    torch.testing.assert_close(returns, torch.tensor([[5.0, 1.0]]))  # reward + 0.5 * 2; the model has no success value
+    model.spec = replace(model.spec, provides=model.spec.provides | {"success_value"})
+    assert "success_value" in ReturnScorer().needs_of(model.spec)
+    # Guesses of candidate 0: twice 5 from returns, 2 and 6 from outcomes; of candidate 1: twice 1, 4 and 12.
+    torch.testing.assert_close(ReturnScorer()(model, state, imagined), torch.tensor([[4.5, 4.5]]))
+    alone = ReturnScorer(value_weight=0, reward_weight=0, success_weight=0, risk="worst")
+    torch.testing.assert_close(alone(model, state, imagined), torch.tensor([[2.0, 4.0]]))
+    torch.testing.assert_close(ReturnScorer(success_value_weight=0)(model, state, imagined), returns)
+    with pytest.raises(ValueError, match="does not answer 'success_value'"):
+        make_cem(scorer=ReturnScorer(success_value_weight=1.0)).initial_state(quadratic(TARGET), 1)
 
 
 def cliff() -> ToyWAM:

@@ -31,6 +31,7 @@ QUERIES = (
     "inverse",  # propose(state, future=...)
     "log_prob",  # log_prob(state, proposal)
     "value",  # value(state)
+    "success_value",  # success_value(state): what success ahead is worth, from outcomes alone
     "decode",  # decode(state | imagined)
     "observe",  # observe(state, action, observation): state carried across calls
     "reward",  # Imagined.reward is predicted
@@ -45,7 +46,8 @@ _ANSWERS = {
         "uncertainty", "goal",
     ),
     "reference": (
-        "rollout", "policy", "behaviour", "log_prob", "value", "decode", "observe", "reward", "success", "uncertainty",
+        "rollout", "policy", "behaviour", "log_prob", "value", "success_value", "decode", "observe", "reward", "success",
+        "uncertainty",
     ),
 }  # fmt: skip
 
@@ -325,6 +327,14 @@ class WAM(torch.nn.Module):
     def value(self, state: State) -> Tensor:
         """[*state.batch, E] estimates of the discounted sum to go of reward + `spec.success_bonus` * success."""
         return self._refuse("value")
+
+    def success_value(self, state: State) -> Tensor:
+        """[*state.batch, E] estimates of discount^k, in the units of `value`: k control steps until the first success.
+
+        The greatest value that a state can have, times that; 0 where success never comes. Learned from how episodes
+        ended, whatever rewards they met on the way.
+        """
+        return self._refuse("success_value")
 
     def decode(self, state: State | Imagined, keys: tuple[str, ...] | None = None) -> TensorDict:
         """Observation keys read off a state [R] or the frames of an Imagined [R, N, M, H]."""

@@ -43,7 +43,7 @@ class OracleWAM(WAM):
             observation={**model.spec.observation, "snapshot": (int(simulator.snapshot_size),)},
             # What the simulator answers, and with the model's own candidates: both plan among the same ones.
             provides=frozenset({"rollout", "policy", "value", "observe", "reward", "success", "uncertainty", "decode"})
-            | (model.spec.provides & {"behaviour"}),
+            | (model.spec.provides & {"behaviour", "success_value"}),
             anatomy=Anatomy("simulator state", "physics engine", "none", "planning"),
             ensemble_size=1,
         )
@@ -145,6 +145,10 @@ class OracleWAM(WAM):
     def value(self, state: State) -> Tensor:
         """The model's values of the states that the simulator reached."""
         return self.model.value(state["model"])
+
+    def success_value(self, state: State) -> Tensor:
+        """The model's, of the states that the simulator reached."""
+        return self.model.success_value(state["model"])
 
     def decode(self, state: State | Imagined, keys: tuple[str, ...] | None = None) -> TensorDict:
         """What the simulator showed in these states [R]; futures are decoded at their leaf only."""

@@ -111,7 +111,7 @@ class JointEmbeddingWAM(WAM):
     relation; None is none, "auto" hand, object and goal of the `layout`, as far as it has them in one vector.
     latent_dim: learned features of a latent.
     members: dynamics networks, each with its own reward and success head; their disagreement is the uncertainty.
-    values: value heads E.
+    values: value heads E, and as many of the success value.
     horizon: control steps that imagination is meant for. discount: per control step.
     reward_scale: the task's greatest reward per step. success_bonus: see `Spec`; a task's reward may hardly tell a
     success from a near one. The value heads work in units of (reward_scale + success_bonus) / (1 - discount).
@@ -180,6 +180,7 @@ class JointEmbeddingWAM(WAM):
                     "behaviour",
                     "log_prob",
                     "value",
+                    "success_value",
                     "decode",
                     "observe",
                     "reward",
@@ -201,6 +202,7 @@ class JointEmbeddingWAM(WAM):
             "reward": 0.5,
             "success": 0.5,
             "value": 10.0,
+            "success_value": 1.0,
             "policy": 1.0,
             "behaviour": 1.0,
             "tokens": 1.0,
@@ -235,6 +237,7 @@ class JointEmbeddingWAM(WAM):
         nn.init.zeros_(self.values[-1].weight)  # type: ignore[arg-type]
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target_values = copy.deepcopy(self.values).requires_grad_(False)
+        self.success_values = ensemble_mlp(values, head_in, [head_width], 1)
 
     # ---- borders -------------------------------------------------------------------------------------------------
 
@@ -491,13 +494,21 @@ class JointEmbeddingWAM(WAM):
 
     def _values(self, network: nn.Sequential, z: Tensor, task: Tensor) -> Tensor:
         """[E, *batch] values, in units of `value_unit`, of latents [*batch, D] and tasks [*batch, C]."""
-        x = torch.cat([self._with_relations(z), task], dim=-1)
+        return self._heads(network, torch.cat([self._with_relations(z), task], dim=-1))
+
+    @staticmethod
+    def _heads(network: nn.Sequential, x: Tensor) -> Tensor:
+        """[E, *batch] of E networks side by side that read the same `x` [*batch, X]."""
         flat = x.flatten(0, -2)
         members = cast(EnsembleLinear, network[0]).weight.shape[0]
         return network(flat.expand(members, -1, -1)).view(members, *x.shape[:-1])
 
     def value(self, state: State) -> Tensor:
         return self._values(self.values, state["z"], state["task"]).movedim(0, -1) * self.value_unit
+
+    def success_value(self, state: State) -> Tensor:
+        logit = self._values(self.success_values, state["z"], state["task"])
+        return torch.sigmoid(logit).movedim(0, -1) * self.value_unit
 
     def decode(self, state: State | Imagined, keys: tuple[str, ...] | None = None) -> TensorDict:
         if isinstance(state, Imagined):
@@ -605,6 +616,15 @@ class JointEmbeddingWAM(WAM):
         weight = torch.cat([weight, 0.25 * weight[:, 1:]], dim=1)
         error = (self._behaviour(seen.detach(), frame_tasks.detach()) - wanted).square().sum(-1)
         losses["behaviour"] = (error * weight).sum() / weight.sum().clamp(min=1.0)
+
+        # Success value: discount^(steps to the first success) as it was, on latents that it does not shape. The value
+        # above follows shaped rewards, which also pay for waiting beside the goal; this one does not know them.
+        attained = self.spec.discount ** batch["steps_to_success"][:, :-1]  # 0 after an infinite number of steps
+        attained = torch.cat([attained, attained[:, 1:]], dim=1)
+        weight = torch.cat([mask, 0.25 * mask[:, 1:]], dim=1)
+        logit = self._heads(self.success_values, torch.cat([seen, frame_tasks], dim=-1).detach())
+        bce = F.binary_cross_entropy_with_logits(logit, attained.expand_as(logit), reduction="none").mean(0)
+        losses["success_value"] = (bce * weight).sum() / weight.sum().clamp(min=1.0)
 
         total = sum(self.loss_weights[name] * value for name, value in losses.items())
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
