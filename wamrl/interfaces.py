@@ -46,8 +46,8 @@ _ANSWERS = {
         "uncertainty", "goal",
     ),
     "reference": (
-        "rollout", "policy", "behaviour", "log_prob", "value", "success_value", "decode", "observe", "reward", "success",
-        "uncertainty",
+        "rollout", "policy", "behaviour", "log_prob", "value", "success_value", "decode", "observe", "reward",
+        "success", "uncertainty",
     ),
 }  # fmt: skip
 
