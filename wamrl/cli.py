@@ -47,6 +47,10 @@ CONFIGS = "wamrl.configs"
 # Choices that a choice has in turn, as in wam=mot_uwm wam/backbone=dit.
 _INNER_GROUPS = {"wam": ("substrate", "backbone", "coupling")}
 OUTPUTS = Path("outputs")
+_FLAGS = {
+    "--cfg", "--resolve", "--package", "--run", "--multirun", "--shell-completion", "--config-path", "--config-name",
+    "--config-dir", "--info", "--hydra-help", "--experimental-rerun",
+}  # fmt: skip
 
 # Mistakes in what the user gave. Anything else is a defect of ours and keeps its traceback.
 _USER_ERRORS = (
@@ -178,6 +182,12 @@ class _JobFailed(BaseException):
 
 
 def _run(name: str, main: Main, given: Sequence[str]) -> None:
+    for word in given:
+        flag, _, value = word.partition("=")
+        if flag.startswith("--") and flag not in _FLAGS:
+            raise ValueError(
+                f"there is no flag '{flag}'; settings are written without dashes, as in {flag[2:]}={value or '<value>'}"
+            )
     arguments = _checkpoint_paths(name, list(given), _config_folders(given))
     # Hydra's parser takes no flag between two settings, and more of them follow: flags and their values go first.
     arguments.sort(key=lambda word: word[:1] in "+~" or ("=" in word and not word.startswith("-")))
@@ -189,6 +199,8 @@ def _run(name: str, main: Main, given: Sequence[str]) -> None:
         "hydra.job.name": name,
         "hydra.job.chdir": "false",
         "hydra/job_logging": "none",
+        # Hydra would print every library's small talk as its own; without it Python prints warnings only, to stderr.
+        "hydra/hydra_logging": "none",
     }
     if sweep_dir is not None:
         ours |= {"hydra.sweep.dir": str(sweep_dir), "hydra.sweep.subdir": r"${hydra.job.num}"}
@@ -220,6 +232,8 @@ def _job(name: str, main: Main, config: DictConfig) -> Any:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         if asked:
             raise ValueError("run_dir is given, but each job of a multirun needs a directory of its own; leave it out")
+        job = HydraConfig.get()
+        print(f"job {job.job.num}: {' '.join(job.overrides.task)}", flush=True)
         run_dir, made = Path(HydraConfig.get().runtime.output_dir), True
         if run_dir.is_absolute() and run_dir.is_relative_to(Path.cwd()):
             run_dir = run_dir.relative_to(Path.cwd())
