@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tensordict import TensorDict
+from tensordict import NonTensorData, TensorDict
 
 from wamrl.data import EpisodeDataset, EpisodeWriter, episode_tensordict, export_minari, import_minari, load_episode
 from wamrl.interfaces import task_id
@@ -261,6 +261,59 @@ def test_a_kill_at_any_moment_leaves_whole_episodes(tmp_path: Path) -> None:
     assert data.num_steps == 40 * len(data)
 
 
+KILLED_EVERYWHERE = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+from test_data import make_episode, make_index, TASK
+from wamrl.data import EpisodeDataset, EpisodeWriter
+
+left = 0  # operations on files until the process dies; 0 is never
+
+def die(event, arguments):
+    global left
+    if left and event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"):
+        left -= 1
+        if not left:
+            os._exit(9)
+
+def collect(path):
+    writer = EpisodeWriter(path, make_index())
+    writer.remove_leftovers()
+    for number in range(2):
+        if f"e-{number}" not in writer.names():
+            writer.write(f"e-{number}", make_episode(7), {"task": TASK, "behaviour": "expert", "start": number})
+
+sys.addaudithook(die)
+moment = 0
+while True:
+    moment += 1
+    path = f"{sys.argv[1]}/{moment}"
+    child = os.fork()
+    if not child:
+        left = moment
+        collect(path)
+        os._exit(0)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert ended in (0, 9), ended
+    try:
+        assert set(EpisodeDataset.open(path).lengths.tolist()) == {7}
+    except (FileNotFoundError, ValueError) as error:
+        assert "no dataset at" in str(error) or "no whole episode" in str(error), error
+    collect(path)
+    assert EpisodeDataset.open(path).lengths.tolist() == [7, 7]
+    if ended == 0:
+        break
+print(moment)
+"""
+
+
+def test_a_kill_before_any_operation_on_files_leaves_whole_episodes_and_collecting_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", KILLED_EVERYWHERE, str(tmp_path), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 30  # moments that were tried
+
+
 def test_an_empty_or_missing_dataset_is_refused(tmp_path: Path) -> None:
     EpisodeWriter(tmp_path / "empty", make_index())
     with pytest.raises(ValueError, match="holds no whole episode"):
@@ -355,6 +408,23 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         EpisodeDataset.open(path)
     (path / "dataset.json").write_text(json.dumps({"format_version": 99}))
     with pytest.raises(ValueError, match="format 99"):
+        EpisodeDataset.open(path)
+
+
+class _Trap:
+    def __reduce__(self) -> tuple:
+        return (exec, ("raise SystemExit('executed')",))
+
+
+def test_a_pickle_in_an_episode_is_refused_and_never_executed(tmp_path: Path) -> None:
+    path = make_dataset(tmp_path / "data")
+    folder = path / "episodes" / "e-1"
+    episode = TensorDict.load_memmap(str(folder), allow_pickle=False).to_tensordict()
+    episode["note"] = NonTensorData(_Trap())
+    shutil.copy(folder / "episode.json", tmp_path / "episode.json")
+    episode.memmap(str(folder))
+    shutil.copy(tmp_path / "episode.json", folder / "episode.json")
+    with pytest.raises(ValueError, match="e-1 is damaged.*Refusing to load pickled"):
         EpisodeDataset.open(path)
 
 

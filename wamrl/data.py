@@ -131,11 +131,12 @@ class EpisodeWriter:
                     f"{self.path} holds a dataset collected with other settings ({', '.join(differing)} differ); "
                     "choose another directory, or the same settings to go on with it"
                 )
-        elif self.path.exists() and any(self.path.iterdir()):
+        # A kill while the index was written leaves a hidden file.
+        elif self.path.exists() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no dataset; choose a new directory")
         else:
-            self.episodes.mkdir(parents=True, exist_ok=True)
             write_json(self.path / INDEX, {"format_version": FORMAT_VERSION, **index})
+        self.episodes.mkdir(exist_ok=True)
 
     def names(self) -> set[str]:
         """The episodes that are whole."""
@@ -221,7 +222,7 @@ def load_episode(path: str | os.PathLike[str]) -> tuple[TensorDict, dict[str, An
     """One stored episode (memory-mapped, read-only by convention, snapshots included) and its information.
 
     Raises:
-        ValueError: when files are missing or shorter than they should be.
+        ValueError: when files are missing or shorter than they should be, or hold a pickle, which is never executed.
     """
     path = Path(path)
     try:
@@ -230,7 +231,7 @@ def load_episode(path: str | os.PathLike[str]) -> tuple[TensorDict, dict[str, An
         for name, size in info.pop("bytes").items():
             if (path / name).stat().st_size != size:
                 raise ValueError(f"{name} has {(path / name).stat().st_size} bytes instead of {size}")
-        episode = TensorDict.load_memmap(str(path))
+        episode = TensorDict.load_memmap(str(path), allow_pickle=False)
     except Exception as error:  # torch, tensordict and json each have errors of their own here
         raise ValueError(f"episode {path} is damaged: {type(error).__name__}: {error}") from error
     missing = [key for key in ("observation", *STEP_KEYS) if key not in episode.keys()]
