@@ -35,7 +35,7 @@ def make_episode(steps: int, *, first_success: int | None = None, offset: float 
         label=torch.full((steps, 2), 0.5),
         reward=time_[:-1],
         success=success,
-        snapshot=torch.zeros(steps + 1, 5, dtype=torch.float64),
+        snapshot=(offset + time_)[:, None].double().expand(-1, 5) / 3.0,
     )
 
 
@@ -444,6 +444,23 @@ def test_minari_there_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [e["behaviour"] for e in back.episodes] == [e["behaviour"] for e in ours.episodes]
     for a, b in zip(back.windows(12, batch_size=1), ours.windows(12, batch_size=1), strict=True):
         assert (a == b).all()
+    mine, theirs = (
+        load_episode(folder / "episodes" / name)[0]
+        for folder, name in ((path, "e-1"), (tmp_path / "back", "episode-00001"))
+    )
+    assert torch.equal(mine["snapshot"], theirs["snapshot"]) and theirs["snapshot"].dtype == torch.float64
+
+    export_minari(make_dataset(tmp_path / "held", split="test"), "wamrl/push-v1")
+    assert (
+        import_minari("wamrl/push-v1", tmp_path / "held_back", task=TASK, control_dt_s=0.025).indices[0]["split"]
+        == "test"
+    )
+    with pytest.raises(ValueError, match="from test start states"):
+        EpisodeDataset.open(tmp_path / "held_back")
+    with pytest.raises(ValueError, match="split is 'train', but 'wamrl/push-v1' was exported from split 'test'"):
+        import_minari("wamrl/push-v1", tmp_path / "no", task=TASK, control_dt_s=0.025, split="train")
+    with pytest.raises(ValueError, match="control_dt_s is 0.1"):
+        import_minari("wamrl/push-v1", tmp_path / "no", task=TASK, control_dt_s=0.1)
 
 
 @pytest.mark.filterwarnings("ignore")

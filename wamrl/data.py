@@ -557,8 +557,8 @@ class EpisodeDataset:
         kept = [number for number in range(len(self)) if number not in held]
         if not held or not kept:
             raise ValueError(
-                f"{len(self)} episode(s) cannot be split with validation_fraction={validation_fraction}: "
-                "one side is empty"
+                f"{len(self)} episode(s) cannot be split with validation_fraction={validation_fraction}: one side is "
+                "empty; collect more, choose a fraction nearer to .5, or train on all with validation_fraction=0"
             )
         return self.select(kept), self.select(sorted(held))
 
@@ -687,8 +687,8 @@ _MINARI_HELP = 'Minari is not installed; run: pip install "wamrl[minari]"'
 def export_minari(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], dataset_id: str) -> Any:
     """Write one dataset or several as the Minari dataset `dataset_id` (such as "metaworld/push-v0") and return it.
 
-    Observations become a dict space of the stored keys. Labels, success flags and the facts of an episode become
-    infos. Minari keeps its datasets where its own settings say (MINARI_DATASETS_PATH).
+    Observations become a dict space of the stored keys. Labels, success flags, simulator states and the facts of an
+    episode become infos. Minari keeps its datasets where its own settings say (MINARI_DATASETS_PATH).
 
     Raises:
         ModuleNotFoundError: when Minari is not installed.
@@ -717,6 +717,7 @@ def export_minari(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str
                 return torch.cat([value, torch.zeros_like(value[:1])]).numpy()
 
             text = json.dumps({**info, "split": index["split"], "control_dt_s": index["env"].get("control_dt_s")})
+            snapshot = {"snapshot": episode["snapshot"].numpy()} if "snapshot" in episode.keys() else {}
             buffers.append(
                 EpisodeBuffer(
                     id=len(buffers),
@@ -733,6 +734,7 @@ def export_minari(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str
                         "label_valid": per_frame(valid),
                         "success": per_frame(episode["success"]),
                         "episode": [text] * (steps + 1),
+                        **snapshot,
                     },
                 )
             )
@@ -759,7 +761,7 @@ def import_minari(
     *,
     task: str,
     control_dt_s: float,
-    split: str = "train",
+    split: str | None = None,
     labels: bool = False,
 ) -> EpisodeDataset:
     """Turn a local Minari dataset into a wamrl dataset at `path` and open it.
@@ -769,13 +771,14 @@ def import_minari(
         path: directory of the dataset to make.
         task: the task name of its episodes; episodes that `export_minari` wrote keep their own.
         control_dt_s: seconds per step.
-        split: which start states it counts as.
+        split: which start states it counts as; None is what `export_minari` wrote, otherwise "train".
         labels: whether the recorded actions are clean demonstrations, to be imitated. Labels that `export_minari`
             wrote are used as they are.
 
     Raises:
         ModuleNotFoundError: when Minari is not installed.
-        ValueError: for observation or action spaces that are not boxes, or actions outside [-1, 1].
+        ValueError: for observation or action spaces that are not boxes, actions outside [-1, 1], or a `split` or
+            `control_dt_s` other than `export_minari` wrote: held-out starts stay held out.
     """
     try:
         import minari
@@ -803,13 +806,20 @@ def import_minari(
         infos = episode.infos or {}
         steps = len(actions)
         facts: dict[str, Any] = {"behaviour": "imported"}
-        if "episode" in infos:
+        exported = "episode" in infos
+        if exported:
             text = infos["episode"][0]
             facts = json.loads(text.decode() if isinstance(text, bytes) else text)
+            split = split or facts["split"]
+            for name, given in (("split", split), ("control_dt_s", control_dt_s)):
+                if facts[name] != given:
+                    raise ValueError(
+                        f"{name} is {given!r}, but '{dataset_id}' was exported from {name} {facts[name]!r}"
+                    )
         success = infos.get("success")
         success = torch.zeros(steps, dtype=torch.bool) if success is None else tensor(success)[-steps:].bool()
         label, count = (actions, True) if labels else (None, False)
-        if "episode" in infos:
+        if exported:
             success = tensor(infos["success"])[:steps].bool()
             label = tensor(infos["label"])[:steps] if bool(infos["label_available"][0]) else None
             count = bool(tensor(infos["label_valid"]).any())
@@ -823,10 +833,15 @@ def import_minari(
                     success=success,
                     terminated=tensor(episode.terminations).bool(),
                     truncated=tensor(episode.truncations).bool(),
+                    # As it is: only in float64 does a simulator state restore exactly.
+                    snapshot=torch.as_tensor(np.asarray(infos["snapshot"]))
+                    if exported and "snapshot" in infos
+                    else None,
                 ),
                 {"task": task, "number": number, **facts, "labels_count": count},
             )
         )
+    split = split or "train"
     behaviours = sorted({info["behaviour"] for _, info in ours if info.pop("labels_count")})
     writer = EpisodeWriter(
         path,
