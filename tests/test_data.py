@@ -339,6 +339,8 @@ def test_other_sizes_are_refused(tmp_path: Path) -> None:
         EpisodeDataset.open(path, observation={"touch": (4,)})
     with pytest.raises(ValueError, match="observation key 'stat'"):
         EpisodeDataset.open(path, keys=["stat"])
+    with pytest.raises(ValueError, match="no observation key was named"):
+        EpisodeDataset.open(path, keys=[])
     writer = EpisodeWriter(path, make_index())
     writer.write("other", make_episode(4, size=7), {"task": TASK, "behaviour": "expert"})
     with pytest.raises(ValueError, match="but the episodes before it"):

@@ -315,6 +315,8 @@ class EpisodeDataset:
         paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
         if not paths:
             raise ValueError("no dataset was named; give at least one directory made by python -m wamrl.collect")
+        if keys is not None and not keys:
+            raise ValueError("no observation key was named; give at least one, such as [state], or null for all")
         loaded: list[tuple[TensorDict, dict[str, Any]]] = []
         indices = []
         for path in map(Path, paths):
