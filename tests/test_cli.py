@@ -107,7 +107,9 @@ def test_a_multirun_gives_each_job_a_directory(demo, capsys):
     assert texts == {"3 toy/push", "3 toy/reach", "9 toy/push", "9 toy/reach"}
     assert all((sweep / str(job) / "config.yaml").exists() for job in range(4))
     assert Path("outputs/demo/latest").resolve() == sweep.resolve()
-    assert capsys.readouterr().out.splitlines()[-1] == f"outputs in {sweep}"
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1] == f"outputs in {sweep}"
+    assert [line for line in told if line.startswith("job")][2] == "job 2: planner=deep env=toy/push"
     assert not Path("multirun").exists()
 
 
@@ -131,6 +133,11 @@ def test_a_multirun_that_fails_keeps_the_jobs_that_were_done(demo, capsys):
         ("episods=3", "unknown setting 'episods'; did you mean 'episodes'?"),
         ("planer=fast", "unknown setting 'planer'; did you mean 'planner'?"),
         ("push", "cannot read 'push'; settings are written key=value"),
+        ("--episodes=3", "there is no flag '--episodes'; settings are written without dashes, as in episodes=3"),
+        ("--episodes", "as in episodes=<value>"),
+        ("episodes=few", "episodes is 'few', but must be a whole number"),
+        ("episodes=2.5", "episodes is 2.5, but must be a whole number"),
+        ("episodes=true", "episodes is True, but must be a whole number"),
         ("must=???", "'must' has no value; give it as must=<value>"),
         ("must=${nothing}", "Interpolation key 'nothing' not found"),
         ("planner.horizon=1,2", "--multirun"),
@@ -230,17 +237,20 @@ def test_a_checkpoint_path_takes_the_place_of_a_choice(demo, tmp_path, capsys, m
     assert "unknown wam 'smal'; did you mean 'small'" in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_a_real_process_with_130(tmp_path):
+def test_a_real_process_prints_warnings_but_no_small_talk_and_ends_with_130_at_ctrl_c(tmp_path):
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "slow.yaml").write_text("steps: 1000\n")
     (tmp_path / "slow.py").write_text(
         textwrap.dedent(
             """
+            import logging
             import time
             from wamrl.cli import command
             @command("slow", help="Waits.")
             def main(config, run_dir):
                 (run_dir / "started").touch()
+                logging.getLogger("some.library").info("small talk")
+                logging.getLogger("some.library").warning("mind this")
                 print("started", flush=True)
                 time.sleep(60)
             main()
@@ -259,7 +269,7 @@ def test_ctrl_c_ends_a_real_process_with_130(tmp_path):
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert told.startswith("interrupted\nwhat was done so far is in outputs/slow/")
+    assert told.startswith("mind this\ninterrupted\nwhat was done so far is in outputs/slow/")
 
 
 # ------------------------------------------------------------------------------------ the shipped commands

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tensordict import TensorDict
+from tensordict import NonTensorData, TensorDict
 
 from wamrl.data import EpisodeDataset, EpisodeWriter, episode_tensordict, export_minari, import_minari, load_episode
 from wamrl.interfaces import Layout, task_id
@@ -35,7 +35,7 @@ def make_episode(steps: int, *, first_success: int | None = None, offset: float 
         label=torch.full((steps, 2), 0.5),
         reward=time_[:-1],
         success=success,
-        snapshot=torch.zeros(steps + 1, 5, dtype=torch.float64),
+        snapshot=(offset + time_)[:, None].double().expand(-1, 5) / 3.0,
     )
 
 
@@ -261,6 +261,59 @@ def test_a_kill_at_any_moment_leaves_whole_episodes(tmp_path: Path) -> None:
     assert data.num_steps == 40 * len(data)
 
 
+KILLED_EVERYWHERE = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+from test_data import make_episode, make_index, TASK
+from wamrl.data import EpisodeDataset, EpisodeWriter
+
+left = 0  # operations on files until the process dies; 0 is never
+
+def die(event, arguments):
+    global left
+    if left and event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"):
+        left -= 1
+        if not left:
+            os._exit(9)
+
+def collect(path):
+    writer = EpisodeWriter(path, make_index())
+    writer.remove_leftovers()
+    for number in range(2):
+        if f"e-{number}" not in writer.names():
+            writer.write(f"e-{number}", make_episode(7), {"task": TASK, "behaviour": "expert", "start": number})
+
+sys.addaudithook(die)
+moment = 0
+while True:
+    moment += 1
+    path = f"{sys.argv[1]}/{moment}"
+    child = os.fork()
+    if not child:
+        left = moment
+        collect(path)
+        os._exit(0)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert ended in (0, 9), ended
+    try:
+        assert set(EpisodeDataset.open(path).lengths.tolist()) == {7}
+    except (FileNotFoundError, ValueError) as error:
+        assert "no dataset at" in str(error) or "no whole episode" in str(error), error
+    collect(path)
+    assert EpisodeDataset.open(path).lengths.tolist() == [7, 7]
+    if ended == 0:
+        break
+print(moment)
+"""
+
+
+def test_a_kill_before_any_operation_on_files_leaves_whole_episodes_and_collecting_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", KILLED_EVERYWHERE, str(tmp_path), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 30  # moments that were tried
+
+
 def test_an_empty_or_missing_dataset_is_refused(tmp_path: Path) -> None:
     EpisodeWriter(tmp_path / "empty", make_index())
     with pytest.raises(ValueError, match="holds no whole episode"):
@@ -286,6 +339,8 @@ def test_other_sizes_are_refused(tmp_path: Path) -> None:
         EpisodeDataset.open(path, observation={"touch": (4,)})
     with pytest.raises(ValueError, match="observation key 'stat'"):
         EpisodeDataset.open(path, keys=["stat"])
+    with pytest.raises(ValueError, match="no observation key was named"):
+        EpisodeDataset.open(path, keys=[])
     writer = EpisodeWriter(path, make_index())
     writer.write("other", make_episode(4, size=7), {"task": TASK, "behaviour": "expert"})
     with pytest.raises(ValueError, match="but the episodes before it"):
@@ -358,6 +413,23 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         EpisodeDataset.open(path)
 
 
+class _Trap:
+    def __reduce__(self) -> tuple:
+        return (exec, ("raise SystemExit('executed')",))
+
+
+def test_a_pickle_in_an_episode_is_refused_and_never_executed(tmp_path: Path) -> None:
+    path = make_dataset(tmp_path / "data")
+    folder = path / "episodes" / "e-1"
+    episode = TensorDict.load_memmap(str(folder), allow_pickle=False).to_tensordict()
+    episode["note"] = NonTensorData(_Trap())
+    shutil.copy(folder / "episode.json", tmp_path / "episode.json")
+    episode.memmap(str(folder))
+    shutil.copy(tmp_path / "episode.json", folder / "episode.json")
+    with pytest.raises(ValueError, match="e-1 is damaged.*Refusing to load pickled"):
+        EpisodeDataset.open(path)
+
+
 # ----------------------------------------------------------------------------------------------------- Minari
 
 
@@ -374,6 +446,23 @@ def test_minari_there_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [e["behaviour"] for e in back.episodes] == [e["behaviour"] for e in ours.episodes]
     for a, b in zip(back.windows(12, batch_size=1), ours.windows(12, batch_size=1), strict=True):
         assert (a == b).all()
+    mine, theirs = (
+        load_episode(folder / "episodes" / name)[0]
+        for folder, name in ((path, "e-1"), (tmp_path / "back", "episode-00001"))
+    )
+    assert torch.equal(mine["snapshot"], theirs["snapshot"]) and theirs["snapshot"].dtype == torch.float64
+
+    export_minari(make_dataset(tmp_path / "held", split="test"), "wamrl/push-v1")
+    assert (
+        import_minari("wamrl/push-v1", tmp_path / "held_back", task=TASK, control_dt_s=0.025).indices[0]["split"]
+        == "test"
+    )
+    with pytest.raises(ValueError, match="from test start states"):
+        EpisodeDataset.open(tmp_path / "held_back")
+    with pytest.raises(ValueError, match="split is 'train', but 'wamrl/push-v1' was exported from split 'test'"):
+        import_minari("wamrl/push-v1", tmp_path / "no", task=TASK, control_dt_s=0.025, split="train")
+    with pytest.raises(ValueError, match="control_dt_s is 0.1"):
+        import_minari("wamrl/push-v1", tmp_path / "no", task=TASK, control_dt_s=0.1)
 
 
 @pytest.mark.filterwarnings("ignore")

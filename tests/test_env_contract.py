@@ -21,7 +21,7 @@ from tensordict import TensorDict
 from torchrl.data import OneHot
 from torchrl.envs.utils import check_env_specs
 
-from wamrl.interfaces import task_id
+from wamrl.interfaces import Env, task_id
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "env"
 ROWS, STEPS = 3, 6
@@ -147,6 +147,7 @@ def test_torchrl_accepts_it(subject):
 
 
 def test_its_keys_are_those_of_the_contract(subject):
+    assert isinstance(subject.env, Env)
     env, td = subject.env, subject.start(0, 1, 2)
     keys = set(env.observation_spec.keys())
     assert keys >= {"task", "success", "simulator_error", "state"}

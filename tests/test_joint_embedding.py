@@ -388,6 +388,16 @@ def test_the_last_candidates_follow_the_behaviour_prior_and_the_others_do_not() 
         wam.propose(state, 5, mode="ode", behaviour=6)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("width", 0), ("latent_dim", -5), ("members", 2.5), ("horizon", True), ("discount", 1.5), ("discount", math.nan),
+     ("target_rate", 0.0), ("expectile", 3.0), ("reward_scale", 0.0), ("reward_scale", math.inf)],
+)  # fmt: skip
+def test_sizes_out_of_range_are_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {value}, but must be"):
+        model(**{name: value})
+
+
 @pytest.mark.parametrize("bonus", [-1.0, math.nan, math.inf])
 def test_a_success_bonus_that_no_value_can_count_is_refused(bonus: float) -> None:
     with pytest.raises(ValueError, match="success_bonus is .* but must be a finite number of at least 0"):

@@ -14,7 +14,16 @@ import pytest
 
 from wamrl import report
 from wamrl.evaluation import Episode, compare, summarise
-from wamrl.report import percent, plan_figure, short, success_figure, telling_plans, tree_figure, write_report
+from wamrl.report import (
+    episode_figure,
+    percent,
+    plan_figure,
+    short,
+    success_figure,
+    telling_plans,
+    tree_figure,
+    write_report,
+)
 from wamrl.video import View, write_video
 
 REACH, PUSH = "metaworld/reach-v3", "metaworld/push-v3"
@@ -203,6 +212,21 @@ def test_the_page_goes_through_the_plans_without_scripts(tmp_path):
     assert len(section) < 100_000
 
 
+@pytest.mark.parametrize(
+    ("rewards", "ticks"),
+    [([0.0, 10.02], ["0", "6", "12"]), ([-16.0, -4.0], ["-16", "-8", "0"]), ([-1.0, 0.5], ["-1", "-0.2", "0.6"]),
+     ([0.0, 0.0], ["0", "0.5", "1"])],
+)  # fmt: skip
+def test_rewards_of_any_sign_stand_inside_their_axis(rewards, ticks):
+    plan = _trace()["plans"][0] | {"reward": rewards}
+    text = episode_figure(_trace() | {"reward": rewards, "plans": [plan]}).inline
+    assert re.findall(r'text-anchor="end">(-?[\d.]+)<', text)[:3] == ticks
+    low, high = float(ticks[0]), float(ticks[2])
+    (line,) = re.findall(r'<path d="M([^"]+)" fill="none" class="" ', text)
+    heights = [float(point.split(",")[1]) for point in line.split("L")]
+    assert heights == pytest.approx([26 + 104 * (high - r) / (high - low) for r in rewards], abs=0.06)
+
+
 def test_better_candidates_are_further_up_the_scale_and_the_paths_are_where_they_belong():
     trace = _many_plans()
     here = trace["plans"][0]["hand"]
@@ -243,6 +267,13 @@ def test_a_tree_shows_visits_values_and_the_chosen_way(tmp_path):
     assert len({c.get("cy") for c in circles}) == 3
     page = _page(tmp_path, _results(_episodes()), [trace])
     assert "In the tree, a node is a chunk" in page and "values 0 to 4" in page
+
+
+@pytest.mark.parametrize(("shapes", "said"), [({"state": [39]}, True), ({"state": [39], "pixels": [3, 64, 64]}, False)])
+def test_only_a_model_that_reads_no_images_is_said_to_read_none(tmp_path, shapes, said):
+    results = _results(_episodes())
+    results["checkpoint"]["observation"] = shapes
+    assert ("own numbers (state), not images" in _words(_page(tmp_path, results))) is said
 
 
 def test_names_are_escaped(tmp_path):

@@ -295,7 +295,8 @@ def test_training_leaves_the_global_generator_alone(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("steps", 0), ("batch_size", -1), ("learning_rate", float("nan")), ("learning_rate", 0.0), ("clip_norm", -1.0),
-     ("precision", "float8"), ("max_seconds", 0.0), ("threads", 0), ("final_learning_rate", 1.0), ("steps", 2.5)],
+     ("precision", "float8"), ("max_seconds", 0.0), ("threads", 0), ("final_learning_rate", 1.0), ("steps", 2.5),
+     ("learning_rate", "abc"), ("seed", "x"), ("threads", "two"), ("compile", "maybe"), ("weight_decay", float("inf"))],
 )  # fmt: skip
 def test_options_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name):

@@ -47,6 +47,10 @@ CONFIGS = "wamrl.configs"
 # Choices that a choice has in turn, as in wam=mot_uwm wam/backbone=dit.
 _INNER_GROUPS = {"wam": ("substrate", "backbone", "coupling")}
 OUTPUTS = Path("outputs")
+_FLAGS = {
+    "--cfg", "--resolve", "--package", "--run", "--multirun", "--shell-completion", "--config-path", "--config-name",
+    "--config-dir", "--info", "--hydra-help", "--experimental-rerun",
+}  # fmt: skip
 
 # Mistakes in what the user gave. Anything else is a defect of ours and keeps its traceback.
 _USER_ERRORS = (
@@ -178,7 +182,14 @@ class _JobFailed(BaseException):
 
 
 def _run(name: str, main: Main, given: Sequence[str]) -> None:
-    arguments = _checkpoint_paths(name, list(given), _config_folders(given))
+    for word in given:
+        flag, _, value = word.partition("=")
+        if flag.startswith("--") and flag not in _FLAGS:
+            raise ValueError(
+                f"there is no flag '{flag}'; settings are written without dashes, as in {flag[2:]}={value or '<value>'}"
+            )
+    folders = _config_folders(given)
+    arguments = _checkpoint_paths(name, list(given), folders)
     # Hydra's parser takes no flag between two settings, and more of them follow: flags and their values go first.
     arguments.sort(key=lambda word: word[:1] in "+~" or ("=" in word and not word.startswith("-")))
     sweep = any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in arguments)
@@ -189,6 +200,8 @@ def _run(name: str, main: Main, given: Sequence[str]) -> None:
         "hydra.job.name": name,
         "hydra.job.chdir": "false",
         "hydra/job_logging": "none",
+        # Hydra would print every library's small talk as its own; without it Python prints warnings only, to stderr.
+        "hydra/hydra_logging": "none",
     }
     if sweep_dir is not None:
         ours |= {"hydra.sweep.dir": str(sweep_dir), "hydra.sweep.subdir": r"${hydra.job.num}"}
@@ -197,7 +210,7 @@ def _run(name: str, main: Main, given: Sequence[str]) -> None:
 
     def job(config: DictConfig) -> Any:
         try:
-            return _job(name, main, config)
+            return _job(name, main, config, folders)
         except Exception as error:
             raise _JobFailed(error) from error
 
@@ -215,11 +228,13 @@ def _run(name: str, main: Main, given: Sequence[str]) -> None:
         _say_where(sweep_dir)
 
 
-def _job(name: str, main: Main, config: DictConfig) -> Any:
+def _job(name: str, main: Main, config: DictConfig, folders: Sequence[str]) -> Any:
     asked = config.get("run_dir") if "run_dir" in config else None
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         if asked:
             raise ValueError("run_dir is given, but each job of a multirun needs a directory of its own; leave it out")
+        job = HydraConfig.get()
+        print(f"job {job.job.num}: {' '.join(job.overrides.task)}", flush=True)
         run_dir, made = Path(HydraConfig.get().runtime.output_dir), True
         if run_dir.is_absolute() and run_dir.is_relative_to(Path.cwd()):
             run_dir = run_dir.relative_to(Path.cwd())
@@ -233,6 +248,7 @@ def _job(name: str, main: Main, config: DictConfig) -> Any:
     try:
         # Resolved here, once: a missing value or a dangling reference is an error before any work is done.
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        _check_kinds(_primary(name, folders), config)
         files.write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
         value = main(config, run_dir)
     except BaseException as error:
@@ -243,6 +259,17 @@ def _job(name: str, main: Main, config: DictConfig) -> Any:
         raise
     _say_where(run_dir)
     return value
+
+
+def _check_kinds(defaults: Mapping[str, Any], config: DictConfig) -> None:
+    """Raise ValueError for a setting of the command whose default is a number, true or false, and which is not."""
+    kinds = {bool: "true or false", int: "a whole number", float: "a number"}
+    for key, default in defaults.items():
+        kind, value = type(default), config.get(key)
+        if kind not in kinds or value is None:
+            continue
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
+            raise ValueError(f"{key} is {value!r}, but must be {kinds[kind]}")
 
 
 def _say_where(run_dir: Path) -> None:

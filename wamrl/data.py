@@ -132,11 +132,12 @@ class EpisodeWriter:
                     f"{self.path} holds a dataset collected with other settings ({', '.join(differing)} differ); "
                     "choose another directory, or the same settings to go on with it"
                 )
-        elif self.path.exists() and any(self.path.iterdir()):
+        # A kill while the index was written leaves a hidden file.
+        elif self.path.exists() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no dataset; choose a new directory")
         else:
-            self.episodes.mkdir(parents=True, exist_ok=True)
             write_json(self.path / INDEX, {"format_version": FORMAT_VERSION, **index})
+        self.episodes.mkdir(exist_ok=True)
 
     def names(self) -> set[str]:
         """The episodes that are whole."""
@@ -222,7 +223,7 @@ def load_episode(path: str | os.PathLike[str]) -> tuple[TensorDict, dict[str, An
     """One stored episode (memory-mapped, read-only by convention, snapshots included) and its information.
 
     Raises:
-        ValueError: when files are missing or shorter than they should be.
+        ValueError: when files are missing or shorter than they should be, or hold a pickle, which is never executed.
     """
     path = Path(path)
     try:
@@ -231,7 +232,7 @@ def load_episode(path: str | os.PathLike[str]) -> tuple[TensorDict, dict[str, An
         for name, size in info.pop("bytes").items():
             if (path / name).stat().st_size != size:
                 raise ValueError(f"{name} has {(path / name).stat().st_size} bytes instead of {size}")
-        episode = TensorDict.load_memmap(str(path))
+        episode = TensorDict.load_memmap(str(path), allow_pickle=False)
     except Exception as error:  # torch, tensordict and json each have errors of their own here
         raise ValueError(f"episode {path} is damaged: {type(error).__name__}: {error}") from error
     missing = [key for key in ("observation", *STEP_KEYS) if key not in episode.keys()]
@@ -317,6 +318,8 @@ class EpisodeDataset:
         paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
         if not paths:
             raise ValueError("no dataset was named; give at least one directory made by python -m wamrl.collect")
+        if keys is not None and not keys:
+            raise ValueError("no observation key was named; give at least one, such as [state], or null for all")
         loaded: list[tuple[TensorDict, dict[str, Any]]] = []
         indices = []
         for path in map(Path, paths):
@@ -559,8 +562,8 @@ class EpisodeDataset:
         kept = [number for number in range(len(self)) if number not in held]
         if not held or not kept:
             raise ValueError(
-                f"{len(self)} episode(s) cannot be split with validation_fraction={validation_fraction}: "
-                "one side is empty"
+                f"{len(self)} episode(s) cannot be split with validation_fraction={validation_fraction}: one side is "
+                "empty; collect more, choose a fraction nearer to .5, or train on all with validation_fraction=0"
             )
         return self.select(kept), self.select(sorted(held))
 
@@ -689,8 +692,8 @@ _MINARI_HELP = 'Minari is not installed; run: pip install "wamrl[minari]"'
 def export_minari(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], dataset_id: str) -> Any:
     """Write one dataset or several as the Minari dataset `dataset_id` (such as "metaworld/push-v0") and return it.
 
-    Observations become a dict space of the stored keys. Labels, success flags and the facts of an episode become
-    infos. Minari keeps its datasets where its own settings say (MINARI_DATASETS_PATH).
+    Observations become a dict space of the stored keys. Labels, success flags, simulator states and the facts of an
+    episode become infos. Minari keeps its datasets where its own settings say (MINARI_DATASETS_PATH).
 
     Raises:
         ModuleNotFoundError: when Minari is not installed.
@@ -719,6 +722,7 @@ def export_minari(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str
                 return torch.cat([value, torch.zeros_like(value[:1])]).numpy()
 
             text = json.dumps({**info, "split": index["split"], "control_dt_s": index["env"].get("control_dt_s")})
+            snapshot = {"snapshot": episode["snapshot"].numpy()} if "snapshot" in episode.keys() else {}
             buffers.append(
                 EpisodeBuffer(
                     id=len(buffers),
@@ -735,6 +739,7 @@ def export_minari(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str
                         "label_valid": per_frame(valid),
                         "success": per_frame(episode["success"]),
                         "episode": [text] * (steps + 1),
+                        **snapshot,
                     },
                 )
             )
@@ -761,7 +766,7 @@ def import_minari(
     *,
     task: str,
     control_dt_s: float,
-    split: str = "train",
+    split: str | None = None,
     labels: bool = False,
 ) -> EpisodeDataset:
     """Turn a local Minari dataset into a wamrl dataset at `path` and open it.
@@ -771,13 +776,14 @@ def import_minari(
         path: directory of the dataset to make.
         task: the task name of its episodes; episodes that `export_minari` wrote keep their own.
         control_dt_s: seconds per step.
-        split: which start states it counts as.
+        split: which start states it counts as; None is what `export_minari` wrote, otherwise "train".
         labels: whether the recorded actions are clean demonstrations, to be imitated. Labels that `export_minari`
             wrote are used as they are.
 
     Raises:
         ModuleNotFoundError: when Minari is not installed.
-        ValueError: for observation or action spaces that are not boxes, or actions outside [-1, 1].
+        ValueError: for observation or action spaces that are not boxes, actions outside [-1, 1], or a `split` or
+            `control_dt_s` other than `export_minari` wrote: held-out starts stay held out.
     """
     try:
         import minari
@@ -805,13 +811,20 @@ def import_minari(
         infos = episode.infos or {}
         steps = len(actions)
         facts: dict[str, Any] = {"behaviour": "imported"}
-        if "episode" in infos:
+        exported = "episode" in infos
+        if exported:
             text = infos["episode"][0]
             facts = json.loads(text.decode() if isinstance(text, bytes) else text)
+            split = split or facts["split"]
+            for name, given in (("split", split), ("control_dt_s", control_dt_s)):
+                if facts[name] != given:
+                    raise ValueError(
+                        f"{name} is {given!r}, but '{dataset_id}' was exported from {name} {facts[name]!r}"
+                    )
         success = infos.get("success")
         success = torch.zeros(steps, dtype=torch.bool) if success is None else tensor(success)[-steps:].bool()
         label, count = (actions, True) if labels else (None, False)
-        if "episode" in infos:
+        if exported:
             success = tensor(infos["success"])[:steps].bool()
             label = tensor(infos["label"])[:steps] if bool(infos["label_available"][0]) else None
             count = bool(tensor(infos["label_valid"]).any())
@@ -825,10 +838,15 @@ def import_minari(
                     success=success,
                     terminated=tensor(episode.terminations).bool(),
                     truncated=tensor(episode.truncations).bool(),
+                    # As it is: only in float64 does a simulator state restore exactly.
+                    snapshot=torch.as_tensor(np.asarray(infos["snapshot"]))
+                    if exported and "snapshot" in infos
+                    else None,
                 ),
                 {"task": task, "number": number, **facts, "labels_count": count},
             )
         )
+    split = split or "train"
     behaviours = sorted({info["behaviour"] for _, info in ours if info.pop("labels_count")})
     writer = EpisodeWriter(
         path,

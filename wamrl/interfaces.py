@@ -439,6 +439,31 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
+class Env(Protocol):
+    """B simulators side by side, each row an episode of its own: a TorchRL `EnvBase`.
+
+    tasks, row_tasks: the task names, and that of each row. max_steps: control steps until a row is truncated.
+    control_dt_s, action_repeat: seconds and simulator steps per control step.
+    A row shows the observation keys, `task` (int64 `task_id`), `success` bool [1] and `reward` [1], `done`,
+    `terminated`, `truncated` [1], and `snapshot` [S], the whole simulator state, where the environment can give it.
+    """
+
+    tasks: tuple[str, ...]
+    row_tasks: tuple[str, ...]
+    max_steps: int
+    action_repeat: int
+    control_dt_s: float
+
+    def reset(self, tensordict: TensorDict | None = None) -> TensorDict:
+        """Rows [B] at the start states numbered `start` [B], or exactly at `snapshot` [B, S]."""
+        ...
+
+    def step(self, tensordict: TensorDict) -> TensorDict:
+        """What rows show after `action` [B, A] in [-1, 1], under `next`."""
+        ...
+
+
 def task_id(name: str) -> int:
     """A stable number for a task name such as "metaworld/push-v3": what the observation key `task` holds.
 

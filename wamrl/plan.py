@@ -220,6 +220,7 @@ def _prepare(settings: dict[str, Any], directory: Path, started: datetime, earli
             "content_hash": metadata.content_sha256,
             "parameters": sum(p.numel() for p in model.parameters()),
             "bytes": path.stat().st_size,
+            "observation": {key: list(shape) for key, shape in model.spec.observation.items()},
             "provenance": metadata.provenance,
         },
         protocol={

@@ -224,9 +224,9 @@ def fidelity_figure(title: str, fidelity: Mapping[str, Sequence[float]]) -> Figu
 
 
 def ceiling_of(value: float) -> float:
-    """The next of 1, 2, 4, 8 and 10 times a power of ten, for an axis."""
+    """The next round number from `value` > 0 on, for an axis; halves and quarters of it are round as well."""
     unit = 10 ** math.floor(math.log10(value))
-    return next(m * unit for m in (1, 2, 4, 8, 10) if m * unit >= value - 1e-12)
+    return next(m * unit for m in (1, 1.2, 1.6, 2, 3, 4, 6, 8, 10) if m * unit >= value - 1e-12)
 
 
 def _views(points: Sequence[Sequence[float]]) -> tuple[float, float, float, float, float, float]:
@@ -456,14 +456,14 @@ def episode_figure(trace: Mapping[str, Any]) -> Figure:
     left, right, top, h, gap, h2 = 34, 8, 26, 104, 38, 34
     w, steps = figure.width - left - right, max(len(trace["reward"]), 2)
     figure.text(0, 15, short(trace["task"]), "bold")
-    ceiling = ceiling_of(
-        max(max(trace["reward"], default=1.0), max((r for p in trace["plans"] for r in p["reward"]), default=1.0), 0.1)
-    )
+    rewards = [0.0, *trace["reward"], *(r for p in trace["plans"] for r in p["reward"])]
+    floor = -ceiling_of(-min(rewards)) if min(rewards) < 0.0 else 0.0
+    ceiling = ceiling_of(max(rewards)) if max(rewards) > 0.0 else 0.0 if floor else 1.0
     x = lambda t: left + w * t / steps  # noqa: E731
-    y = lambda r: top + h * (1 - min(max(r, 0.0) / ceiling, 1.0))  # noqa: E731
-    for k in (0, 0.5, 1):
-        figure.line(left, y(k * ceiling), left + w, y(k * ceiling), "grid" if k == 0 else "faint")
-        figure.text(left - 5, y(k * ceiling) + 4, f"{k * ceiling:g}", "soft small", "end")
+    y = lambda r: top + h * (ceiling - r) / (ceiling - floor)  # noqa: E731
+    for tick in (floor, (floor + ceiling) / 2, ceiling):
+        figure.line(left, y(tick), left + w, y(tick), "grid" if tick == floor else "faint")
+        figure.text(left - 5, y(tick) + 4, f"{tick:g}", "soft small", "end")
     for plan in trace["plans"]:
         points = [
             (x(plan["step"] + k + 1), y(r)) for k, r in enumerate(plan["reward"]) if plan["step"] + k + 1 <= steps
@@ -639,9 +639,11 @@ def _limits(results: Mapping[str, Any]) -> list[str]:
         f"{results['protocol']['episodes']} episodes per task and method: the intervals are wide, and differences "
         "inside them are not differences.",
         "One checkpoint, one seed: how much success varies between training runs is not in these intervals.",
-        "The model and the planner read the simulator's low-dimensional state, goal included, not images.",
         "Simulation only. Nothing here was run on a physical arm.",
     ]
+    shapes = results["checkpoint"].get("observation")  # runs of older versions do not say
+    if shapes and all(len(shape) < 3 for shape in shapes.values()):
+        limits.append(f"The model reads the simulator's own numbers ({', '.join(shapes)}), not images.")
     if split != "test":
         limits.insert(0, f"These are {split} starts, on which settings may have been chosen: no held-out result.")
     if "oracle" in results["summary"]:

@@ -52,6 +52,10 @@ class TrainingDiverged(RunError):
     """Loss or gradient stayed NaN or infinite; the last good state is kept on disk."""
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 @dataclass(frozen=True)
 class TrainingOptions:
     """How to train.
@@ -91,12 +95,16 @@ class TrainingOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
-        for name in ("learning_rate", "clip_norm"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a number above 0")
-        for name in ("final_learning_rate", "warmup_steps", "weight_decay"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected 0 or more")
+        for name, zero in (("learning_rate", False), ("clip_norm", False), ("final_learning_rate", True),
+                           ("warmup_steps", True), ("weight_decay", True)):  # fmt: skip
+            value = getattr(self, name)
+            if not (_is_number(value) and (value > 0 or (zero and value == 0))):
+                raise ValueError(f"{name} is {value!r}, expected {'0 or more' if zero else 'a number above 0'}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed is {self.seed!r}, expected a whole number")
+        for name in ("compile", "tensorboard"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected true or false")
         if self.final_learning_rate > self.learning_rate:
             raise ValueError(
                 f"final_learning_rate {self.final_learning_rate:g} is above learning_rate {self.learning_rate:g}; "
@@ -104,10 +112,10 @@ class TrainingOptions:
             )
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"precision is '{self.precision}', expected auto, float32 or bfloat16")
-        if self.max_seconds is not None and not self.max_seconds > 0:
+        if self.max_seconds is not None and not (_is_number(self.max_seconds) and self.max_seconds > 0):
             raise ValueError(f"max_seconds is {self.max_seconds!r}, expected a time above 0, or null for no limit")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads is {self.threads!r}, expected at least 1, or null")
+        if self.threads is not None and not (isinstance(self.threads, int) and self.threads >= 1):
+            raise ValueError(f"threads is {self.threads!r}, expected a whole number of at least 1, or null")
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of the step of that number, counted from 0."""

@@ -155,6 +155,18 @@ class JointEmbeddingWAM(WAM):
         deadzone: float = 0.0,
     ) -> None:
         super().__init__()
+        sizes = {
+            "latent_dim": latent_dim, "width": width, "dynamics_width": dynamics_width, "head_width": head_width,
+            "task_dim": task_dim, "members": members, "values": values, "horizon": horizon,
+        }  # fmt: skip
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} is {size!r}, but must be a whole number of at least 1")
+        for name, share in (("discount", discount), ("target_rate", target_rate), ("expectile", expectile)):
+            if not 0.0 < share <= 1.0:
+                raise ValueError(f"{name} is {share}, but must be above 0 and at most 1")
+        if not 0.0 < reward_scale < math.inf:
+            raise ValueError(f"reward_scale is {reward_scale}, but must be a finite number above 0")
         if not 0.0 <= deadzone < 1.0:
             raise ValueError(f"deadzone is {deadzone}, but must be at least 0, which has none, and below 1")
         if not math.isfinite(success_bonus) or success_bonus < 0:
