@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 
 import pytest
@@ -143,6 +144,16 @@ def test_the_actions_of_fast_are_bit_invariant_to_the_future():
     second, _ = model._run(list(contents), contents, times, task)
     assert torch.equal(first[("A", 0)], second[("A", 0)])
     assert not torch.allclose(first[("V", 0)], second[("V", 0)])
+
+
+def test_observing_replaces_the_frame_and_keeps_the_goal():
+    model, now, then = make("mot_uwm"), observations(3), observations(3, seed=1)
+    context = Context.from_observation(now)
+    state = model.encode(dataclasses.replace(context, goal=observations(3, seed=2)))
+    seen = model.observe(state, torch.zeros(3, 2), then, torch.zeros(3, dtype=torch.bool))
+    assert torch.equal(seen["goal"], state["goal"]) and torch.equal(seen["task"], state["task"])
+    assert torch.equal(seen["z"], model.encode(Context.from_observation(then))["z"])
+    assert not torch.equal(seen["z"], state["z"])
 
 
 def test_the_actions_of_joint_depend_on_the_future():

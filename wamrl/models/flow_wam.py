@@ -249,13 +249,14 @@ class FlowWAM(WAM):
         return state
 
     def observe(self, state: State, action: Tensor, observation: TensorDict, reset: Tensor) -> State:
-        """The measured frame takes the place of the imagined one; this model remembers nothing else."""
+        """The measured frame takes the place of the imagined one; task and goal stay, nothing else is remembered."""
         with torch.no_grad():
             z = self.substrate.encode(observation).flatten(-2)
-        task = state["task"]
+        state = state.copy()
+        state["z"] = z
         if "task" in observation.keys():
-            task = task_rows(observation["task"], self.task_ids, self.spec.tasks)
-        return TensorDict({"z": z, "task": task}, batch_size=state.batch_size)
+            state["task"] = task_rows(observation["task"], self.task_ids, self.spec.tasks)
+        return state
 
     def decode(self, state: State | Imagined, keys: tuple[str, ...] | None = None) -> TensorDict:
         self.spec.require("decode")
