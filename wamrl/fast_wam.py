@@ -168,7 +168,7 @@ def imagination(directory: Path, windows: int = 400) -> dict[str, list[float]]:
     ]
     truth = torch.stack(frames[1:], dim=1)
     state = TensorDict({"z": frames[0], "task": torch.zeros_like(batch["task"])}, [windows])
-    moving = model.moves.flatten()
+    moving = model.denoiser.moves.flatten()
     key = NoiseKey.for_rows(windows)
 
     def error(guess: Tensor) -> list[float]:
@@ -201,7 +201,7 @@ def uncached(model: FlowWAM, observation: TensorDict, steps: int) -> Tensor:
     times = time_grid(steps)
     for time_, after in zip(times[:-1], times[1:], strict=True):
         contents = {frame: state["z"].unflatten(1, (model.substrate.tokens, model.substrate.width)), action: x}
-        velocity, _ = model._run(
+        velocity, _ = model.denoiser.run(
             [frame, action], contents, {frame: torch.ones(1, 1), action: torch.full((1, 1), time_)}, state["task"]
         )
         x = x + (after - time_) * velocity[action]
