@@ -107,7 +107,7 @@ def test_a_small_comparison_measures_everything_and_goes_on_where_it_stopped(tmp
     for method in ("fast", "fast_k1", "mot_uwm", "mot_uwm_joint", "mot_uwm_future_first", "mot_uwm_planner"):
         assert metrics[f"state/reach-v3/{method}/success"] == metrics[f"state/mean/{method}/success"]
         assert metrics[f"state/reach-v3/{method}/success"]["n"] == 1
-    assert metrics["state/reach-v3/mot_uwm/start_layout_success"]["n"] == 1
+    assert metrics["state/reach-v3/mot_uwm/start_outside_success"]["n"] == 1
     assert metrics["state/mean/mot_uwm/minus_fast"]["n"] == 1
     assert metrics["state/fast_uncached/k10/gflop"] > 2 * metrics["state/fast/k10/gflop"]
     assert metrics["state/mot_uwm/k4/operations_over_fast"] == 1.0  # its policy is fast's network

@@ -366,8 +366,12 @@ def metrics(settings: Mapping[str, Any], finished: Mapping[tuple[str, int], Path
 # -------------------------------------------------------------------------------------------------- the page
 
 
+PARTS = ("success", "start_outside", "latency", "cost", "imagination")
+"""Tables of a run with the default shifts."""
+
+
 def tables(metrics: Mapping[str, Any]) -> dict[str, TableOf]:
-    """The metrics as tables; what was not measured is left out."""
+    """The metrics of states or of images as tables; what was not measured is left out."""
     reads = next(iter(metrics)).partition("/")[0]
     names = list(dict.fromkeys(key.split("/")[2] for key in metrics if key.endswith("success")))
     places = list(dict.fromkeys(key.split("/")[1] for key in metrics if key.endswith("success")))
