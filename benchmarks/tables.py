@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.stored import RESULTS, ROOT
+from wamrl import fast_wam
 from wamrl.files import write_text
 from wamrl.naming import unknown_name
 
@@ -279,6 +280,22 @@ def posttrain_speed(result: Mapping[str, Any]) -> str:
     )
 
 
+def _fast_wam(part: str) -> Callable[[Mapping[str, Any]], str]:
+    """One part of `wamrl.fast_wam.tables`, from states and from images as far as they were measured."""
+
+    def make(result: Mapping[str, Any]) -> str:
+        grids = []
+        for reads in ("state", "pixels"):
+            own = {key: value for key, value in result["metrics"].items() if key.startswith(f"{reads}/")}
+            found = fast_wam.tables(own) if own else {}
+            if part in found:
+                head, *others = found[part].head
+                grids.append(_grid([f"{head}, from {reads}", *others], [list(row) for row in found[part].rows]))
+        return "\n".join(grids)
+
+    return make
+
+
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "success": ("plan_metaworld", success),
     "tasks": ("plan_metaworld", tasks),
@@ -294,6 +311,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "env_speed": ("envs", env_speed),
     "posttrain": ("posttrain", posttrain),
     "posttrain_speed": ("posttrain_speed", posttrain_speed),
+    **{f"fast_wam_{part}": ("fast_wam", _fast_wam(part)) for part in fast_wam.PARTS},
 }
 
 

@@ -1,47 +1,64 @@
-"""The promises of benchmarks.fast_wam: its commands are valid, and what it calls uncached is the same chunk."""
+"""The promises of wamrl.bench fast_wam: its commands are valid, what it measures is what it says, and it goes on."""
 
 from __future__ import annotations
 
-import argparse
-import sys
+import importlib
+import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 
-from benchmarks import fast_wam
+from benchmarks import fast_wam as stored
 from tests.test_flow_wam import make, observations
-from wamrl import cli
+from wamrl import bench, cli, fast_wam
 from wamrl.interfaces import Context
+from wamrl.stages import Stage
+
+PUSH, REACH = "metaworld/push-v3", "metaworld/reach-v3"
+
+
+def settings(*words: str) -> dict:
+    return cli.plain(cli.compose("bench", words))
 
 
 @pytest.mark.parametrize("pixels", [False, True])
-def test_every_training_command_composes(tmp_path, monkeypatch, pixels):
+def test_every_stage_composes(tmp_path, monkeypatch, pixels):
     monkeypatch.chdir(tmp_path)
-    arguments = argparse.Namespace(
-        pixels=pixels,
-        tokenizer_steps=5,
-        demonstrations=None,
-        data="demonstrations",
-        steps=10,
-        overrides=["wam.backbone.layers=2"],
-        variants=fast_wam.VARIANTS,
-    )
-    found = fast_wam.stages(arguments, "push", 0, Path("out"))
-    assert [name for name, _ in found] == [
+    chosen = settings(f"fast_wam.pixels={pixels}", "fast_wam.steps=10", "+fast_wam.train.wam.backbone.layers=2")
+    fast_wam.check(chosen)
+    found = fast_wam.stages(chosen, PUSH, 0, Path("out"))
+    assert [stage.name for stage in found] == [
         "collect",
         "collect_held",
         *(["tokenizer"] if pixels else []),
         *(f"train_{variant}" for variant in fast_wam.VARIANTS),
     ]
-    assert "data.mixture.expert=300" in found[0][1]
-    for name, command in found[2:]:
-        words = cli.rewritten("train", [word for word in command[3:] if not word.startswith("run_dir=")])[1]
-        config = cli.compose("train", words)
-        if name == "tokenizer":
-            continue
-        assert config.tokenizer == ("out/tokenizer" if pixels else None)
-        assert config.wam.backbone.layers == 2 and name == f"train_{command[4].removeprefix('wam=')}"
+    assert "data.mixture.expert=300" in found[0].overrides
+    for stage in found:
+        words = list(stage.overrides)
+        config = cli.compose(stage.command, cli.rewritten("train", words)[1] if stage.command == "train" else words)
+        if stage.name.startswith("train_"):
+            assert config.tokenizer == ("out/tokenizer" if pixels else None)
+            assert config.wam.backbone.layers == 2 and f"wam={stage.name.removeprefix('train_')}" in words
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("fast_wam.variants=[fastt]", "fast"),
+        ("fast_wam.shifts=[start_layot]", "start_layout"),
+        ("fast_wam.shifts=[camera]", "read the state"),
+        ("split=train", "use dev or test"),
+        ("{fast_wam.data:rich,fast_wam.demonstrations:5}", "mixture says how many"),
+    ],
+)
+def test_what_could_not_be_measured_is_refused_before_anything_is_collected(word, reason):
+    words = word.strip("{}").replace(":", "=").split(",") if word.startswith("{") else [word]
+    with pytest.raises(ValueError, match=reason):
+        fast_wam.check(settings(*words))
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -54,10 +71,51 @@ def test_uncached_is_the_same_chunk(steps):
     torch.testing.assert_close(slow, quick, atol=1e-5, rtol=0.0)
 
 
-def test_a_stage_of_another_command_is_not_taken_for_done(tmp_path):
-    fast_wam.run_stage("say", [sys.executable, "-c", "print(1)"], tmp_path)
-    fast_wam.run_stage("say", [sys.executable, "-c", "print(1)"], tmp_path)
-    with pytest.raises(ValueError, match="of another command"):
-        fast_wam.run_stage("say", [sys.executable, "-c", "print(2)"], tmp_path)
-    with pytest.raises(RuntimeError, match="exited with 1"):
-        fast_wam.run_stage("fail", [sys.executable, "-c", "raise SystemExit(1)"], tmp_path)
+def test_the_words_of_a_stored_run_are_settings_of_bench():
+    for setting in stored.SETTINGS:
+        words = stored.words(setting, Path("out"), ["fast_wam.seeds=[0]"])
+        chosen = settings(*words[1:])
+        fast_wam.check(chosen)
+        assert chosen["fast_wam"]["pixels"] == (setting == "pixels") and chosen["split"] == "test"
+
+
+def in_this_process(stage: Stage, folder: Path) -> dict:
+    """A stage without an interpreter of its own, which would take most of the test's time."""
+    done = folder / f"{stage.name}.done"
+    if not done.exists():
+        outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+        importlib.import_module(f"wamrl.{stage.command}").main([*stage.overrides, f"run_dir={folder / stage.name}"])
+        GlobalHydra.instance().hydra = outer
+        done.touch()
+    return {}
+
+
+def test_a_small_comparison_measures_everything_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("metaworld")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fast_wam, "run_stage", in_this_process)
+    monkeypatch.setattr(fast_wam, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(fast_wam, "HELD_OUT", 2)
+    words = ["fast_wam", f"fast_wam.tasks=[{REACH}]", "fast_wam.seeds=[0]", "fast_wam.variants=[fast,mot_uwm]",
+             "fast_wam.demonstrations=1", "fast_wam.steps=2", "fast_wam.denoising_steps=[1]", "fast_wam.turns=1",
+             "fast_wam.train.batch_size=4", "+fast_wam.train.wam.backbone.layers=1", "episodes=1", "num_envs=1",
+             "run_dir=out"]  # fmt: skip
+    bench.main(words)
+    results = json.loads(Path("out/results.json").read_text())
+    assert results["partial"] is False and results["finished"] == [[REACH, 0]]
+    metrics = results["metrics"]
+    for method in ("fast", "fast_k1", "mot_uwm", "mot_uwm_joint", "mot_uwm_future_first", "mot_uwm_planner"):
+        assert metrics[f"state/reach-v3/{method}/success"] == metrics[f"state/mean/{method}/success"]
+        assert metrics[f"state/reach-v3/{method}/success"]["n"] == 1
+    assert metrics["state/reach-v3/mot_uwm/start_outside_success"]["n"] == 1
+    assert metrics["state/mean/mot_uwm/minus_fast"]["n"] == 1
+    assert metrics["state/fast_uncached/k10/gflop"] > 2 * metrics["state/fast/k10/gflop"]
+    assert metrics["state/mot_uwm/k4/operations_over_fast"] == 1.0  # its policy is fast's network
+    assert metrics["state/fast/train_peak_rss_mib"] > 50 and metrics["state/fast/act_peak_mib"] > 50
+    assert metrics["state/reach-v3/mot_uwm/imagined_true_h8"] > 0
+    assert "imagination" in Path("out/report.html").read_text()
+    before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.csv")}
+    capsys.readouterr()
+    bench.main(words)
+    assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.csv")} == before
+    assert json.loads(Path("out/results.json").read_text())["metrics"] == metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 
 import pytest
@@ -14,7 +15,8 @@ from wamrl.control import ModelPolicy
 from wamrl.envs.layouts import METAWORLD
 from wamrl.interfaces import Budget, Context, task_id
 from wamrl.models.coupling import Coupling
-from wamrl.models.flow_wam import BACKBONES, FlowWAM
+from wamrl.models.denoiser import BACKBONES
+from wamrl.models.flow_wam import FlowWAM
 from wamrl.models.substrate import GeometricSubstrate, make_substrate
 from wamrl.noise import NoiseKey
 from wamrl.planners.best_of_n import make_best_of_n
@@ -100,8 +102,8 @@ def random_contents(model: FlowWAM, names: tuple[str, ...], rows: int = 2):
     contents = {("F", 0): model._tokens_of(state["z"])}
     times = {("F", 0): torch.ones(rows, 1)}
     for name in names:
-        contents[(name, 0)] = torch.randn(rows, *model._shape(name), generator=generator)
-        groups = model.frames if model.coupling.segments[name].kind == "future" else 1
+        contents[(name, 0)] = torch.randn(rows, *model.denoiser.shape(name), generator=generator)
+        groups = model.denoiser.groups(name)
         times[(name, 0)] = torch.rand(rows, 1, generator=generator).expand(-1, groups)
     return contents, times, state["task"]
 
@@ -121,7 +123,7 @@ TABLE = {
 def test_the_mask_is_that_of_the_paper(name):
     model = make(name)
     parts = tuple((segment, 0) for segment in TABLE[name])
-    layout = model.coupling.layout(parts, model._tokens, model.backbone.expert_of)
+    layout = model.coupling.layout(parts, model.denoiser.tokens, model.denoiser.backbone.expert_of)
     for segment, rows in layout.spans.items():
         for other, columns in layout.spans.items():
             block = layout.mask[rows, columns]
@@ -131,7 +133,7 @@ def test_the_mask_is_that_of_the_paper(name):
 def test_copies_do_not_see_each_other():
     model = make("fast")
     parts = (("F", 0), ("A", 0), ("A", 1))
-    layout = model.coupling.layout(parts, model._tokens, model.backbone.expert_of)
+    layout = model.coupling.layout(parts, model.denoiser.tokens, model.denoiser.backbone.expert_of)
     first, second = layout.spans[("A", 0)], layout.spans[("A", 1)]
     assert layout.mask[first, first].all() and not layout.mask[first, second].any()
 
@@ -139,18 +141,28 @@ def test_copies_do_not_see_each_other():
 def test_the_actions_of_fast_are_bit_invariant_to_the_future():
     model = make("fast")
     contents, times, task = random_contents(model, ("V", "A"))
-    first, _ = model._run(list(contents), contents, times, task)
+    first, _ = model.denoiser.run(list(contents), contents, times, task)
     contents[("V", 0)] = contents[("V", 0)] + 3.0
-    second, _ = model._run(list(contents), contents, times, task)
+    second, _ = model.denoiser.run(list(contents), contents, times, task)
     assert torch.equal(first[("A", 0)], second[("A", 0)])
     assert not torch.allclose(first[("V", 0)], second[("V", 0)])
+
+
+def test_observing_replaces_the_frame_and_keeps_the_goal():
+    model, now, then = make("mot_uwm"), observations(3), observations(3, seed=1)
+    context = Context.from_observation(now)
+    state = model.encode(dataclasses.replace(context, goal=observations(3, seed=2)))
+    seen = model.observe(state, torch.zeros(3, 2), then, torch.zeros(3, dtype=torch.bool))
+    assert torch.equal(seen["goal"], state["goal"]) and torch.equal(seen["task"], state["task"])
+    assert torch.equal(seen["z"], model.encode(Context.from_observation(then))["z"])
+    assert not torch.equal(seen["z"], state["z"])
 
 
 def test_the_actions_of_joint_depend_on_the_future():
     model = make("joint")
     contents, times, task = random_contents(model, ("V", "A"))
     contents[("V", 0)].requires_grad_()
-    found, _ = model._run(list(contents), contents, times, task)
+    found, _ = model.denoiser.run(list(contents), contents, times, task)
     (gradient,) = torch.autograd.grad(found[("A", 0)].sum(), contents[("V", 0)])
     assert gradient.abs().min(dim=0).values.max() > 1e-6
 
@@ -166,12 +178,12 @@ def test_cached_equals_the_full_forward(name, given, asked, backbone):
     contents, times, task = random_contents(model, (*given, asked))
     for segment in given:
         times[(segment, 0)] = torch.ones_like(times[(segment, 0)])
-    full, _ = model._run(list(contents), contents, times, task)
-    prefix = model._prefix(contents[("F", 0)].flatten(1), task)
+    full, _ = model.denoiser.run(list(contents), contents, times, task)
+    prefix = model.denoiser.prefix(contents[("F", 0)], task)
     for segment in given:
-        prefix = model._extend(prefix, segment, contents[(segment, 0)], task)
+        prefix = model.denoiser.extend(prefix, segment, contents[(segment, 0)], task)
     part = (asked, 0)
-    cached, _ = model._run([part], {part: contents[part]}, {part: times[part]}, task, prefix=prefix)
+    cached, _ = model.denoiser.run([part], {part: contents[part]}, {part: times[part]}, task, prefix=prefix)
     torch.testing.assert_close(cached[part], full[part], atol=1e-5, rtol=0.0)
 
 
@@ -179,9 +191,9 @@ def test_what_is_absent_in_training_is_left_out_when_asked():
     model = make("mot_uwm")
     contents, times, task = random_contents(model, ("V", "G"))
     hidden = {("G", 0): torch.ones(2, 1, dtype=torch.bool)}
-    shown, _ = model._run(list(contents), contents, times, task, hidden=hidden)
+    shown, _ = model.denoiser.run(list(contents), contents, times, task, hidden=hidden)
     del contents[("G", 0)], times[("G", 0)]
-    without, _ = model._run(list(contents), contents, times, task)
+    without, _ = model.denoiser.run(list(contents), contents, times, task)
     torch.testing.assert_close(shown[("V", 0)], without[("V", 0)], atol=1e-6, rtol=0.0)
 
 
@@ -252,9 +264,9 @@ def test_the_stored_chain_is_replayed_with_ratio_one(name):
     torch.testing.assert_close((replayed - proposal.log_prob).exp(), torch.ones(3, 3, 3), atol=1e-5, rtol=0.0)
     assert torch.equal(proposal.actions, proposal.chain[:, :, -1].clamp(-1, 1))
     logs = model.log_prob(state, proposal)
-    (gradient,) = torch.autograd.grad(logs.sum(), model.to_action.weight)
+    (gradient,) = torch.autograd.grad(logs.sum(), model.denoiser.to_action.weight)
     assert gradient.abs().max() > 0
-    weight, step = model.to_action.weight, 1e-2
+    weight, step = model.denoiser.to_action.weight, 1e-2
     with torch.no_grad():
         weight[0, 0] += step
         up = model.log_prob(state, proposal).double().sum()
@@ -361,7 +373,7 @@ def test_substrate_backbone_and_coupling_are_chosen_apart(backbone, coupling):
     facts = {k: v for k, v in config("fast").items() if k in ("observation", "action_dim", "tasks", "control_dt_s")}
     model = checkpoint.build({**sizes, **facts})
     assert isinstance(model, FlowWAM)
-    assert type(model.backbone) is BACKBONES[backbone] and model.backbone.layers == 1
+    assert type(model.denoiser.backbone) is BACKBONES[backbone] and model.denoiser.backbone.layers == 1
     named = composed(f"wam={'mot_uwm' if coupling == 'uwm' else coupling}")
     assert named["coupling"] == sizes["coupling"]
 
@@ -455,7 +467,7 @@ def test_shortcuts_teach_one_step_what_two_do():
         for steps in (1, 2, 16):
             model.action_steps = steps
             chunks[steps] = model.propose(state, 1, mode="ode", noise=key).chain[:, 0, -1]
-        model.action_steps, model.shortcut = 1, 0.0
+        model.action_steps, model.denoiser.shortcut = 1, False
         euler = model.propose(state, 1, mode="ode", noise=key).chain[:, 0, -1]
     gap = {steps: float((chunks[steps] - chunks[16]).square().mean()) for steps in (1, 2)}
     assert gap[1] < 0.7 * float((euler - chunks[16]).square().mean())

@@ -93,6 +93,16 @@ def test_a_model_that_only_acts_runs_without_a_planner(tmp_path, capsys):
     assert "wam=mot_uwm" in _refused(capsys, _arguments(str(path), "methods=[planner,policy]"))
 
 
+def test_the_policy_executes_as_much_of_a_chunk_as_the_controller_when_asked_to(wam):
+    def returns(*words: str) -> list[float]:
+        main(_arguments(wam, "methods=[policy]", "video=false", "latency_plans=0", *words))
+        return [episode.episode_return for episode in read_episodes(_latest() / "episodes.csv")]
+
+    every_step = returns("controller.replan_every=3")
+    assert returns("policy_replan_every=null", "controller.replan_every=1") == every_step
+    assert returns("policy_replan_every=null", "controller.replan_every=3") != every_step
+
+
 def test_a_run_compares_and_writes_everything(wam, capsys):
     main(_arguments(wam))
     folder, printed = _latest(), capsys.readouterr().out

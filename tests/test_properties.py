@@ -156,6 +156,22 @@ def test_a_shifted_layout_is_one_that_meta_world_accepts(task):
         assert abs(abs(moved[4].item()) - 0.05) < 0.01, number
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("task", ["push-v3", "drawer-open-v3"])
+def test_objects_start_outside_of_the_range_that_they_are_drawn_from(task):
+    metaworld = pytest.importorskip("wamrl.envs.metaworld")
+    env = metaworld.MetaWorldEnv(f"metaworld/{task}", num_envs=1, split="dev")
+    plain = [env.reset(TensorDict({"start": torch.tensor([k])}, [1]))["state"][0].clone() for k in range(10)]
+    inside = torch.stack(plain)[:, 4].abs().max()
+    properties.apply_shift(env, "start_outside")
+    moved = [env.reset(TensorDict({"start": torch.tensor([k])}, [1]))["state"][0] for k in range(10)]
+    where = torch.stack(moved)[:, 4].abs()
+    assert (where > inside + 0.005).all() and (where < 0.16).all() and where.unique().numel() == 10
+    assert (torch.stack(moved)[:, 36:39] - torch.stack(plain)[:, 36:39]).abs().max() < (
+        0.01 if task == "push-v3" else 0.3
+    )
+
+
 def test_the_visual_shifts_change_the_picture():
     metaworld = pytest.importorskip("wamrl.envs.metaworld")
     from wamrl.envs.rendering import RenderingUnavailable

@@ -52,6 +52,19 @@ def test_a_table_shows_the_stored_numbers_and_leaves_the_rest_of_the_page(tree):
     assert tables.update(tree, check=True) == ([], [])
 
 
+def test_fast_wam_has_a_table_for_states_and_one_for_images():
+    metrics: dict[str, Any] = {}
+    for reads in ("state", "pixels"):
+        for place in ("push-v3", "mean"):
+            metrics |= {f"{reads}/{place}/{name}/success": rate(0.5) for name in ("fast", "mot_uwm")}
+        metrics[f"{reads}/mean/mot_uwm/minus_fast"] = {"mean": -0.1, "low": -0.2, "high": 0.0, "n": 40, "p": 0.5}
+    found = tables.TABLES["fast_wam_success"][1]({"metrics": metrics}).split("\n\n")
+    assert [block.splitlines()[0] for block in found] == [
+        f"| acts, from {reads} | push-v3 | mean | minus fast, points |" for reads in ("state", "pixels")
+    ]
+    assert "-10.0 [-20.0, 0.0]" in found[1] and tables.TABLES["fast_wam_imagination"][1]({"metrics": metrics}) == ""
+
+
 def test_a_changed_number_is_noticed_and_nothing_is_written_by_a_check(tree):
     tables.update(tree)
     page = tree / "README.md"

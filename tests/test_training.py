@@ -125,16 +125,31 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert rows(one / "validation.csv") == rows(other / "validation.csv")
 
 
-@pytest.mark.parametrize("stop_after", [4, 17, 30])
-def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, stop_after):
-    whole = train(tmp_path / "whole")
+@pytest.mark.parametrize(("stop_after", "ema"), [(4, 0.0), (17, 0.9), (30, 0.0)])
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, stop_after, ema):
+    whole = train(tmp_path / "whole", ema=ema)
     assert whole.finished and whole.step == 40
     with pytest.raises(KeyboardInterrupt, match=r"stopped at step \d+ of 40.*resume="):
-        train(tmp_path / "parts", stop_after=stop_after)
+        train(tmp_path / "parts", stop_after=stop_after, ema=ema)
     assert (tmp_path / "parts" / "checkpoints" / "model.safetensors").is_file()
-    parts = train(tmp_path / "parts")
+    parts = train(tmp_path / "parts", ema=ema)
     assert parts.finished and parts.validation == whole.validation
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_checkpoint_holds_the_average_of_the_weights_that_was_asked_for(tmp_path):
+    def weights(name: str, **options) -> dict[str, torch.Tensor]:
+        train(tmp_path / name, warmup_steps=0, learning_rate=0.1, final_learning_rate=0.1, **options)
+        return load_file(tmp_path / name / "checkpoints" / "model.safetensors")
+
+    trained = "policy.0.weight"
+    first, second = (weights(f"{n}", steps=n)[trained] for n in (1, 2))
+    start = checkpoint.build(MODEL, seed=OPTIONS["seed"]).state_dict()[trained]
+    # After n steps the decay is the smaller of what was asked for and (1 + n) / (10 + n): 2/11, then 3/12.
+    average = start * 2 / 11 + first * 9 / 11
+    torch.testing.assert_close(weights("warm", steps=2, ema=0.9)[trained], average * 3 / 12 + second * 9 / 12)
+    average = start * 0.1 + first * 0.9
+    torch.testing.assert_close(weights("fixed", steps=2, ema=0.1)[trained], average * 0.1 + second * 0.9)
 
 
 def test_a_run_survives_kills_at_any_moment_and_ends_bit_for_bit_equal(tmp_path):
@@ -296,7 +311,8 @@ def test_training_leaves_the_global_generator_alone(tmp_path):
     ("name", "value"),
     [("steps", 0), ("batch_size", -1), ("learning_rate", float("nan")), ("learning_rate", 0.0), ("clip_norm", -1.0),
      ("precision", "float8"), ("max_seconds", 0.0), ("threads", 0), ("final_learning_rate", 1.0), ("steps", 2.5),
-     ("learning_rate", "abc"), ("seed", "x"), ("threads", "two"), ("compile", "maybe"), ("weight_decay", float("inf"))],
+     ("learning_rate", "abc"), ("seed", "x"), ("threads", "two"), ("compile", "maybe"), ("weight_decay", float("inf")),
+      ("ema", 1.0)],
 )  # fmt: skip
 def test_options_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name):

@@ -1,7 +1,8 @@
-"""Measure what matters together: accuracy at budget, and the five properties of a World Action Model.
+"""Measure what matters together: accuracy at budget, the five properties of a World Action Model, Fast-WAM's question.
 
 python -m wamrl.bench budget runs=[outputs/plan/latest]
 python -m wamrl.bench properties wam=six
+python -m wamrl.bench fast_wam run_dir=outputs/fast_wam
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from wamrl import budget, checkpoint, properties, provenance
+from wamrl import budget, checkpoint, fast_wam, properties, provenance
 from wamrl.cli import command, plain
 from wamrl.control import ModelPolicy
 from wamrl.evaluation import Recording, Start, wilson
@@ -36,7 +37,7 @@ from wamrl.report import short
 from wamrl.results import peak_rss_mib
 from wamrl.workers import load_model, make_env
 
-CHECKS = ("budget", "properties")
+CHECKS = ("budget", "properties", "fast_wam")
 _TAKE_A_VALUE = (
     "-c",
     "--cfg",
@@ -54,11 +55,13 @@ _TAKE_A_VALUE = (
 @command(
     "bench",
     help="Accuracy at budget of plan and evaluate runs (first word: budget), or the score card of the five properties "
-    "of a WAM (first word: properties).",
+    "of a WAM (first word: properties), or Fast-WAM's variants trained on the same data (first word: fast_wam; hours; "
+    "the same run_dir goes on with a stopped one).",
     examples=[
         "budget runs=[outputs/plan/latest,outputs/evaluate/latest]",
         "budget 'configurations={mppi:{planner:mppi},cem:{planner:cem,planner.horizon:6}}'",
         "properties wam=six env=metaworld/push-v3",
+        "fast_wam fast_wam.tasks=[metaworld/reach-v3] fast_wam.seeds=[0] run_dir=outputs/fast_wam",
     ],
 )
 def _command(config: DictConfig, run_dir: Path) -> None:
@@ -68,7 +71,7 @@ def _command(config: DictConfig, run_dir: Path) -> None:
     torch.set_num_threads(settings["threads"])
     if settings["check"] is None:
         raise ValueError(
-            "say what to measure: python -m wamrl.bench budget ..., or python -m wamrl.bench properties ..."
+            f"say what to measure as the first word: python -m wamrl.bench {', '.join(CHECKS[:-1])} or {CHECKS[-1]}"
         )
     if settings["check"] not in CHECKS:
         raise unknown_name("check", str(settings["check"]), CHECKS)
@@ -86,6 +89,9 @@ def _command(config: DictConfig, run_dir: Path) -> None:
         "seeds": [settings["seed"]],
         "config": settings,
     }
+    if settings["check"] == "fast_wam":
+        _fast_wam(settings, run_dir, console, results)
+        return
     if settings["check"] == "budget":
         results |= _budget(settings, run_dir, console)
     else:
@@ -251,6 +257,36 @@ def _budget_page(run_dir: Path, results: Mapping[str, Any]) -> None:
         provenance=provenance_rows(results),
         config=results["config"],
     )
+
+
+# -------------------------------------------------------------------------------------------------- fast_wam
+
+
+def _fast_wam(settings: Mapping[str, Any], run_dir: Path, console: Console, results: dict[str, Any]) -> None:
+    """Measure, keeping results.json and report.html after each seed and task."""
+    fast_wam.check(settings)
+    chosen, clock = settings["fast_wam"], time.perf_counter()
+    results["seeds"] = chosen["seeds"]
+
+    def done(metrics: Mapping[str, Any], finished: Sequence[Any]) -> None:
+        wanted = len(chosen["seeds"]) * len(chosen["tasks"])
+        partial = len(finished) < wanted
+        results.update(metrics=metrics, finished=finished, partial=partial, wall_s=time.perf_counter() - clock)
+        results["warnings"] = [f"{len(finished)} of {wanted} seeds and tasks are done."] if partial else []
+        write_json(run_dir / "results.json", results)
+        fast_wam.write_report(run_dir, results)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    fast_wam.measure(settings, run_dir, say, done)
+    for name, content in fast_wam.tables(results["metrics"]).items():
+        table = Table(title=name.replace("_", " "), title_justify="left")
+        for column in content.head:
+            table.add_column(column, justify="right" if table.columns else "left")
+        for row in content.rows:
+            table.add_row(*row)
+        console.print(table)
 
 
 # -------------------------------------------------------------------------------------------------- properties

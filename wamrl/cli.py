@@ -564,16 +564,18 @@ def rewritten(name: str, given: list[str]) -> tuple[Path | None, list[str]]:
         )
     settings: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     stored = {**settings, "run_dir": str(folder), "resume": None}
-    earlier = [f"++{path}={_literal(value)}" for path, value in _leaves(stored)]
+    earlier = [f"++{word}" for word in overrides_of(stored)]
     # Without the default choices of groups, whose settings the stored choices do not have.
     groups = [f"~{group}" for group in _RESUMED_GROUPS[name]]
     return folder, [*groups, *earlier, *(word for word in words if not word.startswith("resume="))]
 
 
-def _leaves(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+def overrides_of(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Nested settings as words that Hydra takes: ["wam.width=64", "observation=[pixels]"]."""
+    found: list[str] = []
     for key, value in settings.items():
-        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+        nested = isinstance(value, Mapping)
+        found += overrides_of(value, f"{prefix}{key}.") if nested else [f"{prefix}{key}={_literal(value)}"]
     return found
 
 

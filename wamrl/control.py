@@ -185,12 +185,12 @@ class _ChunkPolicy:
 
 
 class ModelPolicy(_ChunkPolicy):
-    """The model's own policy: `propose` one chunk, execute `replan_every` actions of it.
+    """The model's own policy: `propose` one chunk, execute `replan_every` actions of it (None: all).
 
     mode: "ode" is deterministic, "sde" samples, keyed by row and step and `seed`.
     """
 
-    def __init__(self, model: WAM, mode: str = "ode", *, replan_every: int = 1, seed: int = 0) -> None:
+    def __init__(self, model: WAM, mode: str = "ode", *, replan_every: int | None = 1, seed: int = 0) -> None:
         model.spec.require("policy")
         if mode not in ("ode", "sde"):
             raise ValueError(f"mode is '{mode}', but must be 'ode' (deterministic) or 'sde' (samples)")

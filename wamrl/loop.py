@@ -10,12 +10,7 @@ from __future__ import annotations
 
 import html
 import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +18,10 @@ from omegaconf import DictConfig
 
 from wamrl import cli
 from wamrl.files import write_json, write_text
-from wamrl.naming import RunError
 from wamrl.provenance import versions
+from wamrl.stages import Stage, run_stage
 
 _FREE = ("rounds", "budget", "run_dir")
-_WITHOUT_RESUME = ("collect",)  # goes on by itself when given again
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One command of a round. name: also of its directory."""
-
-    name: str
-    command: str
-    overrides: tuple[str, ...]
 
 
 def stages(settings: Mapping[str, Any], number: int, folder: Path) -> list[Stage]:
@@ -121,42 +106,6 @@ def data_of(folder: Path, number: int) -> list[Path]:
 def _at_simulator(word: str) -> str:
     """An override of env as one of posttrain's simulator."""
     return "simulator." + word.removeprefix("env.") if word.startswith("env.") else word
-
-
-def run_stage(stage: Stage, folder: Path) -> dict[str, Any]:
-    """Run a stage unless it is done, going on where it stopped; its results.json.
-
-    Raises:
-        RunError: the command failed; the message ends with the end of its log.
-        ValueError: the directory holds this stage with other settings.
-    """
-    done, directory = folder / f"{stage.name}.done", folder / stage.name
-    words = [*stage.overrides, f"run_dir={directory}"]
-    if done.exists():
-        stored = json.loads(done.read_text(encoding="utf-8"))["overrides"]
-        if stored != words:
-            raise ValueError(f"{done} is of other settings ({' '.join(stored)}); choose another run_dir")
-    else:
-        given, begun = words, time.perf_counter()
-        resumable = stage.command not in _WITHOUT_RESUME and (directory / "checkpoints" / "last").is_dir()
-        if resumable:
-            given = [f"resume={directory}"]
-        elif stage.command == "plan" and _partial(directory):
-            given = [f"resume={directory}", f"run_dir={directory}"]
-        log = folder / f"{stage.name}.log"
-        with log.open("a", encoding="utf-8") as file:
-            command = [sys.executable, "-m", f"wamrl.{stage.command}", *given]
-            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=dict(os.environ)).returncode
-        if code:
-            end = log.read_text(encoding="utf-8")[-1500:]
-            raise RunError(f"python -m wamrl.{stage.command} {' '.join(given)} exited with {code}:\n{end}")
-        write_json(done, {"overrides": words, "seconds": time.perf_counter() - begun, "versions": versions()})
-    return json.loads((directory / "results.json").read_text(encoding="utf-8"))
-
-
-def _partial(directory: Path) -> bool:
-    results = directory / "results.json"
-    return results.is_file() and bool(json.loads(results.read_text(encoding="utf-8")).get("partial"))
 
 
 def run_round(settings: Mapping[str, Any], number: int, folder: Path, steps_before: int) -> dict[str, Any]:

@@ -313,6 +313,7 @@ SHIFTS: dict[str, str] = {
     "light": "the lights at half their strength",
     "object_colour": "the colours of the task's objects exchanged",
     "start_layout": "the object moved by 5 cm away from the middle, out of the training range at its edge",
+    "start_outside": "the object 2 to 5 cm outside of the training range",
     "dynamics": "the task's objects of twice the mass, friction halved",
     "action_noise": "Gaussian noise of 0.3 on every action",
 }
@@ -349,6 +350,9 @@ def apply_shift(env: Any, shift: str) -> None:
             model.geom_friction[simulator._geoms] *= 0.5
         elif shift == "start_layout":
             simulator.reset = _moved(simulator.reset)
+        elif shift == "start_outside":
+            space = simulator.raw._random_reset_space
+            simulator.reset = _outside(simulator.reset, float(space.low[0]), float(space.high[0]))
 
 
 def _moved(reset: Callable[[Floats], Floats], metres: float = 0.05) -> Callable[[Floats], Floats]:
@@ -358,6 +362,18 @@ def _moved(reset: Callable[[Floats], Floats], metres: float = 0.05) -> Callable[
         # two are too near each other, Meta-World draws again, for ever since what it draws is this vector.
         goal = vector[3] if len(vector) >= 6 else 0.0
         vector[0] += metres * (1 if vector[0] >= goal else -1)
+        return reset(vector)
+
+    return shifted
+
+
+def _outside(reset: Callable[[Floats], Floats], low: float, high: float) -> Callable[[Floats], Floats]:
+    def shifted(vector: Floats) -> Floats:
+        vector = np.array(vector, dtype=np.float64)
+        goal = vector[3] if len(vector) >= 6 else 0.5 * (low + high)
+        # Where it was within the range says how far out it goes, so that no two starts are alike.
+        depth = 0.02 + 0.03 * (vector[0] - low) / max(high - low, 1e-9)
+        vector[0] = high + depth if vector[0] >= goal else low - depth  # away from the goal, as in `_moved`
         return reset(vector)
 
     return shifted

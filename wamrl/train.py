@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from wamrl.models.images import ImageSubstrate, check_image_shape
 from wamrl.models.tokenizer import Tokenizer
 from wamrl.probe import probe_errors
 from wamrl.provenance import versions
+from wamrl.results import peak_rss_mib
 from wamrl.training import TrainingOptions, TrainingResult, fit
 
 _PICTURES = 128  # held-out windows whose decoded images are judged
@@ -124,6 +126,7 @@ def train(
         "device": device,
         "threads": options.threads or torch.get_num_threads(),
     }
+    begun = time.process_time()
     result = fit(
         model,
         training,
@@ -138,6 +141,7 @@ def train(
         identity=_identity(training, model_config, "".join([str(start), *provenance["tokenizers"]])),
         quiet=quiet,
     )
+    cost = {"cpu_seconds": round(time.process_time() - begun, 2), "peak_rss_mib": round(peak_rss_mib(), 1)}
     if probe is not None and validation is not None and "rollout" in model.spec.provides:
         draw = torch.Generator().manual_seed(options.seed)
         fitted = training.sample(_PROBED, 1, draw).to(device)
@@ -150,7 +154,7 @@ def train(
         windows = pictures.sample(_PICTURES, horizon, torch.Generator().manual_seed(options.seed)).to(device)
         found = {**result.validation, "images": decoded_quality(model.eval(), windows)}
         result = dataclasses.replace(result, validation=found)
-    write_json(run_dir / "results.json", _results(result, model, dataset, validation, provenance))
+    write_json(run_dir / "results.json", {**_results(result, model, dataset, validation, provenance), **cost})
     return result
 
 

@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tensordict import TensorDict
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from wamrl.files import atomic_path, write_json
 from wamrl.interfaces import WAM, Context
@@ -62,9 +63,11 @@ class TrainingOptions:
 
     steps: optimiser steps; the learning rate's schedule is by steps. batch_size: windows per step. length: T, steps
     per window. learning_rate: the peak, after warmup_steps of linear rise, falling as a cosine to
-    final_learning_rate. clip_norm: of the whole gradient. precision: "auto" is bfloat16 autocast on a GPU and
-    float32 on a CPU. non_finite_limit: skipped steps in a row after which the run stops. max_seconds: of training in
-    all, or None. validation_windows: how many fixed windows; validation_horizon: H, steps of open-loop prediction.
+    final_learning_rate. clip_norm: of the whole gradient. ema: decay per step of an exponential moving average of the
+    weights, which checkpoints and validation take in place of the latest ones; 0 is none. After n steps it is at most
+    (1 + n) / (10 + n), so that the first weights are soon forgotten. precision: "auto" is bfloat16 autocast on a GPU
+    and float32 on a CPU. non_finite_limit: skipped steps in a row after which the run stops. max_seconds: of training
+    in all, or None. validation_windows: how many fixed windows; validation_horizon: H, steps of open-loop prediction.
     threads: torch threads, or None to leave them.
     """
 
@@ -76,6 +79,7 @@ class TrainingOptions:
     warmup_steps: int = 200
     weight_decay: float = 1e-4
     clip_norm: float = 10.0
+    ema: float = 0.0
     precision: str = "auto"
     compile: bool = False
     seed: int = 0
@@ -105,6 +109,8 @@ class TrainingOptions:
         for name in ("compile", "tensorboard"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected true or false")
+        if not (_is_number(self.ema) and 0.0 <= self.ema < 1.0):
+            raise ValueError(f"ema is {self.ema!r}, expected a decay from 0 (no average) to below 1, such as 0.995")
         if self.final_learning_rate > self.learning_rate:
             raise ValueError(
                 f"final_learning_rate {self.final_learning_rate:g} is above learning_rate {self.learning_rate:g}; "
@@ -211,6 +217,7 @@ class _Run:
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
         )
+        self.averages = [parameter.detach().clone() for parameter in self.parameters] if options.ema else []
         self.order = torch.Generator().manual_seed(options.seed)
         self.noise = torch.Generator(device=device).manual_seed(options.seed + 1)
         self.held_out = None
@@ -261,7 +268,7 @@ class _Run:
                     break
                 self._train_step(loss_of, update_targets)
                 if self.step % options.log_every == 0:
-                    row = self._averages()
+                    row = self._means()
                     log.write("log", self.step, {"seconds": round(self.seconds, 2), **row})
                     progress(self.step, row)
                 if self.held_out is not None and self.step % options.validate_every == 0 and self.step < options.steps:
@@ -272,6 +279,7 @@ class _Run:
             if self.held_out is not None:
                 validated = self._validate(log)
             self._save()
+        self._exchange()  # the caller goes on with the weights that the checkpoint holds
         best = self.checkpoints / "best.safetensors"
         return TrainingResult(
             run_dir=self.run_dir,
@@ -317,6 +325,9 @@ class _Run:
         self.streak = 0
         self.optimiser.step()
         update_targets()
+        if self.averages:
+            decay = min(options.ema, (1.0 + self.step) / (10.0 + self.step))
+            get_ema_multi_avg_fn(decay)(self.averages, self.parameters, None)
         scalars = {name: value.detach().float() for name, value in losses.items()} | {"gradient_norm": norm}
         if self.totals:
             torch._foreach_add_([self.totals[name] for name in scalars], list(scalars.values()))
@@ -344,7 +355,24 @@ class _Run:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
-    def _averages(self) -> dict[str, float]:
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Let the model hold the averaged weights and `averages` the latest ones, or the other way round."""
+        for parameter, average in zip(self.parameters, self.averages, strict=bool(self.averages)):
+            latest = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(latest)
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The model with averaged weights, where they are kept."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _means(self) -> dict[str, float]:
         row = {name: float(total) / self.counted for name, total in self.totals.items()} if self.counted else {}
         self.totals, self.counted = {}, 0
         return {**row, "learning_rate": self.options.learning_rate_at(self.step - 1), "skipped_steps": self.skipped}
@@ -353,7 +381,7 @@ class _Run:
         assert self.held_out is not None
         noise = torch.Generator(device=self.device).manual_seed(self.options.seed + 3)
         self.model.eval()
-        with torch.no_grad(), self._precision():
+        with torch.no_grad(), self._precision(), self._averaged():
             losses = {name: float(value) for name, value in self.model.loss(self.held_out, noise=noise).items()}
             errors = {}
             if "rollout" in self.model.spec.provides:
@@ -363,7 +391,8 @@ class _Run:
         log.write("validation", self.step, {**losses, **flat})
         if self.step and math.isfinite(losses["loss"]) and (self.best is None or losses["loss"] < self.best):
             self.best = losses["loss"]
-            self.save_model(self.checkpoints / "best.safetensors", self.model, self.step)
+            with self._averaged():
+                self.save_model(self.checkpoints / "best.safetensors", self.model, self.step)
         return {"step": self.step, "losses": losses, "by_horizon": errors}
 
     def _save(self) -> None:
@@ -371,6 +400,7 @@ class _Run:
         for index, values in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
         tensors |= {f"total.{name}": value for name, value in self.totals.items()}
+        tensors |= {f"average.{index}": value for index, value in enumerate(self.averages)}
         tensors["random.order"] = self.order.get_state()
         tensors["random.noise"] = self.noise.get_state()
         tensors["random.torch"] = torch.get_rng_state()
@@ -387,7 +417,8 @@ class _Run:
             "options": asdict(self.options),
         }
         write_state(self.checkpoints, tensors, facts)
-        self.save_model(self.checkpoints / "model.safetensors", self.model, self.step)
+        with self._averaged():
+            self.save_model(self.checkpoints / "model.safetensors", self.model, self.step)
 
     def _restore(self) -> None:
         found = find_state(self.checkpoints)
@@ -401,9 +432,9 @@ class _Run:
             )
         now = asdict(self.options)
         changed = [
-            f"{item.name} {facts['options'].get(item.name)!r} -> {now[item.name]!r}"
+            f"{item.name} {facts['options'].get(item.name, item.default)!r} -> {now[item.name]!r}"
             for item in fields(self.options)
-            if item.name not in _FREE_OPTIONS and facts["options"].get(item.name) != now[item.name]
+            if item.name not in _FREE_OPTIONS and facts["options"].get(item.name, item.default) != now[item.name]
         ]
         if changed:
             raise ValueError(
@@ -418,6 +449,7 @@ class _Run:
             state["state"].setdefault(int(index), {})[key] = tensor
         self.optimiser.load_state_dict(state)
         self.totals = {name: tensor.to(self.device) for name, tensor in _part(tensors, "total.").items()}
+        self.averages = [tensors[f"average.{index}"].to(self.device) for index in range(len(self.averages))]
         self.order.set_state(tensors["random.order"])
         self.noise.set_state(tensors["random.noise"])
         torch.set_rng_state(tensors["random.torch"])

@@ -126,7 +126,9 @@ class Worker:
             self._episodes(env, planner_policy(self.settings, self.model, shuffle=True), method, starts)
         elif method == "policy":
             memory = Recording()
-            policy = ModelPolicy(self.model, seed=self.settings["seed"])
+            every = self.settings["policy_replan_every"]
+            every = self.settings["controller"]["replan_every"] if every is None else every
+            policy = ModelPolicy(self.model, replan_every=every, seed=self.settings["seed"])
             self._episodes(env, policy, method, starts, memory, on_step=memory.see)
         elif method == "random":
             self._episodes(env, RandomPolicy(env.action_spec.shape[-1], seed=self.settings["seed"]), method, starts)

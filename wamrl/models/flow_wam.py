@@ -17,71 +17,28 @@ heads.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Layout, Proposal, Spec, State, task_id
 from wamrl.models.coupling import POLICIES, Coupling, Stage
-from wamrl.models.dit import Cache, DiT, Stream
-from wamrl.models.flow import gaussian_log_prob, interpolate, ode_sample, sample_times, sde_sample, sde_step
+from wamrl.models.denoiser import Denoiser, Prefix
+from wamrl.models.flow import gaussian_log_prob, interpolate, sde_sample, sde_step
+from wamrl.models.frame_heads import FrameHeads
 from wamrl.models.images import uint8_images
-from wamrl.models.joint_embedding import ensemble_mlp, mlp, task_rows
-from wamrl.models.mot import MixtureOfTransformers
+from wamrl.models.joint_embedding import task_rows
 from wamrl.models.substrate import make_substrate
 from wamrl.naming import unknown_name
 from wamrl.noise import NoiseKey
 
-BACKBONES: dict[str, type[DiT]] = {"dit": DiT, "mot": MixtureOfTransformers}
 LEVELS = (1.0, 0.5, 0.25, 0.125)
 """Lengths of the steps that shortcuts are taught."""
 ANATOMY = {"dit": "iterative denoising (DiT)", "mot": "iterative denoising (mixture of transformers)"}
-
-
-Part = tuple[str, int]
-"""A segment of the coupling and the number of its copy."""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A sequence of S tokens behind P cached ones.
-
-    parts: in order. mask: [1, 1, S, P + S] bool. same: [S, P + S] bool, tokens that share a noise time. inside: per
-    part, the group of each of its tokens within it. experts: (number, its parts, their tokens, group of each token).
-    """
-
-    parts: tuple[Part, ...]
-    mask: Tensor
-    same: Tensor
-    inside: list[Tensor]
-    experts: list[tuple[int, tuple[Part, ...], list[int], Tensor]]
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """Clean tokens that are encoded once.
-
-    parts: the segments, in the order of the cache. hidden: [X, P] bool, True for tokens that no later one may see, or
-    None.
-    """
-
-    parts: tuple[str, ...]
-    cache: Cache
-    hidden: Tensor | None = None
-
-    def repeat(self, times: int) -> Prefix:
-        """Every row `times` times in a row."""
-        if times == 1:
-            return self
-        cache = [(k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in self.cache]
-        return Prefix(self.parts, cache, None if self.hidden is None else self.hidden.repeat_interleave(times, 0))
 
 
 class FlowWAM(WAM):
@@ -101,7 +58,6 @@ class FlowWAM(WAM):
 
     task_ids: Tensor
     unit: Tensor
-    moves: Tensor
 
     def __init__(
         self,
@@ -152,10 +108,6 @@ class FlowWAM(WAM):
             raise unknown_name("policy of this coupling", self.policy_query, answered)
         places = Layout.of(layout, observation)
         self.substrate = make_substrate(substrate, observation, places)
-        settings = dict(backbone)
-        name = str(settings.pop("name", ""))
-        if name not in BACKBONES:
-            raise unknown_name("backbone", name, BACKBONES)
         if not 0.0 <= shortcut <= 1.0:
             raise ValueError(f"shortcut is {shortcut}, expected a share of the batch from 0 to 1")
         if shortcut and not self._is_chain(queries[self.policy_query]):
@@ -164,7 +116,17 @@ class FlowWAM(WAM):
                 f"'{self.policy_query}' denoises a future too; set shortcut=0"
             )
         self.shortcut = shortcut
-        self.backbone = BACKBONES[name](**settings, shortcut=shortcut > 0)
+        frames, frame = chunk_length // frame_stride, (self.substrate.tokens, self.substrate.width)
+        self.denoiser = Denoiser(
+            self.coupling,
+            backbone,
+            frame=frame,
+            frames=frames,
+            frame_stride=frame_stride,
+            action=(chunk_length, action_dim),
+            tasks=len(tasks),
+            shortcut=shortcut > 0,
+        )
         provides = {"decode"} if self.substrate.decodes else set()
         provides |= {"policy", "value", "observe", "goal"} | {
             q for q in ("rollout", "inverse", "video") if q in queries
@@ -184,7 +146,7 @@ class FlowWAM(WAM):
             provides=frozenset(provides),
             anatomy=Anatomy(
                 self.substrate.describe(),
-                ANATOMY[name],
+                ANATOMY[str(backbone["name"])],
                 "action-conditioned rollout and joint generation" if "rollout" in queries else self.policy_query,
                 "chunked",
             ),
@@ -194,40 +156,26 @@ class FlowWAM(WAM):
             layout=places,
         )
         self.action_steps, self.future_steps, self.sde_scale = action_steps, future_steps, sde_scale
-        self.expectile, self.target_rate = expectile, target_rate
+        self.target_rate = target_rate
         self.value_unit = (reward_scale + success_bonus) / (1.0 - discount)
         self.loss_weights = {"reward": 0.5, "success": 0.5, "value": 10.0, **(loss_weights or {})}
-        self.frames = chunk_length // frame_stride
-        length, size = self.substrate.tokens, self.substrate.width
         # A future frame is (frame - present) / unit where the substrate knows its changes; what never moves is not
         # predicted.
-        self.register_buffer("unit", torch.ones(self.frames, length, size))
-        self.register_buffer("moves", self.substrate.used.clone())
+        self.register_buffer("unit", torch.ones(frames, *frame))
+        self.denoiser.moves.copy_(self.substrate.used)
         self.register_buffer("task_ids", torch.tensor([task_id(task) for task in tasks]))
-        wide, narrow = self.backbone.width("future"), self.backbone.width("action")
-        self.task_token = nn.Embedding(len(tasks), wide)
-        self.embed_frame, self.embed_future = nn.Linear(size, wide), nn.Linear(size, wide)
-        self.embed_action = nn.Linear(action_dim, narrow)
-        self.place = nn.Parameter(0.02 * torch.randn(length, wide))
-        self.frame_time = nn.Parameter(0.02 * torch.randn(self.frames, wide))
-        self.action_time = nn.Parameter(0.02 * torch.randn(chunk_length, narrow))
-        self.to_future, self.to_action = nn.Linear(wide, size), nn.Linear(narrow, action_dim)
-        for layer in (self.to_future, self.to_action):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        flat = length * size
-        self.head_task = nn.Embedding(len(tasks), task_dim)
-        self.outcome = mlp(2 * flat + task_dim, [head_width, head_width], 2)
-        self.values = ensemble_mlp(values, flat + task_dim, [head_width, head_width], 1)
-        nn.init.zeros_(self.values[-1].weight)  # type: ignore[arg-type]
-        self.target_values = copy.deepcopy(self.values).requires_grad_(False)
-        step = torch.arange(1, self.frames + 1).repeat_interleave(length)
-        self._tokens = {
-            "frame": (torch.zeros(length + 1), torch.zeros(length + 1, dtype=torch.int64)),
-            "future": (step * float(frame_stride), step - 1),
-            "action": (torch.arange(chunk_length) + 0.5, torch.zeros(chunk_length, dtype=torch.int64)),
-        }
-        self._sequences: dict[tuple[tuple[Part, ...], tuple[Part, ...], torch.device], Tokens] = {}
+        self.heads = FrameHeads(
+            math.prod(frame),
+            tasks=len(tasks),
+            width=head_width,
+            task_dim=task_dim,
+            values=values,
+            stride=frame_stride,
+            discount=discount,
+            success_bonus=success_bonus,
+            unit=self.value_unit,
+            expectile=expectile,
+        )
 
     # ---- borders -------------------------------------------------------------------------------------------------
 
@@ -236,10 +184,10 @@ class FlowWAM(WAM):
         self.substrate.set_normalisation(statistics)
         change = self.substrate.change
         if change is not None:
-            steps = torch.arange(1, self.frames + 1, device=change.device) * self.spec.frame_stride
+            steps = torch.arange(1, self.denoiser.frames + 1, device=change.device) * self.spec.frame_stride
             # Motion goes on for a while, and two frames far apart differ by sqrt(2) standard deviations at most.
             self.unit.copy_((change * steps[:, None, None]).clamp(max=math.sqrt(2.0)).where(change > 0, 1.0))
-            self.moves.copy_(self.substrate.used & (change > 0))
+            self.denoiser.moves.copy_(self.substrate.used & (change > 0))
 
     def encode(self, context: Context) -> State:
         observation = context.observation[:, -1]
@@ -252,13 +200,14 @@ class FlowWAM(WAM):
         return state
 
     def observe(self, state: State, action: Tensor, observation: TensorDict, reset: Tensor) -> State:
-        """The measured frame takes the place of the imagined one; this model remembers nothing else."""
+        """The measured frame takes the place of the imagined one; task and goal stay, nothing else is remembered."""
         with torch.no_grad():
             z = self.substrate.encode(observation).flatten(-2)
-        task = state["task"]
+        state = state.copy()
+        state["z"] = z
         if "task" in observation.keys():
-            task = task_rows(observation["task"], self.task_ids, self.spec.tasks)
-        return TensorDict({"z": z, "task": task}, batch_size=state.batch_size)
+            state["task"] = task_rows(observation["task"], self.task_ids, self.spec.tasks)
+        return state
 
     def decode(self, state: State | Imagined, keys: tuple[str, ...] | None = None) -> TensorDict:
         self.spec.require("decode")
@@ -285,192 +234,14 @@ class FlowWAM(WAM):
     def _changes(self, frames: Tensor, present: Tensor) -> Tensor:
         """Future frames [X, J, L, D] of the substrate as what the flow generates."""
         if self.substrate.change is None:
-            return frames * self.moves
-        return (frames - present.unsqueeze(1)) / self.unit * self.moves
+            return frames * self.denoiser.moves
+        return (frames - present.unsqueeze(1)) / self.unit * self.denoiser.moves
 
     def _frames(self, changes: Tensor, present: Tensor) -> Tensor:
         """Undo `_changes`."""
         if self.substrate.change is None:
             return changes
-        return present.unsqueeze(1) + changes * self.moves * self.unit
-
-    # ---- sequences -----------------------------------------------------------------------------------------------
-
-    def _sequence(self, before: tuple[Part, ...], parts: tuple[Part, ...], device: torch.device) -> Tokens:
-        """The tokens of `parts` behind a cached prefix of `before`; made once."""
-        key = (before, parts, device)
-        if key in self._sequences:
-            return self._sequences[key]
-        whole = self.coupling.layout((*before, *parts), self._tokens, self.backbone.expert_of)
-        ordered = tuple(part for part in whole.parts if part in parts)
-        spans = [whole.spans[part] for part in ordered]
-        rows, columns = _index(spans), _index([whole.spans[part] for part in (*before, *ordered)])
-        experts = []
-        for expert in sorted({self.backbone.expert_of[self._kind(part)] for part in ordered}):
-            own = tuple(part for part in ordered if self.backbone.expert_of[self._kind(part)] == expert)
-            group, first = [], 0
-            for part in own:
-                inside = whole.group[whole.spans[part]] - whole.groups[part].start
-                group.append(inside + first)
-                first += int(inside[-1]) + 1
-            sizes = [whole.spans[part].stop - whole.spans[part].start for part in own]
-            experts.append((expert, own, sizes, torch.cat(group).to(device)))
-        self._sequences[key] = Tokens(
-            parts=ordered,
-            mask=whole.mask[rows][:, columns].to(device)[None, None],
-            same=(whole.group[rows].unsqueeze(1) == whole.group[columns]).to(device),
-            inside=[(whole.group[span] - whole.groups[part].start).to(device)
-                    for part, span in zip(ordered, spans, strict=True)],
-            experts=experts,
-        )  # fmt: skip
-        return self._sequences[key]
-
-    def _embed(self, kind: str, content: Tensor, task: Tensor) -> Tensor:
-        """Tokens [X, S, W] of a frame [X, L, D], future [X, J, L, D] or chunk [X, H, A]."""
-        if kind == "action":
-            return self.embed_action(content) + self.action_time
-        if kind == "future":
-            return (self.embed_future(content) + self.place + self.frame_time.unsqueeze(1)).flatten(1, 2)
-        return torch.cat([self.embed_frame(content) + self.place, self.task_token(task).unsqueeze(1)], dim=1)
-
-    def _run(
-        self,
-        parts: Sequence[Part],
-        contents: Mapping[Part, Tensor],
-        times: Mapping[Part, Tensor],
-        task: Tensor,
-        *,
-        hidden: Mapping[Part, Tensor] | None = None,
-        prefix: Prefix | None = None,
-        stride: Tensor | None = None,
-    ) -> tuple[dict[Part, Tensor], Cache]:
-        """Velocities of `parts` (in the shape of their contents), and their keys and values.
-
-        times: [X, groups of the part]. hidden: [X, groups of the part] bool, tokens that only their own group sees.
-        stride: [X] of all parts, see `Stream`.
-        """
-        before = () if prefix is None else tuple((name, 0) for name in prefix.parts)
-        sequence = self._sequence(before, tuple(parts), task.device)
-        mask = sequence.mask
-        if hidden or (prefix is not None and prefix.hidden is not None):
-            behind = []
-            if prefix is not None:
-                length = prefix.cache[0][0].shape[2]
-                behind = [task.new_zeros(len(task), length, dtype=torch.bool)]
-                behind = behind if prefix.hidden is None else [prefix.hidden]
-            for part, inside in zip(sequence.parts, sequence.inside, strict=True):
-                flags = (hidden or {}).get(part)
-                empty = task.new_zeros(len(task), len(inside), dtype=torch.bool)
-                behind.append(empty if flags is None else flags[:, inside])
-            mask = mask & (sequence.same | ~torch.cat(behind, dim=1).unsqueeze(1)).unsqueeze(1)
-        streams = {
-            expert: Stream(
-                torch.cat([self._embed(self._kind(part), contents[part], task) for part in own], dim=1),
-                torch.cat([times[part] for part in own], dim=1),
-                group,
-                None if stride is None else stride.unsqueeze(1).expand(-1, int(group[-1]) + 1),
-            )
-            for expert, own, _, group in sequence.experts
-        }
-        outputs, cache = self.backbone(streams, mask, None if prefix is None else prefix.cache)
-        velocities: dict[Part, Tensor] = {}
-        for expert, own_parts, sizes, _ in sequence.experts:
-            for part, own in zip(own_parts, outputs[expert].split(sizes, dim=1), strict=True):
-                kind = self._kind(part)
-                if kind == "action":
-                    velocities[part] = self.to_action(own)
-                elif kind == "future":
-                    velocities[part] = self.to_future(own).unflatten(1, (self.frames, -1)) * self.moves
-        return velocities, cache
-
-    def _kind(self, part: Part) -> str:
-        return self.coupling.segments[part[0]].kind
-
-    # ---- sampling ------------------------------------------------------------------------------------------------
-
-    def _prefix(self, z: Tensor, task: Tensor) -> Prefix:
-        """The present frame z [X, L * D], encoded once."""
-        part = ("F", 0)
-        _, cache = self._run([part], {part: self._tokens_of(z)}, {part: torch.ones_like(z[:, :1])}, task)
-        return Prefix(("F",), cache)
-
-    def _extend(self, prefix: Prefix, name: str, content: Tensor, task: Tensor, hidden: Tensor | None = None) -> Prefix:
-        """`prefix` and the clean segment `name`. hidden: [X, groups] bool, of which nobody sees anything."""
-        part = (name, 0)
-        groups = self.frames if self._kind(part) == "future" else 1
-        times = torch.ones(len(task), groups, device=task.device)
-        flags = {} if hidden is None else {part: hidden}
-        if hidden is not None:
-            times = times.masked_fill(hidden, 0.0)
-        _, new = self._run([part], {part: content}, {part: times}, task, hidden=flags, prefix=prefix)
-        cache = [
-            (torch.cat([old[0], late[0]], dim=2), torch.cat([old[1], late[1]], dim=2))
-            for old, late in zip(prefix.cache, new, strict=True)
-        ]
-        behind = prefix.hidden
-        if hidden is not None or behind is not None:
-            length = prefix.cache[0][0].shape[2]
-            if behind is None:
-                behind = torch.zeros(len(task), length, dtype=torch.bool, device=task.device)
-            late_hidden = torch.zeros(len(task), new[0][0].shape[2], dtype=torch.bool, device=task.device)
-            if hidden is not None:
-                late_hidden = hidden.repeat_interleave(new[0][0].shape[2] // groups, 1)
-            behind = torch.cat([behind, late_hidden], dim=1)
-        return Prefix((*prefix.parts, name), cache, behind)
-
-    def _velocity(
-        self,
-        prefix: Prefix,
-        stage: Stage,
-        contents: Mapping[str, Tensor],
-        time: Tensor,
-        task: Tensor,
-        stride: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Velocities of the segments that `stage` denoises, all at `time` [X]; stride: [X], see `Stream`."""
-        shown = {**contents, **{name: contents[twin] for name, twin in stage.tied.items()}}
-        parts = [(name, 0) for name in shown]
-        times = {
-            part: time.unsqueeze(1).expand(-1, self.frames if self._kind(part) == "future" else 1) for part in parts
-        }
-        found, _ = self._run(
-            parts, {(name, 0): x for name, x in shown.items()}, times, task, prefix=prefix, stride=stride
-        )
-        return {name: found[(name, 0)] for name in contents}
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        if self.coupling.segments[name].kind == "action":
-            return (self.spec.chunk_length, self.spec.action_dim)
-        return (self.frames, self.substrate.tokens, self.substrate.width)
-
-    def _start(self, name: str, noise: NoiseKey | None, rows: int, *shared: int, device: torch.device) -> Tensor:
-        """Noise [rows, *shared, ...] that the sampler of a segment starts from; without a key its mean, zero."""
-        shape = self._shape(name)
-        if noise is None:
-            return torch.zeros(rows, *shared, *shape, device=device)
-        x = noise.normal(*shared, *shape)
-        return x * self.moves if self.coupling.segments[name].kind == "future" else x
-
-    def _denoise(
-        self, prefix: Prefix, stage: Stage, starts: Mapping[str, Tensor], task: Tensor, steps: int
-    ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
-        """Samples of the segments of `stage` by the ODE, in lock step, and their paths."""
-        names = list(starts)
-        shapes = [starts[name].shape[1:] for name in names]
-        sizes = [math.prod(shape) for shape in shapes]
-
-        def unpack(x: Tensor) -> dict[str, Tensor]:
-            parts = x.split(sizes, dim=1)
-            return {n: part.unflatten(1, shape) for n, part, shape in zip(names, parts, shapes, strict=True)}
-
-        def velocity(x: Tensor, time: float) -> Tensor:
-            stride = x.new_full((len(x),), 1.0 / steps) if self.shortcut else None
-            found = self._velocity(prefix, stage, unpack(x), x.new_full((len(x),), time), task, stride)
-            return torch.cat([found[name].flatten(1) for name in names], dim=1)
-
-        path = ode_sample(velocity, torch.cat([starts[name].flatten(1) for name in names], dim=1), steps)
-        points = [unpack(x) for x in path]
-        return points[-1], {name: [point[name] for point in points] for name in names}
+        return present.unsqueeze(1) + changes * self.denoiser.moves * self.unit
 
     # ---- queries -------------------------------------------------------------------------------------------------
 
@@ -505,7 +276,7 @@ class FlowWAM(WAM):
         z, task, shared = state["z"], state["task"], True
         frames = []
         for number, first in enumerate(range(0, horizon, chunk)):
-            prefix = self._prefix(z, task)
+            prefix = self.denoiser.prefix(self._tokens_of(z), task)
             if shared:
                 prefix, z, task = prefix.repeat(num), z.repeat_interleave(num, 0), task.repeat_interleave(num, 0)
             if actions is not None:
@@ -513,13 +284,13 @@ class FlowWAM(WAM):
                 part = torch.cat([part, part[:, :, -1:].expand(-1, -1, chunk - part.shape[2], -1)], dim=2)
                 part = part.flatten(0, 1) if shared else part.flatten(0, 1).repeat_interleave(samples, 0)
                 (given,) = stage.given
-                prefix = self._extend(prefix, given, part, task)
+                prefix = self.denoiser.extend(prefix, given, part, task)
             if shared:
                 prefix = prefix.repeat(samples)
                 z, task, shared = z.repeat_interleave(samples, 0), task.repeat_interleave(samples, 0), False
-            start = self._start(future, noise.fold(number), rows, samples, device=device)
+            start = self.denoiser.start(future, noise.fold(number), rows, samples, device=device)
             start = start.unsqueeze(1).expand(-1, num, *start.shape[1:]).flatten(0, 2)
-            sample, _ = self._denoise(prefix, stage, {future: start}, task, self.future_steps)
+            sample, _ = self.denoiser.sample(prefix, stage, {future: start}, task, self.future_steps)
             frames.append(self._frames(sample[future], self._tokens_of(z)).flatten(2))
             z = frames[-1][:, -1]
         return self._imagined(state, torch.cat(frames, dim=1), (rows, num, samples), horizon, with_frames)
@@ -533,7 +304,7 @@ class FlowWAM(WAM):
         present = state["z"].repeat_interleave(num * samples, 0).unsqueeze(1)
         task = state["task"].repeat_interleave(num * samples, 0)
         before = torch.cat([present, frames[:, :-1]], dim=1)
-        outcome = self._outcome(before, frames, task)
+        outcome = self.heads.outcome(before, frames, task)
         share = (torch.arange(1, stride + 1, device=frames.device) / stride)[None, None, :, None]
         between = before.unsqueeze(2) + share * (frames - before).unsqueeze(2)
 
@@ -543,7 +314,7 @@ class FlowWAM(WAM):
         path = between.flatten(1, 2)[:, :horizon].unflatten(0, batch)
         uncertainty = None
         if samples > 1:
-            moving = self.moves.flatten().float()
+            moving = self.denoiser.moves.flatten().float()
             spread = frames.unflatten(0, batch).std(dim=2, correction=0)
             spread = (spread * moving).sum(-1) / moving.sum().clamp(min=1.0)
             uncertainty = spread.repeat_interleave(stride, -1)[..., :horizon].unsqueeze(2).expand(-1, -1, samples, -1)
@@ -594,15 +365,15 @@ class FlowWAM(WAM):
         stages = self.coupling.queries[query]
         rows, device = state.batch_size[0], state["z"].device
         task = state["task"].repeat_interleave(num, 0)
-        prefix = self._prefix(state["z"], state["task"])
+        prefix = self.denoiser.prefix(self._tokens_of(state["z"]), state["task"])
         if future is not None:
             (given,) = stages[0].given
             gap = self._changes(self._tokens_of(future["z"]).unsqueeze(1), self._tokens_of(state["z"]))[:, -1:]
-            content = gap.new_zeros(rows, *self._shape(given))
+            content = gap.new_zeros(rows, *self.denoiser.shape(given))
             content[:, -1:] = gap
-            hidden = torch.ones(rows, self.frames, dtype=torch.bool, device=device)
+            hidden = torch.ones(rows, self.denoiser.frames, dtype=torch.bool, device=device)
             hidden[:, -1] = False
-            prefix = self._extend(prefix, given, content, state["task"], hidden)
+            prefix = self.denoiser.extend(prefix, given, content, state["task"], hidden)
         prefix = prefix.repeat(num)
         known: dict[str, Tensor] = {}
         chain: list[Tensor] | None = None
@@ -611,10 +382,10 @@ class FlowWAM(WAM):
             key = None if noise is None else noise.fold(number)
             for name, source in stage.given.items():
                 if source in known:
-                    prefix = self._extend(prefix, name, known[source], task)
-            starts = {n: self._start(n, key and key.fold(i), rows, num, device=device).flatten(0, 1)
+                    prefix = self.denoiser.extend(prefix, name, known[source], task)
+            starts = {n: self.denoiser.start(n, key and key.fold(i), rows, num, device=device).flatten(0, 1)
                       for i, n in enumerate(stage.denoise)}  # fmt: skip
-            action = next((n for n in stage.denoise if self.coupling.segments[n].kind == "action"), None)
+            action = next((n for n in stage.denoise if self.denoiser.kind(n) == "action"), None)
             if action is not None and mode == "sde":
                 if len(stage.denoise) > 1:
                     raise ValueError(
@@ -622,17 +393,21 @@ class FlowWAM(WAM):
                         "density of the action alone; use mode='ode', which draws the noise it starts from"
                     )
                 assert key is not None
-                draws = key.fold(len(stage.denoise)).normal(num, self.action_steps, *self._shape(action)).flatten(0, 1)
+                draws = (
+                    key.fold(len(stage.denoise))
+                    .normal(num, self.action_steps, *self.denoiser.shape(action))
+                    .flatten(0, 1)
+                )
                 at, now = prefix, stage
 
                 def velocity(x: Tensor, time: float, action: str = action, at: Prefix = at, now: Stage = now) -> Tensor:
-                    return self._velocity(at, now, {action: x}, x.new_full((len(x),), time), task)[action]
+                    return self.denoiser.velocity(at, now, {action: x}, x.new_full((len(x),), time), task)[action]
 
                 sampled = sde_sample(velocity, starts[action], draws, scale=self.sde_scale, event_dims=2)
                 chain, times, logs = sampled.points, sampled.times, sampled.log_prob.unflatten(0, (rows, num))
             else:
                 budget = self.action_steps if action is not None else self.future_steps
-                samples, paths = self._denoise(prefix, stage, starts, task, budget)
+                samples, paths = self.denoiser.sample(prefix, stage, starts, task, budget)
                 known |= samples
                 if action is not None:
                     chain = paths[action]
@@ -642,7 +417,7 @@ class FlowWAM(WAM):
         imagined = None
         if perturbation is not None:
             actions = actions + perturbation
-        elif known_future := [n for n in known if self.coupling.segments[n].kind == "future"]:
+        elif known_future := [n for n in known if self.denoiser.kind(n) == "future"]:
             present = self._tokens_of(state["z"]).repeat_interleave(num, 0)
             frames = self._frames(known[known_future[-1]], present).flatten(2)
             imagined = self._imagined(state, frames, (rows, num, 1), steps, True)
@@ -670,10 +445,10 @@ class FlowWAM(WAM):
         before = proposal.chain[:, :, :-1].flatten(0, 2)
         (stage,) = self.coupling.queries[self.policy_query]
         (action,) = stage.denoise
-        prefix = self._prefix(state["z"], state["task"]).repeat(num * count)
+        prefix = self.denoiser.prefix(self._tokens_of(state["z"]), state["task"]).repeat(num * count)
         task = state["task"].repeat_interleave(num * count, 0)
         time = proposal.times[:-1].to(before.device, before.dtype).repeat(rows * num)
-        v = self._velocity(prefix, stage, {action: before}, time, task)[action].unflatten(0, (rows, num, count))
+        v = self.denoiser.velocity(prefix, stage, {action: before}, time, task)[action].unflatten(0, (rows, num, count))
         logs = []
         for k in range(count):
             mean, std = sde_step(proposal.chain[:, :, k], v[:, :, k], times[k], times[k + 1], self.sde_scale)
@@ -682,19 +457,8 @@ class FlowWAM(WAM):
 
     # ---- heads ---------------------------------------------------------------------------------------------------
 
-    def _outcome(self, before: Tensor, after: Tensor, task: Tensor) -> Tensor:
-        """Mean reward and success logit [X, J, 2] of the steps between frames [X, J, L * D]."""
-        tasks = self.head_task(task).unsqueeze(1).expand(-1, before.shape[1], -1)
-        return self.outcome(torch.cat([before, after, tasks], dim=-1))
-
-    def _values(self, network: nn.Module, z: Tensor, task: Tensor) -> Tensor:
-        """[E, *batch] values, in units of `value_unit`."""
-        x = torch.cat([z, self.head_task(task)], dim=-1)
-        members = network[0].weight.shape[0]  # type: ignore[index]
-        return network(x.flatten(0, -2).expand(members, -1, -1)).view(members, *x.shape[:-1])
-
     def value(self, state: State) -> Tensor:
-        return self._values(self.values, state["z"], state["task"]).movedim(0, -1) * self.value_unit
+        return self.heads.value(state["z"], state["task"]).movedim(0, -1) * self.value_unit
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -723,61 +487,31 @@ class FlowWAM(WAM):
         imitated = (labelled | batch["imitate"].unsqueeze(1)) & valid
         changes = self._changes(later, present)
 
-        names = self.coupling.trained()
-        parts = [("F", 0), *((n, c) for n in names if n != "F" for c in range(self.coupling.segments[n].copies))]
-        contents: dict[Part, Tensor] = {("F", 0): present}
-        times: dict[Part, Tensor] = {("F", 0): torch.ones(rows, 1, device=device)}
-        targets: dict[Part, Tensor] = {}
-        hidden: dict[Part, Tensor] = {}
-        draws: dict[Part, Tensor] = {}
-        for part in sorted(parts, key=lambda part: self.coupling.rank(part[0])):
-            segment = self.coupling.segments[part[0]]
-            if segment.kind == "frame":
-                continue
-            data = changes if segment.kind == "future" else executed if segment.target == "executed" else wanted
-            if segment.same_as is not None:
-                twin = (segment.same_as, part[1])
-                times[part], draws[part] = times[twin], draws[twin]
-            else:
-                taken = None
-                if segment.yields_to is not None:
-                    taken = times[(segment.yields_to, 0)][:, -1:] == 1.0
-                times[part], skipped = self._draw_times(part[0], rows, noise, device, taken)
-                if skipped is not None:
-                    hidden[part] = skipped
-                draws[part] = torch.randn(data.shape, generator=noise, device=device)
-                if segment.kind == "future":
-                    draws[part] = draws[part] * self.moves
-            wide = times[part][:, :, None, None] if segment.kind == "future" else times[part].unsqueeze(-1)
-            contents[part] = interpolate(draws[part], data, wide)
-            targets[part] = data - draws[part]
-        found, _ = self._run(parts, contents, times, task, hidden=hidden)
-
-        losses: dict[str, Tensor] = {}
-        total = torch.zeros((), device=device)
-        for name in names:
+        data = {}
+        for name in self.coupling.trained():
             segment = self.coupling.segments[name]
-            if segment.weight <= 0 or segment.kind == "frame":
-                continue
-            error, count = torch.zeros((), device=device), torch.zeros((), device=device)
-            for part in (p for p in parts if p[0] == name):
-                square = (found[part] - targets[part]).square()
-                if segment.kind == "future":
-                    square = square.sum((-1, -2)) / self.moves.sum().clamp(min=1)
-                    weight = arrived & (times[part][:, -1:] < 1.0)  # clean or a goal: nothing to predict
-                else:
-                    square = square.mean(-1)
-                    weight = (imitated if segment.target == "label" else valid) & (times[part] < 1.0)
-                error, count = error + (square * weight).sum(), count + weight.sum()
-            losses[f"flow_{name}"] = error / count.clamp(min=1.0)
-            total = total + segment.weight * losses[f"flow_{name}"]
+            if segment.kind != "frame":
+                clean = {"label": wanted, "executed": executed}[segment.target]
+                data[name] = changes if segment.kind == "future" else clean
+        totals: dict[str, tuple[Tensor, Tensor]] = {}
+        for (name, _), (square, time) in self.denoiser.errors(present, data, task, noise).items():
+            if self.denoiser.kind(name) == "future":
+                weight = arrived & (time[:, -1:] < 1.0)  # clean or a goal: nothing to predict
+            else:
+                weight = (imitated if self.coupling.segments[name].target == "label" else valid) & (time < 1.0)
+            error, count = totals.get(name, (torch.zeros((), device=device), torch.zeros((), device=device)))
+            totals[name] = (error + (square * weight).sum(), count + weight.sum())
+        losses = {f"flow_{name}": error / count.clamp(min=1.0) for name, (error, count) in totals.items()}
+        total = torch.zeros((), device=device)
+        for name in totals:
+            total = total + self.coupling.segments[name].weight * losses[f"flow_{name}"]
         if self.shortcut:
             count = max(1, round(self.shortcut * rows))
             losses["shortcut"] = self._shortcut_loss(
                 present[:count], wanted[:count], task[:count], imitated[:count], noise
             )
             total = total + losses["shortcut"]
-        heads = self._head_losses(batch, z.flatten(2), task, arrived)
+        heads = self.heads.losses(batch, z.flatten(2), task, arrived)
         total = total + sum(self.loss_weights[name] * value for name, value in heads.items())
         return {"loss": total, **{name: value.detach() for name, value in {**losses, **heads}.items()}}
 
@@ -796,10 +530,10 @@ class FlowWAM(WAM):
         asked = half.where(half > 0.5 * LEVELS[-1], 0.0)  # the shortest steps follow the flow itself
         draw = torch.randn(wanted.shape, generator=noise, device=device)
         x = interpolate(draw, wanted, time[:, None, None])
-        prefix = self._prefix(present.flatten(1), task)
+        prefix = self.denoiser.prefix(present, task)
 
         def velocity(x: Tensor, time: Tensor, stride: Tensor) -> Tensor:
-            return self._velocity(prefix, stage, {action: x}, time, task, stride)[action]
+            return self.denoiser.velocity(prefix, stage, {action: x}, time, task, stride)[action]
 
         with torch.no_grad():
             first = velocity(x, time, asked)
@@ -807,63 +541,7 @@ class FlowWAM(WAM):
         square = (velocity(x, time, stride) - 0.5 * (first + second)).square().mean(-1)
         return (square * imitated).sum() / imitated.sum().clamp(min=1)
 
-    def _draw_times(
-        self, name: str, rows: int, noise: torch.Generator | None, device: torch.device, taken: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Noise times [B, groups] of a segment, and [B, groups] bool where others do not see it (None: all do).
-
-        taken: [B, 1] bool, where the segment that it yields to is clean.
-        """
-        segment = self.coupling.segments[name]
-        groups = self.frames if segment.kind == "future" else 1
-        times = sample_times(segment.times, rows, 1, generator=noise, device=device).expand(-1, groups)
-        draw = torch.rand(rows, 4, 1, generator=noise, device=device)
-        times = torch.where(draw[:, 3] < segment.start, 0.0, times)
-        if not (segment.clean or segment.absent) and taken is None:
-            return times, None
-        clean, absent = draw[:, 0] < segment.clean, draw[:, 1] < segment.absent
-        if taken is not None:
-            clean, absent = clean & ~taken, absent | taken
-        times = torch.where(clean, 1.0, times)
-        hidden = absent.expand(-1, groups)
-        if segment.goal:
-            early = torch.arange(groups, device=device) < groups - 1
-            skipped = clean & (draw[:, 2] < segment.goal) & early
-            times, hidden = times.masked_fill(skipped, 0.0), hidden | skipped
-        return times, hidden
-
-    def _head_losses(self, batch: TensorDict, z: Tensor, task: Tensor, arrived: Tensor) -> dict[str, Tensor]:
-        """Reward, success and value off true frames z [B, J+1, L * D]."""
-        stride, frames = self.spec.frame_stride, self.frames
-        reward = batch["reward"][:, : frames * stride].unflatten(1, (frames, stride))
-        success = batch["success"][:, : frames * stride].unflatten(1, (frames, stride)).float()
-        mask = arrived.float()
-        count = mask.sum().clamp(min=1.0)
-        outcome = self._outcome(z[:, :-1], z[:, 1:], task)
-        reward_error = F.smooth_l1_loss(outcome[..., 0], reward.mean(-1), reduction="none")
-        bce = F.binary_cross_entropy_with_logits(outcome[..., 1], success.mean(-1), reduction="none")
-        tasks = task.unsqueeze(1).expand(-1, frames)
-        # Expectile regression of the return over a stride and the value after it, as in the reference WAM.
-        with torch.no_grad():
-            ahead = self._values(self.target_values, z[:, 1:], tasks)
-            fade = self.spec.discount ** torch.arange(stride, device=z.device)
-            gain = ((reward + self.spec.success_bonus * success) * fade).sum(-1) / self.value_unit
-            ended = batch["terminated"][:, : frames * stride].unflatten(1, (frames, stride)).any(-1)
-            goal = gain + self.spec.discount**stride * ahead * (~ended).float()
-        value = self._values(self.values, z[:, :-1], tasks)
-        gap = goal - value
-        asymmetry = torch.where(gap > 0, self.expectile, 1.0 - self.expectile)
-        return {
-            "reward": (reward_error * mask).sum() / count,
-            "success": (bce * mask).sum() / count,
-            "value": (asymmetry * gap.square() * mask).sum() / count / value.shape[0],
-        }
-
     @torch.no_grad()
     def update_targets(self) -> None:
         """Move the target values towards the online ones by `target_rate`."""
-        torch._foreach_lerp_(list(self.target_values.parameters()), list(self.values.parameters()), self.target_rate)
-
-
-def _index(spans: Sequence[slice]) -> Tensor:
-    return torch.cat([torch.arange(span.start, span.stop) for span in spans])
+        self.heads.update_targets(self.target_rate)
