@@ -18,7 +18,7 @@ from torch import Tensor
 from torchrl.data import Binary, Bounded, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
-from wamrl.interfaces import task_id
+from wamrl.interfaces import Layout, task_id
 from wamrl.naming import unknown_name
 
 SPLITS = ("train", "dev", "test")
@@ -76,13 +76,15 @@ class RowsEnv(EnvBase):
     tasks, row_tasks: the task names, and that of each row: row b runs tasks[b % len(tasks)]. instructions: a sentence
     per row. start_index: [B] starts in use, -1 after a restore. start_round: [B] how often the env had gone through all
     starts of the task when it took this one, 0 for a start that was asked for. max_steps: control steps until a row is
-    truncated. control_dt_s, action_repeat: seconds and simulator steps per control step.
+    truncated. control_dt_s, action_repeat: seconds and simulator steps per control step. layout: what its
+    vectors hold where.
     """
 
     batch_locked = True
     control_dt_s: float
     action_repeat: int
     max_steps: int
+    layout = Layout()
     snapshot_size: int | None = None
     # Whether a reset without `start` takes the next of numbered starts; False leaves the draw to `_begin`.
     numbered_starts = True

@@ -126,7 +126,7 @@ class ImaginedEnv(RowsEnv):
             )
         if uncertainty_limit is not None and not uncertainty:
             raise ValueError(f"uncertainty_limit is {uncertainty_limit}, but uncertainty=false asks for none; drop one")
-        self.model, self.chunk = model, chunk
+        self.model, self.chunk, self.layout = model, chunk, spec.layout
         self._uncertainty = uncertainty
         # Rows per call: with one future per row, each network of an ensemble sees a share of them only.
         self._block = _BLOCK * (1 if uncertainty else spec.ensemble_size)

@@ -31,6 +31,7 @@ from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from wamrl.envs.base import SPLITS, asked_snapshot, checked_action, in_split, instruction, split_distance
+from wamrl.envs.layouts import METAWORLD, METAWORLD_STATE
 from wamrl.envs.rendering import Camera, SceneRenderer, mujoco
 from wamrl.interfaces import PolicyState, task_id
 from wamrl.naming import unknown_name
@@ -41,7 +42,7 @@ SIX_TASKS = tuple(
     for name in ("reach-v3", "push-v3", "pick-place-v3", "drawer-open-v3", "door-open-v3", "button-press-topdown-v3")
 )
 SIMULATOR_DT_S = 0.0125
-STATE_DIM, ACTION_DIM = 39, 4
+STATE_DIM, ACTION_DIM = METAWORLD_STATE, 4
 CONTACT_NAMES = ("left_pad_object", "right_pad_object", "hand_object", "hand_table")
 """What the four flags of the key `contact` say: which part of the hand touches what. "object" is any body that is not
 the robot and not the table; "hand" is everything below the wrist."""
@@ -540,6 +541,7 @@ class MetaWorldEnv(EnvBase):
     """
 
     batch_locked = True
+    layout = METAWORLD
 
     def __init__(
         self,

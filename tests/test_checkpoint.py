@@ -19,6 +19,7 @@ from tensordict import TensorDict
 import wamrl
 from wamrl import checkpoint
 from wamrl.checkpoint import CheckpointError
+from wamrl.envs.layouts import METAWORLD
 from wamrl.interfaces import WAM, Context, task_id
 
 TASKS = ["metaworld/push-v3", "metaworld/reach-v3"]
@@ -416,3 +417,10 @@ def test_bad_observations_are_refused_with_the_reason(path, change, reason):
     given = {key: value for key, value in {**good, **change}.items() if value is not None}
     with pytest.raises(ValueError, match=reason):
         policy.act(given)
+
+
+def test_a_checkpoint_of_before_layouts_has_that_of_meta_world():
+    assert "layout" not in checkpoint._read(checkpoint.resolve("six"), tensors=False)[0]["spec"]
+    spec = checkpoint.load("six").spec
+    assert spec.layout == checkpoint.read_metadata("six").spec.layout == METAWORLD
+    assert checkpoint.spec_from_dict(json.loads(json.dumps(checkpoint.spec_to_dict(spec)))) == spec

@@ -18,7 +18,7 @@ import torch
 from tensordict import TensorDict
 
 from wamrl.data import EpisodeDataset, EpisodeWriter, episode_tensordict, export_minari, import_minari, load_episode
-from wamrl.interfaces import task_id
+from wamrl.interfaces import Layout, task_id
 
 TASK = "metaworld/push-v3"
 
@@ -402,3 +402,15 @@ def test_foreign_minari_data_becomes_ours(tmp_path: Path, monkeypatch: pytest.Mo
     minari.create_dataset_from_buffers("other/large-v0", buffers(2.5), **boxes)
     with pytest.raises(ValueError, match="actions up to 2.5"):
         import_minari("other/large-v0", tmp_path / "b", task="other/thing", control_dt_s=0.1)
+
+
+def test_a_dataset_tells_where_its_observation_holds_what(tmp_path: Path) -> None:
+    layout = {"places": {"state": {"hand": [0, 3]}}, "tracks": {}}
+    data = EpisodeDataset.open(make_dataset(tmp_path / "data", layout=layout))
+    assert data.layout.place("hand") == slice(0, 3) and data.select([0]).layout == data.layout
+    assert data.layout != EpisodeDataset.open(make_dataset(tmp_path / "other")).layout == Layout()
+    with pytest.raises(ValueError, match="say differently where"):
+        EpisodeDataset.open([tmp_path / "data", tmp_path / "other"])
+    # Meta-World's of before they did.
+    infos = [{"task": TASK, "behaviour": "expert", "success": False}]
+    assert EpisodeDataset.from_episodes([make_episode(4, size=39)], infos).layout.place("goal") == slice(36, 39)

@@ -13,6 +13,7 @@ import torch
 
 from wamrl import checkpoint
 from wamrl.collect import main as collect
+from wamrl.envs.layouts import METAWORLD
 from wamrl.evaluate import main
 from wamrl.models.joint_embedding import JointEmbeddingWAM
 
@@ -27,7 +28,8 @@ DATA = {"split": "train", "plan": {"mixture": {"expert": 5, "failing": 5}}}
 
 def _save(path: Path, provenance: Any = None, **changes: Any) -> str:
     arguments: dict[str, Any] = {
-        "observation": {"state": [39]}, "action_dim": 4, "tasks": [REACH], "control_dt_s": 0.025, **SIZES, **changes
+        "observation": {"state": [39]}, "action_dim": 4, "tasks": [REACH], "control_dt_s": 0.025,
+        "layout": METAWORLD.to_dict(), **SIZES, **changes,
     }  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from wamrl.envs.layouts import METAWORLD
 from wamrl.evaluation import (
     Episode,
     FailureTags,
@@ -230,7 +231,7 @@ def _state(hand, thing, goal) -> torch.Tensor:
 
 def test_failure_tags_from_what_happened():
     goal, thing = [0.0, 0.8, 0.0], [0.0, 0.6, 0.0]
-    tags = FailureTags(_state([0.3, 0.4, 0.3], thing, goal), PUSH)
+    tags = FailureTags(_state([0.3, 0.4, 0.3], thing, goal), PUSH, METAWORLD)
     assert tags.tag() == "no_approach"
     tags.see(_state([0.0, 0.6, 0.03], thing, goal))
     assert tags.tag() == "no_motion"
@@ -238,13 +239,13 @@ def test_failure_tags_from_what_happened():
     assert tags.tag() == "wrong_place"
     tags.see(_state([0.0, 0.8, 0.03], [0.0, 0.62, 0.0], goal))
     assert tags.tag() == "slip"
-    assert FailureTags(None, PUSH).tag() == "timeout"
+    assert FailureTags(None, PUSH, METAWORLD).tag() == "timeout"
 
 
 def test_contacts_tell_a_missed_grasp_and_a_premature_release():
     goal, thing = [0.0, 0.8, 0.0], [0.0, 0.6, 0.0]
     nothing, both, hand = torch.zeros(4), torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 1.0, 0.0])
-    tags = FailureTags(_state([0.3, 0.4, 0.3], thing, goal), PUSH)
+    tags = FailureTags(_state([0.3, 0.4, 0.3], thing, goal), PUSH, METAWORLD)
     tags.see(_state([0.0, 0.6, 0.03], thing, goal), nothing)
     assert tags.tag() == "missed_grasp"
     tags.see(_state([0.0, 0.6, 0.03], thing, goal), hand)

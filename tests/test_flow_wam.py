@@ -11,6 +11,7 @@ from tensordict import TensorDict
 
 from wamrl import checkpoint, cli, interfaces
 from wamrl.control import ModelPolicy
+from wamrl.envs.layouts import METAWORLD
 from wamrl.interfaces import Budget, Context, task_id
 from wamrl.models.coupling import Coupling
 from wamrl.models.flow_wam import BACKBONES, FlowWAM
@@ -480,7 +481,7 @@ def test_short_windows_and_missing_noise_are_refused():
 
 
 def test_the_geometric_substrate_decodes_what_it_encoded():
-    substrate = GeometricSubstrate({"state": [39], "proprioception": [4]})
+    substrate = GeometricSubstrate({"state": [39], "proprioception": [4]}, layout=METAWORLD)
     assert (substrate.tokens, substrate.width) == (4, 14)
     generator = torch.Generator().manual_seed(0)
     frames = TensorDict(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from tensordict import TensorDict
 
+from wamrl.envs.layouts import METAWORLD
 from wamrl.interfaces import (
     QUERIES,
     WAM,
@@ -13,6 +16,7 @@ from wamrl.interfaces import (
     Budget,
     Context,
     Imagined,
+    Layout,
     Planner,
     Policy,
     Proposal,
@@ -120,3 +124,20 @@ def test_plain_classes_are_planners_and_policies_by_their_methods():
 
     assert isinstance(Still(), Policy)
     assert not isinstance(Still(), Planner)
+
+
+def test_a_layout_keeps_to_the_keys_that_are_there_and_says_what_is_where():
+    plain = json.loads(json.dumps(METAWORLD.to_dict()))
+    layout = Layout.of(plain, {"state": (39,)})
+    assert layout == Layout.of(layout.to_dict(), {"state": [39]}) and "proprioception" not in layout.places
+    assert (layout.place("hand"), layout.place("goal")) == (slice(0, 3), slice(36, 39))
+    assert layout.has("hand", "object", "goal") and not layout.has("hand", key="proprioception")
+    assert not layout.has("gripper")  # one number is no place in space
+    assert set(layout.tracks["hand"]) == {"state"}
+    assert Layout.of(None, {"state": (5,)}) == Layout() == Layout.of(plain, {"pixels": (3, 64, 64)})
+    with pytest.raises(ValueError, match="no place 'door'; it has hand, gripper"):
+        layout.place("door")
+    with pytest.raises(ValueError, match="'object' at 4:7 of 'state'"):
+        Layout.of({"places": {"state": {"object": (4, 7)}}}, {"state": (6,)})
+    with pytest.raises(ValueError, match="track 'hand'"):
+        Layout.of({"tracks": {"hand": {"state": (4, 7)}}}, {"state": (6,)})

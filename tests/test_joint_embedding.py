@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict
 
 from wamrl import interfaces
+from wamrl.envs.layouts import METAWORLD
 from wamrl.interfaces import Context, State, task_id
 from wamrl.models.joint_embedding import JointEmbeddingWAM, normalise
 from wamrl.naming import UnknownNameError
@@ -168,8 +169,9 @@ def test_points_that_are_not_in_the_observation_are_refused(points: object, mess
         model(points=points)
 
 
-def test_the_points_of_meta_world_are_found_by_its_observation_and_no_others() -> None:
+def test_the_points_are_hand_object_and_goal_of_the_layout_if_there_are_some() -> None:
     options = {**SIZES, "action_dim": 4, "tasks": TASKS, "control_dt_s": 0.025, "points": "auto"}
+    options["layout"] = METAWORLD.to_dict()
     wam = JointEmbeddingWAM(observation={"proprioception": (4,), "state": (39,)}, **options)  # type: ignore[arg-type]
     assert wam.pairs[::3].tolist() == [4, 4, 8, 8, 40, 40]  # hand, object and goal after four numbers
     assert model(points="auto").pairs.numel() == 0

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from wamrl.envs.layouts import METAWORLD
 from wamrl.evaluation import Start
 from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Spec
 from wamrl.judging import agreement as ag
@@ -34,8 +35,9 @@ def _model(**changes) -> JointEmbeddingWAM:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return JointEmbeddingWAM(
-            observation={"state": (39,)}, action_dim=4, tasks=[REACH], control_dt_s=0.025, **{**sizes, **changes}
-        ).eval()
+            observation={"state": (39,)}, action_dim=4, tasks=[REACH], control_dt_s=0.025, layout=METAWORLD.to_dict(),
+            **{**sizes, **changes},
+        ).eval()  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from wamrl import checkpoint, cli
+from wamrl.envs.layouts import METAWORLD
 from wamrl.evaluation import read_episodes
 from wamrl.models.joint_embedding import JointEmbeddingWAM
 from wamrl.plan import main
@@ -38,6 +39,8 @@ def _save(path: Path, **changes: Any) -> Path:
         **SIZES,
         **changes,
     }
+    if arguments["observation"] == {"state": [39]}:
+        arguments["layout"] = METAWORLD.to_dict()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = JointEmbeddingWAM(**arguments)
@@ -82,6 +85,7 @@ def _refused(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> st
 def test_a_model_that_only_acts_runs_without_a_planner(tmp_path, capsys):
     sizes = cli.plain(cli.compose("train", ["wam=fast", "wam.backbone.layers=1"]).wam)
     facts = {"observation": {"state": [39]}, "action_dim": 4, "tasks": [REACH], "control_dt_s": 0.025}
+    facts["layout"] = METAWORLD.to_dict()
     model = checkpoint.build({**sizes, **facts})
     path = checkpoint.save(tmp_path / "fast.safetensors", model, config={"wam": {**sizes, **facts}})
     main(_arguments(str(path), "methods=[policy,random]", "video=false"))

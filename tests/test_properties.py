@@ -12,7 +12,8 @@ import torch
 from tensordict import TensorDict
 
 from wamrl import properties
-from wamrl.interfaces import WAM, Anatomy, Imagined, Spec, task_id
+from wamrl.envs.layouts import METAWORLD
+from wamrl.interfaces import WAM, Anatomy, Imagined, Layout, Spec, task_id
 from wamrl.properties import Windows
 
 THRESHOLDS = dict(
@@ -30,7 +31,7 @@ class Hand(WAM):
         self.spec = Spec(
             observation={"state": (39,)}, action_dim=4, tasks=("toy",), chunk_length=1, max_horizon=5, discount=0.9,
             control_dt_s=0.1, provides=frozenset({"rollout", "decode"}), anatomy=Anatomy("v", "n", "n", "o"),
-            ensemble_size=2,
+            ensemble_size=2, layout=Layout.of(METAWORLD, {"state": (39,)}),
         )  # fmt: skip
 
     def encode(self, context):

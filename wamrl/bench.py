@@ -260,10 +260,11 @@ def _properties(settings: dict[str, Any], console: Console) -> dict[str, Any]:
     metadata = checkpoint.read_metadata(settings["wam"]["checkpoint"])
     model = load_model(settings)
     model.spec.require("rollout", "decode", "policy")
-    if tuple(model.spec.observation.get("state", ())) != (39,):
+    if not (model.spec.layout.has("hand", "object") and "gripper" in model.spec.layout.places["state"]):
         raise ValueError(
-            "the checks read positions off a Meta-World state, but the model's keys are "
-            f"{', '.join(model.spec.observation)}; train it with 'state' among them"
+            "the checks read hand, gripper and object off the state, but the model's keys are "
+            f"{', '.join(model.spec.observation)}; train it with 'state' among them, in an environment that says where "
+            "these stand"
         )
     for shift in settings["shifts"]:
         if shift not in properties.SHIFTS:
@@ -348,7 +349,7 @@ def _shift(
             policy = policies.NoisyPolicy(policy, 0.3, 0.5, seed=settings["seed"])
         episodes, recording = _play(settings, env, model, policy, task, count)
         env.close()
-        found = worlds.open_loop(model, recording, ["state"], horizon, None)[:, -1]
+        found = worlds.open_loop(model, recording, ["state"], horizon, model.spec.layout)[:, -1]
         solved = sum(e.success for e in episodes)
         by_task[task] = {
             "successes": solved,

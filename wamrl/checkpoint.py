@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 from tensordict import TensorDict
 from torch import Tensor
 
+from wamrl.envs.layouts import unstated
 from wamrl.files import atomic_path
-from wamrl.interfaces import WAM, Anatomy, Policy, PolicyState, Spec, task_id
+from wamrl.interfaces import WAM, Anatomy, Layout, Policy, PolicyState, Spec, task_id
 from wamrl.naming import unknown_name
 from wamrl.provenance import versions
 
@@ -395,6 +396,7 @@ def spec_to_dict(spec: Spec) -> dict[str, Any]:
     plain["observation"] = {key: list(shape) for key, shape in spec.observation.items()}
     plain["provides"] = sorted(spec.provides)
     plain["tasks"] = list(spec.tasks)
+    plain["layout"] = spec.layout.to_dict()
     return plain
 
 
@@ -406,6 +408,7 @@ def spec_from_dict(plain: Mapping[str, Any]) -> Spec:
         fields["anatomy"] = Anatomy(**fields["anatomy"])
         fields["provides"] = frozenset(fields["provides"])
         fields["tasks"] = tuple(fields["tasks"])
+        fields["layout"] = Layout.of(fields.get("layout"), fields["observation"])
         return Spec(**fields)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"its spec is not one that this wamrl knows: {error}") from error
@@ -462,7 +465,12 @@ def _metadata(path: Path, header: Mapping[str, str]) -> Metadata:
         if not isinstance(entries[key], dict):
             raise CheckpointError(f"{path}: '{key}' in its metadata is damaged")
     try:
-        return Metadata(**{**entries, "spec": spec_from_dict(entries["spec"])})
+        spec = spec_from_dict(entries["spec"])
+        if "layout" not in entries["spec"] and _TARGET.fullmatch(str(entries["model"].get("_target_"))):
+            # Earlier files do not state it; our models then knew Meta-World's by the size of its state.
+            spec = dataclasses.replace(spec, layout=unstated(spec.tasks, spec.observation))
+            entries["model"]["layout"] = spec.layout.to_dict()
+        return Metadata(**{**entries, "spec": spec})
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from wamrl.cli import command, plain
 from wamrl.data import EpisodeDataset, EpisodeWriter, episode_tensordict
+from wamrl.envs.layouts import METAWORLD
 from wamrl.envs.metaworld import (
     ACTION_DIM,
     CONTACT_NAMES,
@@ -99,9 +100,9 @@ def _failing(
         return wrong_gripper, {"kind": kind}
     # Misled about object and goal alike: each expert reads at least one of them.
     angle, length = rng.uniform(0.0, 2.0 * np.pi), rng.uniform(0.08, 0.2)
-    offset = torch.zeros(39)
-    for part in (slice(4, 6), slice(36, 38)):
-        offset[part] = torch.tensor([length * np.cos(angle), length * np.sin(angle)])
+    offset = torch.zeros(STATE_DIM)
+    for name in ("object", "goal"):
+        offset[METAWORLD.place(name)][:2] = torch.tensor([length * np.cos(angle), length * np.sin(angle)])
 
     def misled(label: Action, state: Tensor) -> Action:
         return _clip(relabel(state + offset) + 0.1 * noise())
@@ -245,6 +246,7 @@ def collect(
         "split": split,
         "label_behaviours": list(label_behaviours),
         "env": {"name": "metaworld", "control_dt_s": SIMULATOR_DT_S * action_repeat, **settings},
+        "layout": METAWORLD.to_dict(),
         "start_states": [start_states(task, split, 1).record() for task in tasks],
         "plan": plan,
         "provenance": {"versions": versions(), "seed": seed},

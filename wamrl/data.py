@@ -29,8 +29,9 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from wamrl.envs.layouts import unstated
 from wamrl.files import atomic_path, write_json
-from wamrl.interfaces import task_id
+from wamrl.interfaces import Layout, task_id
 from wamrl.models.images import ImageSubstrate, check_image_shape
 from wamrl.naming import unknown_name
 
@@ -246,7 +247,8 @@ class EpisodeDataset:
     """Episodes in memory, ready to be sampled in windows. Made by `open` or `from_episodes`.
 
     episodes: one dict per episode: `task`, `behaviour`, `steps`, `success`, `split`, and what the collector recorded.
-    tasks: names that occur. observation: shape of one frame per key. indices: the `dataset.json` of each source.
+    tasks: names that occur. observation: shape of one frame per key. layout: where its vectors hold what. indices: the
+    `dataset.json` of each source.
     """
 
     def __init__(
@@ -263,6 +265,7 @@ class EpisodeDataset:
             raise ValueError("the dataset holds no episodes")
         self.tasks = tuple(sorted({episode["task"] for episode in self.episodes}))
         self.observation = {key: tuple(value.shape[1:]) for key, value in frames["observation"].items()}
+        self.layout = _common_layout(self.indices, self.tasks, self.observation)
         self.action_dim = frames["action"].shape[-1]
         self._task = torch.tensor([task_id(episode["task"]) for episode in self.episodes])
         self._success = torch.tensor([bool(episode["success"]) for episode in self.episodes])
@@ -863,6 +866,20 @@ def _check_same_env(indices: Sequence[Mapping[str, Any]]) -> None:
                 f"these datasets were collected with different {key} ({sorted(map(str, values))}), so their steps last "
                 "differently long; train on one kind"
             )
+
+
+def _common_layout(
+    indices: Sequence[Mapping[str, Any]], tasks: Sequence[str], observation: Mapping[str, Sequence[int]]
+) -> Layout:
+    """What the sources say of the observation's vectors; ValueError when they contradict each other."""
+    before = unstated(tasks, observation)
+    found = [Layout.of(i["layout"], observation) if "layout" in i else before for i in indices] or [before]
+    if any(layout != found[0] for layout in found):
+        raise ValueError(
+            "these datasets say differently where their observation holds what (layout in dataset.json); train on data "
+            "of one kind of environment"
+        )
+    return found[0]
 
 
 def start_frames(

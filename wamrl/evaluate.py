@@ -43,7 +43,7 @@ from wamrl.judging.outcome import (
     asked_roll_outs,
     drift_keys,
     episodes_csv,
-    is_metaworld,
+    has_positions,
     results_of,
 )
 from wamrl.judging.policies import Entrant, Surroundings
@@ -218,9 +218,9 @@ def _prepare(settings: dict[str, Any]) -> Bench:
     model.spec.require("rollout", "reward", "success", "decode")
     if settings["uncertainty_penalty"] or settings["ensemble"] > 1:
         model.spec.require("uncertainty")
-    if settings["contact_veto"] is not None and not is_metaworld(model):
+    if settings["contact_veto"] is not None and not has_positions(model):
         raise ValueError(
-            "contact_veto reads hand and object off a Meta-World state, which this model lacks; leave it out"
+            "contact_veto reads where hand and object are, which this model's observation does not tell; leave it out"
         )
     env_module = str(settings["env"]["_target_"]).rpartition(".")[0]
     if settings["ensemble"] > model.spec.ensemble_size:
@@ -430,9 +430,10 @@ def _drift(
     bench: Bench, recording: Recording, imagined: Sequence[Imagining], starts: Sequence[Start]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """[N, H] errors of imagination by steps ahead, told the executed actions and closed loop; NaN after an end."""
-    keys, scale, horizon = drift_keys(bench.model), None, bench.max_steps
+    keys, horizon = drift_keys(bench.model), bench.max_steps
     paths = [worlds.real_path(recording, start, keys) for start in starts]
-    if not is_metaworld(bench.model):
+    scale: Any = bench.model.spec.layout
+    if not has_positions(bench.model):
         scale = np.maximum(np.concatenate(paths).std(axis=0), 1e-6)
     closed = np.full((len(starts), horizon), np.nan)
     for i, (one, real) in enumerate(zip(imagined, paths, strict=True)):
@@ -529,7 +530,7 @@ def _films(
     settings, judge = bench.settings, results["variants"]["judge"]
     if not settings["real"] or not settings["films"]:
         return [], None
-    if not is_metaworld(bench.model):
+    if not has_positions(bench.model):
         return [], "films show positions of hand and object, which only a Meta-World state has"
     tasks = [start.task for start in played.starts]
     judged = Judged(played.scores(judge["settings"]), judge["thresholds"])

@@ -24,7 +24,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from wamrl.files import write_text
-from wamrl.interfaces import WAM, Context, Policy, task_id
+from wamrl.interfaces import WAM, Context, Layout, Policy, task_id
 
 if TYPE_CHECKING:  # torchrl is slow to import
     from torchrl.envs import EnvBase
@@ -223,14 +223,17 @@ class FailureTags:
     instead of "no_motion" when the hand came near and never touched the object, and "premature_release" instead of
     "wrong_place" when both pads held the object and let go of it, for good, more than 5 cm away from its goal.
     `run_episodes` itself says "simulator_error" where the simulator failed.
-    Uses Meta-World's state layout (hand 0:3, object 4:7, goal 36:39, metres); without it, every failure is "timeout".
+    `layout` says where hand, object and goal stand in the state; where it does not, every failure is "timeout".
     """
 
     NEAR_M, MOVED_M, PROGRESS_M = 0.06, 0.02, 0.05
 
-    def __init__(self, state: Tensor | None, task: str) -> None:
+    def __init__(self, state: Tensor | None, task: str, layout: Layout) -> None:
         self._reach = task.endswith("reach-v3")
-        self._first = None if state is None or state.shape[-1] != 39 else state.double().clone()
+        known = state is not None and layout.has("hand", "object", "goal")
+        self._first = state.double().clone() if state is not None and known else None
+        if known:
+            self._hand, self._object, self._goal = (layout.place(name) for name in ("hand", "object", "goal"))
         self._nearest = self._moved = 0.0
         self._goal_now = self._goal_best = self._goal_first = 0.0
         self._contacts = self._touched = self._held = False
@@ -241,16 +244,16 @@ class FailureTags:
             self.see(self._first)
 
     def _distance_to_goal(self, state: Tensor) -> float:
-        return float((state[4:7] - state[36:39]).norm())
+        return float((state[self._object] - state[self._goal]).norm())
 
     def see(self, state: Tensor | None, contact: Tensor | None = None) -> None:
-        """Take in the state [39] and the contacts [4] after a step."""
+        """Take in the state and the contacts [4] after a step."""
         if self._first is None or state is None:
             return
         state = state.double()
-        target = state[36:39] if self._reach else state[4:7]
-        self._nearest = min(self._nearest, float((state[0:3] - target).norm()))
-        self._moved = max(self._moved, float((state[4:7] - self._first[4:7]).norm()))
+        target = state[self._goal if self._reach else self._object]
+        self._nearest = min(self._nearest, float((state[self._hand] - target).norm()))
+        self._moved = max(self._moved, float((state - self._first)[self._object].norm()))
         self._goal_now = self._distance_to_goal(state)
         self._goal_best = min(self._goal_best, self._goal_now)
         if contact is not None and contact.shape[-1] == 4:
@@ -331,6 +334,7 @@ def run_episodes(
     Raises ValueError when a start names a task that no row runs, or when an action is not finite or misshapen.
     """
     row_tasks, device = tuple(env.row_tasks), env.device or torch.device("cpu")
+    layout = getattr(env, "layout", Layout())
     unknown = {start.task for start in starts} - set(row_tasks)
     if unknown:
         known = ", ".join(sorted(set(row_tasks)))
@@ -364,7 +368,7 @@ def run_episodes(
             observation = cast(TensorDict, torch.where(chosen, fresh.select(*observation.keys()), observation))
         for row, start in taken:
             state = observation["state"][row] if "state" in observation.keys() else None
-            running[row] = _Running(start=start, tags=FailureTags(state, start.task))
+            running[row] = _Running(start=start, tags=FailureTags(state, start.task, layout))
 
     begin(list(range(len(row_tasks))))
     live = sorted(running)
@@ -620,16 +624,17 @@ def fidelity(model: WAM, recording: Recording, horizon: int) -> dict[str, list[f
     """How far imagination drifts from what happened, when told the actions that were executed, by steps ahead.
 
     Returns {"hand_cm", "hand_cm_p90", "object_cm", "object_cm_p90": [horizon] centimetres (mean and 90th percentile),
-    "windows": [number of start points]}; None when no episode is as long as `horizon` or the state is not Meta-World's.
+    "windows": [number of start points]}; None when no episode is as long as `horizon`, or where the model does not know
+    where its state holds hand and object.
     Every fourth step of an episode is a start point. Positions are decoded by the model's probe, averaged over the
     sampled futures, so the probe's own error is included.
     """
+    if not model.spec.layout.has("hand", "object"):
+        return None
     first: list[TensorDict] = []
     actions: list[Tensor] = []
     measured: list[Tensor] = []
     for start, seen in recording.observations.items():
-        if "state" not in seen[0].keys() or seen[0]["state"].shape[-1] != 39:
-            return None
         done = recording.actions[start]
         for t in range(0, len(done) - horizon + 1, 4):
             first.append(seen[t])
@@ -643,7 +648,8 @@ def fidelity(model: WAM, recording: Recording, horizon: int) -> dict[str, list[f
         decoded = model.decode(imagined, ("state",))["state"][:, 0].mean(dim=1)  # the members' mean
     truth = torch.stack(measured)
     result: dict[str, list[float]] = {"windows": [float(len(first))]}
-    for name, part in (("hand", slice(0, 3)), ("object", slice(4, 7))):
+    for name in ("hand", "object"):
+        part = model.spec.layout.place(name)
         error = 100 * (decoded[..., part] - truth[..., part]).norm(dim=-1)
         result[f"{name}_cm"] = error.mean(dim=0).tolist()
         result[f"{name}_cm_p90"] = error.quantile(0.9, dim=0).tolist()

@@ -89,17 +89,17 @@ class Film:
         self.view = View(**VIDEO_CAMERA, fovy=fovy, height=VIDEO_SIZE[0], width=VIDEO_SIZE[1])
 
     def trace(self) -> dict[str, Any] | None:
-        """Positions, rewards and plans of the episode as plain values; None without a Meta-World state."""
-        if not self._states or self._states[0].shape[-1] != 39 or not self._plans:
+        """Positions, rewards and plans of the episode as plain values; None where nobody says what has which place."""
+        if not (self._states and self._plans and self.policy.model.spec.layout.has("hand", "object", "goal")):
             return None
-        states = torch.stack(self._states)
+        states, place = torch.stack(self._states), self.policy.model.spec.layout.place
         return {
             "task": self.start.task,
             "start": self.start.index,
             "success": self._success,
-            "goal": _plain(states[-1, 36:39]),
-            "hand": _plain(states[:, 0:3]),
-            "object": _plain(states[:, 4:7]),
+            "goal": _plain(states[-1, place("goal")]),
+            "hand": _plain(states[:, place("hand")]),
+            "object": _plain(states[:, place("object")]),
             "reward": _plain(torch.tensor(self._rewards)),
             "plans": [self._plan_trace(*plan) for plan in self._plans],
         }
@@ -115,9 +115,9 @@ class Film:
         value: float,
         tree: TensorDict | None,
     ) -> dict[str, Any]:
-        model = self.policy.model
+        model, place = self.policy.model, self.policy.model.spec.layout.place
         imagined = model.imagine(state, torch.cat([chosen[None], others])[None], with_frames=True)
-        decoded = model.decode(imagined, ("state",))["state"][0].mean(dim=1)  # [1 + N, H, 39]
+        decoded = model.decode(imagined, ("state",))["state"][0].mean(dim=1)  # [1 + N, H, ...]
         begin = self._states[step].to(decoded.device).expand(decoded.shape[0], 1, -1)
         path = torch.cat([begin, decoded], dim=1)
         uncertainty = imagined.uncertainty
@@ -129,14 +129,14 @@ class Film:
         return {
             "step": step,
             "value": value if math.isfinite(value) else None,
-            "hand": _plain(path[0, :, 0:3]),
-            "object": _plain(path[0, :, 4:7]),
+            "hand": _plain(path[0, :, place("hand")]),
+            "object": _plain(path[0, :, place("object")]),
             "reward": [] if imagined.reward is None else _plain(imagined.reward[0, 0].mean(dim=0)),
             "uncertainty": [] if uncertainty is None else _plain(uncertainty[0, 0].mean(dim=0), 6),
             "values": [round(v, 4) for v in values],
             "tree": None if tree is None else self._tree_trace(tree),
             "candidates": [
-                {"score": float(s), "hand": _plain(path[i + 1, :, 0:3])}
+                {"score": float(s), "hand": _plain(path[i + 1, :, place("hand")])}
                 for i, s in enumerate(scores)
                 if math.isfinite(float(s))
             ],
@@ -146,7 +146,8 @@ class Film:
         """The `TREE_NODES` most visited nodes; a parent has more visits than its children, so that none is left out."""
         kept = tree["visits"].argsort(descending=True, stable=True)[:TREE_NODES].sort().values
         number = {old: new for new, old in enumerate(kept.tolist())}
-        hand = self.policy.model.decode(tree["state"][kept], ("state",))["state"][:, 0:3]
+        model = self.policy.model
+        hand = model.decode(tree["state"][kept], ("state",))["state"][:, model.spec.layout.place("hand")]
         return {
             "parent": [number.get(p, -1) for p in tree["parent"][kept].tolist()],
             "visits": [int(v) for v in tree["visits"][kept].tolist()],

@@ -12,7 +12,7 @@ seconds; rewards are the task's own per control step; success and uncertainty ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -71,6 +71,67 @@ class Anatomy:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where the vectors of an observation hold what: the environment says it, datasets and checkpoints carry it on.
+
+    places: observation key -> name -> (first, end), coordinates in metres: "hand", "object" and "goal", as far as there
+    are any; further names are the environment's own.
+    tracks: name -> observation key -> indices of all numbers that tell of one thing, such as its turn or where it was
+    one step before.
+    """
+
+    places: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
+    tracks: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(plain: Mapping[str, Any] | Layout | None, observation: Mapping[str, Sequence[int]]) -> Layout:
+        """The part of a layout (or of its `to_dict`) that an `observation`, key -> shape, has; None is an empty one.
+
+        Raises ValueError for a place or a track that lies outside of its vector.
+        """
+        if not isinstance(plain, Layout):
+            plain = Layout(**(plain or {}))
+        places = {
+            key: {name: (int(first), int(end)) for name, (first, end) in names.items()}
+            for key, names in plain.places.items()
+            if key in observation
+        }
+        parts = {
+            name: {key: tuple(int(i) for i in indices) for key, indices in keys.items() if key in observation}
+            for name, keys in plain.tracks.items()
+        }
+        found = Layout(places, {name: keys for name, keys in parts.items() if keys})
+        named = [(name, key, span) for key, names in places.items() for name, span in names.items()]
+        for name, key, (first, end) in named:
+            if len(observation[key]) != 1 or not 0 <= first < end <= observation[key][0]:
+                raise ValueError(f"layout puts '{name}' at {first}:{end} of '{key}', whose shape is {observation[key]}")
+        for name, keys in found.tracks.items():
+            for key, indices in keys.items():
+                if len(observation[key]) != 1 or not all(0 <= i < observation[key][0] for i in indices):
+                    raise ValueError(f"layout has track '{name}' at {indices} of '{key}', shape {observation[key]}")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, of which `of` makes the same layout again."""
+        return {
+            "places": {key: {n: list(span) for n, span in names.items()} for key, names in self.places.items()},
+            "tracks": {name: {k: list(i) for k, i in keys.items()} for name, keys in self.tracks.items()},
+        }
+
+    def has(self, *names: str, key: str = "state") -> bool:
+        """Whether all of these places stand in the vector `key`, each as x, y and z."""
+        spans = [self.places.get(key, {}).get(name) for name in names]
+        return all(span is not None and span[1] - span[0] == 3 for span in spans)
+
+    def place(self, name: str, key: str = "state") -> slice:
+        """Where the numbers of a place stand in the vector `key`. Raises ValueError when they are not there."""
+        if name not in self.places.get(key, {}):
+            known = ", ".join(self.places.get(key, {})) or "nothing"
+            raise ValueError(f"the layout of '{key}' has no place '{name}'; it has {known}. Environments state it")
+        return slice(*self.places[key][name])
+
+
+@dataclass(frozen=True)
 class Spec:
     """What a model was trained for; stored in the checkpoint and checked against the environment.
 
@@ -83,6 +144,7 @@ class Spec:
     success_bonus: what one control step in success is worth beside its reward, in the units of the reward; the model's
     values count it, and so do planners.
     provides: the queries of `QUERIES` that the model answers.
+    layout: where the observation's vectors hold hand, object and goal, as far as the training data says so.
     """
 
     observation: Mapping[str, tuple[int, ...]]
@@ -99,6 +161,7 @@ class Spec:
     history: int = 1
     ensemble_size: int = 1
     success_bonus: float = 0.0
+    layout: Layout = field(default_factory=Layout)
 
     def require(self, *queries: str) -> None:
         """Raise ValueError when the model does not answer one of `queries`, naming a model that does."""

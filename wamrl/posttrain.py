@@ -33,7 +33,7 @@ from wamrl.envs.imagined_env import ImaginedEnv
 from wamrl.envs.vector import observation_keys
 from wamrl.evaluation import Episode, Start, paired, run_episodes, summarise, write_episodes
 from wamrl.files import write_json, write_text
-from wamrl.interfaces import WAM, Policy, task_id
+from wamrl.interfaces import WAM, Layout, Policy, task_id
 from wamrl.naming import RunError, unknown_name
 from wamrl.provenance import versions
 from wamrl.training import Log, find_state, interruptible, open_loop_errors, write_state
@@ -686,6 +686,9 @@ def _fresh(
         "tasks": list(made.tasks),
         "control_dt_s": float(made.control_dt_s),
     }
+    layout = Layout.of(made.layout, sizes["observation"])
+    if layout != Layout():
+        sizes["layout"] = layout.to_dict()
     made.close()
     model = checkpoint.build(sizes, seed=settings["seed"], model_class=sizes["_target_"])
     model.set_normalisation(statistics)  # type: ignore[operator]

@@ -1,7 +1,8 @@
 """Five properties of a World Action Model as checks with thresholds: a score card for any checkpoint.
 
 Interactability, causality, persistence, physical plausibility, generalization. Checks that read positions need a
-Meta-World state; what a model has no part in (a camera, for a model of states) is "not applicable", with the reason.
+`state` whose layout says where they stand; what a model has no part in (a camera, for a model of states) is "not
+applicable", with the reason.
 
 Letters: N windows or episodes, M sampled futures, H steps, A action dims.
 """
@@ -21,7 +22,6 @@ from torch import Tensor
 from wamrl.evaluation import Recording
 from wamrl.interfaces import WAM, Context, State
 
-HAND, OBJECT = slice(0, 3), slice(4, 7)
 Floats = NDArray[np.float64]
 
 
@@ -104,18 +104,18 @@ def interactability(model: WAM, windows: Windows, thresholds: Mapping[str, float
     sampled futures of the same actions. displacement_r2: how much of the imagined hand displacement a linear map of the
     commanded one (the summed xyz actions) explains; the simulator's own value stands in the detail.
     """
-    state = encoded(model, windows.first)
+    state, hand = encoded(model, windows.first), model.spec.layout.place("hand")
     aligned = imagined_states(model, state, windows.actions)
     order = torch.randperm(len(windows.actions), generator=torch.Generator().manual_seed(seed))
     shuffled = imagined_states(model, state, windows.actions[order])
-    apart = (aligned.mean(1) - shuffled.mean(1))[..., HAND].norm(dim=-1).mean().item()
+    apart = (aligned.mean(1) - shuffled.mean(1))[..., hand].norm(dim=-1).mean().item()
     many = aligned.shape[1] > 1
-    between = (aligned - aligned.mean(1, keepdim=True))[..., HAND].norm(dim=-1).mean().item() if many else 0.0
+    between = (aligned - aligned.mean(1, keepdim=True))[..., hand].norm(dim=-1).mean().item() if many else 0.0
     ratio = apart / between if between > 0 else None
-    begin = windows.first["state"].float()[:, HAND]
+    begin = windows.first["state"].float()[:, hand]
     commanded = windows.actions[..., :3].sum(1).double().numpy()
-    imagined = (aligned.mean(1)[:, -1, HAND] - begin).double().numpy()
-    real = (windows.measured[:, -1, HAND] - begin).double().numpy()
+    imagined = (aligned.mean(1)[:, -1, hand] - begin).double().numpy()
+    real = (windows.measured[:, -1, hand] - begin).double().numpy()
     steps = windows.actions.shape[1]
     return [
         Check("interactability", "shuffle_ratio", ratio, thresholds["shuffle_ratio"], True, "times the futures' spread",
@@ -217,7 +217,8 @@ def persistence(
         first, actions, last = go_and_return(env, steps, seed=seed)
         end = imagined_states(model, encoded(model, first), actions).mean(1)[:, -1]
         gap = 100 * (end - last.float())
-        error = torch.maximum(gap[:, HAND].norm(dim=-1), gap[:, OBJECT].norm(dim=-1))
+        hand, thing = model.spec.layout.place("hand"), model.spec.layout.place("object")
+        error = torch.maximum(gap[:, hand].norm(dim=-1), gap[:, thing].norm(dim=-1))
         checks.append(
             Check("persistence", f"go_and_return_{steps}", float(error.mean()), thresholds["go_and_return_cm"], False,
                   "cm",                   f"{steps} steps out and back on {len(error)} starts; 90th percentile "
@@ -253,24 +254,24 @@ def plausibility(
     state = encoded(model, windows.first)
     futures = imagined_states(model, state, windows.actions).double().numpy()  # [N, M, H, G]
     real = np.concatenate([windows.first["state"][:, None], windows.measured], axis=1).astype(np.float64)
-    parts = np.r_[0:4, 4:7]
+    hand, gripper, thing = (model.spec.layout.place(name) for name in ("hand", "gripper", "object"))
+    parts = np.r_[hand, gripper, thing]  # the numbers of the state that move
     low, high = real[..., parts].min((0, 1)) - margin_m, real[..., parts].max((0, 1)) + margin_m
     outside = ((futures[..., parts] < low) | (futures[..., parts] > high)).any(-1)
     begin = np.repeat(real[:, None, :1], futures.shape[1], axis=1)
     whole = np.concatenate([begin, futures], axis=2)
 
     def alone(path: Floats) -> float | None:
-        far = np.linalg.norm(path[..., :-1, HAND] - path[..., :-1, OBJECT], axis=-1) > near_m
-        moved = np.linalg.norm(np.diff(path[..., OBJECT], axis=-2), axis=-1) > 0.005
+        far = np.linalg.norm(path[..., :-1, hand] - path[..., :-1, thing], axis=-1) > near_m
+        moved = np.linalg.norm(np.diff(path[..., thing], axis=-2), axis=-1) > 0.005
         return float(moved[far].mean()) if far.any() else None
 
     half = len(real) // 2
     action = windows.actions.double().numpy()
 
     def pairs(path: Floats) -> Floats:
-        # Hand, gripper and object: the numbers of the state that move.
-        before, after = path[..., :-1, :7], path[..., 1:, :7]
-        return np.concatenate([before, after - before], axis=-1).reshape(-1, 14)
+        before, after = path[..., :-1, parts], path[..., 1:, parts]
+        return np.concatenate([before, after - before], axis=-1).reshape(-1, 2 * len(parts))
 
     known = pairs(real[:half])
     centre, scale = known.mean(0), np.maximum(known.std(0), 1e-5)

@@ -16,7 +16,7 @@ from wamrl import checkpoint, cli
 from wamrl.data import EpisodeDataset
 from wamrl.files import write_json, write_text
 from wamrl.image_quality import decoded_quality, image_keys, metrics
-from wamrl.interfaces import WAM
+from wamrl.interfaces import WAM, Layout
 from wamrl.models.foundation import advice, load_foundation
 from wamrl.models.images import ImageSubstrate, check_image_shape
 from wamrl.models.tokenizer import Tokenizer
@@ -77,7 +77,10 @@ def train(
     if earlier is not None:
         tasks, observation = tasks or earlier.spec.tasks, observation or list(earlier.spec.observation)
     sizes = wam if isinstance(wam, Mapping) else checkpoint.read_metadata(wam).model
-    model_config = {**sizes, **_facts(dataset, tasks, observation, control_dt_s)}
+    facts = _facts(dataset, tasks, observation, control_dt_s)
+    if earlier is not None and "layout" not in sizes:
+        facts.pop("layout", None)  # the checkpoint's model was made without one, and stays as it is
+    model_config = {**sizes, **facts}
     given = _tokenizer(tokenizer, dataset) if tokenizer is not None else None
     if isinstance(wam, Mapping):
         model_config = _with_tokenizer(model_config, given)
@@ -234,11 +237,13 @@ def _facts(
         if key not in dataset.observation:
             raise ValueError(f"the data lacks the observation key '{key}'; it has {', '.join(dataset.observation)}")
         shapes[key] = list(dataset.observation[key])
+    layout = Layout.of(dataset.layout, shapes)
     return {
         "observation": shapes,
         "action_dim": dataset.action_dim,
         "tasks": list(tasks),
         "control_dt_s": float(control_dt_s),
+        **({"layout": layout.to_dict()} if layout != Layout() else {}),
     }
 
 

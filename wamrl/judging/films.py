@@ -101,14 +101,18 @@ def film(
     )[0]  # fmt: skip
     measured = worlds.real_path(recording, start, ["state"])
     at = sum(int(np.prod(model.spec.observation[key])) for key in keys[: keys.index("state")])
-    shown = one.path[:, at : at + 39]
+    shown, place = one.path[:, at : at + measured.shape[1]], model.spec.layout.place
     fovy = float(env.simulators[0].raw.model.vis.global_.fovy)
     view = View(**VIDEO_CAMERA, fovy=fovy, height=VIDEO_SIZE[0], width=VIDEO_SIZE[1])
     write_pair(
         path,
         pictured.frames,
-        {"hand": measured[:, 0:3], "object": measured[:, 4:7], "goal": measured[-1, 36:39]},
-        {"hand": shown[:, 0:3], "object": shown[:, 4:7]},
+        {
+            "hand": measured[:, place("hand")],
+            "object": measured[:, place("object")],
+            "goal": measured[-1, place("goal")],
+        },
+        {"hand": shown[:, place("hand")], "object": shown[:, place("object")]},
         one.probability.tolist(),
         threshold,
         view,

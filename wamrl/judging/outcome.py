@@ -113,15 +113,15 @@ def asked_judges(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def is_metaworld(model: WAM) -> bool:
-    """Whether positions can be read off the model's observation, as metres of hand and object."""
-    return tuple(model.spec.observation.get("state", ())) == (39,)
+def has_positions(model: WAM) -> bool:
+    """Whether positions can be read off the model's `state`, as metres of hand and object."""
+    return model.spec.layout.has("hand", "object")
 
 
 def drift_keys(model: WAM) -> list[str]:
-    """The keys whose error is drift; those of a Meta-World state come first, as everywhere in this command."""
+    """The keys whose error is drift: the state alone where it tells of positions."""
     keys = [key for key in model.spec.observation if key != "snapshot"]
-    return ["state"] if is_metaworld(model) else keys
+    return ["state"] if has_positions(model) else keys
 
 
 def results_of(
@@ -222,7 +222,7 @@ def results_of(
     }
     if real is not None:
         results["calibration"] |= verdict.calibration(real.ravel(), judges["judge"].scores.ravel())
-        unit = "cm" if is_metaworld(bench.model) else "deviations"
+        unit = "cm" if has_positions(bench.model) else "deviations"
         for name, by_task in (("open_loop", played.open_loop), ("closed_loop", played.closed_loop)):
             whole = [np.concatenate(parts) for parts in by_task.values()]
             results["drift"][name] = {

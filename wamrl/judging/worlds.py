@@ -23,7 +23,7 @@ from torch import Tensor
 
 from wamrl.envs.imagined_env import ImaginedEnv
 from wamrl.evaluation import Episode, Recording, Start, StepRecord, run_episodes
-from wamrl.interfaces import WAM, Context, Policy, PolicyState
+from wamrl.interfaces import WAM, Context, Layout, Policy, PolicyState
 
 Floats = NDArray[np.float64]
 NEAR_M = 0.06  # from hand to object, as in `wamrl.evaluation.FailureTags`
@@ -98,7 +98,7 @@ class Imagining:
 
     probability: [L] of success after each step. uncertainty: [L], zeros for a model without. path: [L + 1, G] what was
     decoded, the first frame included; empty unless asked for. alone: [L] centimetres that the object has moved so far
-    with the hand more than `NEAR_M` away; zeros where the observation is no Meta-World state.
+    with the hand more than `NEAR_M` away; zeros where the model does not know their places.
     """
 
     probability: Floats
@@ -212,7 +212,7 @@ def run_imagined(
     uncertainty: dict[Start, list[float]] = {start: [] for start in starts}
     alone: dict[Start, list[float]] = {start: [] for start in starts}
     paths: dict[Start, list[Tensor]] = {start: [] for start in starts}
-    has_positions = tuple(model.spec.observation.get("state", ())) == (39,)
+    layout = model.spec.layout
     has_uncertainty = "uncertainty" in model.spec.provides
 
     def flat(observation: TensorDict, k: int) -> Tensor:
@@ -222,10 +222,11 @@ def run_imagined(
         p = record.after["success_probability"][:, 0].tolist()
         u = record.after["uncertainty"][:, 0].tolist() if has_uncertainty else [0.0] * len(p)
         by_itself = [0.0] * len(p)
-        if has_positions:
+        if layout.has("hand", "object"):
             before, after = record.observation["state"], record.after["state"]
-            apart = torch.minimum(*((s[:, 0:3] - s[:, 4:7]).norm(dim=1) for s in (before, after)))
-            by_itself = (100 * (after - before)[:, 4:7].norm(dim=1) * (apart > NEAR_M)).tolist()
+            hand, thing = layout.place("hand"), layout.place("object")
+            apart = torch.minimum(*((s[:, hand] - s[:, thing]).norm(dim=1) for s in (before, after)))
+            by_itself = (100 * (after - before)[:, thing].norm(dim=1) * (apart > NEAR_M)).tolist()
         for k, start in enumerate(record.starts):
             alone[start].append(by_itself[k] + (alone[start][-1] if alone[start] else 0.0))
             if with_paths:
@@ -275,21 +276,21 @@ def first_step(replicas: Sequence[Imagining], threshold: float) -> int | None:
 # ------------------------------------------------------------------------------------------------ drift
 
 
-def errors_of(decoded: Floats, measured: Floats, scale: Floats | None) -> Floats:
+def errors_of(decoded: Floats, measured: Floats, scale: Floats | Layout) -> Floats:
     """[..., L] distance between decoded and measured observations [..., L, G].
 
-    scale: None for a Meta-World state (its first 39 numbers): centimetres, the larger of hand and object. Otherwise the
-    root mean square over the numbers in units of `scale` [G].
+    scale: the layout of a key `state`: centimetres, the larger of hand and object. Or [G]: the root mean square over
+    the numbers in these units.
     """
-    if scale is None:
+    if isinstance(scale, Layout):
         gap = 100 * (decoded - measured)
-        hand, thing = (np.linalg.norm(gap[..., part], axis=-1) for part in (slice(0, 3), slice(4, 7)))
+        hand, thing = (np.linalg.norm(gap[..., scale.place(name)], axis=-1) for name in ("hand", "object"))
         return np.maximum(hand, thing)
     return np.sqrt(np.mean(((decoded - measured) / scale) ** 2, axis=-1))
 
 
 @torch.no_grad()
-def open_loop(model: WAM, recording: Recording, keys: Sequence[str], horizon: int, scale: Floats | None) -> Floats:
+def open_loop(model: WAM, recording: Recording, keys: Sequence[str], horizon: int, scale: Floats | Layout) -> Floats:
     """[N, H] error after 1, ..., H steps when the model is told the actions that were executed from the first frame on.
 
     NaN after an episode's end. The decoded observations are those of the sampled futures' mean.

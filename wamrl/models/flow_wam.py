@@ -28,7 +28,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Proposal, Spec, State, task_id
+from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Layout, Proposal, Spec, State, task_id
 from wamrl.models.coupling import POLICIES, Coupling, Stage
 from wamrl.models.dit import Cache, DiT, Stream
 from wamrl.models.flow import gaussian_log_prob, interpolate, ode_sample, sample_times, sde_sample, sde_step
@@ -131,6 +131,7 @@ class FlowWAM(WAM):
         reward_scale: float = 10.0,
         success_bonus: float = 10.0,
         loss_weights: Mapping[str, float] | None = None,
+        layout: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if chunk_length < 1 or frame_stride < 1 or chunk_length % frame_stride:
@@ -149,7 +150,8 @@ class FlowWAM(WAM):
         self.policy_query = policy or answered[0]
         if self.policy_query not in answered:
             raise unknown_name("policy of this coupling", self.policy_query, answered)
-        self.substrate = make_substrate(substrate, observation)
+        places = Layout.of(layout, observation)
+        self.substrate = make_substrate(substrate, observation, places)
         settings = dict(backbone)
         name = str(settings.pop("name", ""))
         if name not in BACKBONES:
@@ -189,6 +191,7 @@ class FlowWAM(WAM):
             frame_stride=frame_stride,
             ensemble_size=futures,
             success_bonus=success_bonus,
+            layout=places,
         )
         self.action_steps, self.future_steps, self.sde_scale = action_steps, future_steps, sde_scale
         self.expectile, self.target_rate = expectile, target_rate

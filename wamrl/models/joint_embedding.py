@@ -29,15 +29,13 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Proposal, Spec, State, task_id
+from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Layout, Proposal, Spec, State, task_id
 from wamrl.models.images import ImageSubstrate, uint8_images
 from wamrl.models.substrate import make_substrate
 from wamrl.naming import unknown_name
 from wamrl.noise import NoiseKey
 
 LOG_STD_MIN, LOG_STD_MAX = -3.0, 0.0
-METAWORLD_POINTS = {"state": (0, 4, 36)}
-"""Hand, first object and goal in Meta-World's `state` of 39 numbers."""
 _FAR, _NEAR = 0.15, 0.03  # metres: how far apart points usually are, and where contact and success are decided
 
 
@@ -102,10 +100,11 @@ class JointEmbeddingWAM(WAM):
     """Encoder, latent dynamics ensemble, reward, success, values, policy and probe in one set of weights.
 
     observation: key -> shape of the keys that the encoder reads and the probe decodes: vectors, and perhaps one image.
+    layout: see `Spec`.
     tokenizer: for an image, the substrate that reads it, as in `ImageSubstrate.config`; its weights are part of the
     model's and stay as they are.
     points: key -> first index of each place (x, y, z in metres) in that vector, of which the networks read every pair's
-    relation; None is none, "auto" those of Meta-World where `state` has 39 numbers, else none.
+    relation; None is none, "auto" hand, object and goal of the `layout`, as far as it has them in one vector.
     latent_dim: learned features of a latent.
     members: dynamics networks, each with its own reward and success head; their disagreement is the uncertainty.
     values: value heads E.
@@ -145,6 +144,7 @@ class JointEmbeddingWAM(WAM):
         loss_weights: Mapping[str, float] | None = None,
         tokenizer: Mapping[str, Any] | None = None,
         points: Mapping[str, Sequence[int]] | str | None = None,
+        layout: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if not math.isfinite(success_bonus) or success_bonus < 0:
@@ -180,6 +180,7 @@ class JointEmbeddingWAM(WAM):
             anatomy=Anatomy("feature", "joint-embedding", "action-conditioned rollout", "chunked"),
             ensemble_size=members,
             success_bonus=success_bonus,
+            layout=Layout.of(layout, observation),
         )
         self.members, self.target_rate, self.expectile = members, target_rate, expectile
         self.value_unit = (reward_scale + success_bonus) / (1.0 - discount)
@@ -197,7 +198,7 @@ class JointEmbeddingWAM(WAM):
         }
         total = sum(self.features.values())
         seen = total + (self.substrate.tokens * self.substrate.width if self.substrate else 0)
-        pairs = list(itertools.combinations(_first_numbers(self.features, points), 2))
+        pairs = list(itertools.combinations(_first_numbers(self.features, points, self.spec.layout), 2))
         coordinates = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2, 1) + torch.arange(3)
         self.register_buffer("pairs", coordinates.movedim(1, 0).flatten(), persistent=False)  # firsts, then seconds
         relations = 7 * len(pairs)
@@ -605,10 +606,14 @@ class JointEmbeddingWAM(WAM):
             torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), self.target_rate)
 
 
-def _first_numbers(features: Mapping[str, int], points: Mapping[str, Sequence[int]] | str | None) -> list[int]:
+def _first_numbers(
+    features: Mapping[str, int], points: Mapping[str, Sequence[int]] | str | None, layout: Layout
+) -> list[int]:
     """Where each point begins in the observation's numbers one after the other; ValueError when it is not in there."""
     if points == "auto":
-        points = METAWORLD_POINTS if features.get("state") == 39 else None
+        known = {key: [name for name in ("hand", "object", "goal") if layout.has(name, key=key)] for key in features}
+        # A single point has no relation to another one.
+        points = {key: [layout.place(n, key).start for n in names] for key, names in known.items() if len(names) > 1}
     if isinstance(points, str):
         raise ValueError(f"points is '{points}'; give {{key: [first indices]}}, null for none, or auto")
     found, offset = [], dict(zip(features, itertools.accumulate(features.values(), initial=0), strict=False))

@@ -17,6 +17,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from wamrl.interfaces import Layout
 from wamrl.naming import unknown_name
 
 SUBSTRATES = {
@@ -27,14 +28,6 @@ SUBSTRATES = {
     "autoencoder_kl_wan": "wamrl.models.foundation.VideoAutoencoder",
 }
 """Name in a model's YAML -> class. A class is imported when it is asked for."""
-
-METAWORLD_TRACKS: dict[str, dict[str, list[int]]] = {
-    "hand": {"state": [0, 1, 2, 3, 18, 19, 20, 21], "proprioception": [0, 1, 2, 3]},
-    "object": {"state": [4, 5, 6, 7, 8, 9, 10, 22, 23, 24, 25, 26, 27, 28]},
-    "second_object": {"state": [11, 12, 13, 14, 15, 16, 17, 29, 30, 31, 32, 33, 34, 35]},
-    "goal": {"state": [36, 37, 38]},
-}
-"""Meta-World's state of 39 numbers: hand, gripper and two objects, now and one step before, and the goal."""
 
 
 class Substrate(nn.Module):
@@ -79,9 +72,9 @@ class Substrate(nn.Module):
 class GeometricSubstrate(Substrate):
     """Tracks of hand, objects and goal: one token per track, the standardised numbers that describe it.
 
-    observation: key -> shape of the (vector) keys to read. tracks: track -> key -> indices into that key. None is
-    Meta-World's layout where `state` has 39 numbers, else one track per key with all its numbers. Every number of every
-    key must be in some track, so that `decode` gives the whole observation; where several hold it, the first counts.
+    observation: key -> shape of the (vector) keys to read. tracks: track -> key -> indices into that key. None is those
+    of the `layout` where they hold every number, else one track per key with all its numbers. Every number of every key
+    must be in some track, so that `decode` gives the whole observation; where several hold it, the first counts.
     """
 
     mean: Tensor
@@ -93,6 +86,7 @@ class GeometricSubstrate(Substrate):
         self,
         observation: Mapping[str, Sequence[int]],
         tracks: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
+        layout: Layout | None = None,
     ) -> None:
         super().__init__()
         for key, shape in observation.items():
@@ -103,7 +97,7 @@ class GeometricSubstrate(Substrate):
                 )
         self.shapes = {key: int(shape[0]) for key, shape in observation.items()}
         if tracks is None:
-            tracks = self._usual_tracks()
+            tracks = self._usual_tracks(Layout.of(layout, observation).tracks)
         offsets, total = {}, 0
         for key, size in self.shapes.items():
             offsets[key], total = total, total + size
@@ -137,11 +131,12 @@ class GeometricSubstrate(Substrate):
         self.register_buffer("std", torch.ones(total))
         self.register_buffer("change", torch.ones(self.tokens, self.width))
 
-    def _usual_tracks(self) -> Mapping[str, Mapping[str, Sequence[int]]]:
-        if self.shapes == {"state": 39, "proprioception": 4}:
-            return METAWORLD_TRACKS
-        if self.shapes == {"state": 39}:
-            return {track: {"state": parts["state"]} for track, parts in METAWORLD_TRACKS.items()}
+    def _usual_tracks(
+        self, stated: Mapping[str, Mapping[str, Sequence[int]]]
+    ) -> Mapping[str, Mapping[str, Sequence[int]]]:
+        held = {(key, i) for parts in stated.values() for key, indices in parts.items() for i in indices}
+        if held == {(key, i) for key, size in self.shapes.items() for i in range(size)}:
+            return stated
         return {key: {key: list(range(size))} for key, size in self.shapes.items()}
 
     def set_normalisation(self, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -217,17 +212,20 @@ class JointSubstrate(Substrate):
 
 
 def make_substrate(
-    config: Mapping[str, Any] | Sequence[Mapping[str, Any]], observation: Mapping[str, Sequence[int]]
+    config: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    observation: Mapping[str, Sequence[int]],
+    layout: Layout | None = None,
 ) -> Substrate:
     """The substrate of a model's YAML: `{name: ..., **arguments}`, or a list of those for a joint one.
 
-    observation: key -> shape of what the model reads. An argument `keys` keeps a substrate to those.
+    observation: key -> shape of what the model reads. An argument `keys` keeps a substrate to those. layout: of the
+    observation, for the substrate that has tracks.
 
     Raises:
         ValueError: an unknown name, or keys that the observation lacks.
     """
     if not isinstance(config, Mapping):
-        return JointSubstrate([make_substrate(part, observation) for part in config])
+        return JointSubstrate([make_substrate(part, observation, layout) for part in config])
     arguments = dict(config)
     name = str(arguments.pop("name", ""))
     if name not in SUBSTRATES:
@@ -239,6 +237,8 @@ def make_substrate(
                 f"the {name} substrate reads '{key}', but the model's observation is {', '.join(observation)}; "
                 "add it with observation=[...]"
             )
+    if name == "geometric":
+        arguments["layout"] = layout
     module, _, cls = SUBSTRATES[name].rpartition(".")
     built = getattr(importlib.import_module(module), cls)({key: observation[key] for key in keys}, **arguments)
     assert isinstance(built, Substrate)

@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Spec, State
+from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Layout, Spec, State
 from wamrl.models.images import TrainedSubstrate, uint8_images, unit_images
 from wamrl.models.substrate import make_substrate
 from wamrl.naming import unknown_name
@@ -32,6 +32,7 @@ class Tokenizer(WAM):
         action_dim: int,
         tasks: Sequence[str],
         control_dt_s: float,
+        layout: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         images = {key: tuple(shape) for key, shape in observation.items() if len(shape) == 3}
@@ -57,6 +58,7 @@ class Tokenizer(WAM):
             control_dt_s=control_dt_s,
             provides=frozenset({"decode"} if built.decodes else ()),
             anatomy=Anatomy(built.describe(), "tokenizer", "none", "none"),
+            layout=Layout.of(layout, images),
         )
 
     def set_normalisation(self, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
