@@ -680,6 +680,9 @@ class ExpertPolicy:
         tasks: the tasks it will meet; other tasks in an observation are an error.
     """
 
+    gripper = 3
+    """The number of an action that opens and closes the hand."""
+
     def __init__(self, tasks: str | Sequence[str]) -> None:
         tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
         for task in tasks:

@@ -20,7 +20,7 @@ LAYERS = {
     **dict.fromkeys(("data", "checkpoint", "training", "evaluation", "report", "control", "oracle", "video"), 3),
     **dict.fromkeys(("image_quality", "probe"), 3),
     # cli: what the commands share; film, results: parts of plan; imagined: environments from checkpoint and data
-    **dict.fromkeys(("cli", "film", "results", "imagined", "pages", "budget", "properties"), 4),
+    **dict.fromkeys(("cli", "film", "results", "imagined", "pages", "budget", "properties", "behaviours"), 4),
     **dict.fromkeys(("workers", "judging"), 5),
     **dict.fromkeys(("collect", "train", "plan", "posttrain", "evaluate", "loop", "bench"), 6),
     "configs": 6,
