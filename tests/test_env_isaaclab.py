@@ -148,6 +148,17 @@ def test_upstream_tasks_run_with_stand_in_assets(task, asset_root):
 
 @isaac
 @needs_isaac
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [("physics=newton_mjwrap", "did not match"), ("env.sim.dtt=1", "dtt"), ("nonsense", "EQUAL")],
+)
+def test_an_override_that_the_task_does_not_take_is_refused_by_name(override: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"(?s)Wamrl-Balance' does not take the overrides.*{override}.*{reason}"):
+        IsaacLabEnv("isaaclab/Wamrl-Balance", 2, overrides=[override])
+
+
+@isaac
+@needs_isaac
 def test_one_that_cannot_be_made_leaves_room_for_the_next(asset_root, monkeypatch):
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a defect")

@@ -155,16 +155,14 @@ def collect(
                 "choose data=random, or data=planner with wam=<checkpoint>"
             )
         starts = [start_states(made, task, split, 1) for task in tasks]
+        full = {k: v for k, v in getattr(made, "config", settings).items() if k not in ("tasks", "num_envs")}
         index = {
             "tasks": list(tasks),
             "split": split,
             "label_behaviours": list(label_behaviours),
-            "env": {"name": tasks[0].partition("/")[0], "control_dt_s": made.control_dt_s, **settings},
+            "env": {"name": tasks[0].partition("/")[0], "control_dt_s": made.control_dt_s, **full},
             "layout": getattr(made, "layout", Layout()).to_dict(),
-            "start_states": [
-                {"task": task, "split": split, "min_distance": one.min_distance}
-                for task, one in zip(tasks, starts, strict=True)
-            ],
+            "start_states": [_record(task, one) for task, one in zip(tasks, starts, strict=True)],
             "plan": plan,
             "provenance": {"versions": versions(), "seed": seed},
         }
@@ -193,6 +191,13 @@ def collect(
 
 def _groups(tasks: Sequence[str], rows: int) -> list[tuple[str, ...]]:
     return [tuple(tasks[first : first + rows]) for first in range(0, len(tasks), rows)]
+
+
+def _record(task: str, starts: Any) -> dict[str, Any]:
+    """What a dataset says of its start states; those of a module of one's own may be a plain object."""
+    if hasattr(starts, "record"):
+        return starts.record()
+    return {"task": task, "split": starts.split, "min_distance": starts.min_distance}
 
 
 def _make(env: Mapping[str, Any], tasks: Sequence[str], rows: int, *, split: str, snapshots: bool) -> Any:
