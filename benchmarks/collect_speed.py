@@ -74,7 +74,8 @@ def measure(episodes: int, turns: int, rows: int) -> dict[str, Any]:
                 MetaWorldEnv(task, rows)
                 setup = time.process_time() - begun
                 begun = time.process_time()
-                collect(Path(folder) / "data", task, {"expert": episodes}, first_start=first, rows=rows, progress=False)
+                env = {"_target_": "wamrl.envs.metaworld.MetaWorldEnv", "tasks": [task]}
+                collect(Path(folder) / "data", env, {"expert": episodes}, first_start=first, rows=rows, progress=False)
                 whole = time.process_time() - begun
                 data = EpisodeDataset.open(Path(folder) / "data")
             ours.append(data.num_steps / (whole - setup))

@@ -111,7 +111,8 @@ class IsaacLabEnv(RowsEnv):
         if id not in gymnasium.registry:
             raise unknown_name("Isaac Lab task", tasks[0], [PREFIX + known for known in _ids(gymnasium.registry)])
         super().__init__(tasks, num_envs, device=device, seed=seed)
-        cfg = parse_env_cfg(id, device=str(self.device), num_envs=num_envs, overrides=list(overrides))
+        with _overrides_explained(tasks[0], overrides):
+            cfg = parse_env_cfg(id, device=str(self.device), num_envs=num_envs, overrides=list(overrides))
         cfg.seed = seed
         if max_steps is not None:
             cfg.episode_length_s = max_steps * cfg.sim.dt * cfg.decimation
@@ -314,6 +315,25 @@ class IsaacLabEnv(RowsEnv):
             finally:
                 _open.remove(self)
         super().close(raise_if_closed=raise_if_closed)
+
+
+@contextlib.contextmanager
+def _overrides_explained(task: str, overrides: Sequence[str]) -> Iterator[None]:
+    """Isaac Lab reads overrides by Hydra, which prints a mistake in them and ends the process unless told not to."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if not overrides:
+            raise
+        reason = str(error.__cause__ or error).strip()
+        raise ValueError(f"the config of '{task}' does not take the overrides {list(overrides)}: {reason}") from error
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 @contextlib.contextmanager

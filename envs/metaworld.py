@@ -25,12 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 from torch import Tensor
-from torchrl.data import Binary, Bounded, Composite, Unbounded
-from torchrl.envs import EnvBase
+from torchrl.data import Bounded, TensorSpec
 
-from wamrl.envs.base import SPLITS, asked_snapshot, checked_action, in_split, instruction, split_distance
+from wamrl.envs.base import RowsEnv, check_split, in_split, split_distance, whole_number
 from wamrl.envs.layouts import METAWORLD, METAWORLD_STATE
 from wamrl.envs.rendering import Camera, SceneRenderer, mujoco
 from wamrl.interfaces import PolicyState, task_id
@@ -146,8 +145,7 @@ def start_states(task: str, split: str, num: int, *, seed: int = 0) -> StartStat
         ValueError: for a negative `num`.
     """
     check_task(task)
-    if split not in SPLITS:
-        raise unknown_name("split", split, SPLITS)
+    check_split(split)
     if num < 0:
         raise ValueError(f"num is {num}, but a number of start states is at least 0")
     # Drawn in powers of two so that a growing table is computed a few times only.
@@ -511,22 +509,16 @@ def _task_number(task: str) -> float:
 # ------------------------------------------------------------------------------------------------ environment
 
 
-class MetaWorldEnv(EnvBase):
-    """Meta-World tasks side by side.
+class MetaWorldEnv(RowsEnv):
+    """Meta-World tasks side by side; row b runs `tasks[b % len(tasks)]`.
 
-    Keys of a row: `state` float32 [39], `proprioception` float32 [4] (hand xyz, gripper opening), `task` int64 []
-    (`task_id` of its name), `contact` float32 [C] (0 or 1, `contact_names`), `success` bool [1] (the task's flag at
-    any repeat of this control step), `simulator_error` bool [1] (the physics diverged; the row is truncated), with
-    `pixels=True` `pixels` uint8 [3, H, W], with `snapshots=True` `snapshot` float64 [S] (zero-padded to the longest
-    of the tasks); `reward` float32 [1] is the mean over the repeats, 0 to 10.
+    Keys of a row, beside those of `RowsEnv`: `state` float32 [39], `proprioception` float32 [4] (hand xyz, gripper
+    opening), `contact` float32 [C] (0 or 1, `contact_names`), with `pixels=True` `pixels` uint8 [3, H, W]. `success` is
+    the task's flag at any repeat of this control step, `reward` the mean over the repeats, 0 to 10. A snapshot is
+    zero-padded to the longest of the tasks; it holds the elapsed steps too.
 
-    A row never terminates: it goes on after success and is truncated at `max_steps`. `reset` reads three optional
-    keys: `_reset` bool [B, 1]; `start` int64 [B], indices into the split's start states; `snapshot` [B, S] to restore
-    (an elapsed count is restored too; `start` wins where both are given). Without the latter two each row takes the
-    next of its task's starts, in an order that the env's seed decides. For a partial reset hand in the whole last
-    TensorDict, as TorchRL asks: rows that are not reset keep what it holds, and the `snapshot` that it
-    brings along is not restored. `start_index` [B] holds the starts in use (-1 after a restore). `step` honours
-    TorchRL's `_step` mask: rows left out repeat their last observation and cost nothing.
+    A row never terminates: it goes on after success and is truncated at `max_steps`. A reset without `start` takes one
+    of the first 200 start states of the split.
 
     Args:
         tasks: one name or several, such as "metaworld/push-v3".
@@ -540,7 +532,6 @@ class MetaWorldEnv(EnvBase):
         seed: of the order of the starts. device: where observations are put; the simulators run on the CPU.
     """
 
-    batch_locked = True
     layout = METAWORLD
 
     def __init__(
@@ -557,34 +548,32 @@ class MetaWorldEnv(EnvBase):
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
+        self.action_repeat = whole_number("action_repeat", action_repeat, 1)
+        self.max_steps = whole_number("max_steps", max_steps, 1)
+        self.split = check_split(split)
         tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
-        if not tasks:
-            raise ValueError("tasks is empty; name at least one task, such as 'metaworld/push-v3'")
-        for name, value in (("num_envs", num_envs), ("action_repeat", action_repeat), ("max_steps", max_steps)):
-            if not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name} is {value!r}, but must be a whole number of at least 1")
-        if split not in SPLITS:
-            raise unknown_name("split", split, SPLITS)
-        self.tasks = tuple(check_task(task) for task in tasks)
-        super().__init__(device=torch.device(device), batch_size=torch.Size([num_envs]))
-        self.action_repeat, self.max_steps, self.split = action_repeat, max_steps, split
+        super().__init__([check_task(task) for task in tasks], num_envs, device=device, seed=seed)
         self.camera = camera if isinstance(camera, Camera) else Camera(**dict(camera or {}))
         self.control_dt_s = SIMULATOR_DT_S * action_repeat
         self.contact_names = CONTACT_NAMES
-        self.row_tasks = tuple(self.tasks[row % len(self.tasks)] for row in range(num_envs))
-        self.instructions = tuple(instruction(task) for task in self.row_tasks)
         self.simulators = [Simulator(task, action_repeat=action_repeat) for task in self.row_tasks]
-        self.snapshot_size = max(simulator.snapshot_size for simulator in self.simulators)
         self._pixels, self._snapshots = pixels, snapshots
         self._renderers: dict[str, SceneRenderer] = {}
-        self._task_ids = [task_id(task) for task in self.row_tasks]
-        self.start_index = torch.full((num_envs,), -1)
-        self._rows: TensorDict | None = None
-        self._views: dict[str, NDArray[Any]] = {}
-        self._make_specs()
-        self.set_seed(seed)
+        size = (3, self.camera.height, self.camera.width)
+        entries: dict[str, tuple[int, ...] | TensorSpec] = {
+            "state": (STATE_DIM,),
+            "proprioception": (4,),
+            "contact": (len(CONTACT_NAMES),),
+        }
         if pixels:
-            self._renderer(0, self.camera.height, self.camera.width)  # an error here rather than in the first step
+            entries["pixels"] = Bounded(0, 255, shape=(num_envs, *size), dtype=torch.uint8, device=self.device)
+            self._renderer(0, *size[1:])  # an error here rather than in the first step
+        if snapshots:
+            self.snapshot_size = max(simulator.snapshot_size for simulator in self.simulators)
+        self._declare(entries, (ACTION_DIM,))
+        # What the rows show, written through numpy, whose small writes are several times cheaper than torch's.
+        spec = self.observation_spec.clone().to("cpu")
+        self._shown = {key: spec[key].zero().numpy() for key in (*entries, *(["snapshot"] if snapshots else []))}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -600,116 +589,58 @@ class MetaWorldEnv(EnvBase):
             "split": self.split,
         }
 
-    def _make_specs(self) -> None:
-        rows, device = self.batch_size[0], self.device
+    def _start_count(self, task: str) -> int:
+        return _DRAWS
 
-        def unbounded(*shape: int, dtype: torch.dtype = torch.float32) -> Unbounded:
-            return Unbounded(shape=(rows, *shape), dtype=dtype, device=device)
-
-        def flag() -> Binary:
-            return Binary(n=1, shape=(rows, 1), dtype=torch.bool, device=device)
-
-        entries: dict[str, Any] = {
-            "state": unbounded(STATE_DIM),
-            "proprioception": unbounded(4),
-            "task": unbounded(dtype=torch.int64),
-            "contact": unbounded(len(CONTACT_NAMES)),
-            "success": flag(),
-            "simulator_error": flag(),
-        }
-        if self._pixels:
-            shape = (rows, 3, self.camera.height, self.camera.width)
-            entries["pixels"] = Bounded(0, 255, shape=shape, dtype=torch.uint8, device=device)
-        if self._snapshots:
-            entries["snapshot"] = unbounded(self.snapshot_size, dtype=torch.float64)
-        self.observation_spec = Composite(entries, shape=self.batch_size, device=device)
-        self.action_spec = Bounded(-1.0, 1.0, shape=(rows, ACTION_DIM), dtype=torch.float32, device=device)
-        self.reward_spec = unbounded(1)
-        self.full_done_spec = Composite(
-            {"done": flag(), "terminated": flag(), "truncated": flag()}, shape=self.batch_size, device=device
-        )
-
-    def _set_seed(self, seed: int | None) -> None:
-        self._seed = 0 if seed is None else int(seed)
-        self._order = {task: np.empty(0, dtype=np.int64) for task in self.tasks}
-        self._round = dict.fromkeys(self.tasks, 0)
-
-    def _next_start(self, task: str) -> int:
-        if self._order[task].size == 0:
-            rng = np.random.Generator(np.random.PCG64([self._seed & (2**63 - 1), task_id(task), self._round[task]]))
-            self._order[task] = rng.permutation(_DRAWS)
-            self._round[task] += 1
-        first, self._order[task] = int(self._order[task][0]), self._order[task][1:]
-        return first
-
-    # -- TorchRL's two methods
-
-    def _reset(self, tensordict: TensorDictBase | None = None, **_: Any) -> TensorDictBase:
-        rows = self.batch_size[0]
-        given = tensordict if tensordict is not None else TensorDict({}, batch_size=self.batch_size)
-        mask = given.get("_reset", None)
-        chosen = torch.ones(rows, dtype=torch.bool) if mask is None else mask.reshape(rows).cpu()
-        if self._rows is None:
-            if not chosen.all():
-                raise RuntimeError("the first reset has to reset every row, but `_reset` leaves some out")
-            self._rows = self.observation_spec.zero().update(self.full_done_spec.zero()).cpu()
-            # The same memory through numpy, whose small writes are several times cheaper than torch's.
-            self._views = {key: value.numpy() for key, value in self._rows.items()}
-        snapshot, start = asked_snapshot(given, self._rows), given.get("start", None)
-        if start is not None:
-            snapshot = None  # the one that an earlier step left in the same TensorDict
-            start = start.reshape(rows).cpu()
-            if (start[chosen] < 0).any():
-                raise ValueError(f"`start` holds {int(start[chosen].min())}, but indices of start states begin at 0")
+    def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> TensorDict:
         saved = None if snapshot is None else snapshot.cpu().double().numpy()
-        for row in torch.nonzero(chosen).flatten().tolist():
+        for i, row in enumerate(rows.tolist()):
             simulator = self.simulators[row]
-            if saved is not None:
-                if not np.isfinite(saved[row]).all():
-                    raise ValueError(f"the snapshot of row {row} holds NaN or infinity and cannot be restored")
-                simulator.restore(saved[row])
-                self.start_index[row] = -1
-            else:
-                index = int(start[row]) if start is not None else self._next_start(simulator.task)
+            if start is not None:
+                index = int(start[i])
                 simulator.reset(start_states(simulator.task, self.split, index + 1).rand_vec[index])
-                self.start_index[row] = index
-            self._write(row)
-        return self._output()
+            else:
+                assert saved is not None
+                simulator.restore(saved[i])
+            self._see(row)
+        return TensorDict(self._of(rows), batch_size=[len(rows)], device=self.device)
 
-    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        rows = self.batch_size[0]
-        if self._rows is None:
-            raise RuntimeError("step was called before reset; call env.reset() first")
-        mask = tensordict.get("_step", None)
-        chosen = torch.ones(rows, dtype=torch.bool) if mask is None else mask.reshape(rows).cpu()
-        actions = checked_action(tensordict["action"], (rows, ACTION_DIM), self.device, chosen).cpu().numpy()
-        reward = torch.zeros(rows, 1)
-        for row in torch.nonzero(chosen).flatten().tolist():
-            _, reward[row, 0], success, failed = self.simulators[row].step(actions[row])
-            self._write(row, success=success, failed=failed)
-        return self._output().set("reward", reward.to(self.device))
+    def _advance(self, rows: Tensor, action: Tensor) -> TensorDict:
+        flags = np.zeros((3, len(rows), 1), dtype=bool)
+        success, failed, truncated = flags
+        reward = np.zeros((len(rows), 1), dtype=np.float32)
+        actions = action.cpu().numpy()
+        for i, row in enumerate(rows.tolist()):
+            simulator = self.simulators[row]
+            _, reward[i], success[i], failed[i] = simulator.step(actions[i])
+            truncated[i] = failed[i] or simulator.steps >= self.max_steps
+            if not failed[i]:
+                self._see(row)
+        after = {
+            **self._of(rows),
+            "reward": torch.from_numpy(reward),
+            "success": torch.from_numpy(success),
+            "simulator_error": torch.from_numpy(failed),
+            "terminated": torch.zeros(len(rows), 1, dtype=torch.bool),
+            "truncated": torch.from_numpy(truncated),
+        }
+        return TensorDict(after, batch_size=[len(rows)], device=self.device)
 
-    def _write(self, row: int, *, success: bool = False, failed: bool = False) -> None:
-        """Put what a simulator shows into the row of the batch."""
-        simulator, views = self.simulators[row], self._views
-        truncated = failed or simulator.steps >= self.max_steps
-        views["state"][row] = simulator.observation
-        views["proprioception"][row] = simulator.observation[:4]
-        views["task"][row] = self._task_ids[row]
-        views["contact"][row] = simulator.contact()
-        views["success"][row] = success
-        views["simulator_error"][row] = failed
-        views["done"][row] = truncated
-        views["truncated"][row] = truncated
-        if self._pixels and not failed:
-            views["pixels"][row] = self.render_rgb(row, (self.camera.height, self.camera.width)).transpose(2, 0, 1)
-        if self._snapshots and not failed:
-            views["snapshot"][row, : simulator.snapshot_size] = simulator.snapshot()
+    def _see(self, row: int) -> None:
+        """Note what a simulator shows now."""
+        simulator, shown = self.simulators[row], self._shown
+        shown["state"][row] = simulator.observation
+        shown["proprioception"][row] = simulator.observation[:4]
+        shown["contact"][row] = simulator.contact()
+        if self._pixels:
+            shown["pixels"][row] = self.render_rgb(row, (self.camera.height, self.camera.width)).transpose(2, 0, 1)
+        if self._snapshots:
+            shown["snapshot"][row, : simulator.snapshot_size] = simulator.snapshot()
 
-    def _output(self) -> TensorDict:
-        assert self._rows is not None
-        rows = self._rows.clone()
-        return rows if self.device is None or self.device.type == "cpu" else rows.to(self.device)
+    def _of(self, rows: Tensor) -> dict[str, Tensor]:
+        """Copies of what the chosen rows show."""
+        at = rows.numpy()
+        return {key: torch.from_numpy(value[at]) for key, value in self._shown.items()}
 
     # -- images
 
@@ -748,6 +679,9 @@ class ExpertPolicy:
     Args:
         tasks: the tasks it will meet; other tasks in an observation are an error.
     """
+
+    gripper = 3
+    """The number of an action that opens and closes the hand."""
 
     def __init__(self, tasks: str | Sequence[str]) -> None:
         tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)

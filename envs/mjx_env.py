@@ -409,6 +409,10 @@ class MJXEnv(RowsEnv):
             "split": self.split,
         }
 
+    def start_states(self, task: str, split: str, num: int) -> StartStates:
+        """The first `num` start states of a split, of a model of your own too."""
+        return _start_states(task, split, num, self.task.start_size)
+
     def _start_count(self, task: str) -> int:
         return _STARTS
 

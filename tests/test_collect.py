@@ -24,10 +24,14 @@ PUSH, REACH = "metaworld/push-v3", "metaworld/reach-v3"
 MIXTURE = {"expert": 2, "noisy_expert": 2, "failing": 2, "random": 1}
 
 
+def env_of(*tasks: str, **settings: object) -> dict:
+    return {"_target_": "wamrl.envs.metaworld.MetaWorldEnv", "tasks": list(tasks), **settings}
+
+
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("collected") / "data"
-    collect(path, [PUSH, REACH], MIXTURE, seed=3, label_behaviours=["expert"], progress=False)
+    collect(path, env_of(PUSH, REACH), MIXTURE, seed=3, label_behaviours=["expert"], progress=False)
     return path
 
 
@@ -96,7 +100,7 @@ def test_the_record_says_where_the_data_came_from(collected: Path) -> None:
 
 def test_an_episode_is_the_same_whatever_is_collected_with_it(collected: Path, tmp_path: Path) -> None:
     # Other number of simulators, one task only, another order of events.
-    collect(tmp_path / "data", PUSH, MIXTURE, seed=3, label_behaviours=["expert"], rows=3, progress=False)
+    collect(tmp_path / "data", env_of(PUSH), MIXTURE, seed=3, label_behaviours=["expert"], rows=3, progress=False)
     reference = episodes_of(collected)
     for name, (episode, info) in episodes_of(tmp_path / "data").items():
         assert (episode == reference[name][0]).all()
@@ -120,19 +124,19 @@ class Interrupted:
 
 
 def test_an_interrupted_collection_goes_on(tmp_path: Path) -> None:
-    settings = {"mixture": {"policy": 3, "expert": 1}, "max_steps": 15, "rows": 2, "progress": False}
+    settings = {"mixture": {"policy": 3, "expert": 1}, "rows": 2, "progress": False}
     with pytest.raises(KeyboardInterrupt, match="stopped with 2 of 4 episodes whole.*the same command"):
-        collect(tmp_path / "data", REACH, policy=Interrupted(20), **settings)
+        collect(tmp_path / "data", env_of(REACH, max_steps=15), policy=Interrupted(20), **settings)
     half = tmp_path / "data" / "episodes" / ".left.1"
     half.mkdir()
     before = {name: (td["action"].clone(), info) for name, (td, info) in episodes_of_whole(tmp_path / "data").items()}
-    data = collect(tmp_path / "data", REACH, policy=Interrupted(10**6), **settings)
+    data = collect(tmp_path / "data", env_of(REACH, max_steps=15), policy=Interrupted(10**6), **settings)
     assert data is not None and len(data) == 4 and not half.exists()
     after = episodes_of(tmp_path / "data")
     for name, (action, info) in before.items():
         assert torch.equal(after[name][0]["action"], action) and after[name][1] == info
     # The same as one that nobody interrupted.
-    collect(tmp_path / "whole", REACH, policy=Interrupted(10**6), **settings)
+    collect(tmp_path / "whole", env_of(REACH, max_steps=15), policy=Interrupted(10**6), **settings)
     for name, (episode, _) in episodes_of(tmp_path / "whole").items():
         assert torch.equal(episode["action"], after[name][0]["action"])
 
@@ -147,8 +151,8 @@ def episodes_of_whole(path: Path) -> dict[str, tuple[TensorDict, dict]]:
 
 def test_policy_episodes_carry_no_labels(tmp_path: Path) -> None:
     data = collect(
-        tmp_path / "data", [REACH, PUSH], {"policy": 2}, policy=RandomPolicy(4), policy_name="random", max_steps=5,
-        first_start=50, progress=False,
+        tmp_path / "data", env_of(REACH, PUSH, max_steps=5), {"policy": 2}, policy=RandomPolicy(4),
+        policy_name="random", first_start=50, progress=False,
     )  # fmt: skip
     assert data is not None
     assert not any(b["label_valid"].any() for b in data.windows(5))
@@ -157,7 +161,7 @@ def test_policy_episodes_carry_no_labels(tmp_path: Path) -> None:
 
 
 def test_held_out_starts_can_be_collected_but_not_trained_on(tmp_path: Path) -> None:
-    assert collect(tmp_path / "dev", REACH, {"expert": 1}, split="dev", progress=False) is None
+    assert collect(tmp_path / "dev", env_of(REACH), {"expert": 1}, split="dev", progress=False) is None
     with pytest.raises(ValueError, match="dev start states"):
         EpisodeDataset.open(tmp_path / "dev")
     assert len(EpisodeDataset.open(tmp_path / "dev", training=False)) == 1
@@ -170,16 +174,17 @@ def test_held_out_starts_can_be_collected_but_not_trained_on(tmp_path: Path) -> 
         ({"mixture": {"expert": -1}}, "whole number"),
         ({"mixture": {"expert": 0}}, "no episodes"),
         ({"mixture": {"policy": 1}}, "no policy was given"),
-        ({"tasks": ["metaworld/puhs-v3"]}, "did you mean 'metaworld/push-v3'"),
-        ({"tasks": [PUSH, PUSH]}, "named twice"),
+        ({"env": env_of("metaworld/puhs-v3")}, "did you mean 'metaworld/push-v3'"),
+        ({"env": env_of(PUSH, PUSH)}, "named twice"),
         ({"split": "trian"}, "did you mean 'train'"),
         ({"noise": (0.5, 0.1)}, "noise is"),
         ({"label_behaviours": ["policy"]}, "behaviour with labels"),
-        ({"max_steps": 0}, "max_steps"),
+        ({"env": env_of(PUSH, max_steps=0)}, "max_steps"),
+        ({"rows": 0}, "rows is 0"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(tmp_path: Path, changes: dict, message: str) -> None:
-    settings = {"tasks": [REACH], "mixture": {"expert": 1}, "progress": False} | changes
+    settings = {"env": env_of(REACH), "mixture": {"expert": 1}, "progress": False} | changes
     with pytest.raises(ValueError, match=message):
         collect(tmp_path / "data", **settings)
     assert not (tmp_path / "data").exists()
@@ -235,4 +240,4 @@ def test_there_is_a_config_for_every_task() -> None:
 
 def test_errors_name_what_is_unknown() -> None:
     with pytest.raises(UnknownNameError):
-        collect("unused", "metaworld/none", {"expert": 1})
+        collect("unused", env_of("metaworld/none"), {"expert": 1})

@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.envs import check_env_specs
 
-from wamrl import cli, plan, train
+from wamrl import cli, collect, plan, train
 from wamrl.control import RandomPolicy
 from wamrl.data import EpisodeDataset
 from wamrl.evaluation import Start, run_episodes
@@ -82,10 +82,9 @@ def own(tmp_path, monkeypatch) -> Path:
     """A folder that holds the files of docs/bring_your_own.md and docs/own_planner_and_model.md."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    environment, collect = blocks(ROOT / "docs" / "bring_your_own.md", "python")
+    (environment,) = blocks(ROOT / "docs" / "bring_your_own.md", "python")
     planner, conformance = blocks(ROOT / "docs" / "own_planner_and_model.md", "python")
     Path("point_env.py").write_text(environment)
-    Path("collect_point.py").write_text(collect)
     Path("my_planner.py").write_text(planner)
     Path("conforms.py").write_text(conformance)
     for folder in ("env", "planner"):
@@ -111,16 +110,18 @@ def test_the_environment_of_the_page_is_a_torchrl_environment_with_exact_starts(
 
 
 def test_its_dataset_trains_a_model_in_which_plan_runs(own):
-    program = Path("collect_point.py").read_text().replace("range(60)", "range(12)")
-    exec(compile(program, "collect_point.py", "exec"), {})
-    assert len(EpisodeDataset.open("data/point")) == 12
+    counts = [f"data.mixture.{name}={count}" for name, count in
+              {"expert": 4, "noisy_expert": 4, "failing": 2, "random": 2}.items()]  # fmt: skip
+    collect.main(["--config-dir", "conf", "env=point", "data=rich", "snapshots=false", "path=data/point", *counts])
+    data = EpisodeDataset.open("data/point")
+    assert len(data) == 12 and all(e["success"] for e in data.episodes if e["behaviour"] == "expert")
     train.main([
-        "data=data/point", "observation=[state]", "wam.reward_scale=1", *SMALL, "steps=5", "batch_size=8", "length=4",
+        "data=data/point", "wam.reward_scale=1", *SMALL, "steps=5", "batch_size=8", "length=4",
         "warmup_steps=1", "validation_fraction=0", "threads=1", "device=cpu", "tensorboard=false",
     ])  # fmt: skip
     plan.main([
         "--config-dir", "conf", "env=point", "planner=my_cem", "wam=outputs/train/latest",
-        "methods=[planner,policy,shuffled,random]", "episodes=1", "workers=1", "num_envs=1", "latency_plans=1",
+        "episodes=1", "workers=1", "num_envs=1", "latency_plans=1",
         "controller=single_step",
     ])  # fmt: skip
     assert Path("outputs/plan/latest/report.html").is_file()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from benchmarks.isaac import stand_in_assets
 from wamrl.envs.isaaclab_env import IsaacLabEnv, start_states
 from wamrl.naming import UnknownNameError
 
@@ -24,56 +25,11 @@ needs_isaac = pytest.mark.skipif(not HERE, reason="needs Isaac Lab: make test-is
 # Upstream warns about its own future.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-GROUND = """#usda 1.0
-(
-    defaultPrim = "Root"
-    metersPerUnit = 1
-    upAxis = "Z"
-)
-def Xform "Root"
-{
-    def Xform "Environment"
-    {
-        float3 xformOp:scale = (1, 1, 1)
-        uniform token[] xformOpOrder = ["xformOp:scale"]
-        def Mesh "Geometry"
-        {
-            point3f[] points = [(-50, -50, 0), (50, -50, 0), (50, 50, 0), (-50, 50, 0)]
-            int[] faceVertexCounts = [4]
-            int[] faceVertexIndices = [0, 1, 2, 3]
-            texCoord2f[] primvars:st = [(0, 0), (1, 0), (1, 1), (0, 1)] (interpolation = "varying")
-        }
-    }
-    def Plane "CollisionPlane" (prepend apiSchemas = ["PhysicsCollisionAPI"])
-    {
-        uniform token axis = "Z"
-        uniform token purpose = "guide"
-    }
-    def Scope "Looks"
-    {
-        def Material "theGrid"
-        {
-            def Shader "Shader"
-            {
-                color3f inputs:diffuse_tint = (1, 1, 1)
-            }
-        }
-    }
-}
-"""
-
 
 @pytest.fixture(scope="session")
 def asset_root(tmp_path_factory) -> str:
     """Stand-ins for upstream's assets: our cart and pole under its name, and a plane."""
-    root = tmp_path_factory.mktemp("assets")
-    robot = root / "Isaac/IsaacLab/Robots/Classic/Cartpole"
-    ground = root / "Isaac/IsaacLab/Environments/Grid/default_ground_plane_checker_v1"
-    robot.mkdir(parents=True)
-    ground.mkdir(parents=True)
-    (robot / "cartpole.usd").write_text((ROOT / "envs/assets/cartpole.usda").read_text())
-    (ground / "default_ground_plane.usda").write_text(GROUND)
-    return str(root)
+    return stand_in_assets(tmp_path_factory.mktemp("assets"))
 
 
 @pytest.fixture(scope="module", params=["Wamrl-Balance", "Wamrl-Push"])
@@ -144,6 +100,17 @@ def test_upstream_tasks_run_with_stand_in_assets(task, asset_root):
     assert made.config == {**made.config, "tasks": [f"isaaclab/{task}"], "max_steps": 10}
     made.close()
     made.close(raise_if_closed=False)
+
+
+@isaac
+@needs_isaac
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [("physics=newton_mjwrap", "did not match"), ("scene.num_env=3", "not in struct"), ("nonsense", "EQUAL")],
+)
+def test_an_override_that_the_task_does_not_take_is_refused_by_name(override: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"(?s)Wamrl-Balance' does not take the overrides.*{override}.*{reason}"):
+        IsaacLabEnv("isaaclab/Wamrl-Balance", 2, overrides=[override])
 
 
 @isaac

@@ -21,7 +21,7 @@ LAYERS = {
     **dict.fromkeys(("image_quality", "probe"), 3),
     # cli: what the commands share; film, results: parts of plan; imagined: environments from checkpoint and data;
     # stages: commands one after the other, for loop and fast_wam
-    **dict.fromkeys(("cli", "film", "results", "imagined", "pages", "budget", "properties", "stages"), 4),
+    **dict.fromkeys(("cli", "film", "results", "imagined", "pages", "budget", "properties", "stages", "behaviours"), 4),
     **dict.fromkeys(("workers", "judging", "fast_wam"), 5),
     **dict.fromkeys(("collect", "train", "plan", "posttrain", "evaluate", "loop", "bench"), 6),
     "configs": 6,

@@ -29,10 +29,9 @@ def work(tmp_path_factory) -> Path:
     except RenderingUnavailable as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("pixels")
-    collect(
-        folder / "data", TASK, {"expert": 4, "random": 4}, max_steps=30, pixels=True, snapshots=False, progress=False,
-        camera=CLOSE.to_dict(),
-    )  # fmt: skip
+    env = {"_target_": "wamrl.envs.metaworld.MetaWorldEnv", "tasks": [TASK], "max_steps": 30, "pixels": True}
+    env["camera"] = CLOSE.to_dict()
+    collect(folder / "data", env, {"expert": 4, "random": 4}, snapshots=False, progress=False)
     train.main([
         f"data={folder}/data", "wam=tokenizer", "observation=[pixels]", "wam.substrate.channels=16", "steps=200",
         "batch_size=16", "length=1", "learning_rate=4e-3", f"run_dir={folder}/tokenizer", *COMMON,

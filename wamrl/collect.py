@@ -8,120 +8,39 @@ alone imagines only success, so a mixture is collected.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from numpy.typing import NDArray
 from omegaconf import DictConfig
 from tensordict import TensorDict
 from torch import Tensor
+from torchrl.data import OneHot
 
+from wamrl import checkpoint
+from wamrl.behaviours import BEHAVIOURS, NEEDS_EXPERT, Act, Action, Setting
 from wamrl.cli import command, plain
+from wamrl.control import ModelPolicy
 from wamrl.data import EpisodeDataset, EpisodeWriter, episode_tensordict
-from wamrl.envs.layouts import METAWORLD
-from wamrl.envs.metaworld import (
-    ACTION_DIM,
-    CONTACT_NAMES,
-    SIMULATOR_DT_S,
-    STATE_DIM,
-    ExpertPolicy,
-    MetaWorldEnv,
-    check_task,
-    start_states,
-)
-from wamrl.envs.rendering import Camera
 from wamrl.files import write_json
-from wamrl.interfaces import Policy, PolicyState, task_id
+from wamrl.interfaces import Layout, Policy, PolicyState, task_id
 from wamrl.naming import unknown_name
 from wamrl.provenance import versions
+from wamrl.workers import make_env, module_of, start_states
 
-Action = NDArray[np.float32]
-Relabel = Callable[[Tensor], Action]
-"""The expert's action [4] in another state [39]."""
 _ROWS = 8  # simulators side by side; more share TorchRL's cost per step better but idle longer at the end
-
-
-class Behaviour(Protocol):
-    """What acts in one episode: executed action [4] from the expert's clean `label` [4] and the `state` [39]."""
-
-    def __call__(self, label: Action, state: Tensor) -> Action: ...
-
-
-class _Noise:
-    """Correlated Gaussian noise (an Ornstein-Uhlenbeck process in discrete time) with unit variance."""
-
-    def __init__(self, rng: np.random.Generator, correlation: float) -> None:
-        self._rng, self._rho = rng, correlation
-        self._value = rng.standard_normal(ACTION_DIM)
-
-    def __call__(self) -> NDArray[np.float64]:
-        fresh = self._rng.standard_normal(ACTION_DIM)
-        self._value = self._rho * self._value + (1.0 - self._rho**2) ** 0.5 * fresh
-        return self._value
-
-
-def _clip(action: NDArray[np.floating[Any]]) -> Action:
-    return np.clip(action, -1.0, 1.0).astype(np.float32)
-
-
-def _expert(rng: np.random.Generator, relabel: Relabel, level: tuple[float, float]) -> tuple[Behaviour, dict[str, Any]]:
-    return lambda label, state: label, {}
-
-
-def _noisy_expert(
-    rng: np.random.Generator, relabel: Relabel, level: tuple[float, float]
-) -> tuple[Behaviour, dict[str, Any]]:
-    scale, correlation = float(rng.uniform(*level)), float(rng.uniform(0.0, 0.9))
-    noise = _Noise(rng, correlation)
-    return lambda label, state: _clip(label + scale * noise()), {"noise": scale, "correlation": correlation}
-
-
-def _failing(
-    rng: np.random.Generator, relabel: Relabel, level: tuple[float, float]
-) -> tuple[Behaviour, dict[str, Any]]:
-    kind = str(rng.choice(["noise", "gripper", "offset"]))
-    noise = _Noise(rng, 0.9)
-    if kind == "noise":
-        scale = float(rng.uniform(1.0, 2.5))
-        return lambda label, state: _clip(label + scale * noise()), {"kind": kind, "noise": scale}
-    if kind == "gripper":
-
-        def wrong_gripper(label: Action, state: Tensor) -> Action:
-            flipped = label + 0.3 * noise()
-            flipped[3] = -label[3] if abs(label[3]) > 0.05 else 1.0
-            return _clip(flipped)
-
-        return wrong_gripper, {"kind": kind}
-    # Misled about object and goal alike: each expert reads at least one of them.
-    angle, length = rng.uniform(0.0, 2.0 * np.pi), rng.uniform(0.08, 0.2)
-    offset = torch.zeros(STATE_DIM)
-    for name in ("object", "goal"):
-        offset[METAWORLD.place(name)][:2] = torch.tensor([length * np.cos(angle), length * np.sin(angle)])
-
-    def misled(label: Action, state: Tensor) -> Action:
-        return _clip(relabel(state + offset) + 0.1 * noise())
-
-    return misled, {"kind": kind, "offset_m": float(length)}
-
-
-def _random(rng: np.random.Generator, relabel: Relabel, level: tuple[float, float]) -> tuple[Behaviour, dict[str, Any]]:
-    scale, correlation = float(rng.uniform(0.3, 1.0)), float(rng.uniform(0.8, 0.97))
-    noise = _Noise(rng, correlation)
-    return lambda label, state: _clip(scale * noise()), {"noise": scale, "correlation": correlation}
-
-
-BEHAVIOURS: dict[str, Callable[..., tuple[Behaviour, dict[str, Any]]]] = {
-    "expert": _expert,
-    "noisy_expert": _noisy_expert,
-    "failing": _failing,
-    "random": _random,
-}
+# What stands in a row beside what a policy may see.
+_NOT_SEEN = ("action", "done", "terminated", "truncated", "reward", "snapshot", "_reset", "_step", "success",
+             "simulator_error")  # fmt: skip
 
 
 @dataclass
@@ -133,9 +52,9 @@ class _Job:
     behaviour: str
     number: int
     start: int
-    act: Behaviour | None = None
+    act: Act | None = None
     details: dict[str, Any] | None = None
-    policy_state: PolicyState | None = None
+    state: PolicyState | None = None
 
 
 def plan_episodes(
@@ -155,7 +74,7 @@ def plan_episodes(
 
 def collect(
     path: str | Path,
-    tasks: str | Sequence[str],
+    env: Mapping[str, Any],
     mixture: Mapping[str, int],
     *,
     split: str = "train",
@@ -166,11 +85,7 @@ def collect(
     noise: tuple[float, float] = (0.1, 0.8),
     label_behaviours: Sequence[str] = ("expert", "noisy_expert", "failing", "random"),
     steps_after_success: int = 10,
-    max_steps: int = 100,
-    action_repeat: int = 2,
-    pixels: bool = False,
     snapshots: bool = True,
-    camera: Mapping[str, Any] | None = None,
     rows: int = _ROWS,
     progress: bool = True,
 ) -> EpisodeDataset | None:
@@ -178,8 +93,8 @@ def collect(
 
     Args:
         path: the dataset's directory. A directory with the same settings is continued.
-        tasks: task names.
-        mixture: behaviour -> episodes per task; "policy" needs `policy`.
+        env: the environment's `_target_` and settings, `tasks` among them, as in configs/env.
+        mixture: behaviour -> episodes per task; "policy" needs `policy`, all but "random" a scripted expert.
         split: the start states used.
         first_start: number of the first start state; a second round takes fresh ones.
         seed: of the noise. The noise of an episode depends on the seed, its task and its start only.
@@ -187,13 +102,9 @@ def collect(
         policy_name: what the dataset records about the policy.
         noise: least and greatest standard deviation of the noise of a `noisy_expert` episode; actions span [-1, 1].
         label_behaviours: on whose episodes the expert's labels count as known to training. The raw label is stored
-            for all but "policy".
+            for all but "policy", where there is an expert.
         steps_after_success: control steps that an episode goes on after its first success.
-        max_steps: control steps of the longest episode.
-        action_repeat: simulator steps per control step.
-        pixels: whether to store images.
         snapshots: whether to store the full simulator state of every frame.
-        camera: the camera's fields by name; None is the default camera.
         rows: simulators side by side.
         progress: whether to show a progress bar on stderr.
 
@@ -201,12 +112,11 @@ def collect(
         The dataset (without snapshots), or None when `split` is held out from training.
 
     Raises:
-        ValueError: for an unknown behaviour, a policy that is missing, or a directory of another dataset.
+        ValueError: for an unknown behaviour, a policy or expert that is missing, settings that the environment refuses,
+            or a directory of another dataset.
         KeyboardInterrupt: after Ctrl-C, with a message that says how to go on; whole episodes are kept.
     """
-    tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
-    for task in tasks:
-        check_task(task)
+    tasks = (env["tasks"],) if isinstance(env["tasks"], str) else tuple(env["tasks"])
     for behaviour, count in mixture.items():
         if behaviour not in BEHAVIOURS and behaviour != "policy":
             raise unknown_name("behaviour", behaviour, [*BEHAVIOURS, "policy"])
@@ -223,17 +133,13 @@ def collect(
         raise ValueError(f"tasks are named twice: {', '.join(tasks)}")
     if not (len(noise) == 2 and 0.0 <= noise[0] <= noise[1]):
         raise ValueError(f"noise is {list(noise)}, but must be two numbers, the least and the greatest, from 0")
-    for name, value in (("max_steps", max_steps), ("action_repeat", action_repeat), ("rows", rows)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, but must be at least 1")
-    Camera(**dict(camera or {}))  # its own errors
+    if rows < 1:
+        raise ValueError(f"rows is {rows}, but must be at least 1")
     if steps_after_success < 0:
         raise ValueError(f"steps_after_success is {steps_after_success}, but must be at least 0")
 
-    settings: dict[str, Any] = {
-        "action_repeat": action_repeat, "max_steps": max_steps, "pixels": pixels, "snapshots": snapshots,
-        "split": split, "camera": dict(camera) if camera else None,
-    }  # fmt: skip
+    given = {key: value for key, value in env.items() if key not in ("_target_", "tasks")}
+    settings = {**given, "snapshots": snapshots, "split": split}
     episodes = plan_episodes(tasks, mixture, first_start=first_start)
     plan = {
         "tasks": list(tasks), "mixture": dict(mixture), "seed": seed, "first_start": first_start,
@@ -241,16 +147,25 @@ def collect(
         "noise": [float(level) for level in noise],
         "label_behaviours": list(label_behaviours), **settings,
     }  # fmt: skip
-    index = {
-        "tasks": list(tasks),
-        "split": split,
-        "label_behaviours": list(label_behaviours),
-        "env": {"name": "metaworld", "control_dt_s": SIMULATOR_DT_S * action_repeat, **settings},
-        "layout": METAWORLD.to_dict(),
-        "start_states": [start_states(task, split, 1).record() for task in tasks],
-        "plan": plan,
-        "provenance": {"versions": versions(), "seed": seed},
-    }
+    with contextlib.closing(_make(env, tasks, 1, split=split, snapshots=snapshots)) as made:
+        needed = [name for name in NEEDS_EXPERT if mixture.get(name)]
+        if needed and not hasattr(module_of(made), "ExpertPolicy"):
+            raise ValueError(
+                f"the mixture has episodes of '{needed[0]}', but {module_of(made).__name__} has no ExpertPolicy; "
+                "choose data=random, or data=planner with wam=<checkpoint>"
+            )
+        starts = [start_states(made, task, split, 1) for task in tasks]
+        full = {k: v for k, v in getattr(made, "config", settings).items() if k not in ("tasks", "num_envs")}
+        index = {
+            "tasks": list(tasks),
+            "split": split,
+            "label_behaviours": list(label_behaviours),
+            "env": {"name": tasks[0].partition("/")[0], "control_dt_s": made.control_dt_s, **full},
+            "layout": getattr(made, "layout", Layout()).to_dict(),
+            "start_states": [_record(task, one) for task, one in zip(tasks, starts, strict=True)],
+            "plan": plan,
+            "provenance": {"versions": versions(), "seed": seed},
+        }
     writer = EpisodeWriter(path, index)
     removed = writer.remove_leftovers()
     if removed:
@@ -262,10 +177,10 @@ def collect(
     finished = len(episodes) - len(jobs)
     with _Progress(len(episodes), finished, enabled=progress) as bar:
         try:
-            for group in _groups(tasks, rows):
-                queue = [job for job in jobs if job.task in group]
+            for some in _groups(tasks, rows):
+                queue = [job for job in jobs if job.task in some]
                 if queue:
-                    _collect_group(writer, group, queue, settings, plan, policy, bar, rows)
+                    _collect_group(writer, env, some, queue, plan, policy, bar, rows)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"stopped with {len(writer.names())} of {len(episodes)} episodes whole in {path}; "
@@ -278,11 +193,32 @@ def _groups(tasks: Sequence[str], rows: int) -> list[tuple[str, ...]]:
     return [tuple(tasks[first : first + rows]) for first in range(0, len(tasks), rows)]
 
 
+def _record(task: str, starts: Any) -> dict[str, Any]:
+    """What a dataset says of its start states; those of a module of one's own may be a plain object."""
+    if hasattr(starts, "record"):
+        return starts.record()
+    return {"task": task, "split": starts.split, "min_distance": starts.min_distance}
+
+
+def _make(env: Mapping[str, Any], tasks: Sequence[str], rows: int, *, split: str, snapshots: bool) -> Any:
+    """The environment of a config; what it refuses is raised as it says it."""
+    settings = {"env": dict(env), "split": split, "device": env.get("device", "cpu")}
+    try:
+        return make_env(settings, tasks, rows, snapshots=snapshots)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, TypeError) and "'snapshots'" in str(cause):
+            raise ValueError(f"{env['_target_']} cannot save its state; collect with snapshots=false") from error
+        if isinstance(cause, ValueError | ImportError | FileNotFoundError):
+            raise cause from error
+        raise
+
+
 def _collect_group(
     writer: EpisodeWriter,
+    config: Mapping[str, Any],
     tasks: tuple[str, ...],
     jobs: list[_Job],
-    settings: Mapping[str, Any],
     plan: Mapping[str, Any],
     policy: Policy | None,
     bar: _Progress,
@@ -290,10 +226,9 @@ def _collect_group(
 ) -> None:
     seed, steps_after_success = plan["seed"], plan["steps_after_success"]
     tasks = tuple(task for task in tasks if any(job.task == task for job in jobs))
-    per_task = max(1, rows // len(tasks))
-    env = MetaWorldEnv(tasks, len(tasks) * per_task, **settings)
-    expert = ExpertPolicy(tasks)
-    count = len(tasks) * per_task
+    count = len(tasks) * max(1, rows // len(tasks))
+    env = _make(config, tasks, count, split=plan["split"], snapshots=plan["snapshots"])
+    cast = _Cast(env, tasks, policy, plan)
     queues = {task: [job for job in jobs if job.task == task][::-1] for task in tasks}
     keys = [key for key in env.observation_spec.keys() if key not in ("success", "simulator_error", "task")]
     running: list[_Job | None] = [None] * count
@@ -302,128 +237,157 @@ def _collect_group(
     after = [-1] * count  # steps since the first success, -1 before it
     td: TensorDict | None = None
 
-    while True:
-        fresh = torch.zeros(count, 1, dtype=torch.bool)
-        start = torch.zeros(count, dtype=torch.int64)
-        for row in range(count):
-            queue = queues[env.row_tasks[row]]
-            if running[row] is None and queue:
-                job = running[row] = queue.pop()
-                fresh[row], start[row] = True, job.start
-                _prepare(job, plan, policy, expert)
-                taken[row], after[row] = [], -1
-        active = torch.tensor([job is not None for job in running])
-        if not active.any():
-            break
-        if fresh.any():
-            request = TensorDict({}, [count]) if td is None else td.clone(False).set("_reset", fresh)
-            td = env.reset(request.set("start", start)).exclude("start", "_reset")
-            frame = {key: td[key].numpy() for key in keys}
-            for row in torch.nonzero(fresh.flatten()).flatten().tolist():
-                seen[row] = [frame]
-        assert td is not None
-        action, label = _act(td, running, fresh.flatten(), policy, expert)
-        td.set("action", action)
-        td.set("_step", active)
-        td = env.step(td)["next"]
-        success, failed, truncated = (td[key].flatten().tolist() for key in ("success", "simulator_error", "done"))
-        reward = td["reward"].flatten().tolist()
-        frame = {key: td[key].numpy() for key in keys}
-        actions, labels = action.numpy(), label.numpy()
-        for row in torch.nonzero(active).flatten().tolist():
-            if not failed[row]:
-                seen[row].append(frame)
-                taken[row].append((actions[row], labels[row], reward[row], success[row]))
-                if after[row] >= 0:
-                    after[row] += 1
-                elif success[row]:
-                    after[row] = 0
-            if truncated[row] or 0 <= steps_after_success <= after[row]:
-                job = running[row]
-                assert job is not None
-                frames = {key: torch.from_numpy(np.stack([past[key][row] for past in seen[row]])) for key in keys}
-                _store(writer, job, frames, taken[row], seed, failed[row], truncated[row])
-                seen[row] = []
-                running[row] = None
-                bar.advance(bool(taken[row]) and any(step[3] for step in taken[row]))
-    env.close()
+    with contextlib.closing(env):
+        while True:
+            fresh = torch.zeros(count, 1, dtype=torch.bool)
+            start = torch.zeros(count, dtype=torch.int64)
+            for row in range(count):
+                queue = queues[env.row_tasks[row]]
+                if running[row] is None and queue:
+                    job = running[row] = queue.pop()
+                    fresh[row], start[row] = True, job.start
+                    cast.prepare(job)
+                    taken[row], after[row] = [], -1
+            active = torch.tensor([job is not None for job in running])
+            if not active.any():
+                break
+            if fresh.any():
+                request = TensorDict({}, [count], device=env.device)
+                if td is not None:
+                    request = td.clone(False).set("_reset", fresh.to(td.device))
+                td = env.reset(request.set("start", start)).exclude("start", "_reset")
+                frame = {key: td[key].cpu().numpy() for key in keys}
+                for row in torch.nonzero(fresh.flatten()).flatten().tolist():
+                    seen[row] = [frame]
+            assert td is not None
+            action, label = cast.act(td, running, fresh.flatten())
+            td.set("action", action.to(env.action_spec.device))
+            td.set("_step", active)
+            td = env.step(td)["next"]
+            success, ended, terminated = (td[key].flatten().tolist() for key in ("success", "done", "terminated"))
+            failed = td["simulator_error"].flatten().tolist() if "simulator_error" in td.keys() else [False] * count
+            reward = td["reward"].flatten().tolist()
+            frame = {key: td[key].cpu().numpy() for key in keys}
+            actions, labels = action.numpy(), label.numpy()
+            for row in torch.nonzero(active).flatten().tolist():
+                if not failed[row]:
+                    seen[row].append(frame)
+                    taken[row].append((actions[row], labels[row], reward[row], success[row]))
+                    if after[row] >= 0:
+                        after[row] += 1
+                    elif success[row]:
+                        after[row] = 0
+                if ended[row] or 0 <= steps_after_success <= after[row]:
+                    job = running[row]
+                    assert job is not None
+                    if not taken[row]:
+                        raise RuntimeError(
+                            f"the simulator failed in the first step of episode {job.name} (start {job.start})"
+                        )
+                    frames = {key: torch.from_numpy(np.stack([past[key][row] for past in seen[row]])) for key in keys}
+                    over = bool(terminated[row]) and not failed[row]
+                    episode = _episode(
+                        frames,
+                        taken[row],
+                        labelled=job.behaviour != "policy" and cast.expert is not None,
+                        terminated=over,
+                        truncated=bool(ended[row]) and not over,
+                    )
+                    info = {
+                        "task": job.task, "behaviour": job.behaviour, "start": job.start, "number": job.number,
+                        "seed": seed, "details": job.details or {}, "simulator_error": failed[row],
+                    }  # fmt: skip
+                    writer.write(job.name, episode, info)
+                    seen[row], running[row] = [], None
+                    bar.advance(any(step[3] for step in taken[row]))
 
 
-def _prepare(job: _Job, plan: Mapping[str, Any], policy: Policy | None, expert: ExpertPolicy) -> None:
-    if job.behaviour == "policy":
-        assert policy is not None
-        job.policy_state = policy.initial_state(1)
-        job.policy_state["row"] = torch.tensor([job.start])
-        job.details = {}
-        return
-    rng = np.random.Generator(np.random.PCG64([plan["seed"] & (2**63 - 1), task_id(job.task), job.start]))
-    task = torch.tensor([task_id(job.task)])
+class _Cast:
+    """Everybody who acts in the rows of an environment: the policy, its expert if there is one, and the behaviours."""
 
-    def relabel(state: Tensor) -> Action:
-        return expert.label(state[None], task)[0].numpy()
+    def __init__(self, env: Any, tasks: Sequence[str], policy: Policy | None, plan: Mapping[str, Any]) -> None:
+        self.policy, self.seed = policy, plan["seed"] & (2**63 - 1)
+        make_expert = getattr(module_of(env), "ExpertPolicy", None)
+        self.expert: Policy | None = None if make_expert is None else make_expert(list(tasks))
+        self.setting = Setting(
+            action_dim=env.action_spec.shape[-1],
+            relabel=None if self.expert is None else self._relabel,
+            layout=getattr(env, "layout", Layout()),
+            gripper=getattr(self.expert, "gripper", None),
+            noise=tuple(plan["noise"]),
+            discrete=isinstance(env.action_spec, OneHot),
+        )
 
-    job.act, job.details = BEHAVIOURS[job.behaviour](rng, relabel, tuple(plan["noise"]))
+    def _relabel(self, observation: TensorDict) -> Action:
+        assert self.expert is not None
+        first = torch.ones(1, dtype=torch.bool)
+        return self.expert.act(observation, self.expert.initial_state(1), first)[0][0].cpu().numpy()
+
+    def prepare(self, job: _Job) -> None:
+        """Draw what the episode's behaviour is."""
+        actor = self.policy if job.behaviour == "policy" else self.expert
+        if actor is not None:
+            job.state = actor.initial_state(1)
+            job.state["row"] = torch.tensor([job.start])
+        if job.behaviour != "policy":
+            rng = np.random.Generator(np.random.PCG64([self.seed, task_id(job.task), job.start]))
+            job.act, job.details = BEHAVIOURS[job.behaviour](rng, self.setting)
+
+    def act(self, td: TensorDict, running: Sequence[_Job | None], fresh: Tensor) -> tuple[Tensor, Tensor]:
+        """Executed actions [B, A] and the expert's labels [B, A], zero where there is none and in idle rows."""
+        action = torch.zeros(len(running), self.setting.action_dim)
+        label = torch.zeros_like(action)
+        observation = td.exclude(*_NOT_SEEN)
+        jobs = [(row, job) for row, job in enumerate(running) if job is not None]
+        scripted = [(row, job) for row, job in jobs if job.behaviour != "policy"]
+        learned = [(row, job) for row, job in jobs if job.behaviour == "policy"]
+        if scripted and self.expert is not None:
+            label[[row for row, _ in scripted]] = _acted(self.expert, observation, scripted, fresh)
+        for row, job in scripted:
+            assert job.act is not None
+            action[row] = torch.from_numpy(job.act(label[row].numpy().copy(), observation, row))
+        if learned:
+            assert self.policy is not None
+            chosen = _acted(self.policy, observation, learned, fresh)
+            if not bool(torch.isfinite(chosen).all()):
+                raise ValueError("the policy gave NaN or infinity as an action; the episode was not stored")
+            action[[row for row, _ in learned]] = chosen.clamp(-1.0, 1.0)
+        return action, label
 
 
-def _act(
-    td: TensorDict, running: Sequence[_Job | None], fresh: Tensor, policy: Policy | None, expert: ExpertPolicy
-) -> tuple[Tensor, Tensor]:
-    """Executed actions [B, 4] and the expert's labels [B, 4] (zero for `policy` rows and idle rows)."""
-    count = len(running)
-    action, label = torch.zeros(count, ACTION_DIM), torch.zeros(count, ACTION_DIM)
-    scripted = [row for row, job in enumerate(running) if job is not None and job.behaviour != "policy"]
-    if scripted:
-        at = torch.tensor(scripted)
-        label[at] = expert.label(td["state"][at], td["task"][at])
-        for row in scripted:
-            job = running[row]
-            assert job is not None and job.act is not None
-            action[row] = torch.from_numpy(job.act(label[row].numpy().copy(), td["state"][row]))
-    learned = [(row, job) for row, job in enumerate(running) if job is not None and job.behaviour == "policy"]
-    if learned:
-        assert policy is not None
-        at = torch.tensor([row for row, _ in learned])
-        states = torch.cat([job.policy_state for _, job in learned])  # type: ignore[misc]
-        observation = td[at].exclude("action", "done", "terminated", "truncated", "reward", "snapshot", "_reset")
-        with torch.no_grad():
-            chosen, states = policy.act(observation, states, fresh[at])
-        if not bool(torch.isfinite(chosen).all()):
-            raise ValueError("the policy gave NaN or infinity as an action; the episode was not stored")
-        action[at] = chosen.to("cpu", torch.float32).clamp(-1.0, 1.0)
-        for number, (_, job) in enumerate(learned):
-            job.policy_state = states[number : number + 1]
-    return action, label
+@torch.no_grad()
+def _acted(actor: Policy, observation: TensorDict, jobs: Sequence[tuple[int, _Job]], fresh: Tensor) -> Tensor:
+    """Actions of a policy in the rows of `jobs`, each of which keeps its own policy state."""
+    at = torch.tensor([row for row, _ in jobs])
+    states = torch.cat([job.state for _, job in jobs])  # type: ignore[misc]
+    action, states = actor.act(observation[at.to(observation.device or "cpu")], states, fresh[at])
+    for number, (_, job) in enumerate(jobs):
+        job.state = states[number : number + 1]
+    return action.to("cpu", torch.float32)
 
 
-def _store(
-    writer: EpisodeWriter,
-    job: _Job,
+def _episode(
     frames: dict[str, Tensor],
     taken: list[tuple[Action, Action, float, bool]],
-    seed: int,
-    failed: bool,
+    *,
+    labelled: bool,
+    terminated: bool,
     truncated: bool,
-) -> None:
-    if not taken:
-        raise RuntimeError(f"the simulator failed in the first step of episode {job.name} (start {job.start})")
+) -> TensorDict:
     snapshot = frames.pop("snapshot", None)
     actions, labels, rewards, successes = zip(*taken, strict=True)
-    ended = torch.zeros(len(actions), dtype=torch.bool)
-    ended[-1] = truncated or failed
-    episode = episode_tensordict(
+    last = torch.zeros(len(actions), dtype=torch.bool)
+    last[-1] = True
+    return episode_tensordict(
         frames,
         action=torch.from_numpy(np.stack(actions)),
-        label=None if job.behaviour == "policy" else torch.from_numpy(np.stack(labels)),
+        label=torch.from_numpy(np.stack(labels)) if labelled else None,
         reward=torch.tensor(rewards),
         success=torch.tensor(successes),
-        truncated=ended,
+        terminated=last & terminated,
+        truncated=last & truncated,
         snapshot=snapshot,
     )
-    info = {
-        "task": job.task, "behaviour": job.behaviour, "start": job.start, "number": job.number, "seed": seed,
-        "details": job.details or {}, "simulator_error": failed,
-    }  # fmt: skip
-    writer.write(job.name, episode, info)
 
 
 class _Progress:
@@ -453,27 +417,18 @@ class _Progress:
         self._bar.update(self._task, advance=1, description=text)
 
 
-def _policy_from(
-    config: DictConfig, tasks: Sequence[str], control_dt_s: float, pixels: tuple[int, int] | None
-) -> tuple[Policy, str]:
+def _policy_from(config: DictConfig, env: Mapping[str, Any]) -> tuple[Policy, str]:
     """The policy that `checkpoint`, `acting`, `planner` and `controller` describe, and its name for the records."""
-    from hydra.utils import instantiate
-
-    from wamrl import checkpoint
-    from wamrl.control import ModelPolicy
-
     metadata = checkpoint.read_metadata(config.checkpoint)
-    model = checkpoint.load(config.checkpoint, device=config.device).eval()
-    observation: dict[str, tuple[int, ...]] = {
-        "state": (STATE_DIM,),
-        "proprioception": (4,),
-        "contact": (len(CONTACT_NAMES),),
-    }
-    if pixels:
-        observation["pixels"] = (3, *pixels)
-    checkpoint.check_compatible(
-        model.spec, observation=observation, action_dim=ACTION_DIM, tasks=tasks, control_dt_s=control_dt_s
-    )
+    model = checkpoint.load(config.checkpoint, device=config.device)
+    with contextlib.closing(_make(env, list(env["tasks"]), 1, split=config.split, snapshots=False)) as made:
+        checkpoint.check_compatible(
+            model.spec,
+            observation={key: tuple(made.observation_spec[key].shape[1:]) for key in made.observation_spec.keys()},
+            action_dim=made.action_spec.shape[-1],
+            tasks=made.tasks,
+            control_dt_s=made.control_dt_s,
+        )
     name = f"{Path(str(config.checkpoint)).name} {metadata.content_sha256[:16]}"
     if config.acting == "policy":
         return ModelPolicy(model, mode="ode"), f"policy of {name}"
@@ -485,30 +440,30 @@ def _policy_from(
 
 @command(
     "collect",
-    help="Collect episodes in the simulator into a dataset to train on. The same command with the same path goes on "
+    help="Collect episodes in a simulator into a dataset to train on. The same command with the same path goes on "
     "where an interrupted one stopped.",
     examples=["env=metaworld/six data=rich path=data/rich", "env=metaworld/push-v3 data=scarce path=data/push_scarce",
-              "data=planner wam=six first_start=1000 path=data/round_1"],
+              "data=planner wam=six first_start=1000 path=data/round_1", "env=mjx/pusher data=random path=data/pusher"],
 )  # fmt: skip
 def main(config: DictConfig, run_dir: Path) -> dict[str, Any]:
     """Compose, collect, report."""
     started = time.time()
     torch.set_num_threads(config.threads)
     env = plain(config.env)
-    if env.pop("_target_") != "wamrl.envs.metaworld.MetaWorldEnv":
-        raise ValueError("collect knows the Meta-World environments so far; choose env=metaworld/<task>")
-    tasks = [check_task(task) for task in env.pop("tasks")]
+    if "tasks" not in env:
+        raise ValueError(
+            f"{env['_target_']} has no tasks to collect; choose a simulator, such as env=metaworld/push-v3"
+        )
     mixture = {str(key): int(value) for key, value in plain(config.data.mixture).items()}
     policy, name = None, ""
     if mixture.get("policy"):
         if config.checkpoint is None:
             raise ValueError("the mixture has episodes of 'policy'; say whose with wam=<checkpoint>")
-        pixels = (int(env["camera"]["height"]), int(env["camera"]["width"])) if env["pixels"] else None
-        policy, name = _policy_from(config, tasks, SIMULATOR_DT_S * env["action_repeat"], pixels)
+        policy, name = _policy_from(config, env)
     path = Path(config.path) if config.path else run_dir / "dataset"
     collect(
         path,
-        tasks,
+        env,
         mixture,
         split=config.split,
         seed=config.seed,
@@ -520,7 +475,6 @@ def main(config: DictConfig, run_dir: Path) -> dict[str, Any]:
         steps_after_success=config.steps_after_success,
         snapshots=config.snapshots,
         rows=config.rows,
-        **env,
     )
     dataset = EpisodeDataset.open(path, training=False)
     results = summary(dataset)

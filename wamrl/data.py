@@ -886,6 +886,16 @@ def _check_same_env(indices: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
+def observation_keys(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
+    """The observation keys of the first whole episode of a dataset, or of the first of several."""
+    first = next(iter([paths] if isinstance(paths, str | os.PathLike) else paths))
+    read_index(first)
+    whole = _whole_episodes(Path(first), quiet=True)
+    if not whole:
+        raise ValueError(f"{first} holds no whole episode; collect some with: python -m wamrl.collect")
+    return tuple(map(str, load_episode(whole[0])[0]["observation"].keys()))
+
+
 def _common_layout(
     indices: Sequence[Mapping[str, Any]], tasks: Sequence[str], observation: Mapping[str, Sequence[int]]
 ) -> Layout:

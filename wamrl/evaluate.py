@@ -52,7 +52,7 @@ from wamrl.judging.worlds import Cost, Imagining
 from wamrl.naming import unknown_name
 from wamrl.pages import evaluation_page, number
 from wamrl.report import short
-from wamrl.workers import load_model, make_env, module_of
+from wamrl.workers import load_model, make_env, start_states
 
 
 @command(
@@ -243,7 +243,7 @@ def _prepare(settings: dict[str, Any]) -> Bench:
         first, count = settings["first_start"], settings["episodes"]
         starts = [Start(task, i) for task in tasks for i in range(first, first + count)]
         frames = worlds.first_frames(env, starts).select(*model.spec.observation, "task")
-        vectors = {t: module_of(env).start_states(t, settings["split"], first + count).rand_vec[first:] for t in tasks}
+        vectors = {t: start_states(env, t, settings["split"], first + count).rand_vec[first:] for t in tasks}
         env.close()
     else:
         starts, frames = _starts_of_data(settings, model)

@@ -9,6 +9,7 @@ The run directory holds results.json, episodes.csv, traces.json, report.html, fi
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import shlex
 import signal
@@ -35,7 +36,16 @@ from wamrl.files import write_text
 from wamrl.naming import unknown_name
 from wamrl.report import METHODS, gain_words, short
 from wamrl.results import Run, plan_times
-from wamrl.workers import load_model, make_env, module_of, oracle_policy, planner_policy, remaining_jobs, spread
+from wamrl.workers import (
+    load_model,
+    make_env,
+    module_of,
+    oracle_policy,
+    planner_policy,
+    remaining_jobs,
+    spread,
+    start_states,
+)
 
 
 @command(
@@ -106,6 +116,9 @@ def _settings(given: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any], Pat
         if not isinstance(given[key], bool):
             raise ValueError(f"{key} is {given[key]!r}, but must be true or false")
     methods = given["methods"]
+    if methods is None:
+        has_expert = hasattr(importlib.import_module(str(given["env"]["_target_"]).rpartition(".")[0]), "ExpertPolicy")
+        methods = [m for m in METHODS if m != "oracle" and (m != "expert" or has_expert)]
     if not isinstance(methods, list) or not methods:
         raise ValueError(f"methods is {methods!r}, but must be a list such as [planner,policy]")
     for method in methods:
@@ -193,12 +206,11 @@ def _prepare(settings: dict[str, Any], directory: Path, started: datetime, earli
             raise ValueError(
                 f"oracle=true plans in the true simulator, which does not answer all that these settings ask: {error}"
             ) from error
-    starts = module_of(env).start_states
     if "expert" in settings["methods"] and not hasattr(module_of(env), "ExpertPolicy"):
         others = ",".join(m for m in settings["methods"] if m != "expert")
         raise ValueError(f"{module_of(env).__name__} has no ExpertPolicy; leave it out: methods=[{others}]")
     count, first = settings["episodes"], settings["first_start"]
-    states = {task: starts(task, settings["split"], first + count) for task in tasks}
+    states = {task: start_states(env, task, settings["split"], first + count) for task in tasks}
     versions = provenance.versions()
     digest = protocol_hash(
         starts={

@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig
 
 from wamrl import checkpoint, cli
-from wamrl.data import EpisodeDataset
+from wamrl.data import EpisodeDataset, observation_keys
 from wamrl.files import write_json, write_text
 from wamrl.image_quality import decoded_quality, image_keys, metrics
 from wamrl.interfaces import WAM, Layout
@@ -197,6 +197,12 @@ def _command(config: DictConfig, run_dir: Path) -> None:
     options = TrainingOptions(**{name: settings[name] for name in _OPTIONS})
     device = cli.device(settings["device"])
     keys = settings["observation"]
+    if keys is None and "checkpoint" in settings["wam"]:
+        keys = list(checkpoint.read_metadata(settings["wam"]["checkpoint"]).spec.observation)
+    elif keys is None:
+        known = observation_keys(settings["dataset"])
+        keys = [key for key in ("state", "proprioception") if key in known] or list(known)
+    settings["observation"] = keys
     if keys is not None and settings["probe"] is not None:
         keys = list(dict.fromkeys([*keys, settings["probe"]]))
     dataset = EpisodeDataset.open(settings["dataset"], keys=keys, tasks=settings["tasks"])

@@ -249,8 +249,14 @@ def make_env(
 
 
 def module_of(env: Any) -> Any:
-    """The plug-in that `env` comes from: it has `start_states` and perhaps `ExpertPolicy`."""
+    """The plug-in that `env` comes from: it may have `start_states` and `ExpertPolicy`."""
     return importlib.import_module(type(env).__module__)
+
+
+def start_states(env: Any, task: str, split: str, num: int) -> Any:
+    """The first `num` start states of a split, from the environment's method of that name or from its module."""
+    own = getattr(env, "start_states", None) or module_of(env).start_states
+    return own(task, split, num)
 
 
 def oracle_policy(settings: Mapping[str, Any], model: WAM, task: str) -> PlannerPolicy:

@@ -1,0 +1,123 @@
+"""Who acts in an episode that is collected: an expert, an expert with faults, or smooth random motion.
+
+The random numbers of an episode depend on the generator it is given only. Letters: A action dims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tensordict import TensorDict
+
+from wamrl.interfaces import Layout
+
+Action = NDArray[np.float32]
+Relabel = Callable[[TensorDict], Action]
+"""The expert's action [A] at another observation [1]."""
+
+
+class Act(Protocol):
+    """Executed action [A] of `row`, from the expert's clean `label` [A] (zeros without one) and `observation` [B]."""
+
+    def __call__(self, label: Action, observation: TensorDict, row: int) -> Action: ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What behaviours need to know.
+
+    action_dim: A. relabel: None without an expert. layout: where `state` holds object and goal. gripper: the action's
+    number that opens and closes one, None without. noise: least and greatest deviation of `noisy_expert`.
+    discrete: actions are one-hot.
+    """
+
+    action_dim: int
+    relabel: Relabel | None = None
+    layout: Layout = field(default_factory=Layout)
+    gripper: int | None = None
+    noise: tuple[float, float] = (0.1, 0.8)
+    discrete: bool = False
+
+
+class _Noise:
+    """Correlated Gaussian noise (an Ornstein-Uhlenbeck process in discrete time) with unit variance."""
+
+    def __init__(self, rng: np.random.Generator, correlation: float, action_dim: int) -> None:
+        self._rng, self._rho, self._size = rng, correlation, action_dim
+        self._value = rng.standard_normal(action_dim)
+
+    def __call__(self) -> NDArray[np.float64]:
+        fresh = self._rng.standard_normal(self._size)
+        self._value = self._rho * self._value + (1.0 - self._rho**2) ** 0.5 * fresh
+        return self._value
+
+
+def _clip(action: NDArray[np.floating[Any]]) -> Action:
+    return np.clip(action, -1.0, 1.0).astype(np.float32)
+
+
+def _expert(rng: np.random.Generator, setting: Setting) -> tuple[Act, dict[str, Any]]:
+    return lambda label, observation, row: label, {}
+
+
+def _noisy_expert(rng: np.random.Generator, setting: Setting) -> tuple[Act, dict[str, Any]]:
+    scale, correlation = float(rng.uniform(*setting.noise)), float(rng.uniform(0.0, 0.9))
+    noise = _Noise(rng, correlation, setting.action_dim)
+    return lambda label, observation, row: _clip(label + scale * noise()), {"noise": scale, "correlation": correlation}
+
+
+def _failing(rng: np.random.Generator, setting: Setting) -> tuple[Act, dict[str, Any]]:
+    known = {"noise": True, "gripper": setting.gripper is not None, "offset": setting.layout.has("object", "goal")}
+    kind = str(rng.choice([name for name, possible in known.items() if possible]))
+    noise = _Noise(rng, 0.9, setting.action_dim)
+    if kind == "noise":
+        scale = float(rng.uniform(1.0, 2.5))
+        return lambda label, observation, row: _clip(label + scale * noise()), {"kind": kind, "noise": scale}
+    if kind == "gripper":
+        assert setting.gripper is not None
+        number = setting.gripper
+
+        def wrong_gripper(label: Action, observation: TensorDict, row: int) -> Action:
+            flipped = label + 0.3 * noise()
+            flipped[number] = -label[number] if abs(label[number]) > 0.05 else 1.0
+            return _clip(flipped)
+
+        return wrong_gripper, {"kind": kind}
+    # Misled about object and goal alike: each expert reads at least one of them.
+    angle, length = rng.uniform(0.0, 2.0 * np.pi), rng.uniform(0.08, 0.2)
+    aside = torch.tensor([length * np.cos(angle), length * np.sin(angle)], dtype=torch.float32)
+    relabel = setting.relabel
+    assert relabel is not None
+
+    def misled(label: Action, observation: TensorDict, row: int) -> Action:
+        wrong = observation[row : row + 1].clone()
+        for name in ("object", "goal"):
+            wrong["state"][:, setting.layout.place(name)][:, :2] += aside
+        return _clip(relabel(wrong) + 0.1 * noise())
+
+    return misled, {"kind": kind, "offset_m": float(length)}
+
+
+def _random(rng: np.random.Generator, setting: Setting) -> tuple[Act, dict[str, Any]]:
+    scale, correlation = float(rng.uniform(0.3, 1.0)), float(rng.uniform(0.8, 0.97))
+    noise = _Noise(rng, correlation, setting.action_dim)
+    if setting.discrete:
+        choices = np.eye(setting.action_dim, dtype=np.float32)
+        return lambda label, observation, row: choices[noise().argmax()], {"correlation": correlation}
+    return lambda label, observation, row: _clip(scale * noise()), {"noise": scale, "correlation": correlation}
+
+
+BEHAVIOURS: Mapping[str, Callable[[np.random.Generator, Setting], tuple[Act, dict[str, Any]]]] = {
+    "expert": _expert,
+    "noisy_expert": _noisy_expert,
+    "failing": _failing,
+    "random": _random,
+}
+"""Name -> (generator, setting) -> what acts, and what the episode records about it."""
+
+NEEDS_EXPERT = ("expert", "noisy_expert", "failing")
