@@ -233,7 +233,7 @@ class RFT(CollectingLearner):
 
 # Parts of `WAM.loss` that imagined or repeated frames may not teach.
 _POLICY_ALONE = {"consistency": 0.0, "observation": 0.0, "reward": 0.0, "success": 0.0, "value": 0.0, "behaviour": 0.0,
-                 "probe": 0.0, "policy": 1.0}  # fmt: skip
+                 "policy": 1.0}  # fmt: skip
 
 
 def _steps(trajectory: TensorDict, length: int) -> TensorDict:

@@ -125,6 +125,7 @@ def test_a_state_that_follows_one_future_goes_on_in_that_member_alone() -> None:
     mine = torch.arange(rows), slice(None), member
     for name in ("reward", "success", "frames"):
         assert torch.allclose(getattr(one, name)[:, :, 0], getattr(every, name)[mine], atol=1e-5), name
+    assert torch.equal(wam.follow(state, key, share=0.25)["member"], (member + 1) % 4)
     # The leaf goes on in the same member, and a policy acts on that one future.
     again = wam.imagine(one.leaf[:, 0, 0], actions[:, :, 1:2])
     with torch.no_grad():
@@ -242,13 +243,38 @@ def test_imagination_can_go_on_from_a_leaf() -> None:
     torch.testing.assert_close(rest.leaf["z"].reshape(3, 2, -1), whole.leaf["z"].reshape(3, 2, -1))
 
 
-def test_the_probe_does_not_shape_the_latent() -> None:
-    wam = model(
-        loss_weights={name: 0.0 for name in ("consistency", "observation", "reward", "success", "value", "policy")}
-    )
-    wam.loss(linear_batch(8, 4, torch.Generator().manual_seed(0)))["loss"].backward()
-    assert wam.probe[0].weight.grad.abs().sum() > 0
-    assert all(p.grad is None or p.grad.abs().sum() == 0 for p in wam.encoder.parameters())
+def test_decoding_gives_back_the_observation_that_was_encoded() -> None:
+    wam = model()
+    wam.set_normalisation({"state": {"mean": torch.full((6,), 2.0), "std": torch.full((6,), 4.0), "change": STEP}})
+    torch.testing.assert_close(wam.decode(state_of(wam))["state"], observation()["state"])
+
+
+def test_changes_below_the_dead_zone_are_none_and_others_lose_its_width() -> None:
+    free, zoned = model(), model(deadzone=0.1)
+    for wam in (free, zoned):
+        wam.set_normalisation({"state": {"mean": torch.zeros(6), "std": torch.ones(6), "change": STEP}})
+    zoned.load_state_dict(free.state_dict())
+    state, actions = state_of(free), torch.rand(3, 5, 1, 2, generator=torch.Generator().manual_seed(0))
+    now = observation()["state"][:, None, None, None]
+    moved = [(w.decode(w.imagine(state, actions, with_frames=True))["state"] - now) / STEP for w in (free, zoned)]
+    small = moved[0].abs() < 0.099
+    assert 0 < small.sum() < small.numel()
+    assert torch.equal(moved[1][small], torch.zeros_like(moved[1][small]))
+    large = moved[0].abs() > 0.101
+    torch.testing.assert_close(moved[1][large], (moved[0] - 0.1 * moved[0].sign())[large], atol=1e-5, rtol=0)
+
+
+def test_what_lies_in_the_dead_zone_learns_to_leave_it() -> None:
+    wam = model(deadzone=0.9)
+    torch.nn.init.zeros_(wam.dynamics[-1].weight)  # every prediction is exactly none
+    torch.nn.init.zeros_(wam.dynamics[-1].bias)
+    wam.loss(linear_batch(8, 1, torch.Generator().manual_seed(0)))["loss"].backward()
+    assert wam.dynamics[-1].bias.grad[..., :6].abs().sum() > 0
+
+
+def test_a_dead_zone_out_of_range_is_refused() -> None:
+    with pytest.raises(ValueError, match="deadzone is 1.5"):
+        model(deadzone=1.5)
 
 
 def test_padding_has_no_influence_on_the_loss() -> None:

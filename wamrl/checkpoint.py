@@ -157,6 +157,8 @@ def load(
         model = build(found.model, model_class=model_class)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    # A model may do without weights that an earlier version of it had.
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(getattr(model, "former", ()))}
     misfit = "the model that it builds has another spec than the one it states"
     # A model may have learned to answer more since; what it stated then must still hold.
     stated = dataclasses.replace(model.spec, provides=model.spec.provides & found.spec.provides)

@@ -621,8 +621,8 @@ def fidelity(model: WAM, recording: Recording, horizon: int) -> dict[str, list[f
 
     Returns {"hand_cm", "hand_cm_p90", "object_cm", "object_cm_p90": [horizon] centimetres (mean and 90th percentile),
     "windows": [number of start points]}; None when no episode is as long as `horizon` or the state is not Meta-World's.
-    Every fourth step of an episode is a start point. Positions are decoded by the model's probe, averaged over the
-    sampled futures, so the probe's own error is included.
+    Every fourth step of an episode is a start point. Positions are decoded by the model and averaged over
+    the sampled futures.
     """
     first: list[TensorDict] = []
     actions: list[Tensor] = []

@@ -223,8 +223,10 @@ class WAM(torch.nn.Module):
         """
         return self._refuse("rollout")
 
-    def follow(self, state: State, noise: NoiseKey) -> State:
+    def follow(self, state: State, noise: NoiseKey, *, share: float = 0.0) -> State:
         """`state` [R] with each row committed to one of the model's futures, which `noise` draws.
+
+        share: how far to turn the draw on, in [0, 1) of a round: 0, 1/n, 2/n, ... spread n rows of one draw evenly.
 
         `imagine(..., futures=1)` of such a state, and of the leaves that come of it, goes on in that same future and
         gives no `uncertainty`. A model that samples its futures anew in every call returns the state as it is.
@@ -262,7 +264,7 @@ class WAM(torch.nn.Module):
         return self._refuse("value")
 
     def decode(self, state: State | Imagined, keys: tuple[str, ...] | None = None) -> TensorDict:
-        """Observation keys read off a state [R] or the frames of an Imagined [R, N, M, H], by a probe."""
+        """Observation keys read off a state [R] or the frames of an Imagined [R, N, M, H]."""
         return self._refuse("decode")
 
     def loss(self, batch: TensorDict, *, noise: torch.Generator | None = None) -> dict[str, Tensor]:

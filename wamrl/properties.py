@@ -243,7 +243,7 @@ def persistence(
 def plausibility(
     model: WAM, windows: Windows, thresholds: Mapping[str, float], *, margin_m: float = 0.03, near_m: float = 0.10
 ) -> list[Check]:
-    """Whether imagined states could be, read off the state probe.
+    """Whether imagined states could be, as far as decoded positions tell.
 
     outside_limits: share of imagined states whose hand, object or gripper leaves the box of all measured ones by more
     than `margin_m` (below the table is outside of it). moved_alone: share of steps in which the object moves more than

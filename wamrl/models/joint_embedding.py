@@ -2,8 +2,12 @@
 
 A latent is the standardised observation beside learned features of it: an encoder alone, taught by few episodes, kept
 the hand's place to two centimetres only, too coarse to imagine a grasp. An ensemble of residual MLPs predicts the next
-latent from latent and action; heads read reward, success, value, policy and behaviour prior off a latent; a probe on
-detached latents decodes observation keys. Targets of the feature prediction come from a moving average of the encoder.
+latent from latent and action; heads read reward, success, value, policy and behaviour prior off a latent. Vectors are
+decoded by undoing the standardisation. Targets of the feature prediction come from a moving average of the encoder.
+
+Most objects lie still most of the time. A network never says exactly zero, and half a millimetre per step adds up: over
+an episode objects crept to the goal untouched, and numbers that policies know as constants did not stay so. So a change
+below `deadzone` counts as none.
 
 Success is often a matter of a centimetre between two places (hand, object, goal). Networks of bare coordinates, taught
 by few episodes, miss it, and the policy waits beside a goal that the model takes for reached. So every network also
@@ -99,9 +103,9 @@ def task_rows(task: Tensor, ids: Tensor, names: Sequence[str]) -> Tensor:
 
 
 class JointEmbeddingWAM(WAM):
-    """Encoder, latent dynamics ensemble, reward, success, values, policy and probe in one set of weights.
+    """Encoder, latent dynamics ensemble, reward, success, values and policy in one set of weights.
 
-    observation: key -> shape of the keys that the encoder reads and the probe decodes: vectors, and perhaps one image.
+    observation: key -> shape of the keys that the encoder reads and that are decoded: vectors, and perhaps one image.
     tokenizer: for an image, the substrate that reads it, as in `ImageSubstrate.config`; its weights are part of the
     model's and stay as they are.
     points: key -> first index of each place (x, y, z in metres) in that vector, of which the networks read every pair's
@@ -114,7 +118,10 @@ class JointEmbeddingWAM(WAM):
     success from a near one. The value heads work in units of (reward_scale + success_bonus) / (1 - discount).
     expectile: of the value regression; 0.5 is the mean over what the data did, higher leans to its better part.
     loss_weights: overrides of the weights in `loss`.
+    deadzone: change of a number in one step that counts as none, in units of its root mean square over the data.
     """
+
+    former = ("probe.",)  # weights of earlier versions' checkpoints that this one does without
 
     mean: Tensor
     std: Tensor
@@ -145,8 +152,11 @@ class JointEmbeddingWAM(WAM):
         loss_weights: Mapping[str, float] | None = None,
         tokenizer: Mapping[str, Any] | None = None,
         points: Mapping[str, Sequence[int]] | str | None = None,
+        deadzone: float = 0.0,
     ) -> None:
         super().__init__()
+        if not 0.0 <= deadzone < 1.0:
+            raise ValueError(f"deadzone is {deadzone}, but must be at least 0, which has none, and below 1")
         if not math.isfinite(success_bonus) or success_bonus < 0:
             raise ValueError(
                 f"success_bonus is {success_bonus}, but must be a finite number of at least 0: what a step of success "
@@ -182,6 +192,7 @@ class JointEmbeddingWAM(WAM):
             success_bonus=success_bonus,
         )
         self.members, self.target_rate, self.expectile = members, target_rate, expectile
+        self.deadzone = deadzone
         self.value_unit = (reward_scale + success_bonus) / (1.0 - discount)
         self.loss_weights = {
             "consistency": 5.0,
@@ -191,7 +202,6 @@ class JointEmbeddingWAM(WAM):
             "value": 10.0,
             "policy": 1.0,
             "behaviour": 1.0,
-            "probe": 1.0,
             "tokens": 1.0,
             **(loss_weights or {}),
         }
@@ -219,7 +229,6 @@ class JointEmbeddingWAM(WAM):
         self.values = ensemble_mlp(values, head_in, [head_width], 1)
         self.policy = mlp(head_in, [width, width], 2 * action_dim)
         self.behaviour = mlp(head_in, [width, width], action_dim)
-        self.probe = mlp(latent_dim, [width], total)
         if self.substrate is not None:
             self.token_head = mlp(latent_dim, [width], seen - total)
         nn.init.zeros_(self.values[-1].weight)  # type: ignore[arg-type]
@@ -269,6 +278,8 @@ class JointEmbeddingWAM(WAM):
         """Next latents [M, X, D] from latents with their relations [M, X, ...]."""
         x, features, _ = seen.tensor_split([self.observed, self.latent_dim], dim=-1)
         step, turn = self.dynamics(torch.cat([seen, task, action], dim=-1)).tensor_split([self.observed], dim=-1)
+        if self.deadzone:  # with the gradient of the identity, so that what should leave the zone can
+            step = step + (F.softshrink(step, self.deadzone) - step).detach()
         return torch.cat([x + self.change * step, normalise(features + turn)], dim=-1)
 
     def _policy(self, seen: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
@@ -304,9 +315,10 @@ class JointEmbeddingWAM(WAM):
         z = self._latent(self.encoder, x, self._tokens(frame), task)
         return TensorDict({"z": z, "task": task}, batch_size=x.shape[:1])
 
-    def follow(self, state: State, noise: NoiseKey) -> State:
+    def follow(self, state: State, noise: NoiseKey, *, share: float = 0.0) -> State:
         """Each row's own member of the ensemble in the entry `member` [R] (TS-infinity of Chua et al., 2018)."""
-        member = (noise.uniform(1)[:, 0] * self.members).long().clamp(max=self.members - 1)
+        draw = (noise.uniform(1)[:, 0] + share) % 1.0
+        member = (draw * self.members).long().clamp(max=self.members - 1)
         return state.copy().set("member", member)
 
     def observe(self, state: State, action: Tensor, observation: TensorDict, reset: Tensor) -> State:
@@ -496,7 +508,7 @@ class JointEmbeddingWAM(WAM):
         for key in keys or ():
             if key not in self.spec.observation:
                 raise unknown_name("observation key", key, self.spec.observation)
-        flat = self.probe(z) * self.std + self.mean
+        flat = z[..., : self.observed] * self.std + self.mean
         parts = dict(zip(self.features, flat.split(list(self.features.values()), dim=-1), strict=True))
         chosen = {k: v.unflatten(-1, self.spec.observation[k]) for k, v in parts.items() if keys is None or k in keys}
         images = self.substrate.keys if self.substrate is not None else ()
@@ -593,8 +605,6 @@ class JointEmbeddingWAM(WAM):
         error = (self._behaviour(seen.detach(), frame_tasks.detach()) - wanted).square().sum(-1)
         losses["behaviour"] = (error * weight).sum() / weight.sum().clamp(min=1.0)
 
-        decoded = self.probe(after.detach())
-        losses["probe"] = ((decoded - x[:, 1:]).square().mean(-1) * mask).sum() / count
         total = sum(self.loss_weights[name] * value for name, value in losses.items())
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 
