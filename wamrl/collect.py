@@ -2,8 +2,9 @@
 
 Behaviours: `expert` (clean demonstrations), `noisy_expert` (the expert with correlated noise of a level drawn per
 episode), `failing` (the expert with very strong noise, a wrong idea of where things are, or a gripper that does the
-opposite), `random` (smooth random motion) and `policy` (a trained model or planner). A model trained on successes
-alone imagines only success, so a mixture is collected.
+opposite), `near_miss` (the expert a few centimetres beside the object or the goal), `random` (smooth random motion)
+and `policy` (a trained model or planner). A model trained on successes alone imagines only success, so a mixture is
+collected.
 """
 
 from __future__ import annotations
@@ -109,6 +110,31 @@ def _failing(
     return misled, {"kind": kind, "offset_m": float(length)}
 
 
+def _near_miss(
+    rng: np.random.Generator, relabel: Relabel, level: tuple[float, float]
+) -> tuple[Behaviour, dict[str, Any]]:
+    """The expert as a poor imitator: beside the object or the goal, often carrying on as if it had what it missed."""
+    part = slice(36, 39) if rng.random() < 0.3 else slice(4, 7)
+    direction = rng.standard_normal(3) * (1.0, 1.0, 0.5)
+    offset = float(rng.uniform(0.005, 0.08)) * direction / np.linalg.norm(direction)
+    carries, scale = bool(rng.random() < 0.6), float(rng.uniform(0.0, 0.4))
+    noise, near, held = _Noise(rng, 0.9), 0, None  # held: the object as seen from the hand, once it counts as grasped
+
+    def missing(label: Action, state: Tensor) -> Action:
+        nonlocal near, held
+        believed = state.clone()
+        believed[part] += torch.from_numpy(offset).float()
+        near = near + 1 if bool((believed[4:7] - believed[0:3]).norm() < 0.05) else 0
+        if carries and held is None and near >= 5:
+            held = believed[4:7] - believed[0:3]
+        if held is not None:
+            believed[4:7] = believed[0:3] + held
+        return _clip(relabel(believed) + scale * noise())
+
+    length = float(np.linalg.norm(offset))
+    return missing, {"of": "goal" if part.start == 36 else "object", "offset_m": length, "carries": carries}
+
+
 def _random(rng: np.random.Generator, relabel: Relabel, level: tuple[float, float]) -> tuple[Behaviour, dict[str, Any]]:
     scale, correlation = float(rng.uniform(0.3, 1.0)), float(rng.uniform(0.8, 0.97))
     noise = _Noise(rng, correlation)
@@ -119,6 +145,7 @@ BEHAVIOURS: dict[str, Callable[..., tuple[Behaviour, dict[str, Any]]]] = {
     "expert": _expert,
     "noisy_expert": _noisy_expert,
     "failing": _failing,
+    "near_miss": _near_miss,
     "random": _random,
 }
 
@@ -163,7 +190,7 @@ def collect(
     policy: Policy | None = None,
     policy_name: str = "",
     noise: tuple[float, float] = (0.1, 0.8),
-    label_behaviours: Sequence[str] = ("expert", "noisy_expert", "failing", "random"),
+    label_behaviours: Sequence[str] = tuple(BEHAVIOURS),
     steps_after_success: int = 10,
     max_steps: int = 100,
     action_repeat: int = 2,

@@ -84,9 +84,10 @@ class Played:
 
 def asked_roll_outs(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """How often each start is imagined, and how: everything that the judges of `asked_judges` read."""
-    found: dict[str, dict[str, Any]] = {"plain": {"keyframe_every": None, "replicas": settings["ensemble"]}}
+    common = {"replicas": settings["ensemble"], "uncertainty": settings["uncertainty_penalty"] > 0}
+    found: dict[str, dict[str, Any]] = {"plain": {"keyframe_every": None, **common}}
     if settings["keyframe_every"] is not None:
-        found["keyframe"] = {"keyframe_every": settings["keyframe_every"], "replicas": settings["ensemble"]}
+        found["keyframe"] = {"keyframe_every": settings["keyframe_every"], **common}
     return found
 
 
@@ -296,7 +297,9 @@ def episodes_csv(bench: Bench, played: Played, results: Mapping[str, Any]) -> st
                 "imagined_success": int(scores["judge"][k, i] >= threshold),
                 "imagined_score": f"{scores['judge'][k, i]:.6f}",
                 "imagined_first_step": "" if step is None else step,
-                "max_uncertainty": f"{max(float(r.uncertainty.max(initial=0.0)) for r in replicas):.6f}",
+                "max_uncertainty": f"{max(float(r.uncertainty.max(initial=0.0)) for r in replicas):.6f}"
+                if bench.settings["uncertainty_penalty"]
+                else "",
                 **{f"score_{name}": f"{values[k, i]:.6f}" for name, values in scores.items()},
             }
             if real is not None:
