@@ -138,6 +138,7 @@ def results_of(
     independent = [k for k, e in enumerate(bench.entrants) if e.origin == "independent"]
     warnings = list(bench.warnings)
     agreement: dict[str, Any] = {}
+    leading = list(range(len(names)))  # whom the headline and the comparison of judges are about
     if real is not None:
         agreement["all"] = verdict.compare(real, imagined, tasks, seed=settings["seed"])
         if 3 <= len(independent) < len(names):
@@ -154,7 +155,7 @@ def results_of(
             agreement[task] = verdict.compare(
                 real[:, mine], imagined[:, mine], [task] * int(mine.sum()), seed=settings["seed"]
             )
-        leading = independent if "independent" in agreement else list(range(len(names)))
+        leading = independent if "independent" in agreement else leading
         found = agreement["independent" if "independent" in agreement else "all"]
         warnings += verdict.warnings_of(found, real[leading], imagined[leading], [names[k] for k in leading])
     shown: dict[str, Any] = {}
@@ -173,8 +174,9 @@ def results_of(
     for name, variant in variants.items():
         compared[name] = {"settings": variant, "thresholds": dict(judges[name].thresholds)}
         if real is not None:
-            found = verdict.compare(real, decisions[name], tasks, intervals=name == "judge")
+            found = verdict.compare(real[leading], decisions[name][leading], tasks, seed=settings["seed"])
             compared[name] |= {
+                "intervals": {k: [found[k]["low"], found[k]["high"]] for k in ("pearson", "mmrv", "gap", "kappa")},
                 "pearson": found["pearson"]["mean"],
                 "mmrv": found["mmrv"]["mean"],
                 "gap": found["gap"]["mean"],
@@ -183,7 +185,7 @@ def results_of(
                 "precision": found["judge"]["precision"],
                 "recall": found["judge"]["recall"],
                 "false_positive_rate": found["judge"]["false_positive_rate"],
-                "ece": verdict.calibration(real.ravel(), judges[name].scores.ravel())["ece"],
+                "ece": verdict.calibration(real[leading].ravel(), judges[name].scores[leading].ravel())["ece"],
             }
     results: dict[str, Any] = {
         "name": "evaluate",
