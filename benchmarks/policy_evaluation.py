@@ -3,10 +3,11 @@
     python -m benchmarks.policy_evaluation                         # 200 test starts per policy, four tasks
     python -m benchmarks.policy_evaluation --split dev --tasks push-v3 reach-v3 --episodes 20 --policies 8
 
-Policies differ in algorithm, data and seed: behaviour cloning by networks and by nearest neighbours on few or many
-demonstrations, WAMs trained on little data, planners, the scripted expert and random actions. Noisy versions come on
-top and are reported apart. Data sets and policies are made by the commands that users run, in directories below
-`--out`; what is done is not done again. The metrics go to benchmarks/results/policy_evaluation.json.
+Policies differ in algorithm, data and seed: behaviour cloning by networks, linear maps and nearest neighbours on few or
+many demonstrations, the shipped model's own policy, WAMs trained on little data, planners, the scripted expert and
+random actions. Noisy versions come on top and are reported apart. The judge's threshold is calibrated on imitators of
+other demonstrations. Data sets and policies are made by the commands that users run, in directories below `--out`; what
+is done is not done again. The metrics go to benchmarks/results/policy_evaluation.json.
 """
 
 from __future__ import annotations
@@ -113,6 +114,24 @@ def nearest(data: str, per_task: int, tasks: Sequence[str], seed: int, neighbour
     return _Cloned(models)
 
 
+def linear(data: str, per_task: int, tasks: Sequence[str], seed: int, ridge: float = 1.0) -> _Cloned:
+    """Ridge regression of actions on states and on where hand, object and goal lie to each other."""
+    state, action, ids = demonstrations(data, per_task, tasks, seed)
+    models: dict[int, Any] = {}
+
+    def features(s: Tensor) -> Tensor:
+        hand, thing, goal = s[:, 0:3], s[:, 4:7], s[:, 36:39]
+        apart = torch.cat([hand - thing, hand - goal, thing - goal], dim=1) / 0.05  # metres to about one
+        return torch.cat([s, torch.tanh(apart), torch.ones(len(s), 1)], dim=1)
+
+    for task in tasks:
+        mine = ids == task_id(task)
+        x, y = features(state[mine]).double(), action[mine].double()
+        weight = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y).float()
+        models[task_id(task)] = lambda s, w=weight: features(s) @ w
+    return _Cloned(models)
+
+
 # ------------------------------------------------------------------------------------------------ the benchmark
 
 
@@ -151,26 +170,42 @@ def collect(out: Path, name: str, tasks: Sequence[str], seed: int, first: int, m
     return path
 
 
+def learner(function: str, name: str, data: Path, tasks: Sequence[str], per_task: int, seed: int) -> dict[str, Any]:
+    """The description of a simple learner on `per_task` demonstrations of `data`."""
+    arguments = {"data": str(data), "per_task": per_task, "tasks": list(tasks), "seed": seed}
+    return {"kind": "callable", "target": f"benchmarks.policy_evaluation:{function}", "name": name,
+            "arguments": arguments}  # fmt: skip
+
+
+def calibrators(out: Path, tasks: Sequence[str]) -> list[Any]:
+    """Descriptions of the policies on which the judge's threshold is set: of the judged ones' kind, of other data."""
+    data = collect(out, "calibration_demonstrations", tasks, 23, 2300, {"expert": 12})
+    return [
+        "expert+0.4",
+        "random",
+        learner("cloned", "calibration_bc_4", data, tasks, 4, 31),
+        learner("cloned", "calibration_bc_12", data, tasks, 12, 32),
+        learner("nearest", "calibration_neighbours_8", data, tasks, 8, 33),
+    ]
+
+
 def policies(out: Path, tasks: Sequence[str], count: int | None) -> list[Any]:
     """Descriptions of the policies, as `wamrl.evaluate` takes them; independent ones first, in a fixed order."""
     clean = collect(out, "demonstrations", tasks, 21, 2000, {"expert": 40})
     noisy = collect(out, "noisy_demonstrations", tasks, 22, 2100, {"noisy_expert": 40})
-
-    def learner(function: str, name: str, data: Path, per_task: int, seed: int, **more: Any) -> dict[str, Any]:
-        arguments = {"data": str(data), "per_task": per_task, "tasks": list(tasks), "seed": seed, **more}
-        return {"kind": "callable", "target": f"benchmarks.policy_evaluation:{function}", "name": name,
-                "arguments": arguments}  # fmt: skip
-
     found: list[Any] = [
         "expert",
         "random",
-        learner("cloned", "bc_2", clean, 2, 1),
-        learner("cloned", "bc_10", clean, 10, 2),
-        learner("cloned", "bc_40", clean, 40, 3),
-        learner("nearest", "neighbours_5", clean, 5, 4),
-        learner("cloned", "bc_noisy_8", noisy, 8, 5),
-        learner("nearest", "neighbours_noisy_40", noisy, 40, 6),
-        learner("cloned", "bc_noisy_40", noisy, 40, 7),
+        learner("cloned", "bc_2", clean, tasks, 2, 1),
+        learner("cloned", "bc_10", clean, tasks, 10, 2),
+        learner("cloned", "bc_40", clean, tasks, 40, 3),
+        learner("nearest", "neighbours_5", clean, tasks, 5, 4),
+        learner("cloned", "bc_noisy_8", noisy, tasks, 8, 5),
+        learner("nearest", "neighbours_noisy_40", noisy, tasks, 40, 6),
+        learner("cloned", "bc_noisy_40", noisy, tasks, 40, 7),
+        learner("linear", "linear_20", clean, tasks, 20, 8),
+        learner("linear", "linear_noisy_30", noisy, tasks, 30, 9),
+        "six",
     ]
     if count is None or count > len(found):
         for wam in WAMS:
@@ -186,7 +221,6 @@ def policies(out: Path, tasks: Sequence[str], count: int | None) -> list[Any]:
                 {"kind": "planner", "checkpoint": str(folder), "name": f"planner:{wam.name}",
                  "planner": {"num_candidates": 16}}
             )  # fmt: skip
-        found.append("six")
     found = found[:count] if count else found
     return [*found, "expert+0.3", "expert+0.7"]
 
@@ -208,7 +242,7 @@ def main() -> None:
     parser.add_argument("--split", choices=("test", "dev"), default="test")
     parser.add_argument("--policies", type=int, default=None, help="only the first so many independent ones")
     parser.add_argument("--wam", default="six")
-    parser.add_argument("--settings", nargs="*", default=["ensemble=3"], help="more settings of evaluate")
+    parser.add_argument("--settings", nargs="*", default=[], help="more settings of evaluate")
     parser.add_argument("--calibration", type=int, default=40, help="dev starts per task for the judge's threshold")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/policy_evaluation"))
     parser.add_argument("--store", type=Path, default=RESULTS / "policy_evaluation.json")
@@ -222,7 +256,8 @@ def main() -> None:
     command = [
         "wamrl.evaluate", "env=metaworld/six", f"env.tasks=[{','.join(tasks)}]", f"wam={arguments.wam}",
         f"policies={_words(described)}", f"split={arguments.split}", f"episodes={arguments.episodes}",
-        f"first_start={first}", f"calibration.episodes={arguments.calibration}", *arguments.settings,
+        f"first_start={first}", f"calibration.episodes={arguments.calibration}",
+        f"calibration.policies={_words(calibrators(arguments.out, tasks))}", *arguments.settings,
         f"run_dir={folder}",
     ]  # fmt: skip
     run(command, folder / "report.html", arguments.out / "evaluate.log")
@@ -236,9 +271,13 @@ def main() -> None:
     for name, entry in results["policies"].items():
         for world in ("real", "imagined"):
             metrics[f"mean/{name}/{world}_success"] = {k: entry["mean"][world][k] for k in ("mean", "n", "low", "high")}
+    compared = results["agreement"][results["headline"]]["policies"]
     for name, variant in results["variants"].items():
         for key in ("pearson", "mmrv", "gap", "bias", "kappa", "recall", "false_positive_rate", "ece"):
-            metrics[f"judges/{name}/{key}"] = variant[key]
+            value, bounds = variant[key], variant["intervals"].get(key)
+            if bounds:
+                value = {"mean": value, "n": compared, "low": bounds[0], "high": bounds[1]}
+            metrics[f"judges/{name}/{key}"] = value
     for name, found in results["drift"].items():
         for scope in ("mean", *results["tasks"]):
             metrics[f"{short(scope)}/{name}_sustained_steps"] = found[scope]["sustained"]
@@ -248,6 +287,7 @@ def main() -> None:
         arguments.store,
         config={"wam": arguments.wam, "tasks": tasks, "split": arguments.split, "episodes": arguments.episodes,
                 "first_start": first, "calibration": arguments.calibration, "settings": arguments.settings,
+                "content_hash": results["wam"]["content_hash"], "thresholds": results["calibration"]["thresholds"],
                 "origins": {n: e["origin"] for n, e in results["policies"].items()}, "warnings": results["warnings"]},
         metrics=metrics,
         arguments=" ".join(sys.argv[1:]),

@@ -184,6 +184,47 @@ def planners_batched(result: Mapping[str, Any]) -> str:
     return _grid(["what", "measured"], rows)
 
 
+def judged(result: Mapping[str, Any]) -> str:
+    """Every policy's success in the simulator and in imagination, in the order of the first."""
+    metrics = result["metrics"]
+    names = [key.split("/")[1] for key in metrics if key.startswith("mean/") and key.endswith("/real_success")]
+    names.sort(key=lambda name: -metrics[f"mean/{name}/real_success"]["mean"])
+    rows = []
+    for name in names:
+        real, imagined = metrics[f"mean/{name}/real_success"], metrics[f"mean/{name}/imagined_success"]
+        gap = 100 * (imagined["mean"] - real["mean"])
+        origin = result["config"]["origins"][name]
+        rows.append(
+            [name if origin == "independent" else f"{name} ({origin})", _rate(real), _rate(imagined), f"{gap:+.0f}"]
+        )
+    n = metrics[f"mean/{names[0]}/real_success"]["n"]
+    return _grid(["policy", f"simulator, %, n = {n}", "imagined, %", "gap, points"], rows)
+
+
+def judges(result: Mapping[str, Any]) -> str:
+    """How well each way of judging agrees with the simulator, over the independent policies."""
+    metrics = result["metrics"]
+
+    def cell(key: str, scale: float, digits: int) -> str:
+        value = metrics[key]
+        if not isinstance(value, Mapping):
+            return "" if value is None else f"{scale * value:.{digits}f}"
+        if value["mean"] is None:
+            return "undefined"
+        bounds = (
+            "" if value["low"] is None else f" [{scale * value['low']:.{digits}f}, {scale * value['high']:.{digits}f}]"
+        )
+        return f"{scale * value['mean']:.{digits}f}{bounds}"
+
+    columns = [("pearson", 1.0, 2), ("mmrv", 1.0, 3), ("gap", 100.0, 1), ("kappa", 1.0, 2), ("recall", 1.0, 2),
+               ("false_positive_rate", 1.0, 2)]  # fmt: skip
+    rows = [
+        [name.replace("_", " "), *(cell(f"judges/{name}/{key}", scale, digits) for key, scale, digits in columns)]
+        for name in (key.split("/")[1] for key in metrics if key.startswith("judges/") and key.endswith("/pearson"))
+    ]
+    return _grid(["judge", "Pearson", "MMRV", "gap, points", "kappa", "recall", "false positives"], rows)
+
+
 def collection(result: Mapping[str, Any]) -> str:
     """Control steps per CPU second of the collector and of a bare expert loop, and images per CPU second."""
     metrics = result["metrics"]
@@ -306,6 +347,8 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "planners": ("planners", planners),
     "planner_budget": ("planner_budget", planner_budget),
     "planners_batched": ("planners", planners_batched),
+    "judged": ("policy_evaluation", judged),
+    "judges": ("policy_evaluation", judges),
     "collection": ("collect_speed", collection),
     "adapter": ("envs", adapter),
     "env_speed": ("envs", env_speed),

@@ -3,7 +3,7 @@
 A row follows one of the model's sampled futures (for an ensemble: one of its members, the same for the whole episode),
 so that its transitions fit together; the spread over all futures is the uncertainty, and `uncertainty=False` does
 without it and imagines the row's own future only, which is several times cheaper. The observation is decoded from
-the imagined state by the model's probe, so that policies which know nothing of latents can act on it; the first one of
+the imagined state by the model, so that policies which know nothing of latents can act on it; the first one of
 an episode is the real frame itself.
 
 `wamrl.envs.vector.RowsVectorEnv` gives it to Gymnasium and `wamrl.envs.sb3.RowsSB3Env` to Stable-Baselines3;
@@ -65,6 +65,8 @@ class ImaginedEnv(RowsEnv):
         ValueError: a model that lacks a query, wants more history than one frame, or imagines in strides that do not
             divide `chunk`; frames that do not fit it; settings out of range.
     """
+
+    _share = 0.0  # how far episodes turn on the draw of their future, see `WAM.follow`
 
     def __init__(
         self,
@@ -140,8 +142,7 @@ class ImaginedEnv(RowsEnv):
         self._future = torch.zeros(num_envs, device=self.device)  # which of M futures: floor(M * this)
         with torch.no_grad():
             first = self._frames[self._frames_of[tasks[0]][:1]]
-            begin = NoiseKey(row=self._steps[:1], step=self._steps[:1])
-            self._state: State = self._encode(first, begin).repeat(num_envs)
+            self._state: State = self._encode(first, torch.zeros(1, dtype=torch.int64)).repeat(num_envs)
         self._snapshots = snapshots
         if snapshots:
             self.snapshot_size = self._pack(torch.arange(1), first.select(*self.keys)).shape[1]
@@ -186,9 +187,8 @@ class ImaginedEnv(RowsEnv):
             mixed = self.start_round.to(self.device)[rows] * 0x9E3779B97F4A7 + start.to(self.device) * 0x9E3779B1
             self._identity[rows] = (self._task_ids[rows] + mixed) % (1 << 62)
             self._steps[rows] = 0
-            key = NoiseKey(row=self._identity[rows], step=self._steps[rows], seed=self._seed).fold(0)
-            self._future[rows] = key.uniform(1)[:, 0]
-            self._put(rows, self._encode(frame, key))
+            self._future[rows] = (self._draw(rows).uniform(1)[:, 0] + self._share) % 1.0
+            self._put(rows, self._encode(frame, rows))
             shown = frame.select(*self.keys)
         zero = torch.zeros(rows.numel(), 1, device=self.device)
         shown.set("success_probability", zero)
@@ -198,10 +198,15 @@ class ImaginedEnv(RowsEnv):
             shown.set("snapshot", self._pack(rows, shown.select(*self.keys)))
         return shown
 
-    def _encode(self, frame: TensorDict, key: NoiseKey) -> State:
-        """State [R] of real frames [R]; without uncertainty, each row follows the one future that it will show."""
+    def _draw(self, rows: Tensor) -> NoiseKey:
+        """The key by which episodes choose their future."""
+        identity = self._identity[rows.to(self.device)]
+        return NoiseKey(row=identity, step=torch.zeros_like(identity), seed=self._seed).fold(0)
+
+    def _encode(self, frame: TensorDict, rows: Tensor) -> State:
+        """State [R] of frames [R]; without uncertainty, each row follows the one future that it will show."""
         state = self.model.encode(Context.from_observation(frame))
-        return state if self._uncertainty else self.model.follow(state, key)
+        return state if self._uncertainty else self.model.follow(state, self._draw(rows), share=self._share)
 
     def _carries_uncertainty(self) -> bool:
         return self._uncertainty and "uncertainty" in self.model.spec.provides

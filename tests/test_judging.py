@@ -191,6 +191,31 @@ def test_replicas_follow_different_members():
     assert torch.equal(found[0] + found[1], torch.ones(3))
 
 
+def test_one_future_per_row_is_the_one_that_all_futures_would_show():
+    from wamrl.interfaces import task_id
+    from wamrl.models.joint_embedding import JointEmbeddingWAM
+
+    torch.manual_seed(0)
+    sizes = dict(latent_dim=8, width=8, dynamics_width=8, head_width=8, members=4, values=2, horizon=4)
+    model = JointEmbeddingWAM(
+        observation={"state": [5]}, action_dim=2, tasks=["toy"], control_dt_s=0.1, **sizes
+    ).eval()  # fmt: skip
+    frames = TensorDict({"state": torch.randn(12, 5), "task": torch.full((12,), task_id("toy"))}, batch_size=[12])
+    starts = [Start("toy", i) for i in range(12)]
+    shown: dict[bool, list[torch.Tensor]] = {}
+    for uncertainty in (False, True):
+        env = Imagination(
+            model, frames, starts, 12, max_steps=6, keyframe_every=2, replica=1, replicas=3, uncertainty=uncertainty
+        )
+        now, shown[uncertainty] = _reset(env, list(range(12))), []
+        assert ("uncertainty" in now.keys()) == uncertainty
+        for step in range(5):  # over two keyframes
+            now["action"] = torch.full((12, 2), 0.3 * step - 0.5)
+            now = env.step(now)["next"]
+            shown[uncertainty] += [now["state"], now["success_probability"]]
+    torch.testing.assert_close(shown[False], shown[True])
+
+
 def test_keyframes_are_encoded_anew_every_k_steps():
     model = Drifting()
     env = _toy(model, keyframe_every=2)

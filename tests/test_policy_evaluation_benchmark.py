@@ -27,7 +27,7 @@ def known_demonstrations(monkeypatch):
     monkeypatch.setattr(bench, "demonstrations", made)
 
 
-@pytest.mark.parametrize("learner", [bench.cloned, bench.nearest])
+@pytest.mark.parametrize("learner", [bench.cloned, bench.nearest, bench.linear])
 def test_a_learner_imitates_its_demonstrations(learner):
     policy = learner("unused", 40, TASKS, 0)
     assert isinstance(policy, Policy)

@@ -103,6 +103,38 @@ def _failing(rng: np.random.Generator, setting: Setting) -> tuple[Act, dict[str,
     return misled, {"kind": kind, "offset_m": float(length)}
 
 
+def _near_miss(rng: np.random.Generator, setting: Setting) -> tuple[Act, dict[str, Any]]:
+    """The expert as a poor imitator: beside the object or the goal, often carrying on as if it had what it missed."""
+    relabel, layout = setting.relabel, setting.layout
+    assert relabel is not None
+    if not layout.has("hand", "object", "goal"):
+        raise ValueError(
+            "the behaviour near_miss needs an environment whose layout says where hand, object and goal are; "
+            "leave it out of data.mixture"
+        )
+    hand, thing = layout.place("hand"), layout.place("object")
+    of = "goal" if rng.random() < 0.3 else "object"
+    direction = rng.standard_normal(3) * (1.0, 1.0, 0.5)
+    offset = float(rng.uniform(0.005, 0.08)) * direction / np.linalg.norm(direction)
+    carries, scale = bool(rng.random() < 0.6), float(rng.uniform(0.0, 0.4))
+    noise, near, held = _Noise(rng, 0.9, setting.action_dim), 0, None
+    # held: the object as seen from the hand, once it counts as grasped
+
+    def missing(label: Action, observation: TensorDict, row: int) -> Action:
+        nonlocal near, held
+        wrong = observation[row : row + 1].clone()
+        believed = wrong["state"][0]
+        believed[layout.place(of)] += torch.from_numpy(offset).float()
+        near = near + 1 if bool((believed[thing] - believed[hand]).norm() < 0.05) else 0
+        if carries and held is None and near >= 5:
+            held = believed[thing] - believed[hand]
+        if held is not None:
+            believed[thing] = believed[hand] + held
+        return _clip(relabel(wrong) + scale * noise())
+
+    return missing, {"of": of, "offset_m": float(np.linalg.norm(offset)), "carries": carries}
+
+
 def _random(rng: np.random.Generator, setting: Setting) -> tuple[Act, dict[str, Any]]:
     scale, correlation = float(rng.uniform(0.3, 1.0)), float(rng.uniform(0.8, 0.97))
     noise = _Noise(rng, correlation, setting.action_dim)
@@ -116,8 +148,9 @@ BEHAVIOURS: Mapping[str, Callable[[np.random.Generator, Setting], tuple[Act, dic
     "expert": _expert,
     "noisy_expert": _noisy_expert,
     "failing": _failing,
+    "near_miss": _near_miss,
     "random": _random,
 }
 """Name -> (generator, setting) -> what acts, and what the episode records about it."""
 
-NEEDS_EXPERT = ("expert", "noisy_expert", "failing")
+NEEDS_EXPERT = ("expert", "noisy_expert", "failing", "near_miss")

@@ -2,8 +2,9 @@
 
 Behaviours: `expert` (clean demonstrations), `noisy_expert` (the expert with correlated noise of a level drawn per
 episode), `failing` (the expert with very strong noise, a wrong idea of where things are, or a gripper that does the
-opposite), `random` (smooth random motion) and `policy` (a trained model or planner). A model trained on successes
-alone imagines only success, so a mixture is collected.
+opposite), `near_miss` (the expert a few centimetres beside the object or the goal), `random` (smooth random motion)
+and `policy` (a trained model or planner). A model trained on successes alone imagines only success, so a mixture is
+collected.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def collect(
     policy: Policy | None = None,
     policy_name: str = "",
     noise: tuple[float, float] = (0.1, 0.8),
-    label_behaviours: Sequence[str] = ("expert", "noisy_expert", "failing", "random"),
+    label_behaviours: Sequence[str] = tuple(BEHAVIOURS),
     steps_after_success: int = 10,
     snapshots: bool = True,
     rows: int = _ROWS,

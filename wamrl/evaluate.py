@@ -19,10 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from numpy.typing import NDArray
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -47,6 +45,7 @@ from wamrl.judging.outcome import (
     results_of,
 )
 from wamrl.judging.policies import Entrant, Surroundings
+from wamrl.judging.settings import checked
 from wamrl.judging.verdict import Judged
 from wamrl.judging.worlds import Cost, Imagining
 from wamrl.naming import unknown_name
@@ -71,7 +70,7 @@ from wamrl.workers import load_model, make_env, start_states
 def main(config: DictConfig, run_dir: Path) -> float | None:
     """Run the evaluation; returns Pearson's r over policies, for sweepers (None without a simulator)."""
     started, clock = datetime.now(UTC), time.perf_counter()
-    settings, home = _settings(plain(config), run_dir)
+    settings, home = checked(plain(config), run_dir)
     torch.set_num_threads(settings["threads"])
     bench = _prepare(settings)
     bench.cells = Cells(home, _identity(bench), settings)
@@ -105,96 +104,6 @@ def main(config: DictConfig, run_dir: Path) -> float | None:
 # -------------------------------------------------------------------------------------------------- load and check
 
 
-def _settings(given: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any], Path]:
-    """The checked settings, and the directory that keeps the cells: the stopped run's if one is resumed."""
-    home = run_dir
-    if given["resume"] is not None:
-        home = Path(given["resume"])
-        given = _stopped_run(given, home)
-        write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(given)))
-    for key in ("episodes", "num_envs", "threads", "ensemble"):
-        _whole(given, key, 1)
-    for key in ("first_start", "seed", "films"):
-        _whole(given, key, 0)
-    for key in ("episodes", "first_start"):
-        _whole(given["calibration"], key, 1 if key == "episodes" else 0, "calibration.")
-    if given["keyframe_every"] is not None:
-        _whole(given, "keyframe_every", 1)
-    for key in ("uncertainty_penalty", "epsilon"):
-        value = given[key]
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or value < 0
-            or (key == "epsilon" and not value)
-        ):
-            raise ValueError(f"{key} is {value!r}, but must be a number of at least 0 (epsilon: above 0)")
-    veto = given["contact_veto"]
-    if veto is not None and (isinstance(veto, bool) or not isinstance(veto, int | float) or veto < 0):
-        raise ValueError(f"contact_veto is {veto!r}, but must be centimetres of at least 0, or null")
-    if not isinstance(given["real"], bool):
-        raise ValueError(f"real is {given['real']!r}, but must be true or false")
-    if given["split"] == "train":
-        raise ValueError(
-            "split=train: models and policies were trained on these start states, so agreement there says little. "
-            "Use split=dev to choose settings or split=test to report"
-        )
-    if given["split"] not in ("dev", "test"):
-        raise unknown_name("split", str(given["split"]), ("dev", "test"))
-    if given["split"] == "test" and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise ValueError(
-            "a sweep chooses between settings, and choosing on the test starts would spoil them for the report; "
-            "run the sweep with split=dev, then the winner once with split=test"
-        )
-    least = 3 if given["real"] else 2
-    if not isinstance(given["policies"], list) or len(given["policies"]) < least:
-        count = len(given["policies"]) if isinstance(given["policies"], list) else 0
-        what = "a correlation" if given["real"] else "a ranking"
-        raise ValueError(
-            f"there are {count} policies, but {what} needs at least {least}, better ten or more of independent origin; "
-            "add some, as in policies=[expert,expert+0.5,random]"
-        )
-    if given["frames"] is not None and given["real"]:
-        raise ValueError(
-            "frames names the start states of an evaluation without a simulator; add real=false, or leave it"
-        )
-    calibrates = given["threshold"] == "calibrated"
-    if calibrates and not given["real"]:
-        raise ValueError(
-            "threshold=calibrated compares with the simulator, but real=false; give a number such as threshold=0.5, or "
-            "threshold=<directory of an earlier run of evaluate with this WAM>"
-        )
-    if calibrates and given["split"] == "dev":
-        mine = range(given["first_start"], given["first_start"] + given["episodes"])
-        first = given["calibration"]["first_start"]
-        other = range(first, first + given["calibration"]["episodes"])
-        if mine.start < other.stop and other.start < mine.stop:
-            raise ValueError(
-                f"the judge would be calibrated on dev starts {other.start} to {other.stop - 1} and tested on "
-                f"{mine.start} to {mine.stop - 1}, which overlap; move calibration.first_start to {mine.stop}"
-            )
-    try:
-        torch.empty(0, device=str(given["device"]))
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={given['device']} cannot be used here: {str(error).splitlines()[0]}") from error
-    if "command" not in given:
-        words: list[str] = []
-        if HydraConfig.initialized():
-            words = [w for w in HydraConfig.get().overrides.task if not w.startswith("run_dir=")]
-        given["command"] = shlex.join(["python", "-m", "wamrl.evaluate", *words])
-    return given, home
-
-
-def _stopped_run(given: Mapping[str, Any], earlier: Path) -> dict[str, Any]:
-    """The settings of the stopped run in `earlier`; none may be given beside `resume`."""
-    stopped = Cells.about(earlier)["settings"]
-    given_now = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    others = [word for word in given_now if word.partition("=")[0] not in ("resume", "run_dir")]
-    if others:
-        raise ValueError(f"resume takes all settings from the stopped run, so leave out {' '.join(others)}")
-    return {**given, **stopped, "resume": str(earlier), "run_dir": given["run_dir"]}
-
-
 def _identity(bench: Bench) -> dict[str, Any]:
     """What has to be the same for a stopped run to go on."""
     return {
@@ -203,12 +112,6 @@ def _identity(bench: Bench) -> dict[str, Any]:
         "policies": [[e.name, e.content_hash] for e in bench.entrants],
         "command": bench.settings["command"],
     }
-
-
-def _whole(given: Mapping[str, Any], key: str, least: int, prefix: str = "") -> None:
-    value = given[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{prefix}{key} is {value!r}, but must be a whole number of at least {least}")
 
 
 def _prepare(settings: dict[str, Any]) -> Bench:

@@ -84,9 +84,10 @@ class Played:
 
 def asked_roll_outs(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """How often each start is imagined, and how: everything that the judges of `asked_judges` read."""
-    found: dict[str, dict[str, Any]] = {"plain": {"keyframe_every": None, "replicas": settings["ensemble"]}}
+    common = {"replicas": settings["ensemble"], "uncertainty": settings["uncertainty_penalty"] > 0}
+    found: dict[str, dict[str, Any]] = {"plain": {"keyframe_every": None, **common}}
     if settings["keyframe_every"] is not None:
-        found["keyframe"] = {"keyframe_every": settings["keyframe_every"], "replicas": settings["ensemble"]}
+        found["keyframe"] = {"keyframe_every": settings["keyframe_every"], **common}
     return found
 
 
@@ -137,6 +138,7 @@ def results_of(
     independent = [k for k, e in enumerate(bench.entrants) if e.origin == "independent"]
     warnings = list(bench.warnings)
     agreement: dict[str, Any] = {}
+    leading = list(range(len(names)))  # whom the headline and the comparison of judges are about
     if real is not None:
         agreement["all"] = verdict.compare(real, imagined, tasks, seed=settings["seed"])
         if 3 <= len(independent) < len(names):
@@ -153,7 +155,7 @@ def results_of(
             agreement[task] = verdict.compare(
                 real[:, mine], imagined[:, mine], [task] * int(mine.sum()), seed=settings["seed"]
             )
-        leading = independent if "independent" in agreement else list(range(len(names)))
+        leading = independent if "independent" in agreement else leading
         found = agreement["independent" if "independent" in agreement else "all"]
         warnings += verdict.warnings_of(found, real[leading], imagined[leading], [names[k] for k in leading])
     shown: dict[str, Any] = {}
@@ -172,8 +174,9 @@ def results_of(
     for name, variant in variants.items():
         compared[name] = {"settings": variant, "thresholds": dict(judges[name].thresholds)}
         if real is not None:
-            found = verdict.compare(real, decisions[name], tasks, intervals=name == "judge")
+            found = verdict.compare(real[leading], decisions[name][leading], tasks, seed=settings["seed"])
             compared[name] |= {
+                "intervals": {k: [found[k]["low"], found[k]["high"]] for k in ("pearson", "mmrv", "gap", "kappa")},
                 "pearson": found["pearson"]["mean"],
                 "mmrv": found["mmrv"]["mean"],
                 "gap": found["gap"]["mean"],
@@ -182,7 +185,7 @@ def results_of(
                 "precision": found["judge"]["precision"],
                 "recall": found["judge"]["recall"],
                 "false_positive_rate": found["judge"]["false_positive_rate"],
-                "ece": verdict.calibration(real.ravel(), judges[name].scores.ravel())["ece"],
+                "ece": verdict.calibration(real[leading].ravel(), judges[name].scores[leading].ravel())["ece"],
             }
     results: dict[str, Any] = {
         "name": "evaluate",
@@ -296,7 +299,9 @@ def episodes_csv(bench: Bench, played: Played, results: Mapping[str, Any]) -> st
                 "imagined_success": int(scores["judge"][k, i] >= threshold),
                 "imagined_score": f"{scores['judge'][k, i]:.6f}",
                 "imagined_first_step": "" if step is None else step,
-                "max_uncertainty": f"{max(float(r.uncertainty.max(initial=0.0)) for r in replicas):.6f}",
+                "max_uncertainty": f"{max(float(r.uncertainty.max(initial=0.0)) for r in replicas):.6f}"
+                if bench.settings["uncertainty_penalty"]
+                else "",
                 **{f"score_{name}": f"{values[k, i]:.6f}" for name, values in scores.items()},
             }
             if real is not None:

@@ -41,6 +41,7 @@ class Imagination(ImaginedEnv):
         keyframe_every: encode what was decoded anew every so many control steps, which brings the latent back to where
             encoded frames lie; None never does.
         replica, replicas: the part of the ensemble that this environment follows: replicas share it out evenly.
+        uncertainty: whether rows carry it, which takes all of a model's futures and several times as long.
         seed: of what is random in the model.
     """
 
@@ -55,6 +56,7 @@ class Imagination(ImaginedEnv):
         keyframe_every: int | None = None,
         replica: int = 0,
         replicas: int = 1,
+        uncertainty: bool = False,
         seed: int = 0,
     ) -> None:
         if keyframe_every is not None and keyframe_every < 1:
@@ -66,18 +68,15 @@ class Imagination(ImaginedEnv):
         # A snapshot among the observation keys is the oracle's own business, and no policy's.
         keys = [key for key in model.spec.observation if key != "snapshot"]
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        super().__init__(model, frames, num_envs, keys=keys, max_steps=max_steps, seed=seed, device=device)
+        super().__init__(
+            model, frames, num_envs, keys=keys, max_steps=max_steps, uncertainty=uncertainty, seed=seed, device=device
+        )
 
     def _frame(self, task: str, number: int) -> int:
         found = self._number.get(Start(task, number))
         if found is None:
             raise ValueError(f"`start` asks for {number} of '{task}', of which there is no frame here")
         return found
-
-    def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> TensorDict:
-        shown = super()._begin(rows, start, snapshot)
-        self._future[rows] = (self._future[rows] + self._share) % 1.0
-        return shown
 
     @torch.no_grad()
     def _advance(self, rows: Tensor, action: Tensor) -> TensorDict:
@@ -88,7 +87,7 @@ class Imagination(ImaginedEnv):
             if due.numel():
                 frame = after[due].select(*self.keys)
                 frame["task"] = self._task_ids[rows[due]]
-                self._put(rows[due], self.model.encode(Context.from_observation(frame)))
+                self._put(rows[due], self._encode(frame, rows[due]))
         return after
 
 
@@ -96,9 +95,9 @@ class Imagination(ImaginedEnv):
 class Imagining:
     """One imagined episode.
 
-    probability: [L] of success after each step. uncertainty: [L], zeros for a model without. path: [L + 1, G] what was
-    decoded, the first frame included; empty unless asked for. alone: [L] centimetres that the object has moved so far
-    with the hand more than `NEAR_M` away; zeros where the model does not know their places.
+    probability: [L] of success after each step. uncertainty: [L], zeros where it was not asked for. path: [L + 1, G]
+    what was decoded, the first frame included; empty unless asked for. alone: [L] centimetres that the object has moved
+    so far with the hand more than `NEAR_M` away; zeros where the model does not know their places.
     """
 
     probability: Floats
@@ -192,6 +191,7 @@ def run_imagined(
     keyframe_every: int | None = None,
     replica: int = 0,
     replicas: int = 1,
+    uncertainty: bool = False,
     cost: Cost,
     with_paths: bool = False,
 ) -> list[Imagining]:
@@ -205,22 +205,22 @@ def run_imagined(
         keyframe_every=keyframe_every,
         replica=replica,
         replicas=replicas,
+        uncertainty=uncertainty,
         seed=seed,
     )
     watched = _Watched(policy, env.keys, name)
     probability: dict[Start, list[float]] = {start: [] for start in starts}
-    uncertainty: dict[Start, list[float]] = {start: [] for start in starts}
+    disagreement: dict[Start, list[float]] = {start: [] for start in starts}
     alone: dict[Start, list[float]] = {start: [] for start in starts}
     paths: dict[Start, list[Tensor]] = {start: [] for start in starts}
     layout = model.spec.layout
-    has_uncertainty = "uncertainty" in model.spec.provides
 
     def flat(observation: TensorDict, k: int) -> Tensor:
         return torch.cat([observation[key][k].flatten().float() for key in env.keys])
 
     def see(record: StepRecord) -> None:
         p = record.after["success_probability"][:, 0].tolist()
-        u = record.after["uncertainty"][:, 0].tolist() if has_uncertainty else [0.0] * len(p)
+        u = record.after["uncertainty"][:, 0].tolist() if uncertainty else [0.0] * len(p)
         by_itself = [0.0] * len(p)
         if layout.has("hand", "object"):
             before, after = record.observation["state"], record.after["state"]
@@ -234,7 +234,7 @@ def run_imagined(
                     paths[start].append(flat(record.observation, k))
                 paths[start].append(flat(record.after, k))
             probability[start].append(p[k])
-            uncertainty[start].append(u[k])
+            disagreement[start].append(u[k])
 
     begun = time.perf_counter()
     run_episodes(env, watched, starts, method=name, split=split, seed=seed, max_steps=max_steps, on_step=see)
@@ -243,7 +243,7 @@ def run_imagined(
     return [
         Imagining(
             np.asarray(probability[start]),
-            np.asarray(uncertainty[start]),
+            np.asarray(disagreement[start]),
             np.asarray(alone[start]),
             torch.stack(paths[start]).double().cpu().numpy() if with_paths else np.empty((0, 0)),
         )
