@@ -144,6 +144,10 @@ class ShootingPlanner:
             raise ValueError(f"this planner searches continuous actions, but the model's are {model.spec.action_kind}")
         match_sigma(self.sigma, model.spec.action_dim)
 
+    def check_budget(self, model: WAM, budget: Budget) -> None:
+        """ValueError when `budget` does not allow one candidate in `model`, as `plan` would raise it."""
+        self._fit(model, budget)
+
     def initial_state(self, model: WAM, rows: int) -> PlanState:
         """Fresh plan state: `mean` [B, H, A] of the last plan, `warm` [B], `shift` [B] executed steps, `plans` [B]."""
         self.check(model)
