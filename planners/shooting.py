@@ -380,11 +380,10 @@ class ShootingPlanner:
         self, actions: Tensor, scores: Tensor, finite: Tensor, sigma: Tensor, order: Tensor | None
     ) -> tuple[_Iterate, Tensor]:
         """What the scores make of the candidates, and the rows [R] none of whose scores is finite."""
-        valid = scores.isfinite() & finite
-        scores = scores.where(valid, -math.inf)
+        scores = scores.masked_fill(~((scores.abs() < math.inf) & finite), -math.inf)
         if order is not None:
             scores = scores.gather(1, order)
-        dead = ~valid.any(dim=1)
+        dead = scores.amax(dim=1) == -math.inf
         mean, sigma, weights = self.refit(actions, scores.masked_fill(dead[:, None], 0.0), sigma)
         return _Iterate(actions, scores, mean.clamp(-1.0, 1.0), sigma, weights), dead
 
