@@ -74,6 +74,10 @@ class GradientPlanner:
         """That of the search; ValueError when `model` does not answer what it asks."""
         return self.start.initial_state(model, rows)
 
+    def check_budget(self, model: WAM, budget: Budget) -> None:
+        """ValueError when `budget` does not allow the search one candidate in `model`."""
+        self.start.check_budget(model, budget)
+
     def plan(
         self, model: WAM, state: State, plan_state: PlanState, noise: NoiseKey, budget: Budget
     ) -> tuple[Plan, PlanState]:

@@ -142,6 +142,10 @@ class MCTSPlanner:
         if self.sigma is not None and not discrete:
             match_sigma(self.sigma, spec.action_dim)
 
+    def check_budget(self, model: WAM, budget: Budget) -> None:
+        """ValueError when `budget` does not allow one simulation in `model`, as `plan` would raise it."""
+        self._fit(model, budget)
+
     def initial_state(self, model: WAM, rows: int) -> PlanState:
         """Fresh plan state: `warm` [B], `shift` [B] executed steps, `plans` [B], with `reuse` the subtree that is kept.
 
@@ -178,7 +182,6 @@ class MCTSPlanner:
         """
         started = time.perf_counter()
         self.check(model)
-        check_deadline(budget)
         simulations, gated = self._fit(model, budget)
         clock = ModelClock(model)
         rows, device = state.batch_size[0], noise.row.device
@@ -214,6 +217,7 @@ class MCTSPlanner:
 
     def _fit(self, model: WAM, budget: Budget) -> tuple[int, int]:
         """Simulations that fit the budget, and the evaluations per row that the gate takes."""
+        check_deadline(budget)
         gated = gate_cost(self.gate, model, self.chunk)
         if budget.evaluations is None:
             return self.simulations, gated

@@ -52,12 +52,11 @@ def mppi_weights(scores: Tensor, temperature: float, standardise: bool, num_elit
     # Subtract the max first: exp overflows once returns exceed about 88 in float32.
     gap = scores - scores.amax(dim=1, keepdim=True)
     if standardise:
-        valid = gap.isfinite()
-        count = valid.sum(dim=1, keepdim=True)
-        known = gap.where(valid, 0.0)
-        centred = (known - known.sum(dim=1, keepdim=True) / count).where(valid, 0.0)
-        deviation = (centred.square().sum(dim=1, keepdim=True) / count).sqrt()
-        gap = gap / deviation.where(deviation > 0, 1.0)
+        out = gap == -math.inf
+        count = scores.shape[1] - out.sum(dim=1, keepdim=True)
+        mean = gap.masked_fill(out, 0.0).sum(dim=1, keepdim=True) / count
+        deviation = torch.linalg.vector_norm((gap - mean).masked_fill_(out, 0.0), dim=1, keepdim=True) / count.sqrt()
+        gap = gap / deviation.masked_fill_(deviation == 0, 1.0)
     if num_elites is not None and num_elites < scores.shape[1]:
         elites = gap.topk(num_elites, dim=1).indices
         gap = torch.full_like(gap, -math.inf).scatter(1, elites, gap.gather(1, elites))

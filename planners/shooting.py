@@ -144,6 +144,10 @@ class ShootingPlanner:
             raise ValueError(f"this planner searches continuous actions, but the model's are {model.spec.action_kind}")
         match_sigma(self.sigma, model.spec.action_dim)
 
+    def check_budget(self, model: WAM, budget: Budget) -> None:
+        """ValueError when `budget` does not allow one candidate in `model`, as `plan` would raise it."""
+        self._fit(model, budget)
+
     def initial_state(self, model: WAM, rows: int) -> PlanState:
         """Fresh plan state: `mean` [B, H, A] of the last plan, `warm` [B], `shift` [B] executed steps, `plans` [B]."""
         self.check(model)
@@ -376,11 +380,10 @@ class ShootingPlanner:
         self, actions: Tensor, scores: Tensor, finite: Tensor, sigma: Tensor, order: Tensor | None
     ) -> tuple[_Iterate, Tensor]:
         """What the scores make of the candidates, and the rows [R] none of whose scores is finite."""
-        valid = scores.isfinite() & finite
-        scores = scores.where(valid, -math.inf)
+        scores = scores.masked_fill(~((scores.abs() < math.inf) & finite), -math.inf)
         if order is not None:
             scores = scores.gather(1, order)
-        dead = ~valid.any(dim=1)
+        dead = scores.amax(dim=1) == -math.inf
         mean, sigma, weights = self.refit(actions, scores.masked_fill(dead[:, None], 0.0), sigma)
         return _Iterate(actions, scores, mean.clamp(-1.0, 1.0), sigma, weights), dead
 

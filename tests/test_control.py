@@ -16,7 +16,7 @@ from tensordict import TensorDict
 from wamrl import cli
 from wamrl.control import AdaptivePolicy, InteractivePolicy, ModelPolicy, PlannerPolicy, RandomPolicy
 from wamrl.interfaces import Context, Plan, Policy, PolicyState, State
-from wamrl.planners import ShootingPlanner, make_mppi
+from wamrl.planners import ShootingPlanner, make_gradient, make_mcts, make_mppi
 from wamrl.planners.toys import TASKS, ToyWAM, observation, quadratic
 
 CONFIGS = resources.files("wamrl.configs")
@@ -342,8 +342,9 @@ def test_an_adaptive_controller_plans_early_where_the_world_surprises_it(compare
 def test_an_adaptive_controller_keeps_to_its_budget() -> None:
     planned, policy = gusty(0.1, evaluations=35)
     assert all(entry["evaluations"] <= 35 * entry["rows"] for entry in policy.log)
-    with pytest.raises(ValueError, match="evaluations is 3 per plan, but imagining the chosen chunk once more takes 3"):
-        gusty(0.1, evaluations=3)
+    # Three of the six are for imagining the chosen chunk once more; one candidate takes four.
+    with pytest.raises(ValueError, match="evaluations is 6 per plan, of which .* takes 3, .*allow at least 4"):
+        gusty(0.1, evaluations=6)
 
 
 def test_controllers_refuse_models_and_settings_that_they_cannot_serve() -> None:
@@ -443,6 +444,18 @@ def test_other_constructor_errors() -> None:
         PlannerPolicy(integrator(), small(), evaluations=0)
     with pytest.raises(ValueError, match="deadline_s is -1"):
         PlannerPolicy(integrator(), small(), deadline_s=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("planner", "least"),
+    [(small(), 4), (make_gradient(start=small(), steps=1), 4), (make_mcts(chunk=2, depth=1), 2)],
+)
+def test_a_budget_without_room_for_one_candidate_is_refused_before_the_first_plan(planner, least: int) -> None:
+    with pytest.raises(ValueError, match=f"budget.evaluations is {least - 1} per row.*allow at least {least}"):
+        PlannerPolicy(integrator(), planner, evaluations=least - 1)
+    policy = PlannerPolicy(integrator(), planner, evaluations=least)
+    drive(policy, [torch.zeros(1, 1)])
+    assert policy.log[0]["evaluations"] == least
 
 
 def test_a_policy_that_proposes_nan_is_refused() -> None:

@@ -245,13 +245,20 @@ class PlannerPolicy(_ChunkPolicy):
             raise ValueError(f"deadline_s is {deadline_s}, but must be above 0 seconds, or null")
         planner.initial_state(model, 1)  # refuses a model that does not answer what the planner asks
         self.planner = planner
-        self.budget = Budget(evaluations=evaluations, deadline_s=deadline_s)
+        self._set_budget(Budget(evaluations=evaluations, deadline_s=deadline_s))
         self.on_plan = on_plan
         self.log: list[dict[str, Any]] = []
         self.plans = 0
         self.last_plan: Plan | None = None
         self.last_state: State | None = None
         self.last_rows: Tensor | None = None
+
+    def _set_budget(self, budget: Budget) -> None:
+        """Take `budget` for every plan; ValueError when the planner can make none within it."""
+        check = getattr(self.planner, "check_budget", None)
+        if check is not None:
+            check(self.model, budget)
+        self.budget = budget
 
     def initial_state(self, rows: int) -> PolicyState:
         """Fresh policy state; the planner's own is its entry `plan`."""
@@ -383,12 +390,13 @@ class AdaptivePolicy(PlannerPolicy):
         self.threshold, self.compare, self.latent = threshold, compare, latent
         if evaluations is not None:
             foreseeing = (self.replan_every - 1) * model.spec.ensemble_size
-            if evaluations <= foreseeing:
+            try:
+                self._set_budget(Budget(evaluations=evaluations - foreseeing, deadline_s=self.budget.deadline_s))
+            except ValueError as cause:
                 raise ValueError(
-                    f"evaluations is {evaluations} per plan, but imagining the chosen chunk once more takes "
-                    f"{foreseeing} of them; allow more"
-                )
-            self.budget = Budget(evaluations=evaluations - foreseeing, deadline_s=self.budget.deadline_s)
+                    f"evaluations is {evaluations} per plan, of which imagining the chosen chunk once more takes "
+                    f"{foreseeing}, and what is left is too little: {cause}"
+                ) from cause
 
     def initial_state(self, rows: int) -> PolicyState:
         """Fresh policy state; `foreseen` [B, K - 1, D] are the frames expected after each step but the last one."""

@@ -419,7 +419,11 @@ class Gate(Protocol):
 
 @runtime_checkable
 class Planner(Protocol):
-    """Pure: the same arguments give the same plan, and rows do not influence each other."""
+    """Pure: the same arguments give the same plan, and rows do not influence each other.
+
+    A planner may have `check_budget(model, budget)`, which raises ValueError for a budget too small for any plan:
+    controllers ask it when they are made.
+    """
 
     def initial_state(self, model: WAM, rows: int) -> PlanState: ...
 
