@@ -17,7 +17,7 @@ from wamrl.agents.base import EpisodeEnv, LearningDiverged, Updater, value_unit
 from wamrl.agents.flow_ppo import ChainActor, FlowPPO
 from wamrl.agents.latent import Latent
 from wamrl.agents.ppo import PPO, GaussianActor
-from wamrl.agents.rft import RFT
+from wamrl.agents.rft import RFT, Explorer
 from wamrl.agents.sac import SAC
 from wamrl.interfaces import Context, Proposal, task_id
 from wamrl.noise import NoiseKey
@@ -212,6 +212,38 @@ def test_rft_imitates_what_worked():
     mean, _ = model.gaussian(model.encode(Context.from_observation(observations(32))))
     away = (mean - torch.tensor(OPTIMUM)).norm(dim=-1)
     assert away.mean() < 0.25
+
+
+def test_a_share_of_the_rows_explores_by_the_behaviour_prior():
+    model = reference_model()
+    shown = observations(64)
+    state = model.encode(Context.from_observation(shown))
+    prior = model.propose(state, 1, mode="ode", horizon=1, behaviour=1).actions[:, 0, 0]
+    policy = model.propose(state, 1, mode="ode", horizon=1).actions[:, 0, 0]
+    actor = Explorer(model, noise=(1e-6, 1e-6), share=0.5)
+    taken = []
+    for iteration in (0, 0, 1):
+        actor.begin(0, iteration)
+        action = actor(shown.clone())["action"]
+        of_prior, of_policy = ((action - x).abs().amax(-1) < 1e-4 for x in (prior, policy))
+        assert bool((of_prior ^ of_policy).all()) and 16 < int(of_prior.sum()) < 48
+        taken.append(of_prior)
+        torch.testing.assert_close(actor(shown.clone())["action"][of_prior], prior[of_prior], atol=1e-4, rtol=0)
+    assert torch.equal(taken[0], taken[1]) and not torch.equal(taken[0], taken[2])
+    with pytest.raises(ValueError, match="behaviour"):
+        RFT(behaviour_share=0.5, world_weight=0.0).bind(FlowToy(), None, rows=1, seed=0)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        RFT(behaviour_share=2.0)
+
+
+def test_imitating_directly_is_the_policys_part_of_the_models_loss():
+    model = reference_model()
+    learner = RFT(world_weight=0.0)
+    learner.bind(model, None, rows=1, seed=0)
+    shown = observations(8)
+    taught = TensorDict({"observation": shown, "label": torch.rand(8, 1, 2), "valid": torch.ones(8, 1).bool()}, [8])
+    whole = model.loss(learner._windows(taught))["policy"]
+    torch.testing.assert_close(learner._imitation(taught, torch.Generator()).detach(), whole)
 
 
 def test_sac_reaches_the_known_optimum():
