@@ -265,6 +265,22 @@ def posttrain(result: Mapping[str, Any]) -> str:
     return _grid(["variant", "task", "before, %", "after, %", "n", "seeds", "real steps", "world model's error"], rows)
 
 
+def posttrain_curve(result: Mapping[str, Any]) -> str:
+    """Success on the way, over the iterations of every variant that has finished."""
+    metrics = result["metrics"]
+    rows = []
+    for name in dict.fromkeys(key.partition("/")[0] for key in metrics):
+        places = [
+            key.rpartition("/")[0] for key in metrics if key.startswith(f"{name}/mean/at_") and key.endswith("/success")
+        ]
+        for place in places:
+            steps, rate = metrics[f"{place}/real_steps"], metrics[f"{place}/success"]
+            bar = "█" * round(20 * rate["mean"])
+            first = place is places[0]
+            rows.append([f"`{name}`" if first else "", place.rpartition("_")[2], f"{steps:,.0f}", _rate(rate), bar])
+    return _grid(["variant", "iteration", "real steps", "success, %", ""], rows)
+
+
 def posttrain_speed(result: Mapping[str, Any]) -> str:
     """The collector beside the bare environment, and an update beside SB3's."""
     m = result["metrics"]
@@ -274,7 +290,7 @@ def posttrain_speed(result: Mapping[str, Any]) -> str:
         ["what", "wamrl", "beside", "ratio"],
         [
             ["collector, control steps per CPU second (bare environment)", ours, bare, f"{m['collector/ratio']:.2f}"],
-            ["one PPO update, CPU seconds (Stable-Baselines3)", mine, peer, f"{m['update/ratio']:.2f}"],
+            ["one PPO update, CPU seconds (Stable-Baselines3, equal networks)", mine, peer, f"{m['update/ratio']:.2f}"],
         ],
     )
 
@@ -293,6 +309,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "adapter": ("envs", adapter),
     "env_speed": ("envs", env_speed),
     "posttrain": ("posttrain", posttrain),
+    "posttrain_curve": ("posttrain", posttrain_curve),
     "posttrain_speed": ("posttrain_speed", posttrain_speed),
 }
 

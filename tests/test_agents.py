@@ -301,6 +301,25 @@ def test_the_latent_actor_critic_reaches_the_optimum_of_its_imagination():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.dynamics.state_dict().items())
 
 
+def test_the_latent_actor_critic_learns_nothing_from_returns_of_random_sign():
+    away = {}
+    for shuffle in (False, True):
+        model = known_world()
+        learner = Latent(horizon=4, learning_rate=1e-3, world_weight=0.0, updates=50, shuffle_rewards=shuffle)
+        learner.bind(model, None, rows=64, seed=0)
+        shown = observations(32, seed=1)
+
+        def distance(model=model, shown=shown) -> float:
+            mean, _ = model.gaussian(model.encode(Context.from_observation(shown)))
+            return float((mean.detach() - torch.tensor(OPTIMUM)).abs().mean())
+
+        before = distance()
+        learner.begin(0)
+        learner.learn(observations(64))
+        away[shuffle] = distance() / before
+    assert away[False] < 0.2 and away[True] > 0.5, away  # of random signs, a random walk remains
+
+
 def test_the_policys_gradient_does_not_raise_what_the_critic_promises():
     # Rewards are 0 whatever is done, so that values of 0 are right, and all that could move them is the policy's loss.
     model = reference_model()

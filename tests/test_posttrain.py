@@ -216,6 +216,16 @@ def test_what_cannot_work_is_refused_before_anything_is_done(push, capsys):
     assert not list(Path("outputs/posttrain").glob("2*"))
 
 
+def test_imagined_episodes_beyond_the_horizon_have_to_be_asked_for(push, capsys):
+    write_dataset(push / "data")
+    words = ["env=imagined", "wam=model.safetensors", "data=data", "episodes=0", "num_envs=4", "decisions=9",
+             "env.max_steps=9", "agent=rft", "agent.world_weight=0", "agent.updates=1", "iterations=1"]  # fmt: skip
+    save(push / "model.safetensors", reference_model(), 0)
+    assert "beyond_horizon=true" in said(capsys, *words)
+    posttrain.main([*words, "beyond_horizon=true", "run_dir=run"])
+    assert json.loads(Path("run/results.json").read_text())["real_steps"] == 0
+
+
 def test_windows_are_as_long_as_the_model_needs():
     model = reference_model()
     assert measuring.window_length(model) == 5

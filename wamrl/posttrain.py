@@ -184,10 +184,11 @@ def _imagination(settings: Mapping[str, Any], model: WAM, device: str) -> RowsEn
     if options.get("uncertainty_limit") is None:
         options["uncertainty"] = False  # no learner reads it, and one future per row is several times cheaper
     steps = options.get("max_steps")
-    if steps is not None and steps > model.spec.max_horizon:
+    if steps is not None and steps > model.spec.max_horizon and not settings["beyond_horizon"]:
         raise ValueError(
             f"env.max_steps is {steps}, but the model was trained to imagine {model.spec.max_horizon} control steps; "
-            "choose at most that, or train it with wam.horizon and length raised"
+            "choose at most that, train it with wam.horizon and length raised, or set beyond_horizon=true where its "
+            "longer episodes have been seen to agree with real ones (imagined_success in results.json)"
         )
     return ImaginedEnv(model, _frames(settings, model).to(device), settings["num_envs"], device=device, **options)
 
