@@ -25,12 +25,12 @@ from wamrl.evaluation import wilson
 
 TASKS = ("reach-v3", "push-v3", "pick-place-v3", "door-open-v3")
 ENV = f"[{','.join(f'metaworld/{task}' for task in TASKS)}]"
-EPISODES = 15  # dev starts per task
+EPISODES = 12  # dev starts per task
 
 # Imitation touches the policy's own weights alone: without a world loss the simulator half stays exactly what it was.
 _RFT = ("agent=rft", "agent.behaviour_share=0.5", "agent.learning_rate=5e-4", "agent.world_weight=0")
-_REAL = (*_RFT, "env=metaworld/six", f"env.tasks={ENV}", "num_envs=32", "decisions=100", "iterations=16",
-         "agent.updates=300", "evaluate_every=8")  # fmt: skip
+_REAL = (*_RFT, "env=metaworld/six", f"env.tasks={ENV}", "num_envs=32", "decisions=100", "iterations=10",
+         "agent.updates=300", "evaluate_every=5")  # fmt: skip
 _SIMULATOR = ("env=imagined", "env@simulator=metaworld/six", f"simulator.tasks={ENV}")
 # Whole imagined episodes from the data's first frames, which succeed about as often as real ones do.
 _IMAGINED = (*_RFT, *_SIMULATOR, "env.first_only=true", "env.max_steps=100", "beyond_horizon=true", "num_envs=128",
