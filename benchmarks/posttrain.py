@@ -1,8 +1,8 @@
 """Post-training of a deliberately weak policy: in the real simulator, in imagination, and a null control.
 
     python -m benchmarks.posttrain                                # all variants, three seeds
-    python -m benchmarks.posttrain --seeds 0 --variants rft_real rft_shuffled
-    python -m benchmarks.posttrain --report                       # store what is finished
+    python -m benchmarks.posttrain --seeds 0 --variants rft_real
+    python -m benchmarks.posttrain --report                       # store what is finished, whole seeds of a variant
 
 The weak policy is the reference model taught by three labelled demonstrations per task and 42 other episodes, for 1500
 steps. Every stage is one of the commands that users run, in a directory of its own under `--out`; a stage that is done
@@ -40,7 +40,7 @@ _LATENT = (*_SIMULATOR, "agent=latent", "num_envs=1024", "iterations=15", "agent
 VARIANTS: dict[str, tuple[str, ...]] = {
     "rft_real": _REAL,
     "rft_imagined": _IMAGINED,
-    "rft_shuffled": (*_IMAGINED, "agent.shuffle_rewards=true"),
+    "rft_imagined_shuffled": (*_IMAGINED, "agent.shuffle_rewards=true"),
     "latent_imagined": _LATENT,
     "latent_shuffled": (*_LATENT, "agent.shuffle_rewards=true"),
 }
