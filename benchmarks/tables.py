@@ -285,12 +285,14 @@ def posttrain_speed(result: Mapping[str, Any]) -> str:
     """The collector beside the bare environment, and an update beside SB3's."""
     m = result["metrics"]
     bare, ours = (f"{m[f'collector/{name}_steps_per_cpu_s']:.0f}" for name in ("bare", "collector"))
-    mine, peer = (f"{m[f'update/{name}_cpu_s']:.2f}" for name in ("wamrl", "sb3"))
+    mine, peer, plain = (f"{m[f'update/{name}_cpu_s']:.2f}" for name in ("wamrl", "sb3", "sb3_plain"))
+    apart = m["update/wamrl_cpu_s"] / m["update/sb3_plain_cpu_s"]
     return _grid(
         ["what", "wamrl", "beside", "ratio"],
         [
             ["collector, control steps per CPU second (bare environment)", ours, bare, f"{m['collector/ratio']:.2f}"],
-            ["one PPO update, CPU seconds (Stable-Baselines3, equal networks)", mine, peer, f"{m['update/ratio']:.2f}"],
+            ["PPO update, CPU seconds (Stable-Baselines3, equal networks)", mine, peer, f"{m['update/ratio']:.2f}"],
+            ["PPO update, CPU seconds (Stable-Baselines3 without LayerNorm)", mine, plain, f"{apart:.2f}"],
         ],
     )
 
