@@ -163,6 +163,26 @@ def test_the_advantages_are_those_worked_by_hand():
 FAST = {"learning_rate": 3e-3, "world_weight": 0.0}
 
 
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_the_values_of_what_steps_led_to_are_those_of_their_observations(chunk):
+    model = reference_model()
+    torch.nn.init.normal_(model.values[-1].weight, generator=torch.Generator().manual_seed(0))  # zero at first
+    learner = FlowPPO(chunk=chunk, world_weight=0.0)
+    learner.bind(model, None, rows=16, seed=0)
+    env = wrapped(model, learner, 16, succeeds=True)
+    collector = Collector(env, learner.actor, frames_per_batch=16 * 9, total_frames=-1, trust_policy=True,
+                          auto_register_policy_transforms=False)  # fmt: skip
+    learner.begin(0)
+    batch = next(iter(collector)).clone()
+    collector.shutdown()
+    assert bool(batch["next", "done"][:, :-1].any())
+    learner._values(batch)
+    for part in (batch, batch["next"]):
+        known = learner.critic(part.select("state", "task").reshape(-1))["state_value"].view(16, 9, 1)
+        torch.testing.assert_close(part["state_value"], known.detach())
+    assert batch["state_value"].std() > 0.01
+
+
 def test_ppo_reaches_the_known_optimum():
     model = reference_model()
     found = train(model, PPO(**FAST, noise=(0.05, 0.3), kl_limit=0.2, minibatch=96), 40)
