@@ -31,10 +31,10 @@ EPISODES = 12  # dev starts per task
 _COMMON = ("agent.learning_rate=5e-4", "agent.updates=300", "agent.world_weight=0")
 _REAL = ("env=metaworld/six", f"env.tasks={ENV}", "agent=rft", "agent.behaviour_share=0.5", "num_envs=32",
          "decisions=100", "iterations=10", "evaluate_every=5", *_COMMON)  # fmt: skip
-# The planner teaches the policy at 600 real frames per iteration; no step is taken from them but one imagined one.
+# The planner teaches the policy at 600 real frames per iteration; plans of more than four iterations ago are forgotten.
 _IMAGINED = ("env=imagined", "env@simulator=metaworld/six", f"simulator.tasks={ENV}", "agent=distil", "num_envs=600",
              "decisions=1", "iterations=8", "evaluate_every=4", "agent.planner.num_candidates=16",
-             "agent.planner.sigma=0.1", *_COMMON)  # fmt: skip
+             "agent.planner.sigma=0.1", "agent.buffer=2400", *_COMMON)  # fmt: skip
 VARIANTS: dict[str, tuple[str, ...]] = {
     "rft_real": _REAL,
     "distil_imagined": _IMAGINED,

@@ -250,7 +250,7 @@ def env_speed(result: Mapping[str, Any]) -> str:
 
 
 def posttrain(result: Mapping[str, Any]) -> str:
-    """Success before and after every variant that has finished, by task, and what it cost."""
+    """Success before, on the way through and after every variant that has finished, by task, and what it cost."""
     metrics = result["metrics"]
     rows = []
     for name in dict.fromkeys(key.partition("/")[0] for key in metrics):
@@ -262,23 +262,12 @@ def posttrain(result: Mapping[str, Any]) -> str:
             cost = f"{metrics[f'{name}/real_steps']:,.0f}" if task == "mean" else ""
             decay = f"{100 * metrics[f'{name}/world_error_growth']:+.1f} %" if task == "mean" else ""
             rows.append([f"`{name}`" if task == "mean" else "", task, before, after, str(n), str(seeds), cost, decay])
+        on_the_way = [key.removesuffix("/success") for key in metrics if key.startswith(f"{name}/mean/at_")]
+        for place in [place for place in on_the_way if f"{place}/success" in metrics][1:-1]:
+            rate, steps = metrics[f"{place}/success"], metrics[f"{place}/real_steps"]
+            where_then = f"mean, iteration {place.rpartition('_')[2]}"
+            rows.append(["", where_then, "", _rate(rate), str(rate["n"]), str(seeds), f"{steps:,.0f}", ""])
     return _grid(["variant", "task", "before, %", "after, %", "n", "seeds", "real steps", "world model's error"], rows)
-
-
-def posttrain_curve(result: Mapping[str, Any]) -> str:
-    """Success on the way, over the iterations of every variant that has finished."""
-    metrics = result["metrics"]
-    rows = []
-    for name in dict.fromkeys(key.partition("/")[0] for key in metrics):
-        places = [
-            key.rpartition("/")[0] for key in metrics if key.startswith(f"{name}/mean/at_") and key.endswith("/success")
-        ]
-        for place in places:
-            steps, rate = metrics[f"{place}/real_steps"], metrics[f"{place}/success"]
-            bar = "█" * round(20 * rate["mean"])
-            first = place is places[0]
-            rows.append([f"`{name}`" if first else "", place.rpartition("_")[2], f"{steps:,.0f}", _rate(rate), bar])
-    return _grid(["variant", "iteration", "real steps", "success, %", ""], rows)
 
 
 def posttrain_speed(result: Mapping[str, Any]) -> str:
@@ -311,7 +300,6 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "adapter": ("envs", adapter),
     "env_speed": ("envs", env_speed),
     "posttrain": ("posttrain", posttrain),
-    "posttrain_curve": ("posttrain", posttrain_curve),
     "posttrain_speed": ("posttrain_speed", posttrain_speed),
 }
 
