@@ -288,10 +288,10 @@ class Updater:
         held = {id(parameter) for parameter in policy}
         rest = [parameter for parameter in trained if id(parameter) not in held]
         own = [parameter for module in modules for parameter in module.parameters() if id(parameter) not in held]
-        self.parameters = [*policy, *rest, *own]
-        groups = [{"params": [*policy, *own], "lr": learning_rate}]
+        groups: list[dict[str, Any]] = [{"params": [*policy, *own], "lr": learning_rate}]
         if rest and (world_weight or train_all):
             groups.append({"params": rest, "lr": world_learning_rate})
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimiser = torch.optim.Adam(groups, fused=True)
         self.skipped = self.streak = 0
         self.generator = torch.Generator()

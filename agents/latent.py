@@ -40,7 +40,9 @@ class Latent:
     horizon: H. updates: optimiser steps per iteration. sigma: standard deviation of the exploration noise, in actions.
     risk: standard deviations over members that are subtracted from the return. uncertainty_limit: start frames whose
     futures disagree more than this at any step teach nothing; None keeps all. kl_reference: weight of the KL to the
-    policy as it was at the start. critic_weight: of the critic's regression. The others: `wamrl.agents.base.Updater`.
+    policy as it was at the start. critic_weight: of the critic's regression. shuffle_rewards: the null control, which
+    gives every start frame's return a random sign (dealing returns out anew would leave their sum, and so its gradient,
+    as they are). The others: `wamrl.agents.base.Updater`.
     """
 
     kind = "imagine"
@@ -58,6 +60,7 @@ class Latent:
         uncertainty_limit: float | None = None,
         kl_reference: float = 0.001,
         critic_weight: float = 1.0,
+        shuffle_rewards: bool = False,
         learning_rate: float = 3e-5,
         world_learning_rate: float = 1e-5,
         world_weight: float = 0.1,
@@ -69,6 +72,7 @@ class Latent:
             raise ValueError(f"sigma is {sigma}, but the noise of an action has a deviation above 0 and at most 1")
         self.horizon, self.updates, self.minibatch, self.sigma, self.risk = horizon, updates, minibatch, sigma, risk
         self.uncertainty_limit, self.kl_reference, self.critic_weight = uncertainty_limit, kl_reference, critic_weight
+        self.shuffle_rewards = shuffle_rewards
         self._rates: dict[str, Any] = {
             "learning_rate": learning_rate,
             "world_learning_rate": world_learning_rate,
@@ -130,6 +134,9 @@ class Latent:
         objective = returns.mean(1)
         if self.risk and returns.shape[1] > 1:  # of one member the deviation is 0, and its gradient NaN
             objective = objective - self.risk * returns.std(1, correction=0)
+        if self.shuffle_rewards:
+            sign = torch.randint(2, (len(objective),), generator=self.updater.generator) * 2.0 - 1.0
+            objective = objective * sign.to(objective)
         trusted = torch.ones_like(objective)
         if self.uncertainty_limit is not None:
             assert imagined.uncertainty is not None

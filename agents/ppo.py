@@ -102,11 +102,14 @@ def state_of(model: WAM, tensordict: TensorDictBase, *, gradient: bool) -> State
 class _ClipLoss(ClipPPOLoss):
     """Keeps the log of the ratio of the last call, for its KL estimates."""
 
-    log_weight: Tensor
+    @property
+    def log_weight(self) -> Tensor:
+        """[F, K, 1] logarithm of the present policy's density over that which collected."""
+        return self.__dict__["_kept"]
 
     def _log_weight(self, tensordict: TensorDictBase, adv_shape: torch.Size) -> Any:
         found = super()._log_weight(tensordict, adv_shape)
-        self.log_weight = found[0]
+        self.__dict__["_kept"] = found[0]  # the usual way walks through all modules and parameters, at every step
         return found
 
 
@@ -200,6 +203,7 @@ class PPO(CollectingLearner):
             entropy_coeff=self.entropy,
             critic_coeff=self.critic_weight,
             functional=False,
+            log_explained_variance=False,
         )
         self.loss.set_keys(action="chain", sample_log_prob="action_log_prob")
         self.updater = Updater(model, world, train_all=self.train_encoder, **self._rates)
@@ -222,7 +226,9 @@ class PPO(CollectingLearner):
                 flat["reference_log_prob"] = self.reference.get_dist(flat).log_prob(flat["chain"])
         if kept is not None:
             flat = flat.exclude(*self.model.spec.observation, "task").set("state_kept", kept)
-        flat = flat.exclude("action", "done", "terminated", "truncated", "success", "executed", "task_reward")
+        flat = flat.exclude(
+            "action", "state_value", "done", "terminated", "truncated", "success", "executed", "task_reward"
+        )
         metrics |= self._epochs(flat)
         error = batch["value_target"] - batch["state_value"]
         explained = 1.0 - float(error.var() / batch["value_target"].var().clamp(min=1e-12))
@@ -232,15 +238,23 @@ class PPO(CollectingLearner):
     def _values(self, batch: TensorDict) -> State | None:
         """Values and advantages of batch [B, T]; its states [F] where they are small and stay what they are."""
         keys = (*self.model.spec.observation, "task")
-        shape, states = (*batch.batch_size, 1), []
-        for part in (batch, batch["next"]):
-            flat = part.select(*keys).reshape(-1)
-            states.append(encode(self.model, flat))
-            found = self.critic(TensorDict({"state_kept": states[-1]}, batch_size=flat.batch_size))
-            part["state_value"] = found["state_value"].view(shape)
+
+        def value_of(observation: TensorDict) -> tuple[Tensor, State]:
+            state = encode(self.model, observation)
+            found = self.critic(TensorDict({"state_kept": state}, batch_size=observation.batch_size))
+            return found["state_value"], state
+
+        value, states = value_of(batch.select(*keys).reshape(-1))
+        batch["state_value"] = value = value.view(*batch.batch_size, 1)
+        # What a step led to is what the next one began with, except where an episode or the batch ended.
+        after, ends = batch["next"], batch["next", "done"][..., 0].clone()
+        ends[:, -1] = True
+        ahead = value.roll(-1, dims=1)
+        ahead[ends] = value_of(after.select(*keys)[ends])[0]
+        after["state_value"] = ahead
         self.gae(batch)
-        size = sum(x[0].numel() for x in states[0].values(include_nested=True, leaves_only=True))
-        return None if self.train_encoder or size > _KEEP else states[0]
+        size = sum(x[0].numel() for x in states.values(include_nested=True, leaves_only=True))
+        return None if self.train_encoder or size > _KEEP else states
 
     def _epochs(self, flat: TensorDict) -> dict[str, float]:
         sums: dict[str, float] = {}
@@ -248,10 +262,7 @@ class PPO(CollectingLearner):
         warm = self.iteration >= self.critic_warmup
         for _ in range(self.epochs):
             order = torch.randperm(len(flat), generator=self.updater.generator)
-            for part in order.split(self.minibatch):
-                if len(part) < min(self.minibatch, len(flat)):
-                    continue  # a remainder would weigh more than its share
-                chosen = flat[part]
+            for chosen in flat[order].split(min(self.minibatch, len(flat)))[: max(1, len(flat) // self.minibatch)]:
                 losses = self.loss(chosen)
                 log_ratio = self.loss.log_weight.detach()
                 # k3 of Schulman (2020), "Approximating KL divergence": never negative, of low variance.

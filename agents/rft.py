@@ -12,10 +12,10 @@ Letters: B rows, T decisions of a batch, W windows of L control steps, H actions
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from wamrl.agents.base import (
@@ -37,15 +37,49 @@ TARGETS = ("plan", "mean")
 _ROWS = 16  # states per plan: more candidates at once leave the caches of a CPU
 
 
+class Explorer(GaussianActor):
+    """A Gaussian policy in most rows, and in a `share` of them, drawn anew for every iteration, the behaviour prior.
+
+    The prior imitates what every successful episode of the data did, recoveries included, and so frees a policy that
+    was taught by few demonstrations from where it sits still. Both get the policy's noise.
+    """
+
+    def __init__(self, model: WAM, *, noise: tuple[float, float], share: float) -> None:
+        super().__init__(model, noise=noise)
+        self.out_keys = ["action"]
+        self.share = share
+        self.prior: Tensor | None = None
+
+    def begin(self, seed: int, iteration: int) -> None:
+        """See `GaussianActor`."""
+        super().begin(seed, iteration)
+        self.prior = None
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Sample an action for observations [B]."""
+        rows = len(tensordict)
+        if self.prior is None:
+            self.prior = self._key(rows, tensordict.device).uniform(1) < self.share  # [B, 1]
+        with torch.no_grad():
+            state = encode(self.model, tensordict)
+            mean, log_std = cast(Any, self.model).gaussian(state)
+            if self.share:
+                prior = self.model.propose(state, 1, mode="ode", horizon=1, behaviour=1).actions[:, 0, 0]
+                mean = torch.where(self.prior, prior, mean)
+            noise = self._key(rows, tensordict.device).normal(mean.shape[-1])
+            tensordict["action"] = (mean + log_std.exp().clamp(*self.noise) * noise).clamp(-1.0, 1.0)
+        return tensordict
+
+
 class RFT(CollectingLearner):
     """Imitation of successes or of a planner; fulfils `wamrl.agents.base.Learner`.
 
     planner: None imitates successes; otherwise what teaches. target: "plan" is the chosen chunk, "mean" the candidates'
     mean by the planner's weights. noise: least and greatest standard deviation of an action while collecting, for a
-    Gaussian policy. buffer: windows that are kept, the newest. batch: windows per step. updates: steps per iteration.
-    length: L; None is 1 for a policy that decides in every control step, otherwise the model's chunk. max_plans: states
-    per iteration that the planner is asked about. shuffle_rewards: the null control, which deals out at random which
-    trajectories worked.
+    Gaussian policy. behaviour_share: of the rows that collect by the behaviour prior instead, see `Explorer`. buffer:
+    windows that are kept, the newest. batch: windows per step. updates: steps per iteration. length: L; None is 1 for a
+    policy that decides in every control step, otherwise the model's chunk. max_plans: states per iteration that the
+    planner is asked about. shuffle_rewards: the null control, which deals out at random which trajectories worked.
     The others: `wamrl.agents.base.Updater`.
     """
 
@@ -58,6 +92,7 @@ class RFT(CollectingLearner):
         planner: Planner | None = None,
         target: str = "plan",
         noise: tuple[float, float] = (0.05, 0.5),
+        behaviour_share: float = 0.0,
         buffer: int = 50_000,
         batch: int = 256,
         updates: int = 40,
@@ -74,7 +109,9 @@ class RFT(CollectingLearner):
         if target not in TARGETS:
             raise ValueError(f"target is '{target}', but must be one of {', '.join(TARGETS)}")
         self.planner, self.target = planner, target
-        self.noise = (float(noise[0]), float(noise[1]))
+        if not 0.0 <= behaviour_share <= 1.0:
+            raise ValueError(f"behaviour_share is {behaviour_share}, but is a share of the rows, from 0 to 1")
+        self.noise, self.behaviour_share = (float(noise[0]), float(noise[1])), behaviour_share
         self.capacity, self.batch, self.updates, self.length, self.max_plans = buffer, batch, updates, length, max_plans
         self.shuffle_rewards = shuffle_rewards
         self._rates: dict[str, Any] = {
@@ -93,8 +130,12 @@ class RFT(CollectingLearner):
         gaussian = hasattr(model, "gaussian")
         if self.length is None:
             self.length = 1 if gaussian else model.spec.chunk_length
+        if self.behaviour_share:
+            model.spec.require("behaviour")
         self._acting: Any = (
-            GaussianActor(model, noise=self.noise) if gaussian else ChainActor(model, chunk=1, horizon=1)
+            Explorer(model, noise=self.noise, share=self.behaviour_share)
+            if gaussian
+            else ChainActor(model, chunk=1, horizon=1)
         )
         if self.planner is not None:
             self.planner.initial_state(model, 1)  # refuses a model that does not answer what the planner asks
@@ -123,13 +164,20 @@ class RFT(CollectingLearner):
         for _ in range(steps):
             assert self.kept is not None
             at = torch.randint(len(self.kept), (self._batch_size(),), generator=generator)
-            with loss_weights(self.model, **_POLICY_ALONE):
-                loss = self.model.loss(self._windows(self.kept[at]), noise=generator)["loss"]
+            loss = self._imitation(self.kept[at], generator)
             world = self.updater.world_loss()
             self.updater.step(loss + world)
             total, total_world = total + float(loss.detach()), total_world + float(world.detach())
         return {**metrics, "loss_policy": total / max(1, steps), "loss_world": total_world / max(1, steps),
                 "skipped": float(self.updater.skipped)}  # fmt: skip
+
+    def _imitation(self, chosen: TensorDict, generator: torch.Generator) -> Tensor:
+        """Loss of the policy on windows [W] of what is taught."""
+        own = getattr(self.model, "imitation", None)
+        if own is not None and self.length == 1:  # the same number, without all that `WAM.loss` computes beside it
+            return own(encode(self.model, chosen["observation"]), chosen["label"][:, 0]).mean()
+        with loss_weights(self.model, **_POLICY_ALONE):
+            return self.model.loss(self._windows(chosen), noise=generator)["loss"]
 
     def _batch_size(self) -> int:
         members = max(1, self.model.spec.ensemble_size)  # WAM.loss shares windows among the members

@@ -3,10 +3,12 @@
     python -m benchmarks.posttrain_speed
 
 Collector: 64 Meta-World rows under the reference policy; the bare rate is the same environment stepped with actions
-drawn beforehand, resets included. Update: eight epochs over the same number of transitions with the same minibatch,
-once through `wamrl.agents.ppo` without the world model's loss, once through SB3's PPO with two hidden layers of 256
-for policy and value (the WAM's policy has those and LayerNorm, its critic four heads of 128), alternately in one
-process. Times are CPU seconds of this process; medians.
+drawn beforehand, resets included. Update: eight epochs over the same transitions with the same minibatch and equal
+networks, once through `wamrl.agents.ppo` without the world model's loss, advantages included, once through SB3's PPO,
+alternately in one process. SB3 reads what the WAM's heads read (the latents, which neither trains), and its policy and
+value networks are built by the functions that build the WAM's: two hidden layers of 256, and four heads of 128, with
+LayerNorm. `sb3_plain` beside it is SB3's own network of these widths, without LayerNorm. Times are CPU seconds of this
+process; medians.
 """
 
 from __future__ import annotations
@@ -20,14 +22,15 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
+from torch import nn
 from torchrl.collectors import Collector
 
 from benchmarks.stored import RESULTS, Clock
 from wamrl import checkpoint
-from wamrl.agents.base import EpisodeEnv, value_unit
+from wamrl.agents.base import EpisodeEnv, encode, value_unit
 from wamrl.agents.ppo import PPO
 from wamrl.envs.metaworld import MetaWorldEnv
-from wamrl.envs.sb3 import RowsSB3Env
+from wamrl.models.joint_embedding import ensemble_mlp, mlp
 
 ROWS, DECISIONS, EPOCHS, MINIBATCH = 64, 48, 8, 512
 
@@ -37,6 +40,55 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
     begun = time.process_time()
     work()
     return time.process_time() - begun
+
+
+def make_peer(batch: TensorDict, inputs: torch.Tensor, *, equal: bool) -> Any:
+    """SB3's PPO with `batch` [B, T] in its buffer, observing `inputs` [B, T, X]; `equal`: with the WAM's networks."""
+    import numpy as np
+    from gymnasium.spaces import Box
+    from stable_baselines3 import PPO as SB3PPO
+    from stable_baselines3.common.logger import Logger
+    from stable_baselines3.common.policies import ActorCriticPolicy
+
+    class Networks(nn.Module):
+        latent_dim_pi, latent_dim_vf = 256, 4 * 128
+
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.policy = mlp(width, [256, 256], 1)[:-1]
+            self.values = ensemble_mlp(4, width, [128], 1)[:-1]
+
+        def forward_actor(self, x: torch.Tensor) -> torch.Tensor:
+            return self.policy(x)
+
+        def forward_critic(self, x: torch.Tensor) -> torch.Tensor:
+            return self.values(x.expand(4, -1, -1)).movedim(0, -1).flatten(1)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.forward_actor(x), self.forward_critic(x)
+
+    class EqualPolicy(ActorCriticPolicy):
+        def _build_mlp_extractor(self) -> None:
+            self.mlp_extractor = Networks(self.features_dim)  # type: ignore[assignment]
+
+    plain = {"net_arch": {"pi": [256, 256], "vf": [4 * 128]}, "activation_fn": nn.SiLU}
+    peer = SB3PPO(
+        EqualPolicy if equal else "MlpPolicy", None, n_steps=DECISIONS, batch_size=MINIBATCH, n_epochs=EPOCHS,
+        device="cpu", seed=0, policy_kwargs={} if equal else plain, _init_setup_model=False,
+    )  # type: ignore[arg-type]  # fmt: skip
+    peer.observation_space = Box(-np.inf, np.inf, (inputs.shape[-1],), np.float32)
+    peer.action_space = Box(-1.0, 1.0, (batch["chain"].shape[-1],), np.float32)
+    peer.n_envs = ROWS
+    peer._setup_model()
+    peer._logger = Logger(None, [])
+    buffer = peer.rollout_buffer
+    for step in range(DECISIONS):
+        now = batch[:, step]
+        reward, first = now["next", "reward"][:, 0].numpy(), now["done"][:, 0].float().numpy()
+        value, log_prob = now["state_value"][:, 0], now["action_log_prob"]
+        buffer.add(inputs[:, step].numpy(), now["chain"].numpy(), reward, first, value, log_prob)
+    buffer.compute_returns_and_advantage(batch["state_value"][:, -1, 0], batch["next", "done"][:, -1, 0].numpy())
+    return peer
 
 
 def main() -> None:
@@ -83,23 +135,20 @@ def main() -> None:
         rates["bare"].append(ROWS * DECISIONS / cpu_seconds(step_bare))
         rates["collector"].append(ROWS * DECISIONS / cpu_seconds(collect))
 
-    from stable_baselines3 import PPO as SB3PPO
-
-    vec = RowsSB3Env(bare)
-    widths = [256, 256]
-    peer = SB3PPO(
-        "MultiInputPolicy", vec, n_steps=DECISIONS, batch_size=MINIBATCH, n_epochs=EPOCHS, device="cpu", seed=0,
-        policy_kwargs={"net_arch": {"pi": widths, "vf": widths}, "activation_fn": torch.nn.SiLU},
-    )  # fmt: skip
-    peer.learn(ROWS * DECISIONS)  # fills its buffer, and warms up
-    times: dict[str, list[float]] = {"wamrl": [], "sb3": []}
-    for number in range(repeats + 1):
+    batch = batches[0]
+    learner._values(batch)
+    with torch.no_grad():
+        inputs = model.policy_input(encode(model, batch.reshape(-1))).view(ROWS, DECISIONS, -1)
+    peers = {"sb3": make_peer(batch, inputs, equal=True), "sb3_plain": make_peer(batch, inputs, equal=False)}
+    times: dict[str, list[float]] = {"wamrl": [], "sb3": [], "sb3_plain": []}
+    for number in range(2 * repeats + 1):
         learner.begin(number + 1)
-        ours = cpu_seconds(lambda: learner.learn(batches[0].clone()))
-        theirs = cpu_seconds(peer.train)
+        given = batch.clone()
+        found = {"wamrl": cpu_seconds(lambda given=given: learner.learn(given))}
+        found |= {name: cpu_seconds(peer.train) for name, peer in peers.items()}
         if number:  # the first is a warm-up
-            times["wamrl"].append(ours)
-            times["sb3"].append(theirs)
+            for name, seconds in found.items():
+                times[name].append(seconds)
     collector.shutdown()
     metrics = {
         "collector/bare_steps_per_cpu_s": statistics.median(rates["bare"]),
@@ -107,6 +156,7 @@ def main() -> None:
         "collector/ratio": statistics.median(c / b for b, c in zip(rates["bare"], rates["collector"], strict=True)),
         "update/wamrl_cpu_s": statistics.median(times["wamrl"]),
         "update/sb3_cpu_s": statistics.median(times["sb3"]),
+        "update/sb3_plain_cpu_s": statistics.median(times["sb3_plain"]),
         "update/ratio": statistics.median(a / b for a, b in zip(times["wamrl"], times["sb3"], strict=True)),
     }
     config = {"rows": ROWS, "decisions": DECISIONS, "epochs": EPOCHS, "minibatch": MINIBATCH, "repeats": repeats}

@@ -292,7 +292,7 @@ def env_speed(result: Mapping[str, Any]) -> str:
 
 
 def posttrain(result: Mapping[str, Any]) -> str:
-    """Success before and after every variant that has finished, by task, and what it cost."""
+    """Success before, on the way through and after every variant that has finished, by task, and what it cost."""
     metrics = result["metrics"]
     rows = []
     for name in dict.fromkeys(key.partition("/")[0] for key in metrics):
@@ -304,6 +304,11 @@ def posttrain(result: Mapping[str, Any]) -> str:
             cost = f"{metrics[f'{name}/real_steps']:,.0f}" if task == "mean" else ""
             decay = f"{100 * metrics[f'{name}/world_error_growth']:+.1f} %" if task == "mean" else ""
             rows.append([f"`{name}`" if task == "mean" else "", task, before, after, str(n), str(seeds), cost, decay])
+        on_the_way = [key.removesuffix("/success") for key in metrics if key.startswith(f"{name}/mean/at_")]
+        for place in [place for place in on_the_way if f"{place}/success" in metrics][1:-1]:
+            rate, steps = metrics[f"{place}/success"], metrics[f"{place}/real_steps"]
+            where_then = f"mean, iteration {place.rpartition('_')[2]}"
+            rows.append(["", where_then, "", _rate(rate), str(rate["n"]), str(seeds), f"{steps:,.0f}", ""])
     return _grid(["variant", "task", "before, %", "after, %", "n", "seeds", "real steps", "world model's error"], rows)
 
 
@@ -311,12 +316,14 @@ def posttrain_speed(result: Mapping[str, Any]) -> str:
     """The collector beside the bare environment, and an update beside SB3's."""
     m = result["metrics"]
     bare, ours = (f"{m[f'collector/{name}_steps_per_cpu_s']:.0f}" for name in ("bare", "collector"))
-    mine, peer = (f"{m[f'update/{name}_cpu_s']:.2f}" for name in ("wamrl", "sb3"))
+    mine, peer, plain = (f"{m[f'update/{name}_cpu_s']:.2f}" for name in ("wamrl", "sb3", "sb3_plain"))
+    apart = m["update/wamrl_cpu_s"] / m["update/sb3_plain_cpu_s"]
     return _grid(
         ["what", "wamrl", "beside", "ratio"],
         [
             ["collector, control steps per CPU second (bare environment)", ours, bare, f"{m['collector/ratio']:.2f}"],
-            ["one PPO update, CPU seconds (Stable-Baselines3)", mine, peer, f"{m['update/ratio']:.2f}"],
+            ["PPO update, CPU seconds (Stable-Baselines3, equal networks)", mine, peer, f"{m['update/ratio']:.2f}"],
+            ["PPO update, CPU seconds (Stable-Baselines3 without LayerNorm)", mine, plain, f"{apart:.2f}"],
         ],
     )
 

@@ -17,7 +17,7 @@ from wamrl.agents.base import EpisodeEnv, LearningDiverged, Updater, value_unit
 from wamrl.agents.flow_ppo import ChainActor, FlowPPO
 from wamrl.agents.latent import Latent
 from wamrl.agents.ppo import PPO, GaussianActor
-from wamrl.agents.rft import RFT
+from wamrl.agents.rft import RFT, Explorer
 from wamrl.agents.sac import SAC
 from wamrl.interfaces import Context, Proposal, task_id
 from wamrl.noise import NoiseKey
@@ -163,6 +163,26 @@ def test_the_advantages_are_those_worked_by_hand():
 FAST = {"learning_rate": 3e-3, "world_weight": 0.0}
 
 
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_the_values_of_what_steps_led_to_are_those_of_their_observations(chunk):
+    model = reference_model()
+    torch.nn.init.normal_(model.values[-1].weight, generator=torch.Generator().manual_seed(0))  # zero at first
+    learner = FlowPPO(chunk=chunk, world_weight=0.0)
+    learner.bind(model, None, rows=16, seed=0)
+    env = wrapped(model, learner, 16, succeeds=True)
+    collector = Collector(env, learner.actor, frames_per_batch=16 * 9, total_frames=-1, trust_policy=True,
+                          auto_register_policy_transforms=False)  # fmt: skip
+    learner.begin(0)
+    batch = next(iter(collector)).clone()
+    collector.shutdown()
+    assert bool(batch["next", "done"][:, :-1].any())
+    learner._values(batch)
+    for part in (batch, batch["next"]):
+        known = learner.critic(part.select("state", "task").reshape(-1))["state_value"].view(16, 9, 1)
+        torch.testing.assert_close(part["state_value"], known.detach())
+    assert batch["state_value"].std() > 0.01
+
+
 def test_ppo_reaches_the_known_optimum():
     model = reference_model()
     found = train(model, PPO(**FAST, noise=(0.05, 0.3), kl_limit=0.2, minibatch=96), 40)
@@ -212,6 +232,38 @@ def test_rft_imitates_what_worked():
     mean, _ = model.gaussian(model.encode(Context.from_observation(observations(32))))
     away = (mean - torch.tensor(OPTIMUM)).norm(dim=-1)
     assert away.mean() < 0.25
+
+
+def test_a_share_of_the_rows_explores_by_the_behaviour_prior():
+    model = reference_model()
+    shown = observations(64)
+    state = model.encode(Context.from_observation(shown))
+    prior = model.propose(state, 1, mode="ode", horizon=1, behaviour=1).actions[:, 0, 0]
+    policy = model.propose(state, 1, mode="ode", horizon=1).actions[:, 0, 0]
+    actor = Explorer(model, noise=(1e-6, 1e-6), share=0.5)
+    taken = []
+    for iteration in (0, 0, 1):
+        actor.begin(0, iteration)
+        action = actor(shown.clone())["action"]
+        of_prior, of_policy = ((action - x).abs().amax(-1) < 1e-4 for x in (prior, policy))
+        assert bool((of_prior ^ of_policy).all()) and 16 < int(of_prior.sum()) < 48
+        taken.append(of_prior)
+        torch.testing.assert_close(actor(shown.clone())["action"][of_prior], prior[of_prior], atol=1e-4, rtol=0)
+    assert torch.equal(taken[0], taken[1]) and not torch.equal(taken[0], taken[2])
+    with pytest.raises(ValueError, match="behaviour"):
+        RFT(behaviour_share=0.5, world_weight=0.0).bind(FlowToy(), None, rows=1, seed=0)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        RFT(behaviour_share=2.0)
+
+
+def test_imitating_directly_is_the_policys_part_of_the_models_loss():
+    model = reference_model()
+    learner = RFT(world_weight=0.0)
+    learner.bind(model, None, rows=1, seed=0)
+    shown = observations(8)
+    taught = TensorDict({"observation": shown, "label": torch.rand(8, 1, 2), "valid": torch.ones(8, 1).bool()}, [8])
+    whole = model.loss(learner._windows(taught))["policy"]
+    torch.testing.assert_close(learner._imitation(taught, torch.Generator()).detach(), whole)
 
 
 def test_sac_reaches_the_known_optimum():
@@ -267,6 +319,25 @@ def test_the_latent_actor_critic_reaches_the_optimum_of_its_imagination():
     mean, _ = model.gaussian(model.encode(Context.from_observation(observations(32, seed=1))))
     assert (mean - torch.tensor(OPTIMUM)).abs().mean() < 0.1
     assert all(torch.equal(before[name], tensor) for name, tensor in model.dynamics.state_dict().items())
+
+
+def test_the_latent_actor_critic_learns_nothing_from_returns_of_random_sign():
+    away = {}
+    for shuffle in (False, True):
+        model = known_world()
+        learner = Latent(horizon=4, learning_rate=1e-3, world_weight=0.0, updates=50, shuffle_rewards=shuffle)
+        learner.bind(model, None, rows=64, seed=0)
+        shown = observations(32, seed=1)
+
+        def distance(model=model, shown=shown) -> float:
+            mean, _ = model.gaussian(model.encode(Context.from_observation(shown)))
+            return float((mean.detach() - torch.tensor(OPTIMUM)).abs().mean())
+
+        before = distance()
+        learner.begin(0)
+        learner.learn(observations(64))
+        away[shuffle] = distance() / before
+    assert away[False] < 0.2 and away[True] > 0.5, away  # of random signs, a random walk remains
 
 
 def test_the_policys_gradient_does_not_raise_what_the_critic_promises():

@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from tests.agent_toys import SIZES, TASK, AimEnv, FlowToy, reference_model, write_dataset
-from wamrl import checkpoint, posttrain
+from wamrl import checkpoint, measuring, posttrain, posttraining
 from wamrl.agents.base import LearningDiverged
 from wamrl.agents.latent import Latent
 from wamrl.agents.ppo import PPO
 from wamrl.agents.sb3 import SB3
 from wamrl.data import start_frames
 from wamrl.envs.imagined_env import ImaginedEnv
+from wamrl.measuring import Measuring
 from wamrl.naming import RunError
-from wamrl.posttrain import Measuring
 from wamrl.training import find_state
 
 CONFIG = {"wam": {"_target_": "wamrl.models.joint_embedding.JointEmbeddingWAM", **SIZES}}
@@ -36,7 +36,7 @@ def small(run_dir: Path, *, model=None, iterations=4, learner=None, env=None, da
     options = {"measuring": MEASURING, "decisions": 6, "save_every": 2, "quiet": True, "validation_windows": 8,
                "validation_fraction": 0.25, "world_batch": 8, "world_length": 2, **options}  # fmt: skip
     env = None if options.pop("no_env", False) else env or AimEnv(16, succeeds=True)
-    return posttrain.posttrain(model, learner, env, run_dir=run_dir, save_model=save,
+    return posttraining.posttrain(model, learner, env, run_dir=run_dir, save_model=save,
                                iterations=iterations, data=data, **options)  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def test_a_full_disk_stops_it_and_nothing_is_lost(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         write(*given)
 
-    monkeypatch.setattr(posttrain, "write_state", full)
+    monkeypatch.setattr(posttraining, "write_state", full)
     with pytest.raises(RunError, match="the disk is full"):
         small(tmp_path)
     assert checkpoint.load(tmp_path) is not None
@@ -216,10 +216,20 @@ def test_what_cannot_work_is_refused_before_anything_is_done(push, capsys):
     assert not list(Path("outputs/posttrain").glob("2*"))
 
 
+def test_imagined_episodes_beyond_the_horizon_have_to_be_asked_for(push, capsys):
+    write_dataset(push / "data")
+    words = ["env=imagined", "wam=model.safetensors", "data=data", "episodes=0", "num_envs=4", "decisions=9",
+             "env.max_steps=9", "agent=rft", "agent.world_weight=0", "agent.updates=1", "iterations=1"]  # fmt: skip
+    save(push / "model.safetensors", reference_model(), 0)
+    assert "beyond_horizon=true" in said(capsys, *words)
+    posttrain.main([*words, "beyond_horizon=true", "run_dir=run"])
+    assert json.loads(Path("run/results.json").read_text())["real_steps"] == 0
+
+
 def test_windows_are_as_long_as_the_model_needs():
     model = reference_model()
-    assert posttrain._window(model) == 5
-    assert posttrain._window(FlowToy(chunk=8)) == 8
+    assert measuring.window_length(model) == 5
+    assert measuring.window_length(FlowToy(chunk=8)) == 8
 
 
 @pytest.mark.parametrize("env", ["gymnasium/pendulum"])

@@ -617,10 +617,7 @@ class JointEmbeddingWAM(WAM):
         mean, log_std = self._policy(seen, frame_tasks)
         weight = torch.cat([weight, 0.25 * weight[:, 1:]], dim=1)
         wanted = torch.cat([wanted, wanted[:, 1:]], dim=1)
-        nll = -_gaussian_log_prob(wanted, mean.detach(), log_std)
-        error = (mean - wanted).square().sum(-1)
-        # The spread is fitted to the mean's errors (its own gradient only); 0.02 keeps it from outweighing them.
-        losses["policy"] = ((error + 0.02 * nll) * weight).sum() / weight.sum().clamp(min=1.0)
+        losses["policy"] = (_imitation(mean, log_std, wanted) * weight).sum() / weight.sum().clamp(min=1.0)
 
         # Behaviour prior: what any successful episode did before its success, whoever acted. It knows recoveries that
         # no demonstration shows, and is less precise; a search decides where it is to be preferred.
@@ -640,6 +637,10 @@ class JointEmbeddingWAM(WAM):
 
         total = sum(self.loss_weights[name] * value for name, value in losses.items())
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
+
+    def imitation(self, state: State, wanted: Tensor) -> Tensor:
+        """[R] loss of the policy in `state` against actions `wanted` [R, A]: what `loss` takes of it, row by row."""
+        return _imitation(*self.gaussian(state), wanted)
 
     @torch.no_grad()
     def update_targets(self) -> None:
@@ -707,6 +708,12 @@ def _substrate(observation: Mapping[str, Sequence[int]], tokenizer: Mapping[str,
     if not isinstance(substrate, ImageSubstrate):
         raise ValueError(f"the reference model reads images through a tokenizer of images, not '{tokenizer['name']}'")
     return substrate
+
+
+def _imitation(mean: Tensor, log_std: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error of the mean; the spread is fitted to the mean's errors, by its own gradient only."""
+    # 0.02 keeps the spread from outweighing the mean.
+    return (mean - wanted).square().sum(-1) - 0.02 * _gaussian_log_prob(wanted, mean.detach(), log_std)
 
 
 def _gaussian_log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

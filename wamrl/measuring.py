@@ -1,0 +1,135 @@
+"""How good a model is while it is post-trained: its policy on the same starts, and its world model on held-out windows.
+
+Letters: W windows, B rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+
+from wamrl.data import EpisodeDataset
+from wamrl.envs.base import RowsEnv
+from wamrl.envs.imagined_env import ImaginedEnv
+from wamrl.evaluation import Episode, Start, run_episodes, summarise
+from wamrl.interfaces import WAM, Policy
+from wamrl.training import open_loop_errors
+
+_IMAGINED_STEPS = 100  # control steps of an imagined episode that is measured
+_IMAGINED_ROWS = 64
+
+
+@dataclass
+class Measurement:
+    """What is known of a model at one moment.
+
+    real: episodes in the simulator. imagined: success in its own imagination from the data's first frames, or None.
+    world_error: see `RealWindows.error`; None without data.
+    """
+
+    real: list[Episode] = field(default_factory=list)
+    imagined: float | None = None
+    world_error: float | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """For results.json."""
+        found: dict[str, Any] = {"imagined_success": self.imagined, "world_error": self.world_error}
+        if self.real:
+            found["real"] = asdict(summarise(self.real))
+            found["real_by_task"] = {
+                task: asdict(summarise([e for e in self.real if e.task == task]))
+                for task in sorted({e.task for e in self.real})
+            }
+        return found
+
+
+class RealWindows:
+    """Real episodes: windows for the world model's loss, and held-out ones that say whether it decays.
+
+    Args:
+        data: from train start states.
+        model: what reads them.
+        batch: windows W per draw. length: control steps of a window; None: 5, or the chunk of a model that learns by
+            whole ones.
+        fraction: of the episodes, held out. windows: of those that the error is measured on.
+    """
+
+    def __init__(
+        self, data: EpisodeDataset, model: WAM, *, batch: int, length: int | None, fraction: float, windows: int
+    ) -> None:
+        self.data, self.batch, self.length = data, batch, length or window_length(model)
+        self.training, validation = data.split(fraction, seed=0)
+        self.scale = {key: value["std"] for key, value in self.training.statistics().items()}
+        horizon = min(10, model.spec.max_horizon)
+        self.held_out = validation.sample(windows, horizon, torch.Generator().manual_seed(2))
+
+    def draw(self, generator: torch.Generator) -> TensorDict:
+        """Windows [W] in the batch contract of `WAM.loss`."""
+        return self.training.sample(self.batch, self.length, generator)
+
+    @torch.no_grad()
+    def error(self, model: WAM) -> float:
+        """Of open-loop prediction, in standard deviations of the data, over the horizon; else the validation loss."""
+        device = next(model.parameters()).device
+        windows = self.held_out.to(device)
+        if {"rollout", "decode"} <= set(model.spec.provides):
+            errors = open_loop_errors(model, windows, scale=self.scale)["state_error"]
+            return sum(errors) / len(errors)
+        return float(model.loss(windows, noise=torch.Generator(device=device).manual_seed(3))["loss"])
+
+    def first_frames(self, model: WAM) -> TensorDict:
+        """The first frame of every episode, as `model` observes it."""
+        at = self.data.offsets
+        frames = {key: self.data.frames["observation"][key][at] for key in model.spec.observation}
+        return TensorDict({**frames, "task": self.data._task}, batch_size=[len(at)])
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How models are measured. simulator: makes the environment of `split` with so many rows, or None."""
+
+    simulator: Callable[[str, int], RowsEnv] | None
+    split: str = "dev"
+    episodes: int = 50
+    first_start: int = 0
+    rows: int = 10
+    seed: int = 0
+
+    def __call__(
+        self, model: WAM, policy: Policy, windows: RealWindows | None = None, *, imagined: bool = True
+    ) -> Measurement:
+        """`policy` in the simulator and, with `imagined`, in what `model` imagines; the world model on `windows`."""
+        model.eval()
+        found = Measurement()
+        if self.simulator is not None and self.episodes:
+            env = self.simulator(self.split, self.rows)
+            tasks = [task for task in env.tasks if task in model.spec.tasks]
+            starts = [Start(task, self.first_start + number) for number in range(self.episodes) for task in tasks]
+            found.real = run_episodes(
+                env, policy, starts, method="policy", split=self.split, seed=self.seed, max_steps=env.max_steps
+            )
+            env.close()
+        if windows is not None:
+            found.world_error = windows.error(model)
+            needed = {"rollout", "reward", "success", "decode"}
+            if imagined and self.episodes and needed <= set(model.spec.provides):
+                found.imagined = self._imagined_success(model, policy, windows)
+        return found
+
+    def _imagined_success(self, model: WAM, policy: Policy, windows: RealWindows) -> float:
+        device = next(model.parameters()).device
+        frames = windows.first_frames(model).to(device)
+        rows = min(_IMAGINED_ROWS, len(frames))
+        env = ImaginedEnv(model, frames, rows, chunk=1, max_steps=_IMAGINED_STEPS, uncertainty=False, device=device)
+        starts = [Start(task, i) for task in env.tasks for i in range(min(self.episodes, env._start_count(task)))]
+        episodes = run_episodes(env, policy, starts, method="policy", split="train", seed=0, max_steps=_IMAGINED_STEPS)
+        return summarise(episodes).success
+
+
+def window_length(model: WAM) -> int:
+    """Control steps of a training window: a flow-matching model takes whole chunks, a Gaussian policy any."""
+    return 5 if hasattr(model, "gaussian") else max(5, model.spec.chunk_length)
