@@ -23,7 +23,6 @@ from wamrl.agents.base import Learner
 from wamrl.data import EpisodeDataset, start_frames
 from wamrl.envs.base import RowsEnv
 from wamrl.envs.imagined_env import ImaginedEnv
-from wamrl.envs.vector import observation_keys
 from wamrl.experience import MakeEnv
 from wamrl.files import write_text
 from wamrl.interfaces import WAM, Layout
