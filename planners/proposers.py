@@ -41,7 +41,10 @@ def coloured_noise(noise: NoiseKey, basis: Tensor, *shape: int, action_dim: int)
 
 def check_sigma(sigma: float | Sequence[float], name: str = "sigma") -> Tensor:
     """[1] or [A] standard deviations in units of the action range's half; ValueError unless finite and > 0."""
-    value = torch.as_tensor(sigma, dtype=torch.float32).reshape(-1)
+    try:
+        value = torch.as_tensor(sigma, dtype=torch.float32).reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} is {sigma!r}, but must be a number above 0, or one for each action dim") from None
     if value.numel() == 0 or not torch.isfinite(value).all() or not (value > 0).all():
         raise ValueError(f"{name} is {sigma}, but must be above 0 (actions span [-1, 1]); 0.1 is a small one")
     return value

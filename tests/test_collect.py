@@ -181,6 +181,9 @@ def test_held_out_starts_can_be_collected_but_not_trained_on(tmp_path: Path) -> 
         ({"label_behaviours": ["policy"]}, "behaviour with labels"),
         ({"env": env_of(PUSH, max_steps=0)}, "max_steps"),
         ({"rows": 0}, "rows is 0"),
+        ({"rows": 2.5}, "rows is 2.5"),
+        ({"first_start": -5}, "first_start is -5"),
+        ({"mixture": {"expert": 2.7}}, "2.7 episodes"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(tmp_path: Path, changes: dict, message: str) -> None:

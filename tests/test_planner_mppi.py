@@ -321,6 +321,8 @@ def test_a_deadline_stops_the_iterations_but_not_the_first() -> None:
         ("num_elites", 0, "num_elites is 0"),
         ("sigma", 0.0, "sigma is 0"),
         ("sigma", [0.1, -0.1], "sigma is"),
+        ("sigma", "abc", "sigma is .abc.*a number above 0"),
+        ("sigma", None, "sigma is None"),
         ("refine_sigma", math.inf, "refine_sigma is inf"),
         ("correlation", 1.0, r"correlation is 1.0.*\[0, 1\)"),
         ("warm_share", 1.5, "warm_share is 1.5"),

@@ -32,6 +32,7 @@ from wamrl.behaviours import BEHAVIOURS, NEEDS_EXPERT, Act, Action, Setting
 from wamrl.cli import command, plain
 from wamrl.control import ModelPolicy
 from wamrl.data import EpisodeDataset, EpisodeWriter, episode_tensordict
+from wamrl.envs.base import whole_number
 from wamrl.files import write_json
 from wamrl.interfaces import Layout, Policy, PolicyState, task_id
 from wamrl.naming import unknown_name
@@ -121,7 +122,7 @@ def collect(
     for behaviour, count in mixture.items():
         if behaviour not in BEHAVIOURS and behaviour != "policy":
             raise unknown_name("behaviour", behaviour, [*BEHAVIOURS, "policy"])
-        if not isinstance(count, int) or count < 0:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ValueError(f"the mixture asks for {count!r} episodes of '{behaviour}'; give a whole number from 0")
     for behaviour in label_behaviours:
         if behaviour not in BEHAVIOURS:
@@ -134,10 +135,9 @@ def collect(
         raise ValueError(f"tasks are named twice: {', '.join(tasks)}")
     if not (len(noise) == 2 and 0.0 <= noise[0] <= noise[1]):
         raise ValueError(f"noise is {list(noise)}, but must be two numbers, the least and the greatest, from 0")
-    if rows < 1:
-        raise ValueError(f"rows is {rows}, but must be at least 1")
-    if steps_after_success < 0:
-        raise ValueError(f"steps_after_success is {steps_after_success}, but must be at least 0")
+    for setting, value, least in (("rows", rows, 1), ("first_start", first_start, 0), ("seed", seed, 0),
+                                  ("steps_after_success", steps_after_success, 0)):  # fmt: skip
+        whole_number(setting, value, least)
 
     given = {key: value for key, value in env.items() if key not in ("_target_", "tasks")}
     settings = {**given, "snapshots": snapshots, "split": split}
@@ -435,7 +435,7 @@ def _policy_from(config: DictConfig, env: Mapping[str, Any]) -> tuple[Policy, st
         return ModelPolicy(model, mode="ode"), f"policy of {name}"
     if config.acting != "planner":
         raise unknown_name("value of acting", str(config.acting), ["planner", "policy"])
-    policy = instantiate(config.controller)(model, instantiate(config.planner))
+    policy = instantiate(config.controller, seed=config.seed)(model, instantiate(config.planner))
     return policy, f"planner in {name}: {plain(config.planner)} {plain(config.controller)}"
 
 
@@ -449,13 +449,13 @@ def _policy_from(config: DictConfig, env: Mapping[str, Any]) -> tuple[Policy, st
 def main(config: DictConfig, run_dir: Path) -> dict[str, Any]:
     """Compose, collect, report."""
     started = time.time()
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(whole_number("threads", config.threads, 1))
     env = plain(config.env)
     if "tasks" not in env:
         raise ValueError(
             f"{env['_target_']} has no tasks to collect; choose a simulator, such as env=metaworld/push-v3"
         )
-    mixture = {str(key): int(value) for key, value in plain(config.data.mixture).items()}
+    mixture = {str(key): value for key, value in plain(config.data.mixture).items()}
     policy, name = None, ""
     if mixture.get("policy"):
         if config.checkpoint is None:
