@@ -7,8 +7,8 @@ machine slows all alike; ratios are medians of the per-turn ratios. Models are r
   with 512 candidates and width 256: MPPI and CEM, against the loop written by hand, pytorch_mppi, torchrl's MPPIPlanner
   and CEMPlanner, and stable-worldmodel's MPPISolver and CEMSolver.
 * rows: 16 environments, in one plan of wamrl, and one after the other with pytorch_mppi; the small size.
-* tree: Gumbel MuZero over 8 discrete actions from 64 roots, a network of width 256: wamrl's and mctx's simulations per
-  second, and mctx's compilation.
+* tree: Gumbel MuZero over 8 discrete actions from 64 roots, a network of width 256: simulations per second of wamrl,
+  of wamrl with `compile=true` and of mctx, and their first calls, compilation included.
 
 Peers are not needed by wamrl; `pip install "wamrl[bench]"` brings them all but stable-worldmodel, whose own
 requirements are many, so that it is measured only when --peers names it. Where one is missing, the run stops and says
@@ -46,7 +46,7 @@ from benchmarks.planner_overhead import (
     median_ratio,
 )
 from benchmarks.stored import RESULTS, Clock
-from wamrl.interfaces import WAM, Anatomy, Budget, Context, Imagined, Plan, Proposal, Spec, State
+from wamrl.interfaces import WAM, Anatomy, Budget, Context, Imagined, Proposal, Spec, State
 from wamrl.noise import NoiseKey
 from wamrl.planners import ReturnScorer, make_cem, make_mcts, make_mppi
 
@@ -369,33 +369,44 @@ def measure_tree(seconds: float) -> dict[str, float]:
     """Simulations per second of all roots together; the two have to visit the same."""
     torch.manual_seed(0)
     model = DiscreteMLP(WIDTH).requires_grad_(False)
-    planner = make_mcts(
-        chunk=1, depth=DEPTH, simulations=SIMULATIONS, num_candidates=CONSIDERED, search="gumbel", backup="mean"
-    )
-    plan_state, noise = planner.initial_state(model, ROOTS), NoiseKey.for_rows(ROOTS)
+    noise = NoiseKey.for_rows(ROOTS)
     z = torch.randn(ROOTS, LATENT, generator=torch.Generator().manual_seed(1))
     state = TensorDict({"z": z}, batch_size=[ROOTS])
 
-    def ours(_: Tensor) -> Plan:
-        return planner.plan(model, state, plan_state, noise, Budget())[0]
+    def ours(compile: bool) -> Callable[[Tensor], Tensor]:
+        planner = make_mcts(
+            chunk=1,
+            depth=DEPTH,
+            simulations=SIMULATIONS,
+            num_candidates=CONSIDERED,
+            search="gumbel",
+            backup="mean",
+            compile=compile,
+        )
+        plan_state = planner.initial_state(model, ROOTS)
+        return lambda _: planner.plan(model, state, plan_state, noise, Budget())[0].actions[:, 0].argmax(dim=1)
 
     search, to_jax = mctx_search(model)
     latents = to_jax(z)
-    begun = time.perf_counter()
-    chosen = search(latents)[0]
-    compiling = time.perf_counter() - begun
-    agreement = float((ours(z).actions[:, 0].argmax(dim=1) == torch.as_tensor(chosen.tolist())).float().mean())
-    times = interleave({"wamrl": ours, "mctx": lambda _: search(latents)}, seconds)
-    metrics = {
-        f"tree/{name}/simulations_per_s": ROOTS * SIMULATIONS / (statistics.median(values) / 1e3)
-        for name, values in times.items()
+    methods: dict[str, Callable[[Tensor], Any]] = {
+        "wamrl": ours(False),
+        "wamrl_compiled": ours(True),
+        "mctx": lambda _: search(latents)[0],
     }
-    return metrics | {
-        "tree/wamrl/ratio_to_mctx": 1.0 / median_ratio(times["wamrl"], times["mctx"]),
-        "tree/mctx/first_call_s": compiling,
-        "tree/same_action": agreement,
-        "tree/turns": len(times["wamrl"]),
-    }
+    metrics: dict[str, float] = {}
+    chosen: dict[str, list[int]] = {}
+    for name, method in methods.items():
+        begun = time.perf_counter()
+        chosen[name] = method(z).tolist()
+        metrics[f"tree/{name}/first_call_s"] = time.perf_counter() - begun
+    times = interleave(methods, seconds)
+    for name, values in times.items():
+        metrics[f"tree/{name}/simulations_per_s"] = ROOTS * SIMULATIONS / (statistics.median(values) / 1e3)
+        if name != "mctx":
+            metrics[f"tree/{name}/ratio_to_mctx"] = 1.0 / median_ratio(values, times["mctx"])
+            same = [a == b for a, b in zip(chosen[name], chosen["mctx"], strict=True)]
+            metrics[f"tree/{name}/same_action"] = statistics.mean(same)
+    return metrics | {"tree/turns": len(times["mctx"])}
 
 
 def versions_of(peers: list[str]) -> dict[str, str | None]:

@@ -175,12 +175,17 @@ def planners_batched(result: Mapping[str, Any]) -> str:
             for name in ("wamrl_in_turn", "pytorch_mppi_in_turn")
         ]
     if "tree/mctx/simulations_per_s" in metrics:
-        rows += [
-            [f"tree, 64 roots: {name}, simulations/s", f"{metrics[f'tree/{name}/simulations_per_s']:.0f}"]
-            for name in ("wamrl", "mctx")
-        ]
-        rows.append(["tree: wamrl's simulations/s over mctx's", f"{metrics['tree/wamrl/ratio_to_mctx']:.2f}"])
-        rows.append(["tree: mctx's first call (compilation), s", f"{metrics['tree/mctx/first_call_s']:.1f}"])
+        for name in ("wamrl", "wamrl_compiled", "mctx"):
+            method, metric = name.replace("_", " "), f"tree/{name}"
+            rows.append([f"tree, 64 roots: {method}, simulations/s", f"{metrics[f'{metric}/simulations_per_s']:.0f}"])
+            if name != "mctx":
+                rows.append(
+                    [f"tree: {method}'s simulations/s over mctx's", f"{metrics[f'{metric}/ratio_to_mctx']:.2f}"]
+                )
+            if name != "wamrl":
+                rows.append(
+                    [f"tree: {method}'s first call (compilation), s", f"{metrics[f'{metric}/first_call_s']:.1f}"]
+                )
     return _grid(["what", "measured"], rows)
 
 

@@ -15,8 +15,8 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
 
 import torch
 from tensordict import TensorDict
@@ -33,13 +33,32 @@ from wamrl.planners.shooting import (
     FAILURES,
     ModelClock,
     check_deadline,
+    compiled,
     count_plans,
     policy_chunk,
     report_failure,
+    require_compiler,
+    run_compiled,
 )
 from wamrl.planners.tree import BACKUPS, Tree, considered_visits, gumbel_rule, improved_logits, puct_rule
 
-SEARCHES = ("gumbel", "puct")
+_RULES = {"gumbel": gumbel_rule(), "puct": puct_rule()}
+SEARCHES = tuple(_RULES)
+BLOCK = 2
+"""Simulations whose noise is drawn at once, and which are one compiled function."""
+
+
+class _Root(NamedTuple):
+    """What all simulations of a search share.
+
+    tree: the trees. before: [R, C] visits that the roots' children had had before. gumbel: [R, C] noise on their prior
+    logits. noise: the simulations', folded by their numbers.
+    """
+
+    tree: Tree
+    before: Tensor
+    gumbel: Tensor
+    noise: NoiseKey
 
 
 @dataclass(eq=False)
@@ -62,6 +81,8 @@ class MCTSPlanner:
     square over all numbers of the model's state; whole numbers have to be equal). Kept nodes are not imagined anew, so
     that errors up to that size stay in them.
     shuffle_scores: the null control: the root's choice is drawn among the candidates that were searched.
+    compile: simulations as a compiled function, `BLOCK` of them each, and the last few as they are. It imagines a chunk
+    for every row, also for those whose path has already ended; these count as evaluations too.
     on_failure: as in `ShootingPlanner`.
 
     With several futures M, rewards and values are their means, and a node goes on from one future, drawn per node.
@@ -83,7 +104,9 @@ class MCTSPlanner:
     reuse: bool = False
     reuse_tolerance: float = 0.05
     shuffle_scores: bool = False
+    compile: bool = False
     on_failure: str = "raise"
+    _compiled: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse values that no plan could be made with."""
@@ -105,6 +128,8 @@ class MCTSPlanner:
             raise ValueError(f"planner.widening is {self.widening}, but must be above 0; 1 is usual")
         if not 0.0 <= self.widening_power <= 1.0:
             raise ValueError(f"planner.widening_power is {self.widening_power}, but must be in [0, 1]; 0.5 is usual")
+        if self.compile:
+            require_compiler()
         if not isinstance(self.scorer, ReturnScorer) or self.scorer.risk != "mean":
             named = isinstance(self.scorer, ReturnScorer)
             kind = f"risk={self.scorer.risk}" if named else type(self.scorer).__name__
@@ -268,7 +293,7 @@ class MCTSPlanner:
             value,
             num_nodes=limit + 1 + (self.simulations if self.reuse else 0),
             edge=(self.chunk, model.spec.action_dim),
-            rule=gumbel_rule() if self.search == "gumbel" else puct_rule(),
+            rule=_RULES[self.search],
             backup=self.backup,
             open_slots=self._widened if sampled else None,
         )
@@ -315,19 +340,49 @@ class MCTSPlanner:
             before = (before - 1.0).clamp_min(0.0)
             done = considered
         gumbel = self._gumbel(noise.fold(2), slots)
-        schedule = considered_visits(considered, simulations)
-        slowest = time.perf_counter() - started
-        for i in range(done, simulations):
+        schedule = torch.tensor(considered_visits(considered, simulations), device=device)
+        root = _Root(tree, before, gumbel, noise.fold(1))
+        slowest, i = time.perf_counter() - started, done
+        while i < simulations:
             begun = time.perf_counter()
             # A simulation takes less than the root, whose time is all that is known before the first one.
             if deadline_s is not None and i > 0 and begun - started + slowest > deadline_s:
                 break
             if i == done:
                 slowest = 0.0
-            first = self._first(tree, before, gumbel, schedule[i])
-            spent += self._simulate(model, tree, first, noise.fold(1).fold(i))
+            within = (i - done) % BLOCK
+            if within == 0:
+                offsets = self._offsets(model, noise.fold(4).fold(i), min(BLOCK, simulations - i))
+            if self.compile and simulations - i >= BLOCK:
+                start = torch.tensor(i, device=device)  # a number would be compiled into the function
+                spent += self._run_compiled(clock, root, schedule[i : i + BLOCK], offsets, start)
+                i += BLOCK
+            else:
+                spent += self._simulate(model, root, schedule[i], offsets[:, within : within + 1], i)
+                i += 1
             slowest = max(slowest, time.perf_counter() - begun)
         return self._finish(tree, before, gumbel, spent, noise.fold(3), discrete)
+
+    def _run_compiled(self, clock: ModelClock, *arguments: Any) -> Tensor:
+        """`_simulations` of the model, compiled."""
+        if self._compiled is None:
+            self._compiled = compiled(self._simulations)
+        return cast(Tensor, run_compiled(self._compiled, clock, *arguments))
+
+    def _simulations(self, model: WAM, root: _Root, visits: Tensor, offsets: Tensor, start: Tensor) -> Tensor:
+        """`BLOCK` simulations per row, from the one of number `start` []; evaluations [R] that they took."""
+        spent = torch.zeros_like(root.tree.size)
+        for j in range(BLOCK):
+            spent += self._simulate(model, root, visits[j], offsets[:, j : j + 1], start + j)
+        return spent
+
+    def _offsets(self, model: WAM, noise: NoiseKey, num: int) -> Tensor:
+        """[R, N, H, A] noise around the policy's chunk; zeros where none is wanted."""
+        if self.sigma is None or model.spec.action_kind == "discrete":
+            return torch.zeros(noise.row.shape[0], num, self.chunk, model.spec.action_dim, device=noise.row.device)
+        basis = noise_basis(self.chunk) if self.basis is None else self.basis
+        drawn = coloured_noise(noise, basis.to(noise.row.device), num, action_dim=model.spec.action_dim)
+        return drawn * self.sigma.to(noise.row.device)
 
     def _gumbel(self, noise: NoiseKey, slots: int) -> Tensor:
         """[R, C] noise on the prior logits of the root's children."""
@@ -338,12 +393,13 @@ class MCTSPlanner:
     def _open_root(self, model: WAM, tree: Tree, state: State, num: int, noise: NoiseKey) -> int:
         """Imagine `num` sampled chunks from the roots in one call, as their first children; evaluations per row."""
         slot = torch.arange(num, device=noise.row.device)
-        proposal = self._sample(model, state, slot.expand(tree.rows, -1), noise)
+        offsets = self._offsets(model, noise, num)
+        proposal = self._sample(model, state, slot.expand(tree.rows, -1), offsets, noise)
         imagined = self._imagined(model, state, proposal, noise.fold(1))
         reward, discount, value = self.scorer.edge(model, imagined)
         leaf = _one_future(imagined, noise.fold(2))
         slots = slot.expand(tree.rows, -1)
-        free = tree.child[tree.base, :num] < 0  # others are kept from the last plan
+        free = tree.target[tree.base, :num] == tree.trash[:, None]  # others are kept from the last plan
         nodes = tree.add(
             torch.arange(tree.rows, device=slot.device),
             tree.base[:, None].expand_as(slots),
@@ -354,37 +410,39 @@ class MCTSPlanner:
             discount=discount,
             value=value,
             logits=torch.zeros(tree.rows, num, tree.slots, device=slot.device),
-            wanted=None if bool(free.all()) else free,
+            wanted=free,
         )
         tree.count_at_root(slots, nodes)
         return imagined.evaluations
 
-    def _simulate(self, model: WAM, tree: Tree, first: Tensor, noise: NoiseKey) -> Tensor:
-        """One simulation per row from the roots' slots `first` [R]; evaluations [R] that it took."""
-        nodes, slots, end, slot, new = tree.descend(first, self.depth)
-        spent = torch.zeros_like(end)
-        leaf = end
-        everyone = bool(new.all())
-        if not everyone:
-            tree.revisit(end[~new])
-        if tree.any_dead:
-            over = new & tree.dead[end, slot]  # all of the root's children are dead: nothing is left to imagine
-            leaf, new = torch.where(over, tree.trash, leaf), new & ~over
-            everyone = bool(new.all())
-        if everyone or bool(new.any()):
-            rows = torch.arange(tree.rows, device=end.device)
-            if not everyone:
-                rows = new.nonzero()[:, 0]
-                end, slot, noise = end[rows], slot[rows], noise[rows]
+    def _simulate(self, model: WAM, root: _Root, visits: Tensor, offset: Tensor, number: int | Tensor) -> Tensor:
+        """The simulation of that number per row, with `offset` [R, 1, H, A]; evaluations [R] that it took.
+
+        visits: [] of the root's child that it goes to, by the schedule.
+        """
+        tree, noise = root.tree, root.noise.fold(number)
+        path = tree.descend(self._first(root, visits), self.depth)
+        spent = torch.zeros_like(path.end)
+        # Nothing is imagined behind the deepest nodes, and where all of the root's children are dead.
+        wanted = path.new & ~tree.dead[path.end, path.slot]
+        leaf = torch.where(path.new, tree.trash, path.end)
+        rows, end, slot = torch.arange(tree.rows, device=spent.device), path.end, path.slot
+        if not torch.compiler.is_compiling() and not wanted.all():
+            rows = wanted.nonzero()[:, 0]
+            end, slot, offset, noise, wanted = end[rows], slot[rows], offset[rows], noise[rows], wanted[rows]
+        if rows.numel():
             state = tree.state_of(end)
             if model.spec.action_kind == "discrete":
                 one_hot = F.one_hot(slot, tree.slots).to(tree.action.dtype)
                 proposal = Proposal(actions=one_hot[:, None, None])
             else:
-                proposal = self._sample(model, state, slot[:, None], noise)
+                proposal = self._sample(model, state, slot[:, None], offset, noise)
             imagined = self._imagined(model, state, proposal, noise.fold(1))
             reward, discount, value = self.scorer.edge(model, imagined)
             reached = _one_future(imagined, noise.fold(2))
+            logits = torch.zeros(rows.numel(), tree.slots, device=rows.device)
+            if model.spec.action_kind == "discrete":
+                logits = self._logits(model, reached[:, 0])
             at = tree.add(
                 rows,
                 end[:, None],
@@ -394,31 +452,22 @@ class MCTSPlanner:
                 reward=reward,
                 discount=discount,
                 value=value,
-                logits=self._logits(model, reached[:, 0])[:, None]
-                if model.spec.action_kind == "discrete"
-                else torch.zeros(rows.numel(), 1, tree.slots, device=rows.device),
+                logits=logits[:, None],
+                wanted=wanted[:, None],
             )[:, 0]
-            if everyone:
-                leaf = at
-                spent += imagined.evaluations
-            else:
-                leaf = leaf.clone()
-                leaf[rows] = at
-                spent[rows] = imagined.evaluations
-        tree.back_up(nodes, slots, leaf)
+            leaf = leaf.index_copy(0, rows, torch.where(wanted, at, leaf[rows]))
+            spent[rows] = imagined.evaluations
+        tree.back_up(path, leaf)
         return spent
 
-    def _sample(self, model: WAM, state: State, slots: Tensor, noise: NoiseKey) -> Proposal:
+    def _sample(self, model: WAM, state: State, slots: Tensor, offsets: Tensor, noise: NoiseKey) -> Proposal:
         """Chunks [X, N, H, A] for the edges `slots` [X, N] of the states [X]; with a sigma, slot 0 is unperturbed."""
         num = slots.shape[1]
         if self.sigma is None:
             proposal = model.propose(state, num, mode="sde", noise=noise.fold(0), horizon=self.chunk)
         else:
-            action_dim, device = model.spec.action_dim, slots.device
-            basis = noise_basis(self.chunk) if self.basis is None else self.basis
-            offset = coloured_noise(noise, basis.to(device), num, action_dim=action_dim) * self.sigma.to(device)
-            offset = offset.masked_fill((slots == 0)[:, :, None, None], 0.0)
-            proposal = model.propose(state, num, mode="ode", noise=noise.fold(0), perturbation=offset)
+            offsets = offsets.masked_fill((slots == 0)[:, :, None, None], 0.0)
+            proposal = model.propose(state, num, mode="ode", noise=noise.fold(0), perturbation=offsets)
         if proposal.actions.shape[2] != self.chunk:
             raise ValueError(
                 f"planner.chunk is {self.chunk}, but the model proposes chunks of {proposal.actions.shape[2]} steps; "
@@ -440,34 +489,22 @@ class MCTSPlanner:
         proposal = Proposal(actions=actions, chain=chain, times=torch.tensor([0.0, 1.0], device=device))
         return model.log_prob(state, proposal).sum(dim=-1).nan_to_num(-1e9, 1e9, -1e9)
 
-    def _first(self, tree: Tree, before: Tensor, gumbel: Tensor, visits: int) -> Tensor:
-        """[R] the root's slot that a simulation starts with."""
-        open_ = self._considerable(tree)
-        if self.search == "puct":
-            if open_ is None:
-                return tree.best[tree.base]
-            now = tree.statistics(tree.base)._replace(open=open_)
-            return tree.rule(now).masked_fill(~open_, -math.inf).argmax(dim=1)
-        now = tree.statistics(tree.base)._replace(open=open_)
-        counts = now.counts - before
-        if open_ is not None:
-            counts = counts.masked_fill(~open_, math.inf)
-        match = counts == visits
-        if not match.any(dim=1).all():  # fewer children left than the schedule thinks: the least visited ones
-            least = counts == counts.amin(dim=1, keepdim=True)
-            match = torch.where(match.any(dim=1, keepdim=True), match, least)
-        return (gumbel + improved_logits(now)).masked_fill(~match, -math.inf).argmax(dim=1)
-
-    def _considerable(self, tree: Tree) -> Tensor | None:
-        """[R, C] children of the root that may be searched, None for all.
-
-        All that are not dead, and of sampled ones those that exist: the root is not widened.
-        """
-        alive = ~tree.dead[tree.base] if tree.any_dead else None
+    def _first(self, root: _Root, visits: Tensor) -> Tensor:
+        """[R] the root's slot that a simulation starts with; `visits` [] of it that the schedule wants to see."""
+        tree = root.tree
+        now = tree.statistics(tree.base)
         if tree.open_slots is None:
-            return alive
-        there = tree.child[tree.base] >= 0
-        return there if alive is None else there & alive
+            open_ = ~tree.dead[tree.base]
+        else:  # of sampled children those that exist: the root is not widened
+            open_ = ~tree.dead[tree.base] & (tree.target[tree.base] != tree.trash[:, None])
+        now = now._replace(open=open_)
+        if self.search == "puct":
+            return tree.rule(now).masked_fill(~open_, -math.inf).argmax(dim=1)
+        counts = (now.counts - root.before).masked_fill(~open_, math.inf)
+        match = counts == visits
+        # Fewer children may be left than the schedule thinks: then the least visited ones.
+        match |= ~match.any(dim=1, keepdim=True) & (counts == counts.amin(dim=1, keepdim=True))
+        return (root.gumbel + improved_logits(now)).masked_fill(~match, -math.inf).argmax(dim=1)
 
     def _finish(
         self, tree: Tree, before: Tensor, gumbel: Tensor, spent: Tensor, noise: NoiseKey, discrete: bool
@@ -497,8 +534,7 @@ class MCTSPlanner:
         if discrete:
             candidates = torch.eye(tree.slots, device=chosen.device).expand(tree.rows, -1, -1)[:, :, None]
         else:
-            child = tree.child[tree.base]
-            candidates = tree.action[torch.where(child >= 0, tree.base[:, None] + child, tree.trash[:, None])]
+            candidates = tree.action[tree.target[tree.base]]
         each = torch.arange(tree.rows, device=chosen.device)
         plan = Plan(
             actions=candidates[each, chosen].masked_fill(failed[:, None, None], 0.0),
@@ -567,6 +603,7 @@ def make_mcts(
     reuse: bool = False,
     reuse_tolerance: float = 0.05,
     shuffle_scores: bool = False,
+    compile: bool = False,
     on_failure: str = "raise",
 ) -> MCTSPlanner:
     """MCTS as `configs/planner/mcts.yaml` builds it; the defaults are the same.
@@ -594,5 +631,6 @@ def make_mcts(
         reuse=reuse,
         reuse_tolerance=reuse_tolerance,
         shuffle_scores=shuffle_scores,
+        compile=compile,
         on_failure=on_failure,
     )

@@ -123,11 +123,8 @@ class ShootingPlanner:
             raise unknown_name("choose", str(self.choose), CHOICES)
         if self.on_failure not in FAILURES:
             raise unknown_name("on_failure", str(self.on_failure), FAILURES)
-        if self.compile and not has_cpp_compiler():
-            raise ValueError(
-                "planner.compile=true needs a C++ compiler, and none was found (looked for $CXX, g++, clang++, c++); "
-                "install one, or set planner.compile=false"
-            )
+        if self.compile:
+            require_compiler()
 
     def check(self, model: WAM) -> None:
         """ValueError when `model` does not answer what this planner asks, or not as far ahead."""
@@ -392,20 +389,8 @@ class ShootingPlanner:
         if not self.compile:
             return partial(self._evaluate, cast(WAM, clock))
         if self._compiled is None:
-            self._compiled = torch.compile(self._evaluate, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
-        return partial(self._run_compiled, clock)
-
-    def _run_compiled(self, clock: ModelClock, *arguments: Any) -> tuple[_Iterate, Tensor, int]:
-        from torch._dynamo.exc import TorchDynamoException  # seconds to import, so only where it is needed
-
-        try:
-            result = clock.timed(self._compiled, clock.model, *arguments)
-        except TorchDynamoException as cause:
-            raise RuntimeError(
-                f"planner.compile=true, but an iteration with {type(clock.model).__name__} cannot be compiled "
-                f"({type(cause).__name__}); set planner.compile=false, or see the cause below"
-            ) from cause
-        return cast("tuple[_Iterate, Tensor, int]", result)
+            self._compiled = compiled(self._evaluate)
+        return partial(run_compiled, self._compiled, clock)
 
     def _order(self, noise: NoiseKey, iteration: int, num: int) -> Tensor | None:
         return permutation(noise.fold(3).fold(iteration), num) if self.shuffle_scores else None
@@ -469,6 +454,33 @@ class ModelClock:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
+
+
+def require_compiler() -> None:
+    """ValueError where `planner.compile=true` could not be served."""
+    if not has_cpp_compiler():
+        raise ValueError(
+            "planner.compile=true needs a C++ compiler, and none was found (looked for $CXX, g++, clang++, c++); "
+            "install one, or set planner.compile=false"
+        )
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as one graph of fixed shapes; where its first argument, the model, allows no such graph, it raises."""
+    return torch.compile(function, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+
+
+def run_compiled(function: Callable[..., Any], clock: ModelClock, *arguments: Any) -> Any:
+    """What a `compiled` function makes of the clock's model and `arguments`; all of its time counts as the model's."""
+    from torch._dynamo.exc import TorchDynamoException  # seconds to import, so only where it is needed
+
+    try:
+        return clock.timed(function, clock.model, *arguments)
+    except TorchDynamoException as cause:
+        raise RuntimeError(
+            f"planner.compile=true, but an iteration with {type(clock.model).__name__} cannot be compiled "
+            f"({type(cause).__name__}); set planner.compile=false, or see the cause below"
+        ) from cause
 
 
 def policy_chunk(model: WAM, state: State, horizon: int) -> tuple[Tensor, int, Tensor]:

@@ -6,6 +6,9 @@ path at once: a descent is then two look-ups per level. A child may be worth not
 (`dead`): it is never entered again, the next slot opens in its stead, and a node without any other child is dead too.
 And a node may be worth its best child instead of the mean of all visits.
 
+Nothing here asks for the numbers in a tensor but the length of a descent, which is the whole depth where torch compiles
+(`MCTSPlanner.compile`): a simulation is then one graph of fixed shapes.
+
 Letters: B rows, S nodes, C slots for children, X any number of nodes, H steps of an edge, A action dims.
 Nodes are numbered by row: node n of row b is n + b * (S + 1); node S of each row is a bin for writes that must not
 count. Node 0 is the root, and parents have smaller numbers than their children.
@@ -32,7 +35,7 @@ class Statistics(NamedTuple):
 
     visits, value, raw_value: [X] of the nodes; value is the mean of what was backed up, raw_value the model's own.
     counts, q, logits: [X, C] of their children: visits, reward + discount * value (0 if never visited), prior logits.
-    open: [X, C] bool, children that may be chosen; None is all.
+    open: [X, C] bool, children that may be chosen.
     """
 
     visits: Tensor
@@ -41,7 +44,23 @@ class Statistics(NamedTuple):
     counts: Tensor
     q: Tensor
     logits: Tensor
-    open: Tensor | None
+    open: Tensor
+
+
+class Path(NamedTuple):
+    """How a simulation went through each row's tree: at most D edges, from the root to an edge without a node.
+
+    nodes: [D + 1, B], the bin behind the last one. slots: [D + 1, B] where each goes on; meaningless behind the last.
+    length: [B] nodes. end, slot: [B] the last node, and its slot. new: [B] bool, that slot has no node yet; otherwise
+    the path is as long as it may be, and `end` is visited anew.
+    """
+
+    nodes: Tensor
+    slots: Tensor
+    length: Tensor
+    end: Tensor
+    slot: Tensor
+    new: Tensor
 
 
 Rule = Callable[[Statistics], Tensor]
@@ -83,16 +102,14 @@ class Tree:
             return torch.full((total, *shape), fill, dtype=dtype, device=device)
 
         self.parent = full(fill=-1, dtype=torch.int64)  # within the row
-        self.owner = full(fill=-1, dtype=torch.int64)  # slot of the root that a node descends from
         self.visits, self.value, self.raw_value = full(), full(), full()
-        self.child = full(slots, fill=-1, dtype=torch.int64)  # within the row
         self.counts, self.q, self.logits = full(slots), full(slots), full(slots)
         self.reward, self.discount = full(slots), full(slots, fill=1.0)
         self.dead = full(slots, fill=False, dtype=torch.bool)
-        self.any_dead = False
-        self.best = full(fill=0, dtype=torch.int64)
-        # Where an edge leads, and where a descent goes on from a node: nodes of the whole batch, the bin for nowhere.
+        # Where an edge leads, the slot that a descent takes and where it leads: nodes of the whole batch, the bin for
+        # nowhere.
         self.target = self.trash.repeat_interleave(num_nodes + 1)[:, None].repeat(1, slots)
+        self.best = full(fill=0, dtype=torch.int64)
         self.down = self.target[:, 0].clone()
         self.action = full(*edge)  # that led to a node
         self.slot_index = torch.arange(slots, device=device)
@@ -100,12 +117,11 @@ class Tree:
         self.states = TensorDict({}, batch_size=[total], device=state.device)
         for key in self._keys:
             self.states[key] = state[key].new_zeros(total, *state[key].shape[1:])
-        self.size = torch.ones(rows, dtype=torch.int64, device=device)
-        for key in self._keys:
             self.states.get(key)[self.base] = state.get(key)
+        self.size = torch.ones(rows, dtype=torch.int64, device=device)
         self.logits[self.base] = logits
         self.visits[self.base], self.value[self.base], self.raw_value[self.base] = 1.0, value, value
-        self.refresh(self.base)
+        self.refresh(self.base, self.statistics(self.base))
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
@@ -116,65 +132,65 @@ class Tree:
         # Several times quicker than to index the TensorDict.
         return TensorDict({key: self.states.get(key)[at] for key in self._keys}, batch_size=at.shape)
 
+    @property
+    def child(self) -> Tensor:
+        """[B * (S + 1), C] numbers of the children within their row, -1 where there is none."""
+        row = torch.arange(self.target.shape[0], device=self.base.device)[:, None] // (self.num_nodes + 1)
+        number = self.target - row * (self.num_nodes + 1)
+        return torch.where(number == self.num_nodes, -1, number)
+
     def statistics(self, at: Tensor) -> Statistics:
         """What a rule reads of the nodes `at` [X]."""
-        visits, value, raw_value, counts, q, logits = (
-            x.index_select(0, at) for x in (self.visits, self.value, self.raw_value, self.counts, self.q, self.logits)
+        visits, value, raw_value, counts, q, logits, dead = (
+            x.index_select(0, at)
+            for x in (self.visits, self.value, self.raw_value, self.counts, self.q, self.logits, self.dead)
         )
-        dead = self.dead[at] if self.any_dead else None
-        available = None
-        if self.open_slots is not None:
-            wide = self.open_slots(visits)
-            if dead is not None:
-                wide = wide + dead.sum(dim=1)  # a dead slot takes nobody's place
-            available = self.slot_index < wide[:, None]
-        if dead is not None:
-            available = ~dead if available is None else available & ~dead
-        return Statistics(visits, value, raw_value, counts, q, logits, available)
+        return Statistics(visits, value, raw_value, counts, q, logits, self._open(visits, dead))
+
+    def _open(self, visits: Tensor, dead: Tensor) -> Tensor:
+        """[X, C] children that may be chosen, of nodes with `visits` [X] and `dead` [X, C] slots."""
+        if self.open_slots is None:
+            return ~dead
+        # A dead slot takes nobody's place.
+        return (self.slot_index < (self.open_slots(visits) + dead.sum(dim=1))[:, None]) & ~dead
 
     def of_row(self, row: int, chosen: Tensor) -> TensorDict:
         """The tree [S] of a row, whose chosen slots are `chosen` [B]; see `wamrl.interfaces.Plan.tree`."""
         at = self.base[row] + torch.arange(int(self.size[row]), device=self.base.device)
-        there = self.child[self.base[row], chosen[row]]
+        there = self.target[self.base[row], chosen[row]]
         return TensorDict(
             {
                 "parent": self.parent[at],
                 "visits": self.visits[at],
                 "value": self.value[at],
                 "state": self.states[at],
-                "chosen": at - self.base[row] == there,
+                "chosen": at == there,
             },
             batch_size=[at.numel()],
         )
 
-    def refresh(self, at: Tensor) -> None:
-        """Choose anew where a descent goes on from the nodes `at` [X]."""
-        now = self.statistics(at)
-        scores = _masked(self.rule(now), now.open, -math.inf)
+    def refresh(self, at: Tensor, now: Statistics) -> None:
+        """Choose anew where a descent goes on from the nodes `at` [X], whose statistics are `now`."""
+        scores = self.rule(now).masked_fill(~now.open, -math.inf)
         if self.open_slots is not None:
-            assert now.open is not None
             # A slot that has just opened is tried first, the lowest one of several.
-            fresh = now.open & (now.counts == 0)
-            scores = torch.where(fresh, 1e30 - self.slot_index * 1e24, scores)
+            scores = torch.where(now.open & (now.counts == 0), 1e30 - self.slot_index * 1e24, scores)
         best = scores.argmax(dim=1)
         self.best[at], self.down[at] = best, self.target[at, best]
 
-    def descend(self, first: Tensor, max_depth: int) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
-        """From the roots by the slots `first` [B] down to an edge without a node, or to `max_depth` edges.
-
-        Returns the nodes and slots of the path, one [B] per level (the bin where a row's path has ended), and per row
-        where it ended: the node [B], the slot [B] and whether that edge is new [B].
-        """
+    def descend(self, first: Tensor, max_depth: int) -> Path:
+        """From the roots by the slots `first` [B] down to an edge without a node, or over `max_depth` edges."""
         reached = [self.base, self.target[self.base, first]]
-        while len(reached) <= max_depth and not torch.equal(reached[-1], self.trash):
+        while len(reached) <= max_depth and (
+            torch.compiler.is_compiling() or not torch.equal(reached[-1], self.trash)
+        ):  # fmt: skip
             reached.append(self.down.index_select(0, reached[-1]))
-        path = torch.stack(reached)  # [D + 1, B]
-        inside = path != self.trash
-        end = path.gather(0, inside.sum(dim=0, keepdim=True) - 1)[0]
-        slots = self.best[path]
-        slots[0] = first
-        last = torch.where(end == self.base, first, self.best[end])
-        return list(path[:-1].unbind()), list(slots[:-1].unbind()), end, last, ~inside[-1]
+        nodes = torch.stack(reached)
+        length = (nodes != self.trash).sum(dim=0)
+        end = nodes.gather(0, length[None] - 1)[0]
+        slots = torch.cat([first[None], self.best[nodes[1:]]])
+        slot = torch.where(end == self.base, first, self.best[end])
+        return Path(nodes, slots, length, end, slot, length < len(reached))
 
     # ---- growing -------------------------------------------------------------------------------------------------
 
@@ -190,44 +206,30 @@ class Tree:
         discount: Tensor,
         value: Tensor,
         logits: Tensor,
-        wanted: Tensor | None = None,
+        wanted: Tensor,
     ) -> Tensor:
         """New nodes, N per row, behind different edges (`parent`, `slot`) [X, N] of `rows` [X]; returns them [X, N].
 
         state: [X, N]. action: [X, N, H, A]. reward, discount, value: [X, N]. logits: [X, N, C].
-        wanted: [X, N] bool, edges that get a node; None is all. An edge whose reward, discount, value or action is not
-        finite is dead. Edges without a node have the row's bin for it.
+        wanted: [X, N] bool, edges that get a node. An edge whose reward, discount, value or action is not finite is
+        dead. Edges without a node have the row's bin for it.
         """
         sound = (reward + discount + value + action.sum(dim=(2, 3))).isfinite()
-        whole = bool(sound.all())
-        if not whole:
-            self.dead[parent, slot] |= ~sound if wanted is None else ~sound & wanted
-            self.any_dead = True
-        if wanted is not None:
-            sound, whole = sound & wanted, False
-        if whole:
-            number = self.size[rows, None] + torch.arange(parent.shape[1], device=rows.device)
-            at = self.base[rows, None] + number
-            self.size[rows] += parent.shape[1]
-        else:
-            number = self.size[rows, None] + sound.cumsum(dim=1) - 1
-            at = torch.where(sound, self.base[rows, None] + number, self.trash[rows, None])
-            self.size[rows] += sound.sum(dim=1)
-
-        def kept(x: Tensor) -> Tensor:
-            return x.flatten(0, 1) if whole else x[sound]  # a mask costs a search for what is True in it
-
-        new, parent, slot, base = kept(at), kept(parent), kept(slot), kept(self.base[rows, None].expand_as(at))
-        self.child[parent, slot], self.target[parent, slot] = kept(number), new
-        self.parent[new] = parent - base
-        self.owner[new] = torch.where(parent == base, slot, self.owner[parent])
-        self.reward[parent, slot], self.discount[parent, slot] = kept(reward), kept(discount)
-        self.action[new] = kept(action)
-        self.logits[new] = kept(logits)
+        self.dead[parent, slot] |= wanted & ~sound
+        kept, base = wanted & sound, self.base[rows, None]
+        at = torch.where(kept, base + self.size[rows, None] + kept.cumsum(dim=1) - 1, self.trash[rows, None])
+        self.size[rows] += kept.sum(dim=1)
+        parent = torch.where(kept, parent, self.trash[rows, None])
+        self.target[parent, slot], self.parent[at] = at, parent - base
+        # The bin's edges pay nothing and pass on what lies behind them.
+        self.reward[parent, slot] = torch.where(kept, reward, 0.0)
+        self.discount[parent, slot] = torch.where(kept, discount, 1.0)
+        self.action[at] = action.masked_fill(~kept[:, :, None, None], 0.0)
+        self.logits[at] = logits
         for key in self._keys:
-            self.states.get(key)[new] = kept(state.get(key))
-        value = kept(value)
-        self.visits[new], self.value[new], self.raw_value[new] = 1.0, value, value
+            self.states.get(key)[at] = state.get(key)
+        value = torch.where(kept, value, 0.0)
+        self.visits[at], self.value[at], self.raw_value[at] = 1.0, value, value
         return at
 
     def count_at_root(self, slots: Tensor, nodes: Tensor) -> None:
@@ -240,63 +242,58 @@ class Tree:
         self.counts[root, slots] += counted.to(self.counts.dtype)
         self.q[root, slots] = torch.where(counted, returns, self.q[root, slots])
         if self.backup == "max":
-            self._take_best(self.base)
-        self.refresh(torch.cat([self.base, nodes.flatten()]))
+            visited = (self.counts[self.base] > 0) & ~self.dead[self.base]
+            best = self.q[self.base].masked_fill(~visited, -math.inf).amax(dim=1)
+            self.value[self.base] = best.where(visited.any(dim=1), self.value[self.base])
+        at = torch.cat([self.base, nodes.flatten()])
+        self.refresh(at, self.statistics(at))
 
-    def _take_best(self, at: Tensor) -> None:
-        """The nodes `at` [X] are worth the best of their visited children."""
-        visited = (self.counts[at] > 0) & ~self.dead[at]
-        best = self.q[at].masked_fill(~visited, -math.inf).amax(dim=1)
-        self.value[at] = best.where(visited.any(dim=1), self.value[at])
-
-    def back_up(self, nodes: list[Tensor], slots: list[Tensor], leaf: Tensor) -> None:
-        """Count the simulation that followed the path to the nodes `leaf` [B]; nothing where that is the bin.
+    def back_up(self, path: Path, leaf: Tensor) -> None:
+        """Count the simulation that went along `path` to the nodes `leaf` [B]; nothing where that is the bin.
 
         Where it is, the last edge is dead, and so are those above it whose nodes have no other child left.
         """
-        void = leaf == self.trash
-        if self.any_dead and bool(void.any()):
-            self._close(nodes, slots, void)
-        path, slot = torch.stack(nodes), torch.stack(slots)  # [D, B]
-        counted = torch.where(void, self.trash, path)
-        reward, discount = self.reward[counted, slot], self.discount[counted, slot]  # 0 and 1 in the bin
-        visits = self.visits[counted]
+        void, level = leaf == self.trash, torch.arange(path.nodes.shape[0], device=leaf.device)[:, None]
+        # All of the following are [D + 1, B]: the path's nodes with the leaf, and the edges behind those `inside`.
+        nodes, slots = torch.where(level == path.length, leaf, path.nodes), path.slots
+        inside, counted = level < path.length - (~path.new).long(), (level < path.length) & ~void
+        visits, value, reward, discount = (
+            self.visits[nodes], self.value[nodes], self.reward[nodes, slots], self.discount[nodes, slots]
+        )  # fmt: skip
+        died = inside & void
+        if torch.compiler.is_compiling() or died.any():
+            forked = inside & ((self.slot_index != slots[:, :, None]) & ~self.dead[nodes]).any(dim=2)
+            deeper = forked.flip(0).long().cumsum(dim=0).flip(0) > forked  # another living child in some node below
+            died &= ~deeper
+            self.dead[nodes, slots] |= died
+        # From the leaf to the root; behind the leaf there are edges of the bin, which pass on what they get.
         if self.backup == "mean":
-            returns, at = [], self.raw_value[leaf]
-            for r, d in zip(reversed(reward.unbind()), reversed(discount.unbind()), strict=True):
-                at = torch.addcmul(r, d, at)
-                returns.append(at)
-            self.value[counted] = (self.value[counted] * visits + torch.stack(returns[::-1])) / (visits + 1.0)
-        self.visits[counted] = visits + 1.0
-        self.counts[counted, slot] += 1.0
-        below = self.target[counted, slot]
-        if self.backup == "mean":
-            self.q[counted, slot] = reward + discount * self.value[below]
+            returns = [self.raw_value[leaf]]
+            for r, d in zip(reversed(reward[:-1].unbind()), reversed(discount[:-1].unbind()), strict=True):
+                returns.append(torch.addcmul(r, d, returns[-1]))
+            value = torch.where(counted, (value * visits + torch.stack(returns[::-1])) / (visits + 1.0), value)
+            changed = inside & ~void
         else:
-            for level in reversed(range(len(nodes))):
-                found = torch.addcmul(reward[level], discount[level], self.value[below[level]])
-                self.q[counted[level], slot[level]] = found
-                self._take_best(counted[level])
-        self.refresh(torch.cat([path.flatten(), leaf]))
-
-    def _close(self, nodes: list[Tensor], slots: list[Tensor], void: Tensor) -> None:
-        """Pass on what died at the ends of the paths of the rows `void` [B]: dead nodes, the best of what is left."""
-        for level in reversed(range(len(nodes))):
-            at, slot = nodes[level], slots[level]
-            inside = void & (at != self.trash)
-            child = self.child[at, slot]
-            below = torch.where(inside & (child >= 0), self.base + child, self.trash)
-            exhausted = (below != self.trash) & self.dead[below].all(dim=1)
-            self.dead[at, slot] |= exhausted
-            if self.backup == "max":
-                inner = below != self.trash
-                found = self.reward[at, slot] + self.discount[at, slot] * self.value[below]
-                self.q[at, slot] = torch.where(inner, found, self.q[at, slot])
-                self._take_best(at[inside])
-
-    def revisit(self, leaf: Tensor) -> None:
-        """Count a visit of the nodes `leaf` [X] that are as deep as a path may go."""
-        self.visits[leaf] += 1.0
+            taken = (inside & ~died)[:, :, None] & (self.slot_index == slots[:, :, None])
+            visited = (self.counts[nodes] > 0) & ~self.dead[nodes]
+            others = self.q[nodes].masked_fill(taken | ~visited, -math.inf).amax(dim=2)
+            others = torch.where(died & others.isinf(), value, others)  # nothing is known of what is left
+            best = [self.value[leaf]]
+            for r, d, other in zip(
+                reversed(reward.masked_fill(died, -math.inf)[:-1].unbind()),
+                reversed(discount[:-1].unbind()),
+                reversed(others[:-1].unbind()),
+                strict=True,
+            ):
+                best.append(torch.maximum(other, torch.addcmul(r, d, best[-1])))
+            value = torch.stack(best[::-1])
+            changed = inside & ~died
+        self.visits[nodes], self.value[nodes] = visits + counted, value
+        self.counts[nodes, slots] += inside & ~void
+        found = torch.addcmul(reward, discount, torch.cat([value[1:], value[-1:]]))
+        self.q[nodes, slots] = torch.where(changed, found, self.q[nodes, slots])
+        at = nodes.flatten() if torch.compiler.is_compiling() else nodes[nodes != self.trash]
+        self.refresh(at, self.statistics(at))
 
     # ---- from one control step to the next -----------------------------------------------------------------------
 
@@ -307,7 +304,9 @@ class Tree:
         them is meaningless. A child that did not fit counts as never visited.
         """
         nodes = self.num_nodes + 1
-        mine = self.owner.view(self.rows, nodes) == slot[:, None]
+        child = self.child
+        first = child[self.base, slot][:, None]
+        mine = _branch(self.parent.view(self.rows, nodes)) == first
         rank = mine.cumsum(dim=1) - 1
         kept = mine & (rank < limit)
         renumber = torch.where(kept, rank, -1)  # old number -> new number
@@ -320,7 +319,7 @@ class Tree:
             return torch.where(flat >= 0, renumber.gather(1, flat.clamp_min(0)), -1).view_as(link)
 
         out = {name: getattr(self, name)[source] for name in _CARRIED}
-        out["child"], out["parent"] = moved(out["child"]), moved(out["parent"])
+        out["child"], out["parent"] = moved(child[source]), moved(out["parent"])
         lost = out["child"] < 0
         out["counts"], out["q"] = out["counts"].masked_fill(lost, 0.0), out["q"].masked_fill(lost, 0.0)
         return TensorDict({**out, "number": kept.sum(dim=1), "state": self.states[source]}, batch_size=[self.rows])
@@ -347,24 +346,24 @@ class Tree:
         if self.open_slots is not None:
             self.dead[self.base[rows]] = False  # what will be sampled there is not what broke
         self.size[rows] = number.clamp_min(1)
-        self.any_dead = self.any_dead or bool(kept["dead"][rows][valid].any())
-        # Whom a node descends from: climb until the parent is the root, whose slot it then is.
-        top, parent = step.expand(rows.numel(), -1), kept["parent"][rows]
-        while True:
-            above = parent.gather(1, top)
-            higher = torch.where((above > 0) & valid, above, top)
-            if torch.equal(higher, top):
-                break
-            top = higher
-        owner = (kept["child"][rows, 0][:, None] == top[:, :, None]).long().argmax(dim=2)
-        self.owner[at] = torch.where(step > 0, owner, -1)[valid]
-        base, child = (at - at % (self.num_nodes + 1))[:, None], self.child[at]
-        self.target[at] = torch.where(child >= 0, base + child, base + self.num_nodes)
-        self.refresh(at)
+        base, child = self.base[rows, None, None], kept["child"][rows]
+        self.target[at] = torch.where(child >= 0, base + child, base + self.num_nodes)[valid]
+        self.refresh(at, self.statistics(at))
+
+
+def _branch(parent: Tensor) -> Tensor:
+    """[B, S] the child of the root that each node descends from, of the nodes' parents [B, S] within their row."""
+    top = torch.arange(parent.shape[1], device=parent.device).expand_as(parent)
+    while True:
+        above = parent.gather(1, top)
+        higher = torch.where(above > 0, above, top)
+        if torch.equal(higher, top):
+            return top
+        top = higher
 
 
 _CARRIED = (
-    "parent", "visits", "value", "raw_value", "child", "counts", "q", "logits", "reward", "discount", "dead", "action",
+    "parent", "visits", "value", "raw_value", "counts", "q", "logits", "reward", "discount", "dead", "action",
 )  # fmt: skip
 
 
@@ -414,18 +413,18 @@ def improved_logits(now: Statistics, value_scale: float = 0.1, visit_offset: flo
     Children that were never visited have the mixed value: the prior-weighted mean of the visited ones and the model's
     own value of the node. Completed values are scaled to [0, 1] within a node.
     """
-    visited = now.counts > 0
+    visited, closed = now.counts > 0, ~now.open
     tiny = torch.finfo(torch.float32).tiny
     prior = _prior(now).clamp_min(tiny) * visited
     weighted = (prior * now.q).sum(dim=1) / prior.sum(dim=1).clamp_min(tiny)
     total = now.counts.sum(dim=1)
     mixed = (now.raw_value + total * weighted) / (total + 1.0)
     completed = torch.where(visited, now.q, mixed[:, None])
-    low = _masked(completed, now.open, math.inf).amin(dim=1, keepdim=True)
-    high = _masked(completed, now.open, -math.inf).amax(dim=1, keepdim=True)
+    low = completed.masked_fill(closed, math.inf).amin(dim=1, keepdim=True)
+    high = completed.masked_fill(closed, -math.inf).amax(dim=1, keepdim=True)
     completed = (completed - low) / (high - low).clamp_min(1e-8)
     scale = (now.counts.amax(dim=1, keepdim=True) + visit_offset) * value_scale
-    return _masked(torch.addcmul(now.logits, scale, completed), now.open, -math.inf)
+    return torch.addcmul(now.logits, scale, completed).masked_fill(closed, -math.inf)
 
 
 def considered_visits(num_considered: int, num_simulations: int) -> list[int]:
@@ -448,16 +447,10 @@ def considered_visits(num_considered: int, num_simulations: int) -> list[int]:
 
 
 def _prior(now: Statistics) -> Tensor:
-    if now.open is None:
-        return _softmax(now.logits)
-    return _softmax(_masked(now.logits, now.open, -math.inf)).nan_to_num(0.0)
+    return _softmax(now.logits.masked_fill(~now.open, -math.inf)).nan_to_num(0.0)
 
 
 def _softmax(x: Tensor) -> Tensor:
     """Over dim 1; torch's own takes several times as long where there are many rows of few numbers."""
     weights = (x - x.amax(dim=1, keepdim=True)).exp_()
     return weights.div_(weights.sum(dim=1, keepdim=True))
-
-
-def _masked(x: Tensor, open_: Tensor | None, fill: float) -> Tensor:
-    return x if open_ is None else x.masked_fill(~open_, fill)

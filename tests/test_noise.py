@@ -81,6 +81,12 @@ def test_no_two_folds_of_a_small_tree_share_a_key():
     assert len(draws) == len(paths)
 
 
+def test_a_tensor_folds_like_its_number():
+    key = NoiseKey.for_rows(3, step=2).fold(7)
+    for draw in (0, 5, 1 << 40):
+        assert torch.equal(key.fold(torch.tensor(draw)).fold(3).normal(4), key.fold(draw).fold(3).normal(4))
+
+
 def test_the_global_generator_is_neither_read_nor_moved():
     before = torch.get_rng_state()
     first = NoiseKey.for_rows(3).normal(4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import shutil
 from importlib import resources
 from pathlib import Path
 
@@ -155,6 +156,38 @@ def test_the_step_that_ends_an_episode_pays_and_nothing_after_it(pays: float, be
         assert plan.actions[0, 0].argmax() == best and plan.scores[0].tolist() == pytest.approx([1.0, pays])
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")  # torch's own, on import
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("backup", ["max", pytest.param("mean", marks=pytest.mark.slow)])
+def test_compiled_simulations_grow_the_same_trees(backup: str) -> None:
+    """Single edges break the model, and both behind state 4, where row 2 starts; paths end at depth 2; two plans."""
+    model = TabularWAM(
+        torch.tensor([[1, 2], [3, 3], [3, 4], [3, 3], [4, 4]]),
+        torch.tensor([[1.0, 0.0], [0.5, math.inf], [4.0, 5.0], [0.0, math.nan], [math.nan, math.nan]]),
+        torch.tensor([0.5, 0.0, 1.0, 0.0, 0.0]),
+        torch.zeros(5, 2),
+        discount=0.5,
+    )
+    state = model.state(torch.tensor([0, 2, 4]))
+    trees: list[list[Tree]] = []
+    for compile in (False, True):
+        planner = make_mcts(
+            chunk=1, depth=2, simulations=10, num_candidates=2, backup=backup, compile=compile, on_failure="hold"
+        )
+        trees.append(watched(planner))
+        for step in range(2):
+            with pytest.warns(RuntimeWarning, match="zero actions in 1 row"):
+                planner.plan(model, state, planner.initial_state(model, 3), NoiseKey.for_rows(3, step=step), Budget())
+    for eager, compiled in zip(*trees, strict=True):
+        inside = torch.ones_like(eager.parent, dtype=torch.bool)
+        inside[eager.trash] = False
+        for name in ("parent", "target", "visits", "counts", "dead"):
+            assert torch.equal(getattr(eager, name)[inside], getattr(compiled, name)[inside]), name
+        for name in ("value", "q"):
+            torch.testing.assert_close(getattr(eager, name)[inside], getattr(compiled, name)[inside])
+
+
 # ------------------------------------------------------------------------------------------------ sampled edges
 
 
@@ -201,7 +234,7 @@ def test_counts_of_a_tree_add_up() -> None:
 
 
 def test_a_subtree_goes_on_in_the_next_plan_as_if_the_search_had_not_stopped() -> None:
-    """The kept nodes have the same actions, visits and values where all went as imagined, at no greater cost."""
+    """The kept nodes have the same actions, visits and values where all went as imagined."""
     model = ToyWAM(
         lambda z, a: z + 0.2 * a,
         lambda z, a, new: -(new - 0.5).square().sum(dim=-1),
@@ -219,7 +252,7 @@ def test_a_subtree_goes_on_in_the_next_plan_as_if_the_search_had_not_stopped() -
     after["shift"] = torch.tensor([2, 2, 1])
     second, _ = planner.plan(model, model.state(z), after, NoiseKey.for_rows(3, step=2), Budget())
     old, new = trees[-2], trees[-1]
-    assert torch.equal(first.evaluations, second.evaluations) or (second.evaluations <= first.evaluations).all()
+    assert (second.evaluations <= 64 * 2).all()  # what was kept is not imagined anew, nor paid for
     for row, kept in enumerate((True, True, False)):
         number = int(after["tree", "number"][row]) if kept else 1
         assert not kept or number > 2
@@ -227,8 +260,7 @@ def test_a_subtree_goes_on_in_the_next_plan_as_if_the_search_had_not_stopped() -
             node = int(new.base[row]) + n
             mother = int(new.base[row] + new.parent[node])
             assert 0 <= int(new.parent[node]) < n
-            slot = int((new.child[mother] == n).nonzero()[0, 0])
-            assert int(new.owner[node]) == (slot if mother == new.base[row] else int(new.owner[mother]))
+            assert int((new.child[mother] == n).sum()) == 1
             # Its latent is what its action leads to from its mother's, as if imagined just now.
             state = new.states["z"][mother]
             for step in range(2):
@@ -432,7 +464,7 @@ def test_a_branch_that_is_broken_stays_out_of_the_search_also_in_the_next_plan()
     for step in range(4):
         plan, plan_state = planner.plan(model, state, plan_state, NoiseKey.for_rows(3, step=step), Budget())
         tree = trees[-1]
-        assert tree.any_dead and (tree.action[..., 0] <= 0.5).all()
+        assert tree.dead.any() and (tree.action[..., 0] <= 0.5).all()
         dead = tree.dead.clone()
         dead[tree.trash] = False
         assert (tree.counts[dead] == 0).all() and (tree.child[dead] < 0).all()

@@ -31,12 +31,15 @@ def _mix(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NoiseKey:
-    """One key per row. row: [B] int64 identity of the episode; step: [B] int64 control step; seed: of the run."""
+    """One key per row. row: [B] int64 identity of the episode; step: [B] int64 control step; seed: of the run.
+
+    draw: what has been folded; an int64 tensor [] has the same keys as its number, and is not compiled into a function.
+    """
 
     row: Tensor
     step: Tensor
     seed: int = 0
-    draw: int = 0
+    draw: int | Tensor = 0
 
     @staticmethod
     def for_rows(rows: int, *, seed: int = 0, step: int = 0, device: torch.device | str = "cpu") -> NoiseKey:
@@ -44,7 +47,7 @@ class NoiseKey:
         row = torch.arange(rows, device=device)
         return NoiseKey(row=row, step=torch.full_like(row, step), seed=seed)
 
-    def fold(self, draw: int) -> NoiseKey:
+    def fold(self, draw: int | Tensor) -> NoiseKey:
         """An independent key for the draw of that number; fold again for sub-draws."""
         return replace(self, draw=(self.draw * 1000003 + draw + 1) % (1 << 62))
 
