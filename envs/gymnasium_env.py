@@ -23,7 +23,8 @@ from torch import Tensor
 from torchrl.data import Bounded, OneHot, TensorSpec
 
 from wamrl.envs.base import RowsEnv, check_split, seed_start_states, start_seed, whole_number
-from wamrl.envs.gymnasium_rows import PREFIX, Build, Group, Layout, Row, SharedMemory, Worker, WorkerDied
+from wamrl.envs.gymnasium_rows import PREFIX, Arrays, Build, Group, Row, SharedMemory, Worker, WorkerDied
+from wamrl.interfaces import Layout
 from wamrl.naming import unknown_name
 
 _STARTS = 100_000  # seeds that resets without `start` choose among
@@ -70,6 +71,7 @@ class GymnasiumEnv(RowsEnv):
         pixels: whether rows carry images.
         proprioception: indices into `state`.
         contacts: flag -> two lists of MuJoCo body names; the flag says whether one of each touch.
+        places: name -> [first, end] of its numbers in `state`: "hand", "object" and "goal", in metres (see `Layout`).
         snapshots: whether rows carry their full state.
         split: which seeds resets use: "train", "dev" or "test".
         seed: of the order of the starts. device: where observations are put; simulators run on the CPU.
@@ -93,6 +95,7 @@ class GymnasiumEnv(RowsEnv):
         pixels: bool = False,
         proprioception: Sequence[int] = (),
         contacts: Mapping[str, Sequence[Sequence[str]]] | None = None,
+        places: Mapping[str, Sequence[int]] | None = None,
         snapshots: bool = False,
         split: str = "train",
         seed: int = 0,
@@ -133,7 +136,8 @@ class GymnasiumEnv(RowsEnv):
             raise ValueError(f"proprioception is {list(proprioception)}, but `state` has {first.state_size} numbers")
         self._proprioception = torch.tensor(build.proprioception, dtype=torch.int64)
         self.contact_names = tuple(sides)
-        layout = Layout.of(first, num_envs)
+        self.layout = Layout.of({"places": {"state": dict(places or {})}}, {"state": (first.state_size,)})
+        layout = Arrays.of(first, num_envs)
         self._check_alike(first, tasks)
         self.faults = Faults()
         self._lost = torch.zeros(num_envs, dtype=torch.bool)
@@ -225,6 +229,7 @@ class GymnasiumEnv(RowsEnv):
             "pixels": build.pixels,
             "proprioception": list(build.proprioception),
             "contacts": {name: [list(side) for side in sides] for name, sides in build.contacts.items()},
+            "places": self.layout.to_dict()["places"].get("state", {}),
             "snapshots": build.snapshots,
             "split": self.split,
         }

@@ -2,7 +2,7 @@
 
 Nothing here imports torch: a worker process starts in a fraction of the time and memory that torch would take.
 
-Letters: B rows of the whole batch, S numbers of a snapshot. Every array of `Layout` has the rows of all workers; a
+Letters: B rows of the whole batch, S numbers of a snapshot. Every array of `Arrays` has the rows of all workers; a
 worker reads and writes its own.
 """
 
@@ -496,13 +496,13 @@ def _restore_generator(generator: Any, numbers: NDArray[np.float64]) -> None:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Arrays:
     """Name -> (shape, dtype) of the arrays that rows are read from and written to."""
 
     entries: Mapping[str, tuple[tuple[int, ...], str]]
 
     @staticmethod
-    def of(row: Row, count: int) -> Layout:
+    def of(row: Row, count: int) -> Arrays:
         """The arrays for `count` rows like `row`."""
         flags = {name: ((count,), "u1") for name in ("chosen", "terminated", "truncated", "success", "failed")}
         entries: dict[str, tuple[tuple[int, ...], str]] = {
@@ -518,7 +518,7 @@ class Layout:
             entries["pixels"] = ((count, *image), "u1")
         if row.saver is not None:
             entries["snapshot"] = ((count, row.snapshot().size), "f8")
-        return Layout(entries)
+        return Arrays(entries)
 
     def _size(self, name: str) -> int:
         shape, dtype = self.entries[name]
@@ -592,7 +592,7 @@ class Worker:
     again, torch and all, and may not be used by a daemonic process. It ends when its pipe does, however that happens.
     """
 
-    def __init__(self, build: Build, rows: range, layout: Layout, memory: SharedMemory) -> None:
+    def __init__(self, build: Build, rows: range, layout: Arrays, memory: SharedMemory) -> None:
         self.rows = rows
         ours, theirs = socket.socketpair()
         with ours, theirs:

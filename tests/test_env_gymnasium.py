@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from tensordict import TensorDict
 
 from wamrl.control import RandomPolicy
 from wamrl.envs.gymnasium_env import GymnasiumEnv, start_states
 from wamrl.evaluation import Start, run_episodes
+from wamrl.interfaces import Layout
 from wamrl.naming import UnknownNameError
 
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "env" / "gymnasium"
 FAULTY = {"tasks": "gymnasium/wamrl-test/Faulty-v0", "imports": ["faulty_envs"]}
 
 
@@ -373,3 +377,26 @@ def test_train_and_plan_take_a_preset(tmp_path, monkeypatch):
     ])  # fmt: skip
     results = json.loads((tmp_path / "outputs/plan/latest/results.json").read_text())
     assert results["summary"]["planner"]["mean"]["n"] == results["summary"]["random"]["mean"]["n"] == 2
+
+
+@pytest.mark.parametrize("preset", ["fetch_reach", "fetch_push", "fetch_pick_and_place"])
+def test_hand_object_and_goal_stand_where_the_preset_says(preset):
+    pytest.importorskip("gymnasium_robotics")
+    config = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text())
+    config.pop("_target_")
+    env = GymnasiumEnv(**{**config, "workers": 0})
+    state = env.reset(starts(4))["state"][0]
+    raw = env._group.members[0].env.unwrapped
+    measured = {"hand": raw._utils.get_site_xpos(raw.model, raw.data, "robot0:grip"), "goal": raw.goal}
+    if preset != "fetch_reach":
+        measured["object"] = raw._utils.get_site_xpos(raw.model, raw.data, "object0")
+    assert set(env.layout.places["state"]) == set(measured) and env.layout.has(*measured)
+    for name, place in measured.items():
+        np.testing.assert_allclose(state[env.layout.place(name)], place, atol=1e-6)
+    env.close()
+
+
+def test_a_place_outside_of_the_state_is_refused():
+    assert GymnasiumEnv("gymnasium/Pendulum-v1", workers=0).layout == Layout()
+    with pytest.raises(ValueError, match="'goal' at 2:5 of 'state'"):
+        GymnasiumEnv("gymnasium/Pendulum-v1", workers=0, places={"goal": [2, 5]})

@@ -161,6 +161,9 @@ def test_any_mjcf_is_a_task_with_functions_of_its_own(tmp_path):
     assert td["state"][0].tolist() == pytest.approx([float(raw.qpos[0]), float(raw.qvel[0])], abs=1e-4)
     assert td["reward"][:, 0].tolist() == pytest.approx(td["state"][:, 0].cos().tolist())
     assert env.config["reward"] == "test_env_mjx.swing" and not td["success"].any()
+    first = env.start_states("mjx/pendulum", "train", 3).rand_vec  # which collect and plan ask for
+    shown = env.reset(TensorDict({"start": torch.tensor([0, 2])}, [2]))["state"]
+    assert shown[:, 1].tolist() == pytest.approx((0.1 * first[[0, 2], 0] - 0.05).tolist(), abs=1e-6)
 
 
 def test_what_cannot_work_is_refused(tmp_path):

@@ -96,7 +96,7 @@ class Layout:
         places = {
             key: {name: (int(first), int(end)) for name, (first, end) in names.items()}
             for key, names in plain.places.items()
-            if key in observation
+            if names and key in observation
         }
         parts = {
             name: {key: tuple(int(i) for i in indices) for key, indices in keys.items() if key in observation}
