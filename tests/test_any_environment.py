@@ -50,6 +50,12 @@ class ReachToy(RowsEnv):
         return TensorDict(shown, batch_size=[len(rows)])
 
 
+class UnmarkedToy(ReachToy):
+    """It does not say what its state holds where."""
+
+    layout = Layout()
+
+
 class ExpertPolicy:
     """Straight to the goal; counts its steps in its state, which says whether the rows keep theirs."""
 
@@ -74,9 +80,9 @@ def _collected(path: Path, mixture: dict, **options) -> dict[str, tuple[TensorDi
 
 
 def test_every_behaviour_works_where_a_module_has_an_expert(tmp_path: Path) -> None:
-    mixture = {"expert": 2, "noisy_expert": 2, "failing": 12, "random": 2}
+    mixture = {"expert": 2, "noisy_expert": 2, "failing": 12, "near_miss": 4, "random": 2}
     found = _collected(tmp_path / "data", mixture)
-    assert len(found) == 36
+    assert len(found) == 44
     for episode, info in found.values():
         steps, state = torch.arange(info["steps"]), episode["observation", "state"]
         # The expert's clean action, at its own step of its own episode, whoever acted.
@@ -99,6 +105,7 @@ def test_every_behaviour_works_where_a_module_has_an_expert(tmp_path: Path) -> N
     ("env", "options", "message"),
     [
         ("agent_toys.AimEnv", {"mixture": {"expert": 1}}, "agent_toys has no ExpertPolicy; choose data=random"),
+        ("test_any_environment.UnmarkedToy", {"mixture": {"near_miss": 1}}, "near_miss needs an environment"),
         ("agent_toys.AimEnv", {"snapshots": True}, "AimEnv cannot save its state; collect with snapshots=false"),
     ],
 )
@@ -107,6 +114,31 @@ def test_what_an_environment_lacks_is_said_before_anything_is_written(tmp_path, 
     with pytest.raises(ValueError, match=message):
         collect(tmp_path / "data", {"_target_": f"tests.{env}", "tasks": ["toy/aim-v0"]}, **settings)
     assert not (tmp_path / "data").exists()
+
+
+class _Killer:
+    """Kills the process of start 1 in its first step and that of start 2 in its third; else holds still."""
+
+    def initial_state(self, rows):
+        return TensorDict({}, batch_size=[rows])
+
+    def act(self, observation, policy_state, is_init):
+        seed, count = observation["state"].unbind(1)
+        kills = ((seed == 3.0) & (count == 0.0)) | ((seed == 6.0) & (count == 2.0))  # train start n has seed 3 n
+        return torch.where(kills, 1.0, 0.0)[:, None], policy_state
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_simulator_that_dies_costs_its_episode_and_not_the_run(tmp_path: Path, capfd) -> None:
+    env = {"_target_": "wamrl.envs.gymnasium_env.GymnasiumEnv", "tasks": ["gymnasium/wamrl-test/Faulty-v0"]}
+    env |= {"imports": ["faulty_envs"], "workers": 1, "kwargs": {}}
+    data = collect(
+        tmp_path, env, {"policy": 4}, policy=_Killer(), snapshots=False, steps_after_success=0, rows=1, progress=False
+    )
+    assert data is not None
+    found = {e["start"]: (e["steps"], e["success"], e["simulator_error"]) for e in data.episodes}
+    assert found == {0: (3, True, False), 2: (2, False, True), 3: (3, True, False)}
+    assert "Faulty-v0-00001 (start 1), which is left out" in capfd.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,6 +1,6 @@
 """What every environment promises, asked of each of them: specs, seeds, bounds, ends, saving, partial resets.
 
-An environment of configs/env/ is added by a line in `CASES`; the others are built in `_others`.
+An environment of configs/env/ is added by a line in `CASES`; the others are built in `OTHERS`.
 """
 
 from __future__ import annotations

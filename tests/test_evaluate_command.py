@@ -124,6 +124,18 @@ def test_a_run_judges_compares_and_writes_everything(wam, capsys):
         assert name in text
 
 
+def test_films_show_episodes_of_both_worlds_or_the_report_says_why_not(wam):
+    main(_arguments(wam, "films=2"))
+    run = Path("outputs/evaluate/latest")
+    films, notes = sorted(run.glob("film_*.mp4")), [w for w in _results()["warnings"] if w.startswith("No film: ")]
+    page = (run / "report.html").read_text()
+    if notes:  # this machine has nothing to draw with
+        assert not films and any(word in notes[0] for word in ("EGL", "imageio"))
+    else:
+        assert [film.name for film in films] == ["film_1.mp4", "film_2.mp4"]
+        assert all(film.stat().st_size > 1000 for film in films) and page.count("data:video/mp4") == 2
+
+
 def test_the_same_command_gives_the_same_numbers_whatever_the_batch(wam):
     for name, rows in (("a", 3), ("b", 2)):
         main(_arguments(wam, f"num_envs={rows}", f"run_dir={name}"))

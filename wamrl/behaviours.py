@@ -106,12 +106,7 @@ def _failing(rng: np.random.Generator, setting: Setting) -> tuple[Act, dict[str,
 def _near_miss(rng: np.random.Generator, setting: Setting) -> tuple[Act, dict[str, Any]]:
     """The expert as a poor imitator: beside the object or the goal, often carrying on as if it had what it missed."""
     relabel, layout = setting.relabel, setting.layout
-    assert relabel is not None
-    if not layout.has("hand", "object", "goal"):
-        raise ValueError(
-            "the behaviour near_miss needs an environment whose layout says where hand, object and goal are; "
-            "leave it out of data.mixture"
-        )
+    assert relabel is not None and layout.has("hand", "object", "goal")  # `collect` has checked it
     hand, thing = layout.place("hand"), layout.place("object")
     of = "goal" if rng.random() < 0.3 else "object"
     direction = rng.standard_normal(3) * (1.0, 1.0, 0.5)

@@ -155,6 +155,12 @@ def collect(
                 f"the mixture has episodes of '{needed[0]}', but {module_of(made).__name__} has no ExpertPolicy; "
                 "choose data=random, or data=planner with wam=<checkpoint>"
             )
+        layout = getattr(made, "layout", Layout())
+        if mixture.get("near_miss") and not layout.has("hand", "object", "goal"):
+            raise ValueError(
+                "the behaviour near_miss needs an environment whose layout says where hand, object and goal are; "
+                "leave it out with data.mixture.near_miss=0"
+            )
         starts = [start_states(made, task, split, 1) for task in tasks]
         full = {k: v for k, v in getattr(made, "config", settings).items() if k not in ("tasks", "num_envs")}
         index = {
@@ -162,7 +168,7 @@ def collect(
             "split": split,
             "label_behaviours": list(label_behaviours),
             "env": {"name": tasks[0].partition("/")[0], "control_dt_s": made.control_dt_s, **full},
-            "layout": getattr(made, "layout", Layout()).to_dict(),
+            "layout": layout.to_dict(),
             "start_states": [_record(task, one) for task, one in zip(tasks, starts, strict=True)],
             "plan": plan,
             "provenance": {"versions": versions(), "seed": seed},
@@ -282,9 +288,13 @@ def _collect_group(
                     job = running[row]
                     assert job is not None
                     if not taken[row]:
-                        raise RuntimeError(
-                            f"the simulator failed in the first step of episode {job.name} (start {job.start})"
+                        print(
+                            f"the simulator failed in the first step of episode {job.name} (start {job.start}), which "
+                            "is left out; the same command tries it again",
+                            file=sys.stderr,
                         )
+                        seen[row], running[row] = [], None
+                        continue
                     frames = {key: torch.from_numpy(np.stack([past[key][row] for past in seen[row]])) for key in keys}
                     over = bool(terminated[row]) and not failed[row]
                     episode = _episode(

@@ -433,8 +433,8 @@ def _films(
     settings, judge = bench.settings, results["variants"]["judge"]
     if not settings["real"] or not settings["films"]:
         return [], None
-    if not has_positions(bench.model):
-        return [], "films show positions of hand and object, which only a Meta-World state has"
+    if not bench.model.spec.layout.has("hand", "object", "goal"):
+        return [], "films show where hand, object and goal are, which this model's observation does not tell"
     tasks = [start.task for start in played.starts]
     judged = Judged(played.scores(judge["settings"]), judge["thresholds"])
     decisions, real = judged.decisions(tasks), played.outcomes

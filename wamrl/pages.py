@@ -503,9 +503,8 @@ def _drift_section(results: Mapping[str, Any]) -> Section:
          "up to which imagination counts as sustained."],
         figures,
         [TableOf(["task", "", *(f"h = {h}" for h in (1, 5, 10, 20, 50, 100)), "H*"], rows)],
-        ["Median / 90th percentile of the larger of hand and object error in centimetres for Meta-World, otherwise "
-        "root mean "
-         "square in deviations. H*: the largest horizon up to which 90 % of the "
+        ["Median / 90th percentile of the larger of hand and object error in centimetres where the observation tells "
+         "of both, otherwise root mean square in deviations. H*: the largest horizon up to which 90 % of the "
          "roll-outs "
          "stay below the line; real episodes stop at success, so long horizons rest on failures."],
         key=[("planner", "told the executed actions"), ("policy", "closed loop")],

@@ -236,7 +236,7 @@ def _fresh(
         "tasks": list(made.tasks),
         "control_dt_s": float(made.control_dt_s),
     }
-    layout = Layout.of(made.layout, sizes["observation"])
+    layout = Layout.of(getattr(made, "layout", None), sizes["observation"])
     if layout != Layout():
         sizes["layout"] = layout.to_dict()
     made.close()

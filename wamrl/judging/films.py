@@ -81,6 +81,7 @@ def film(
     max_steps: int,
     keyframe_every: int | None,
     replicas: int,
+    uncertainty: bool,
     threshold: float,
     solved: tuple[bool, bool],
 ) -> dict[str, str]:
@@ -97,7 +98,7 @@ def film(
     pictured.take()
     one = worlds.run_imagined(
         model, frame[None], policy, [start], num_envs=1, keyframe_every=keyframe_every, replica=0, replicas=replicas,
-        cost=worlds.Cost(), with_paths=True, **common,
+        uncertainty=uncertainty, cost=worlds.Cost(), with_paths=True, **common,
     )[0]  # fmt: skip
     measured = worlds.real_path(recording, start, ["state"])
     at = sum(int(np.prod(model.spec.observation[key])) for key in keys[: keys.index("state")])
