@@ -174,7 +174,7 @@ class RFT(CollectingLearner):
     def _imitation(self, chosen: TensorDict, generator: torch.Generator) -> Tensor:
         """Loss of the policy on windows [W] of what is taught."""
         own = getattr(self.model, "imitation", None)
-        if own is not None and self.length == 1:  # the same number, without all that `WAM.loss` computes beside it
+        if own is not None and self.length == 1:  # that part of `WAM.loss` alone; it moves no encoder
             return own(encode(self.model, chosen["observation"]), chosen["label"][:, 0]).mean()
         with loss_weights(self.model, **_POLICY_ALONE):
             return self.model.loss(self._windows(chosen), noise=generator)["loss"]
@@ -280,8 +280,8 @@ class RFT(CollectingLearner):
 
 
 # Parts of `WAM.loss` that imagined or repeated frames may not teach.
-_POLICY_ALONE = {"consistency": 0.0, "observation": 0.0, "reward": 0.0, "success": 0.0, "value": 0.0, "behaviour": 0.0,
-                 "policy": 1.0}  # fmt: skip
+_POLICY_ALONE = {"consistency": 0.0, "observation": 0.0, "tokens": 0.0, "reward": 0.0, "success": 0.0, "value": 0.0,
+                 "success_value": 0.0, "behaviour": 0.0, "policy": 1.0}  # fmt: skip
 
 
 def _steps(trajectory: TensorDict, length: int) -> TensorDict:

@@ -137,6 +137,12 @@ class MCTSPlanner:
                 f"a tree needs the scorer's reward and value apart, which {kind} does not have; "
                 "use scorer=return with risk=mean"
             )
+        if self.scorer.success_value_weight:
+            raise ValueError(
+                f"planner.scorer.success_value_weight is {self.scorer.success_value_weight}, but a tree backs up "
+                "returns alone, beside which a success value is no further guess; leave it null or 0"
+            )
+        self.scorer = dataclasses.replace(self.scorer, success_value_weight=0.0)  # null would ask models that have it
 
     @property
     def horizon(self) -> int:

@@ -266,6 +266,16 @@ def test_imitating_directly_is_the_policys_part_of_the_models_loss():
     torch.testing.assert_close(learner._imitation(taught, torch.Generator()).detach(), whole)
 
 
+def test_imitating_chunks_teaches_nothing_that_repeated_frames_would_get_wrong():
+    model = reference_model()
+    learner = RFT(world_weight=0.0, length=2)
+    learner.bind(model, None, rows=1, seed=0)
+    taught = {"observation": observations(8), "label": torch.rand(8, 2, 2), "valid": torch.ones(8, 2).bool()}
+    learner._imitation(TensorDict(taught, [8]), torch.Generator()).backward()
+    moved = {name.partition(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert "policy" in moved and not moved & {"values", "success_values", "outcome", "behaviour"}, moved
+
+
 def test_sac_reaches_the_known_optimum():
     model = reference_model()
     learner = SAC(learning_rate=2e-3, updates=50, warmup=100, width=32, batch=128, noise=(0.05, 0.3))

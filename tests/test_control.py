@@ -346,6 +346,12 @@ def test_an_adaptive_controller_keeps_to_its_budget() -> None:
     with pytest.raises(ValueError, match="evaluations is 6 per plan, of which .* takes 3, .*allow at least 4"):
         gusty(0.1, evaluations=6)
 
+    class Own:  # without a check_budget
+        horizon, initial_state, plan = 4, small().initial_state, small().plan
+
+    with pytest.raises(ValueError, match="evaluations is 3 per plan, of which .* takes 3, .*must be at least 1"):
+        AdaptivePolicy(integrator(), Own(), threshold=0.1, evaluations=3)
+
 
 def test_controllers_refuse_models_and_settings_that_they_cannot_serve() -> None:
     with pytest.raises(ValueError, match="does not answer 'observe'.*Use .*wam=reference"):

@@ -390,7 +390,7 @@ def test_the_last_candidates_follow_the_behaviour_prior_and_the_others_do_not() 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("width", 0), ("latent_dim", -5), ("members", 2.5), ("horizon", True), ("discount", 1.5), ("discount", math.nan),
+    [("width", 0), ("latent_dim", -5), ("members", 2.5), ("horizon", True), ("discount", 1.0), ("discount", math.nan),
      ("target_rate", 0.0), ("expectile", 3.0), ("reward_scale", 0.0), ("reward_scale", math.inf)],
 )  # fmt: skip
 def test_sizes_out_of_range_are_refused_by_name(name: str, value: float) -> None:

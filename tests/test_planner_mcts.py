@@ -411,6 +411,8 @@ def test_shuffled_choices_lose() -> None:
         ({"widening_power": 2.0}, "widening_power is 2"),
         ({"sigma": 0.0}, "sigma is 0"),
         ({"scorer": ReturnScorer(risk="worst")}, "risk=worst does not have; use scorer=return with risk=mean"),
+        ({"scorer": ReturnScorer(success_value_weight=2.0)}, "success_value_weight is 2.0, but a tree"),
+        ({"scorer": ReturnScorer(value_weight=0, reward_weight=0, success_weight=0)}, "are all 0: no candidate"),
         ({"on_failure": "ignore"}, "Known: hold, raise"),
     ],
 )

@@ -258,6 +258,8 @@ class PlannerPolicy(_ChunkPolicy):
         check = getattr(self.planner, "check_budget", None)
         if check is not None:
             check(self.model, budget)
+        elif budget.evaluations is not None and budget.evaluations < 1:
+            raise ValueError(f"budget.evaluations is {budget.evaluations} per row, but must be at least 1")
         self.budget = budget
 
     def initial_state(self, rows: int) -> PolicyState:

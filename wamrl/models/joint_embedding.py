@@ -162,7 +162,9 @@ class JointEmbeddingWAM(WAM):
         for name, size in sizes.items():
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} is {size!r}, but must be a whole number of at least 1")
-        for name, share in (("discount", discount), ("target_rate", target_rate), ("expectile", expectile)):
+        if not 0.0 < discount < 1.0:
+            raise ValueError(f"discount is {discount}, but must be above 0 and below 1: values are in units of its sum")
+        for name, share in (("target_rate", target_rate), ("expectile", expectile)):
             if not 0.0 < share <= 1.0:
                 raise ValueError(f"{name} is {share}, but must be above 0 and at most 1")
         if not 0.0 < reward_scale < math.inf:
