@@ -167,7 +167,8 @@ def test_a_preset_is_collected_trained_on_and_planned_in(tmp_path: Path, monkeyp
     plan.main([*env, *wam, "episodes=1", "workers=1", "num_envs=1", "latency_plans=1"])
     results = json.loads(Path("outputs/plan/latest/results.json").read_text())
     assert results["methods"] == ["planner", "policy", "shuffled", "random"]  # there is no expert
-    collect_main([*env, *wam, "data=planner", "data.mixture.policy=2", "first_start=6", "path=more"])
+    one = "env.tasks=gymnasium/Pendulum-v1"  # a single task may stand without brackets
+    collect_main([*env, one, *wam, "data=planner", "data.mixture.policy=2", "first_start=6", "path=more"])
     assert {e["behaviour"] for e in EpisodeDataset.open("more").episodes} == {"policy"}
     capsys.readouterr()
     with pytest.raises(SystemExit):

@@ -176,6 +176,7 @@ def test_held_out_starts_can_be_collected_but_not_trained_on(tmp_path: Path) -> 
         ({"mixture": {"policy": 1}}, "no policy was given"),
         ({"env": env_of("metaworld/puhs-v3")}, "did you mean 'metaworld/push-v3'"),
         ({"env": env_of(PUSH, PUSH)}, "named twice"),
+        ({"env": env_of(REACH, "mine/reach-v3")}, "alike behind the last slash"),
         ({"split": "trian"}, "did you mean 'train'"),
         ({"noise": (0.5, 0.1)}, "noise is"),
         ({"label_behaviours": ["policy"]}, "behaviour with labels"),

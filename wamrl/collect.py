@@ -118,7 +118,7 @@ def collect(
             or a directory of another dataset.
         KeyboardInterrupt: after Ctrl-C, with a message that says how to go on; whole episodes are kept.
     """
-    tasks = (env["tasks"],) if isinstance(env["tasks"], str) else tuple(env["tasks"])
+    tasks = _tasks(env)
     for behaviour, count in mixture.items():
         if behaviour not in BEHAVIOURS and behaviour != "policy":
             raise unknown_name("behaviour", behaviour, [*BEHAVIOURS, "policy"])
@@ -131,8 +131,8 @@ def collect(
         raise ValueError("the mixture has episodes of 'policy', but no policy was given")
     if sum(mixture.values()) == 0:
         raise ValueError("the mixture asks for no episodes; give at least one behaviour a count above 0")
-    if len(set(tasks)) < len(tasks):
-        raise ValueError(f"tasks are named twice: {', '.join(tasks)}")
+    if len({task.rpartition("/")[2] for task in tasks}) < len(tasks):
+        raise ValueError(f"tasks are named twice, or alike behind the last slash: {', '.join(tasks)}")
     if not (len(noise) == 2 and 0.0 <= noise[0] <= noise[1]):
         raise ValueError(f"noise is {list(noise)}, but must be two numbers, the least and the greatest, from 0")
     for setting, value, least in (("rows", rows, 1), ("first_start", first_start, 0), ("seed", seed, 0),
@@ -167,7 +167,7 @@ def collect(
             "tasks": list(tasks),
             "split": split,
             "label_behaviours": list(label_behaviours),
-            "env": {"name": tasks[0].partition("/")[0], "control_dt_s": made.control_dt_s, **full},
+            "env": {**full, "name": tasks[0].partition("/")[0], "control_dt_s": made.control_dt_s},
             "layout": layout.to_dict(),
             "start_states": [_record(task, one) for task, one in zip(tasks, starts, strict=True)],
             "plan": plan,
@@ -194,6 +194,10 @@ def collect(
                 "the same command collects the rest"
             ) from None
     return EpisodeDataset.open(path, label_behaviours=None) if split == "train" else None
+
+
+def _tasks(env: Mapping[str, Any]) -> tuple[str, ...]:
+    return (env["tasks"],) if isinstance(env["tasks"], str) else tuple(env["tasks"])
 
 
 def _groups(tasks: Sequence[str], rows: int) -> list[tuple[str, ...]]:
@@ -432,7 +436,7 @@ def _policy_from(config: DictConfig, env: Mapping[str, Any]) -> tuple[Policy, st
     """The policy that `checkpoint`, `acting`, `planner` and `controller` describe, and its name for the records."""
     metadata = checkpoint.read_metadata(config.checkpoint)
     model = checkpoint.load(config.checkpoint, device=config.device)
-    with contextlib.closing(_make(env, list(env["tasks"]), 1, split=config.split, snapshots=False)) as made:
+    with contextlib.closing(_make(env, _tasks(env), 1, split=config.split, snapshots=False)) as made:
         checkpoint.check_compatible(
             model.spec,
             observation={key: tuple(made.observation_spec[key].shape[1:]) for key in made.observation_spec.keys()},
