@@ -52,6 +52,8 @@ def test_every_stage_composes(tmp_path, monkeypatch, pixels):
         ("fast_wam.shifts=[start_layot]", "start_layout"),
         ("fast_wam.shifts=[camera]", "read the state"),
         ("split=train", "use dev or test"),
+        ("fast_wam.variants=[]", "variants is empty"),
+        ("fast_wam.demonstrations=901", "at most 900"),
         ("{fast_wam.data:rich,fast_wam.demonstrations:5}", "mixture says how many"),
     ],
 )
@@ -119,3 +121,9 @@ def test_a_small_comparison_measures_everything_and_goes_on_where_it_stopped(tmp
     bench.main(words)
     assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.csv")} == before
     assert json.loads(Path("out/results.json").read_text())["metrics"] == metrics
+    # With other settings nothing of the earlier ones is left in the results.
+    bench.main([*(w for w in words if "variants" not in w and "denoising" not in w), "fast_wam.variants=[fast]",
+                "fast_wam.denoising_steps=[]", "fast_wam.shifts=[]"])  # fmt: skip
+    left = json.loads(Path("out/results.json").read_text())["metrics"]
+    assert left["state/mean/fast/success"] == metrics["state/mean/fast/success"]
+    assert not [key for key in left if "mot_uwm" in key or "fast_k1" in key or "start_outside" in key]

@@ -58,6 +58,14 @@ Say = Callable[[str], None]
 def check(settings: Mapping[str, Any]) -> None:
     """Refuse settings that could not be measured, before anything is collected."""
     chosen = settings["fast_wam"]
+    for name in ("tasks", "seeds", "variants"):
+        if not chosen[name]:
+            raise ValueError(f"fast_wam.{name} is empty, so that there is nothing to measure; name at least one")
+    if (chosen["demonstrations"] or 0) > HELD_OUT_START:
+        raise ValueError(
+            f"fast_wam.demonstrations is {chosen['demonstrations']}, but from start {HELD_OUT_START} on episodes are "
+            f"held out; choose at most {HELD_OUT_START}"
+        )
     for name in chosen["variants"]:
         if name not in VARIANTS:
             raise unknown_name("variant", str(name), VARIANTS)
@@ -106,6 +114,23 @@ def stages(settings: Mapping[str, Any], task: str, seed: int, directory: Path) -
     return found
 
 
+def runs(chosen: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is run closed loop for each seed and task, as the options of `closed_loop`."""
+    found: list[dict[str, Any]] = [{"variant": variant} for variant in chosen["variants"]]
+    found += [{"variant": v, "shift": shift} for shift in chosen["shifts"] for v in chosen["variants"]]
+    if "mot_uwm" in chosen["variants"]:
+        found += [{"variant": "mot_uwm", "way": way} for way in WAYS]
+    if "fast" in chosen["variants"]:
+        found += [{"variant": "fast", "steps": steps} for steps in chosen["denoising_steps"]]
+    return found
+
+
+def name_of(variant: str, *, way: str = "policy", steps: int | None = None, shift: str = "none") -> str:
+    """The name of a run, and of its file."""
+    name = variant + ("" if way == "policy" else f"_{way}") + (f"_k{steps}" if steps else "")
+    return name + ("" if shift == "none" else f"@{shift}")
+
+
 def load(directory: Path, variant: str, *, policy: str | None = None, steps: int | None = None) -> FlowWAM:
     """A trained variant, set to act in one of its ways with a number of denoising steps."""
     model = checkpoint.load(directory / f"train_{variant}")
@@ -127,8 +152,7 @@ def closed_loop(
     shift: str = "none",
 ) -> str | None:
     """Episodes of one way to act, in <directory>/<name>.csv; what to say of them, None when they were there."""
-    name = variant + ("" if way == "policy" else f"_{way}") + (f"_k{steps}" if steps else "")
-    name += "" if shift == "none" else f"@{shift}"
+    name = name_of(variant, way=way, steps=steps, shift=shift)
     path, split, first = directory / f"{name}.csv", settings["split"], settings["fast_wam"]["first_start"]
     starts = [Start(task, first + i) for i in range(settings["episodes"])]
     if path.exists() and [(e.start, e.split) for e in read_episodes(path)] == [(s.index, split) for s in starts]:
@@ -307,19 +331,13 @@ def measure(
                 run_stage(stage, directory)
                 if time.perf_counter() - begun > 1.0:
                     say(f"{directory.name}: {stage.name} in {time.perf_counter() - begun:.0f} s")
-            runs: list[dict[str, Any]] = [{"variant": variant} for variant in chosen["variants"]]
-            runs += [{"variant": v, "shift": shift} for shift in chosen["shifts"] for v in chosen["variants"]]
-            if "mot_uwm" in chosen["variants"]:
-                runs += [{"variant": "mot_uwm", "way": way} for way in WAYS]
-            if "fast" in chosen["variants"]:
-                runs += [{"variant": "fast", "steps": steps} for steps in chosen["denoising_steps"]]
-            for options in runs:
+            for options in runs(chosen):
                 told = closed_loop(settings, task, seed, directory, **options)
                 if told:
                     say(f"{directory.name}: {told}")
             finished[task, seed] = directory
             if costs is None:
-                file = folder / f"latency_{reads}.json"
+                file = folder / f"latency_{reads}_{'-'.join(chosen['variants'])}_{chosen['turns']}.json"
                 costs = {f"{reads}/{key}": value for key, value in _once(
                     file, latency, directory, chosen["variants"], chosen["turns"]).items()}  # fmt: skip
             done({**metrics(settings, finished), **costs}, [list(key) for key in finished])
@@ -331,9 +349,9 @@ def metrics(settings: Mapping[str, Any], finished: Mapping[tuple[str, int], Path
     found: dict[str, Any] = {}
     everything: dict[str, dict[tuple[str, int, int], Episode]] = {}
     for (task, seed), directory in finished.items():
-        for path in sorted(directory.glob("*.csv")):
-            own = everything.setdefault(path.stem, {})
-            own |= {(task, seed, episode.start): episode for episode in read_episodes(path)}
+        for name in sorted({name_of(**options) for options in runs(chosen)}):  # others are of earlier settings
+            own = everything.setdefault(name, {})
+            own |= {(task, seed, e.start): e for e in read_episodes(directory / f"{name}.csv")}
     tasks = list(dict.fromkeys(task for task, _ in finished))
     for name, episodes in everything.items():
         method, _, shift = name.partition("@")
@@ -350,9 +368,9 @@ def metrics(settings: Mapping[str, Any], finished: Mapping[tuple[str, int], Path
                 "mean": gap.difference, "n": len(both), "low": gap.low, "high": gap.high, "p": gap.p_value,
             }  # fmt: skip
     for variant in chosen["variants"]:
-        runs = [json.loads((d / f"train_{variant}" / "results.json").read_text()) for d in finished.values()]
+        trained = [json.loads((d / f"train_{variant}" / "results.json").read_text()) for d in finished.values()]
         for key in ("cpu_seconds", "peak_rss_mib"):
-            found[f"{reads}/{variant}/train_{key}"] = float(np.median([run[key] for run in runs]))
+            found[f"{reads}/{variant}/train_{key}"] = float(np.median([run[key] for run in trained]))
     if "mot_uwm" in chosen["variants"]:
         for task in tasks:
             errors = [_once(d / "imagination.json", imagination, d) for (t, _), d in finished.items() if t == task]

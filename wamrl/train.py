@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,7 +125,6 @@ def train(
         "device": device,
         "threads": options.threads or torch.get_num_threads(),
     }
-    begun = time.process_time()
     result = fit(
         model,
         training,
@@ -141,7 +139,7 @@ def train(
         identity=_identity(training, model_config, "".join([str(start), *provenance["tokenizers"]])),
         quiet=quiet,
     )
-    cost = {"cpu_seconds": round(time.process_time() - begun, 2), "peak_rss_mib": round(peak_rss_mib(), 1)}
+    cost = {"cpu_seconds": round(result.cpu_seconds, 2), "peak_rss_mib": round(peak_rss_mib(), 1)}
     if probe is not None and validation is not None and "rollout" in model.spec.provides:
         draw = torch.Generator().manual_seed(options.seed)
         fitted = training.sample(_PROBED, 1, draw).to(device)

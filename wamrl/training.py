@@ -138,7 +138,8 @@ class TrainingResult:
 
     checkpoint: the last weights. best_checkpoint: those with the lowest validation loss, or None without validation.
     step: optimiser steps done. finished: whether all were (False: `max_seconds` came first). skipped: steps that were
-    left out for a loss or gradient that was not finite. validation: of the last weights, see `open_loop_errors`.
+    left out for a loss or gradient that was not finite. seconds, cpu_seconds: of the whole run, interruptions and what
+    was lost by them left out. validation: of the last weights, see `open_loop_errors`.
     """
 
     run_dir: Path
@@ -148,6 +149,7 @@ class TrainingResult:
     finished: bool
     skipped: int
     seconds: float
+    cpu_seconds: float
     validation: dict[str, Any] = field(default_factory=dict)
 
 
@@ -229,7 +231,7 @@ class _Run:
         self.skipped = 0
         self.streak = 0
         self.best: float | None = None
-        self.seconds = 0.0
+        self.seconds = self.cpu_seconds = 0.0
         self.totals: dict[str, Tensor] = {}
         self.counted = 0
 
@@ -249,6 +251,7 @@ class _Run:
         self._rehearse()
         log = Log(self.run_dir, self.step, tensorboard=options.tensorboard)
         before, started = self.seconds, time.perf_counter()
+        cpu = self.cpu_seconds - time.process_time()
         loss_of = torch.compile(self.model.loss) if options.compile else self.model.loss
         update_targets = getattr(self.model, "update_targets", lambda: None)
         validated: dict[str, Any] = {}
@@ -258,6 +261,7 @@ class _Run:
                 validated = self._validate(log)  # what the untrained model gets
             while self.step < options.steps:
                 self.seconds = before + time.perf_counter() - started
+                self.cpu_seconds = cpu + time.process_time()
                 if interrupted():
                     self._save()
                     raise KeyboardInterrupt(
@@ -278,6 +282,7 @@ class _Run:
             self.seconds = before + time.perf_counter() - started
             if self.held_out is not None:
                 validated = self._validate(log)
+            self.cpu_seconds = cpu + time.process_time()
             self._save()
         self._exchange()  # the caller goes on with the weights that the checkpoint holds
         best = self.checkpoints / "best.safetensors"
@@ -289,6 +294,7 @@ class _Run:
             finished=self.step >= options.steps,
             skipped=self.skipped,
             seconds=self.seconds,
+            cpu_seconds=self.cpu_seconds,
             validation=validated,
         )
 
@@ -412,6 +418,7 @@ class _Run:
             "streak": self.streak,
             "best": self.best,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "counted": self.counted,
             "identity": self.identity,
             "options": asdict(self.options),
@@ -457,6 +464,7 @@ class _Run:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
         self.step, self.skipped, self.best = facts["step"], facts["skipped"], facts["best"]
         self.seconds, self.counted = facts["seconds"], facts["counted"]
+        self.cpu_seconds = facts.get("cpu_seconds", 0.0)  # earlier states have none
         self.streak = facts.get("streak", 0)  # states of older versions have none
 
 
