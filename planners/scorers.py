@@ -35,7 +35,7 @@ class ReturnScorer:
 
     discount: d per step; None is the model's own. Units: those of the reward.
     success_weight: None is the model's own `success_bonus`, which its values count as well.
-    success_value_weight: None is 1 in models that answer `success_value`, else 0. A search tree keeps to returns.
+    success_value_weight: None is `value_weight` in models that answer `success_value`, else 0. A search tree keeps to returns.
     risk, risk_weight, risk_share: over the guesses, M futures valued by every head, see `reduce_guesses`.
     uncertainty_reduce: "sum" or "mean" over the steps (the mean divides by sum_h d^h).
     needs: the queries that the chosen weights ask of any model; a weight of 0 asks for nothing. `needs_of` a model's
@@ -165,7 +165,7 @@ class ReturnScorer:
 
     def _success_value_weight(self, spec: Spec) -> float:
         if self.success_value_weight is None:
-            return float("success_value" in spec.provides)
+            return self.value_weight if "success_value" in spec.provides else 0.0
         return self.success_value_weight
 
     def _penalty(self, imagined: Imagined, discount: float) -> Tensor:

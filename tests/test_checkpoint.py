@@ -419,8 +419,14 @@ def test_bad_observations_are_refused_with_the_reason(path, change, reason):
         policy.act(given)
 
 
-def test_a_checkpoint_of_before_layouts_has_that_of_meta_world():
-    assert "layout" not in checkpoint._read(checkpoint.resolve("six"), tensors=False)[0]["spec"]
+def test_a_checkpoint_of_before_layouts_has_that_of_meta_world(tmp_path, monkeypatch):
     spec = checkpoint.load("six").spec
-    assert spec.layout == checkpoint.read_metadata("six").spec.layout == METAWORLD
+    assert spec.layout == METAWORLD
     assert checkpoint.spec_from_dict(json.loads(json.dumps(checkpoint.spec_to_dict(spec)))) == spec
+    stored, full = checkpoint.read_metadata("six"), checkpoint.spec_to_dict
+    monkeypatch.setattr(checkpoint, "spec_to_dict", lambda spec: {k: v for k, v in full(spec).items() if k != "layout"})
+    path = tmp_path / "before.safetensors"
+    checkpoint.save(path, checkpoint.load("six"), config=stored.config, provenance={}, normalisation={})
+    monkeypatch.undo()
+    assert "layout" not in json.loads(checkpoint._read(path, tensors=False)[0]["spec"])
+    assert checkpoint.read_metadata(path).spec.layout == METAWORLD

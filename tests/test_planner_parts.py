@@ -184,7 +184,7 @@ def test_success_values_are_guesses_beside_the_returns() -> None:
     assert "success_value" in ReturnScorer().needs_of(model.spec)
     # Guesses of candidate 0: twice 5 from returns, 2 and 6 from outcomes; of candidate 1: twice 1, 4 and 12.
     torch.testing.assert_close(ReturnScorer()(model, state, imagined), torch.tensor([[4.5, 4.5]]))
-    alone = ReturnScorer(value_weight=0, reward_weight=0, success_weight=0, risk="worst")
+    alone = ReturnScorer(value_weight=0, reward_weight=0, success_weight=0, success_value_weight=1.0, risk="worst")
     torch.testing.assert_close(alone(model, state, imagined), torch.tensor([[2.0, 4.0]]))
     torch.testing.assert_close(ReturnScorer(success_value_weight=0)(model, state, imagined), returns)
     with pytest.raises(ValueError, match="does not answer 'success_value'"):

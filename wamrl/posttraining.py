@@ -296,7 +296,7 @@ def _decay(before: float | None, after: float | None) -> dict[str, Any]:
     if before is None or after is None:
         return {"error_before": before, "error_after": after, "growth": None, "decayed": None}
     growth = after / before - 1.0 if before else math.inf
-    return {"error_before": before, "error_after": after, "growth": growth, "decayed": growth > DECAY}
+    return {"error_before": before, "error_after": after, "growth": growth, "decayed": not growth <= DECAY}  # NaN too
 
 
 @contextlib.contextmanager
