@@ -35,7 +35,8 @@ class ReturnScorer:
 
     discount: d per step; None is the model's own. Units: those of the reward.
     success_weight: None is the model's own `success_bonus`, which its values count as well.
-    success_value_weight: None is `value_weight` in models that answer `success_value`, else 0. A search tree keeps to returns.
+    success_value_weight: None is `value_weight` in models that answer `success_value`, else 0. A search tree keeps to
+    returns.
     risk, risk_weight, risk_share: over the guesses, M futures valued by every head, see `reduce_guesses`.
     uncertainty_reduce: "sum" or "mean" over the steps (the mean divides by sum_h d^h).
     needs: the queries that the chosen weights ask of any model; a weight of 0 asks for nothing. `needs_of` a model's
