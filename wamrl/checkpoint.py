@@ -290,6 +290,17 @@ def check_compatible(
         )
 
 
+def check_environment(spec: Spec, env: Any) -> None:
+    """`check_compatible` with what `env`, a TorchRL environment of rows, observes, takes and runs."""
+    check_compatible(
+        spec,
+        observation={key: tuple(env.observation_spec[key].shape[1:]) for key in env.observation_spec.keys()},
+        action_dim=env.action_spec.shape[-1],
+        tasks=env.tasks,
+        control_dt_s=env.control_dt_s,
+    )
+
+
 class LoadedPolicy:
     """A loaded WAM that acts on plain observations: what `wamrl.load` gives.
 

@@ -437,13 +437,7 @@ def _policy_from(config: DictConfig, env: Mapping[str, Any]) -> tuple[Policy, st
     metadata = checkpoint.read_metadata(config.checkpoint)
     model = checkpoint.load(config.checkpoint, device=config.device)
     with contextlib.closing(_make(env, _tasks(env), 1, split=config.split, snapshots=False)) as made:
-        checkpoint.check_compatible(
-            model.spec,
-            observation={key: tuple(made.observation_spec[key].shape[1:]) for key in made.observation_spec.keys()},
-            action_dim=made.action_spec.shape[-1],
-            tasks=made.tasks,
-            control_dt_s=made.control_dt_s,
-        )
+        checkpoint.check_environment(model.spec, made)
     name = f"{Path(str(config.checkpoint)).name} {metadata.content_sha256[:16]}"
     if config.acting == "policy":
         return ModelPolicy(model, mode="ode"), f"policy of {name}"

@@ -135,14 +135,7 @@ def _prepare(settings: dict[str, Any]) -> Bench:
     if settings["frames"] is None:
         env = make_env(settings, None, len(settings["env"]["tasks"]) if "tasks" in settings["env"] else 1)
         tasks, max_steps, action_repeat = tuple(env.tasks), env.max_steps, env.action_repeat
-        observation = {k: tuple(env.observation_spec[k].shape[1:]) for k in env.observation_spec.keys()}
-        checkpoint.check_compatible(
-            model.spec,
-            observation=observation,
-            action_dim=env.action_spec.shape[-1],
-            tasks=tasks,
-            control_dt_s=env.control_dt_s,
-        )
+        checkpoint.check_environment(model.spec, env)
         first, count = settings["first_start"], settings["episodes"]
         starts = [Start(task, i) for task in tasks for i in range(first, first + count)]
         frames = worlds.first_frames(env, starts).select(*model.spec.observation, "task")

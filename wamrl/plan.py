@@ -189,14 +189,7 @@ def _prepare(settings: dict[str, Any], directory: Path, started: datetime, earli
     metadata = checkpoint.read_metadata(path)
     model = load_model(settings)
     _check_camera(metadata, env)
-    observation = {k: tuple(env.observation_spec[k].shape[1:]) for k in env.observation_spec.keys()}
-    checkpoint.check_compatible(
-        model.spec,
-        observation=observation,
-        action_dim=env.action_spec.shape[-1],
-        tasks=tasks,
-        control_dt_s=env.control_dt_s,
-    )
+    checkpoint.check_environment(model.spec, env)
     if {"planner", "shuffled"} & set(settings["methods"]):
         planner_policy(settings, model).initial_state(1)  # asks the planner whether the model answers what it needs
     if settings["oracle"]:

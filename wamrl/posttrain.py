@@ -196,13 +196,7 @@ def _imagination(settings: Mapping[str, Any], model: WAM, device: str) -> RowsEn
 def _simulator(env: Mapping[str, Any], model: WAM, split: str, rows: int, device: str) -> RowsEnv:
     given = {name: value for name, value in env.items() if name != "split"}
     made = instantiate(given, split=split, num_envs=max(rows, len(given.get("tasks") or ())), device=device)
-    checkpoint.check_compatible(
-        model.spec,
-        observation={key: tuple(made.observation_spec[key].shape[1:]) for key in made.observation_spec.keys()},
-        action_dim=made.action_spec.shape[-1],
-        tasks=made.tasks,
-        control_dt_s=made.control_dt_s,
-    )
+    checkpoint.check_environment(model.spec, made)
     return made
 
 
