@@ -23,6 +23,7 @@ METAWORLD = Layout(
         "second_object": {"state": (11, 12, 13, 14, 15, 16, 17, 29, 30, 31, 32, 33, 34, 35)},
         "goal": {"state": (36, 37, 38)},
     },
+    earlier={"state": tuple((now, now + 18) for now in range(18))},
 )
 """The hand with its opening, the first and the second object (place and quaternion), and the goal."""
 

@@ -139,5 +139,8 @@ def test_a_layout_keeps_to_the_keys_that_are_there_and_says_what_is_where():
         layout.place("door")
     with pytest.raises(ValueError, match="'object' at 4:7 of 'state'"):
         Layout.of({"places": {"state": {"object": (4, 7)}}}, {"state": (6,)})
+    assert layout.earlier["state"][4] == (4, 22)
+    with pytest.raises(ValueError, match="earlier numbers .* of 'state', whose shape is"):
+        Layout.of({"earlier": {"state": [[0, 6]]}}, {"state": (6,)})
     with pytest.raises(ValueError, match="track 'hand'"):
         Layout.of({"tracks": {"hand": {"state": (4, 7)}}}, {"state": (6,)})

@@ -141,6 +141,20 @@ def test_a_state_that_follows_one_future_goes_on_in_that_member_alone() -> None:
         wam.imagine(alone, actions, futures=4)
 
 
+def test_networks_read_what_changed_since_an_earlier_reading() -> None:
+    wam = model(layout={"earlier": {"state": [[0, 3], [2, 5]]}})
+    statistics = {"mean": torch.full((6,), 0.5), "std": torch.full((6,), 2.0)}
+    change = torch.tensor([0.1, 0.1, 0.0, 0.1, 0.1, 0.0])
+    wam.set_normalisation({"state": {**statistics, "change": change}})
+    z = torch.zeros(1, wam.observed + SIZES["latent_dim"])
+    z[0, :6] = torch.tensor([0.03, 0.0, 7.0, -0.02, 0.0, 0.0]) / 2.0
+    found = wam._with_relations(z)[0, z.shape[1] :]
+    assert torch.allclose(found, torch.tensor([0.05 / 0.1, 0.0]), atol=1e-5)  # a number that never changes says nothing
+    again = model(layout={"earlier": {"state": [[0, 3], [2, 5]]}})
+    again.load_state_dict(wam.state_dict())
+    assert torch.equal(again._with_relations(z), wam._with_relations(z))
+
+
 def test_networks_read_how_points_lie_to_each_other() -> None:
     wam = model(points={"state": [0, 3]})
     wam.mean.fill_(0.5)

@@ -80,16 +80,19 @@ class Layout:
     are any; further names are the environment's own.
     tracks: name -> observation key -> indices of all numbers that tell of one thing, such as its turn or where it was
     one step before.
+    earlier: observation key -> pairs of the index of a number and that of what it was a moment before, where frames are
+    stacked; their difference is how fast it moves.
     """
 
     places: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
     tracks: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    earlier: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
 
     @staticmethod
     def of(plain: Mapping[str, Any] | Layout | None, observation: Mapping[str, Sequence[int]]) -> Layout:
         """The part of a layout (or of its `to_dict`) that an `observation`, key -> shape, has; None is an empty one.
 
-        Raises ValueError for a place or a track that lies outside of its vector.
+        Raises ValueError for a place, a track or an earlier number that lies outside of its vector.
         """
         if not isinstance(plain, Layout):
             plain = Layout(**(plain or {}))
@@ -102,7 +105,12 @@ class Layout:
             name: {key: tuple(int(i) for i in indices) for key, indices in keys.items() if key in observation}
             for name, keys in plain.tracks.items()
         }
-        found = Layout(places, {name: keys for name, keys in parts.items() if keys})
+        earlier = {
+            key: tuple((int(now), int(before)) for now, before in pairs)
+            for key, pairs in plain.earlier.items()
+            if pairs and key in observation
+        }
+        found = Layout(places, {name: keys for name, keys in parts.items() if keys}, earlier)
         named = [(name, key, span) for key, names in places.items() for name, span in names.items()]
         for name, key, (first, end) in named:
             if len(observation[key]) != 1 or not 0 <= first < end <= observation[key][0]:
@@ -111,6 +119,9 @@ class Layout:
             for key, indices in keys.items():
                 if len(observation[key]) != 1 or not all(0 <= i < observation[key][0] for i in indices):
                     raise ValueError(f"layout has track '{name}' at {indices} of '{key}', shape {observation[key]}")
+        for key, pairs in earlier.items():
+            if len(observation[key]) != 1 or not all(0 <= i < observation[key][0] for pair in pairs for i in pair):
+                raise ValueError(f"layout has earlier numbers {pairs} of '{key}', whose shape is {observation[key]}")
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,6 +129,7 @@ class Layout:
         return {
             "places": {key: {n: list(span) for n, span in names.items()} for key, names in self.places.items()},
             "tracks": {name: {k: list(i) for k, i in keys.items()} for name, keys in self.tracks.items()},
+            "earlier": {key: [list(pair) for pair in pairs] for key, pairs in self.earlier.items()},
         }
 
     def has(self, *names: str, key: str = "state") -> bool:

@@ -5,9 +5,13 @@ the hand's place to two centimetres only, too coarse to imagine a grasp. An ense
 latent from latent and action; heads read reward, success, value, policy and behaviour prior off a latent. Vectors are
 decoded by undoing the standardisation. Targets of the feature prediction come from a moving average of the encoder.
 
-Most objects lie still most of the time. A network never says exactly zero, and half a millimetre per step adds up: over
-an episode objects crept to the goal untouched, and numbers that policies know as constants did not stay so. So a change
-below `deadzone` counts as none.
+How fast a thing moves is the small difference of two readings of its place, which networks of standardised coordinates
+hardly see. Where the layout says which number is an earlier reading of which, they read the difference as well, in units
+of what is usual.
+
+Most objects lie still most of the time, and half a millimetre per step adds up: over an episode objects crept to the
+goal untouched. So the dynamics learn the median change, by absolute errors, which is none where most things rest, and
+not the mean; and a change below `deadzone` can count as none.
 
 Success is often a matter of a centimetre between two places (hand, object, goal). Networks of bare coordinates, taught
 by few episodes, miss it, and the policy waits beside a goal that the model takes for reached. So every network also
@@ -82,11 +86,16 @@ def ensemble_mlp(members: int, inputs: int, widths: Sequence[int], outputs: int)
     return nn.Sequential(*layers, EnsembleLinear(members, inputs, outputs))
 
 
+def mlp_block(inputs: int, width: int) -> nn.Sequential:
+    """Linear, LayerNorm, SiLU."""
+    return nn.Sequential(nn.Linear(inputs, width), nn.LayerNorm(width), nn.SiLU())
+
+
 def mlp(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
     """Linear, LayerNorm, SiLU blocks and a last linear layer."""
     layers: list[nn.Module] = []
     for width in widths:
-        layers += [nn.Linear(inputs, width), nn.LayerNorm(width), nn.SiLU()]
+        layers += mlp_block(inputs, width)
         inputs = width
     return nn.Sequential(*layers, nn.Linear(inputs, outputs))
 
@@ -110,7 +119,8 @@ class JointEmbeddingWAM(WAM):
     points: key -> first index of each place (x, y, z in metres) in that vector, of which the networks read every pair's
     relation; None is none, "auto" hand, object and goal of the `layout`, as far as it has them in one vector.
     latent_dim: learned features of a latent.
-    members: dynamics networks, each with its own reward and success head; their disagreement is the uncertainty.
+    members: dynamics networks, each with its own reward and success head; their disagreement is the uncertainty. They
+    share their first layer, which all windows teach; the rest of each learns from its own share of them.
     values: value heads E, and as many of the success value.
     horizon: control steps that imagination is meant for. discount: per control step.
     reward_scale: the task's greatest reward per step. success_bonus: see `Spec`; a task's reward may hardly tell a
@@ -127,6 +137,8 @@ class JointEmbeddingWAM(WAM):
     change: Tensor
     task_ids: Tensor
     pairs: Tensor
+    readings: Tensor
+    per_change: Tensor
 
     def __init__(
         self,
@@ -137,7 +149,7 @@ class JointEmbeddingWAM(WAM):
         control_dt_s: float,
         latent_dim: int = 128,
         width: int = 256,
-        dynamics_width: int = 160,
+        dynamics_width: int = 192,
         head_width: int = 128,
         task_dim: int = 16,
         members: int = 8,
@@ -227,7 +239,11 @@ class JointEmbeddingWAM(WAM):
         pairs = list(itertools.combinations(_first_numbers(self.features, points, self.spec.layout), 2))
         coordinates = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2, 1) + torch.arange(3)
         self.register_buffer("pairs", coordinates.movedim(1, 0).flatten(), persistent=False)  # firsts, then seconds
-        relations = 7 * len(pairs)
+        readings = _earlier_numbers(self.features, self.spec.layout)
+        numbers = torch.tensor(readings, dtype=torch.int64).reshape(-1, 2)
+        self.register_buffer("readings", numbers.mT.flatten(), persistent=False)  # those of now, then the earlier ones
+        self.register_buffer("per_change", torch.ones(len(readings)))  # 1 over the usual change in a step, 0 if none
+        relations = len(readings) + 7 * len(pairs)
         self.register_buffer("mean", torch.zeros(total))
         self.register_buffer("std", torch.ones(total))
         self.register_buffer("change", torch.ones(total))  # root mean square over one step, in units of std
@@ -237,9 +253,8 @@ class JointEmbeddingWAM(WAM):
         self.encoder = mlp(seen + relations + task_dim, [width, width], latent_dim)
         self.observed, latent_dim = total, total + latent_dim
         self.latent_dim = latent_dim
-        self.dynamics = ensemble_mlp(
-            members, latent_dim + relations + task_dim + action_dim, [dynamics_width, dynamics_width], latent_dim
-        )
+        self.dynamics_first = mlp_block(latent_dim + relations + task_dim + action_dim, dynamics_width)
+        self.dynamics = ensemble_mlp(members, dynamics_width, [dynamics_width], latent_dim)
         head_in = latent_dim + relations + task_dim
         # Reward and success logit of the frame that an action led to; Meta-World's rewards read the action too.
         self.outcome = ensemble_mlp(members, head_in + action_dim, [head_width], 2)
@@ -262,6 +277,9 @@ class JointEmbeddingWAM(WAM):
         self.std.copy_(torch.where(std < 1e-4, torch.ones_like(std), std))
         change = torch.cat([torch.as_tensor(statistics[k]["change"]).flatten() for k in self.features])
         self.change.copy_(change / self.std)
+        if len(self.per_change):
+            moves = change[self.readings.chunk(2)[0]]
+            self.per_change.copy_(torch.where(moves > 0, 1.0 / moves, 0.0))
 
     def task_index(self, task: Tensor) -> Tensor:
         """Row of the task table for each `task_id` in `task`."""
@@ -280,14 +298,21 @@ class JointEmbeddingWAM(WAM):
             return self.substrate.encode(observation).flatten(-2)
 
     def _with_relations(self, z: Tensor) -> Tensor:
-        """`z` [..., D], and of each pair of points the difference, coarse and fine, and the log of the distance."""
-        if not self.pairs.numel():
+        """`z` [..., D], what its numbers changed by since their earlier reading, and of each pair of points the
+        difference, coarse and fine, and the log of the distance."""
+        if not self.pairs.numel() and not self.readings.numel():
             return z
+        parts = [z]
         place = z[..., : self.observed] * self.std + self.mean
-        first, second = place.index_select(-1, self.pairs).chunk(2, dim=-1)
-        between = first - second
-        distance = torch.linalg.vector_norm(between.unflatten(-1, (-1, 3)), dim=-1)
-        return torch.cat([z, between / _FAR, torch.tanh(between / _NEAR), torch.log(0.1 + distance / 0.1)], dim=-1)
+        if self.readings.numel():
+            now, before = place.index_select(-1, self.readings).chunk(2, dim=-1)
+            parts.append((now - before) * self.per_change)
+        if self.pairs.numel():
+            first, second = place.index_select(-1, self.pairs).chunk(2, dim=-1)
+            between = first - second
+            distance = torch.linalg.vector_norm(between.unflatten(-1, (-1, 3)), dim=-1)
+            parts += [between / _FAR, torch.tanh(between / _NEAR), torch.log(0.1 + distance / 0.1)]
+        return torch.cat(parts, dim=-1)
 
     def _latent(self, encoder: nn.Module, x: Tensor, tokens: Tensor, task: Tensor) -> Tensor:
         return torch.cat([x, normalise(encoder(torch.cat([self._with_relations(x), tokens, task], dim=-1)))], dim=-1)
@@ -295,7 +320,9 @@ class JointEmbeddingWAM(WAM):
     def _step(self, seen: Tensor, task: Tensor, action: Tensor) -> Tensor:
         """Next latents [M, X, D] from latents with their relations [M, X, ...]."""
         x, features, _ = seen.tensor_split([self.observed, self.latent_dim], dim=-1)
-        step, turn = self.dynamics(torch.cat([seen, task, action], dim=-1)).tensor_split([self.observed], dim=-1)
+        step, turn = self.dynamics(self.dynamics_first(torch.cat([seen, task, action], dim=-1))).tensor_split(
+            [self.observed], dim=-1
+        )
         if self.deadzone:  # with the gradient of the identity, so that what should leave the zone can
             step = step + (F.softshrink(step, self.deadzone) - step).detach()
         return torch.cat([x + self.change * step, normalise(features + turn)], dim=-1)
@@ -584,8 +611,7 @@ class JointEmbeddingWAM(WAM):
         # In units of what a number changes by in one step; one that never changes is not predicted.
         moves = (self.change > 0).float()
         missed = missed * moves / self.change.where(self.change > 0, 1.0)
-        missed = F.smooth_l1_loss(missed, torch.zeros_like(missed), reduction="none").sum(-1) / moves.sum().clamp(min=1)
-        losses["observation"] = (missed * mask).sum() / count
+        losses["observation"] = (missed.abs().sum(-1) / moves.sum().clamp(min=1) * mask).sum() / count
         if self.substrate is not None:
             error = (self.token_head(path) - tokens).square().mean(-1)
             losses["tokens"] = (error[:, 0] + (error[:, 1:] * mask).sum(1)).sum() / (windows + mask.sum())
@@ -673,6 +699,12 @@ def _first_numbers(
                 )
             found.append(offset[key] + first)
     return found
+
+
+def _earlier_numbers(features: Mapping[str, int], layout: Layout) -> list[tuple[int, int]]:
+    """Number and earlier reading in the observation's numbers one after the other."""
+    offset = dict(zip(features, itertools.accumulate(features.values(), initial=0), strict=False))
+    return [(offset[k] + now, offset[k] + before) for k in features for now, before in layout.earlier.get(k, ())]
 
 
 def _places(member: Tensor, members: int) -> tuple[Tensor, int]:
