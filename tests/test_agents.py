@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -305,9 +307,9 @@ def test_sac_goes_on_from_its_state_exactly(points):
     assert all(torch.equal(models[0].state_dict()[name], x) for name, x in models[1].state_dict().items())
 
 
-def known_world():
+def known_world(seed=0):
     """A model whose imagined reward is 1 - |a - OPTIMUM|^2 by construction, and whose values are 0."""
-    model = reference_model()
+    model = reference_model(seed)
 
     class Outcome(torch.nn.Module):
         def forward(self, heads_in):
@@ -332,9 +334,9 @@ def test_the_latent_actor_critic_reaches_the_optimum_of_its_imagination():
 
 
 def test_the_latent_actor_critic_learns_nothing_from_returns_of_random_sign():
-    away = {}
-    for shuffle in (False, True):
-        model = known_world()
+    away = {False: [], True: []}
+    for shuffle, seed in itertools.product(away, range(3)):
+        model = known_world(seed)
         learner = Latent(horizon=4, learning_rate=1e-3, world_weight=0.0, updates=50, shuffle_rewards=shuffle)
         learner.bind(model, None, rows=64, seed=0)
         shown = observations(32, seed=1)
@@ -346,8 +348,8 @@ def test_the_latent_actor_critic_learns_nothing_from_returns_of_random_sign():
         before = distance()
         learner.begin(0)
         learner.learn(observations(64))
-        away[shuffle] = distance() / before
-    assert away[False] < 0.2 and away[True] > 0.5, away  # of random signs, a random walk remains
+        away[shuffle].append(distance() / before)
+    assert max(away[False]) < 0.2 and np.mean(away[True]) > 0.5, away  # of random signs, a random walk remains
 
 
 def test_the_policys_gradient_does_not_raise_what_the_critic_promises():
@@ -445,12 +447,12 @@ def test_the_planner_teaches_the_policy(target):
 
 
 def test_nothing_is_learned_from_shuffled_rewards():
-    gained = {}
-    for shuffle in (False, True):
-        model = reference_model()
-        found = train(model, PPO(**FAST, noise=(0.2, 0.3), kl_limit=0.2, minibatch=96, shuffle_rewards=shuffle), 20)
-        gained[shuffle] = found[-1]["reward"] - found[0]["reward"]
-    assert gained[True] < 0.4 * gained[False], gained
+    gained = {False: [], True: []}
+    for shuffle, seed in itertools.product(gained, range(3)):
+        learner = PPO(**FAST, noise=(0.2, 0.3), kl_limit=0.2, minibatch=96, shuffle_rewards=shuffle)
+        found = train(reference_model(seed), learner, 20)
+        gained[shuffle].append(found[-1]["reward"] - found[0]["reward"])
+    assert np.mean(gained[True]) < 0.4 * np.mean(gained[False]), gained
 
 
 def test_the_same_seed_gives_the_same_curve_and_another_seed_another():
