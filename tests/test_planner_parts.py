@@ -191,6 +191,27 @@ def test_success_values_are_guesses_beside_the_returns() -> None:
         make_cem(scorer=ReturnScorer(success_value_weight=1.0)).initial_state(quadratic(TARGET), 1)
 
 
+def test_returns_without_a_value_weigh_as_much_as_the_outcomes() -> None:
+    def still(z: torch.Tensor, a: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(z.shape[:-1])
+
+    model = OutcomeWAM(lambda z, a: z, still, lambda z: z[..., 0], state_dim=1, action_dim=1, discount=0.5)
+    model.spec = replace(model.spec, provides=model.spec.provides | {"success_value"})
+    imagined = futures(reward=torch.tensor([[[8.0], [4.0]]]), success=torch.zeros(1, 2, 1))
+    imagined.leaf["z"] = torch.tensor([2.0, 4.0]).view(1, 1, 2, 1)
+
+    def score(**settings: object) -> float:
+        scorer = ReturnScorer(value_weight=0.0, success_value_weight=1.0, **settings)  # type: ignore[arg-type]
+        return scorer(model, TensorDict({}, batch_size=[1]), imagined).item()
+
+    # Returns of the two futures: 8 and 4. Outcomes of two heads each: 1 and 3, 2 and 6.
+    assert score() == pytest.approx((6.0 + 3.0) / 2)
+    # The worst half of 8, 8, 4, 4, 1, 3, 2, 6.
+    assert score(risk="cvar", risk_share=0.5) == pytest.approx((1 + 2 + 3 + 4) / 4)
+    assert score(risk="worst") == pytest.approx(1.0)
+    assert score(reward_weight=0.0) == pytest.approx(3.0)
+
+
 def cliff() -> ToyWAM:
     """Standing still pays 1 a step, but beyond z = 1 nothing; the value knows of no cliff."""
     return ToyWAM(
