@@ -32,10 +32,9 @@ from wamrl.behaviours import BEHAVIOURS, NEEDS_EXPERT, Act, Action, Setting
 from wamrl.cli import command, plain
 from wamrl.control import ModelPolicy
 from wamrl.data import EpisodeDataset, EpisodeWriter, episode_tensordict
-from wamrl.envs.base import whole_number
 from wamrl.files import write_json
 from wamrl.interfaces import Layout, Policy, PolicyState, task_id
-from wamrl.naming import unknown_name
+from wamrl.naming import unknown_name, whole_number
 from wamrl.provenance import versions
 from wamrl.workers import make_env, module_of, start_states
 

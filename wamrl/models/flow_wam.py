@@ -33,7 +33,7 @@ from wamrl.models.frame_heads import FrameHeads
 from wamrl.models.images import uint8_images
 from wamrl.models.joint_embedding import task_rows
 from wamrl.models.substrate import make_substrate
-from wamrl.naming import unknown_name
+from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
 
 LEVELS = (1.0, 0.5, 0.25, 0.125)
@@ -97,8 +97,7 @@ class FlowWAM(WAM):
                 "of frames: choose a frame_stride that divides it"
             )
         for name, value in (("futures", futures), ("action_steps", action_steps), ("future_steps", future_steps)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+            whole_number(name, value, 1)
         self.coupling = Coupling(**coupling)
         queries = self.coupling.queries
         answered = [name for name in POLICIES if name in queries]
