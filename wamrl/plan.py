@@ -31,7 +31,7 @@ from tensordict import TensorDict
 
 from wamrl import checkpoint, provenance
 from wamrl.cli import command, plain
-from wamrl.evaluation import protocol_hash, write_episodes
+from wamrl.evaluation import check_starts, protocol_hash, write_episodes
 from wamrl.files import write_text
 from wamrl.naming import unknown_name, whole_number
 from wamrl.report import METHODS, gain_words, short
@@ -111,6 +111,7 @@ def _settings(given: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any], Pat
         whole_number(key, given[key], 1)
     for key in ("latency_plans", "seed", "first_start"):
         whole_number(key, given[key], 0)
+    check_starts(given["first_start"], given["episodes"])
     for key in ("oracle", "video", "debug"):
         if not isinstance(given[key], bool):
             raise ValueError(f"{key} is {given[key]!r}, but must be true or false")

@@ -23,6 +23,7 @@ from wamrl.agents.base import Learner
 from wamrl.data import EpisodeDataset, start_frames
 from wamrl.envs.base import RowsEnv
 from wamrl.envs.imagined_env import ImaginedEnv
+from wamrl.evaluation import check_starts
 from wamrl.experience import MakeEnv
 from wamrl.files import write_text
 from wamrl.interfaces import WAM, Layout
@@ -144,6 +145,7 @@ def _check(settings: Mapping[str, Any]) -> None:
                         ("evaluate_every", 0), ("save_every", 1), ("world_batch", 1), ("world_length", 1)):  # fmt: skip
         if settings[name] is not None or name != "world_length":
             whole_number(name, settings[name], least)
+    check_starts(settings["first_start"], settings["episodes"])
     if settings["evaluate"] not in ("dev", "test"):
         raise unknown_name("evaluate", str(settings["evaluate"]), ("dev", "test"))
     if settings["evaluate"] == "test" and not settings["final_report"]:

@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from wamrl.evaluation import check_starts
 from wamrl.files import write_text
 from wamrl.judging.cells import Cells
 from wamrl.naming import unknown_name, whole_number
@@ -30,6 +31,9 @@ def checked(given: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any], Path]
         whole_number(key, given[key], 0)
     for key in ("episodes", "first_start"):
         whole_number(f"calibration.{key}", given["calibration"][key], 1 if key == "episodes" else 0)
+    check_starts(given["first_start"], given["episodes"])
+    names = ("calibration.first_start", "calibration.episodes")
+    check_starts(given["calibration"]["first_start"], given["calibration"]["episodes"], names)
     if given["keyframe_every"] is not None:
         whole_number("keyframe_every", given["keyframe_every"], 1)
     for key in ("uncertainty_penalty", "epsilon"):
