@@ -117,7 +117,7 @@ class ShootingPlanner:
         if self.stop_change is not None and self.compile:
             raise ValueError(
                 "planner.stop_change drops rows from the search as they settle, and planner.compile=true would compile "
-                "anew for every number of rows; set one of them to null or false"
+                "anew as they become fewer; set one of them to null or false"
             )
         if self.choose not in CHOICES:
             raise unknown_name("choose", str(self.choose), CHOICES)
@@ -390,7 +390,27 @@ class ShootingPlanner:
             return partial(self._evaluate, cast(WAM, clock))
         if self._compiled is None:
             self._compiled = compiled(self._evaluate)
-        return partial(run_compiled, self._compiled, clock)
+        return partial(self._evaluate_compiled, clock)
+
+    def _evaluate_compiled(
+        self,
+        clock: ModelClock,
+        state: State,
+        actions: Tensor,
+        finite: Tensor,
+        sigma: Tensor,
+        key: NoiseKey,
+        order: Tensor | None,
+    ) -> tuple[_Iterate, Tensor, int]:
+        """`_evaluate` as a compiled function, on more rows where there is none of as many."""
+        rows = actions.shape[0]
+        at = padded(torch.arange(rows, device=actions.device))
+        if at.numel() > rows:
+            state, actions, finite, key = state[at], actions[at], finite[at], key[at]
+            sigma = sigma[at] if sigma.dim() == 3 else sigma
+            order = None if order is None else order[at]
+        iterate, dead, spent = run_compiled(self._compiled, clock, state, actions, finite, sigma, key, order)
+        return _Iterate(*(part[:rows] if part.dim() > 1 else part for part in iterate)), dead[:rows], spent
 
     def _order(self, noise: NoiseKey, iteration: int, num: int) -> Tensor | None:
         return permutation(noise.fold(3).fold(iteration), num) if self.shuffle_scores else None
@@ -468,6 +488,16 @@ def require_compiler() -> None:
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` as one graph of fixed shapes; where its first argument, the model, allows no such graph, it raises."""
     return torch.compile(function, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+
+
+def padded(rows: Tensor) -> Tensor:
+    """`rows` [R], and the first of them again, up to a power of two.
+
+    A compiled function is compiled anew for every number of rows, and after eight of them torch gives up. Gates and
+    episodes that end let any number through, of which few are powers of two.
+    """
+    count = rows.numel()
+    return torch.cat([rows, rows[:1].expand((1 << (count - 1).bit_length()) - count)])
 
 
 def run_compiled(function: Callable[..., Any], clock: ModelClock, *arguments: Any) -> Any:
