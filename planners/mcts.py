@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wamrl.interfaces import WAM, Budget, Context, Gate, Imagined, Plan, PlanState, Proposal, State
-from wamrl.naming import unknown_name
+from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.gates import Always, ask, device_of, fresh_memory, gate_cost, memory_after
 from wamrl.planners.proposers import check_sigma, coloured_noise, match_sigma, noise_basis
@@ -112,9 +112,7 @@ class MCTSPlanner:
     def __post_init__(self) -> None:
         """Refuse values that no plan could be made with."""
         for name in ("chunk", "depth", "simulations", "num_candidates"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"planner.{name} is {value!r}, but must be a whole number of at least 1")
+            whole_number(f"planner.{name}", getattr(self, name), 1)
         if self.search not in SEARCHES:
             raise unknown_name("planner.search", str(self.search), SEARCHES)
         if self.backup not in BACKUPS:
@@ -628,8 +626,7 @@ def make_mcts(
     neighbouring steps, in [0, 1). scorer: None is `ReturnScorer()`. gate: None searches always. The rest: see
     `MCTSPlanner`.
     """
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"planner.chunk is {chunk!r}, but must be a whole number of at least 1")
+    whole_number("planner.chunk", chunk, 1)
     return MCTSPlanner(
         scorer=ReturnScorer() if scorer is None else scorer,
         gate=Always() if gate is None else gate,

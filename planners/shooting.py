@@ -21,7 +21,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from wamrl.interfaces import WAM, Budget, Gate, Imagined, Plan, PlanState, Proposal, Proposer, Scorer, State
-from wamrl.naming import unknown_name
+from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.gates import Always, ask, device_of, fresh_memory, gate_cost, memory_after
 from wamrl.planners.proposers import coloured_noise, match_sigma
@@ -102,11 +102,9 @@ class ShootingPlanner:
     def __post_init__(self) -> None:
         """Refuse values that no plan could be made with."""
         for name in ("horizon", "num_candidates", "iterations", "min_candidates"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"planner.{name} is {value!r}, but must be a whole number of at least 1")
-        if self.futures is not None and (isinstance(self.futures, bool) or self.futures < 1):
-            raise ValueError(f"planner.futures is {self.futures!r}, but must be a whole number of at least 1, or null")
+            whole_number(f"planner.{name}", getattr(self, name), 1)
+        if self.futures is not None:
+            whole_number("planner.futures", self.futures, 1)
         if not 0 <= self.keep_elites < self.num_candidates:
             raise ValueError(
                 f"planner.keep_elites is {self.keep_elites!r}, but must be at least 0 and below the "
