@@ -33,6 +33,7 @@ from wamrl.agents.base import (
     value_unit,
 )
 from wamrl.interfaces import WAM, State
+from wamrl.naming import whole_number
 from wamrl.noise import NoiseKey
 
 _TICKS = 1 << 20  # decisions of one iteration, at most
@@ -151,8 +152,7 @@ class PPO(CollectingLearner):
         non_finite_limit: int = 20,
     ) -> None:
         for label, value in (("chunk", chunk), ("epochs", epochs), ("minibatch", minibatch)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{label} is {value!r}, but must be a whole number of at least 1")
+            whole_number(label, value, 1)
         if not 0.0 < noise[0] <= noise[1]:
             raise ValueError(f"noise is {list(noise)}, but must be the least and the greatest deviation, above 0")
         self.chunk, self.epochs, self.minibatch = chunk, epochs, minibatch

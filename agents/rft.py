@@ -3,8 +3,9 @@
 Without a planner, the trajectories of the policy's own samples that reached a success are kept and imitated (expert
 iteration; in imagination as in Ctrl-World, arXiv:2510.10125). With a planner, every visited state is planned from and
 the policy is taught the plan: the planner's chosen chunk, its weighted mean (MPPI weights as targets), or, with a
-best-of-N planner, the best of its samples. Both use the model's own `WAM.loss` on windows whose labels are those
-actions, so any policy that learns by imitation will do, flow matching included.
+best-of-N planner, the best of its samples. Both use the policy's part of the model's own `WAM.loss` on windows whose
+labels are those actions, so any policy that learns by imitation will do, flow matching included. A policy that reads
+more than a window's first frame is shown the frames that followed; a plan, which was not executed, has none.
 
 Letters: B rows, T decisions of a batch, W windows of L control steps, H actions of a plan, N candidates, A action dims.
 """
@@ -139,8 +140,27 @@ class RFT(CollectingLearner):
         )
         if self.planner is not None:
             self.planner.initial_state(model, 1)  # refuses a model that does not answer what the planner asks
+        self.followed = self._needs_later_frames(model)
         self.updater = Updater(model, world, **self._rates)
         self.kept: TensorDict | None = None
+
+    def _needs_later_frames(self, model: WAM) -> bool:
+        """Whether the policy's loss reads later frames than a window's first; ValueError where they are not known."""
+        gaussian = hasattr(model, "gaussian")
+        direct = hasattr(model, "imitation") and self.length == 1
+        if not direct and "policy" not in getattr(model, "loss_weights", {}):
+            raise ValueError(
+                f"agent=rft trains the policy's part of WAM.loss alone, but {type(model).__name__} does not name it: "
+                "give it loss_weights with an entry 'policy'"
+            )
+        followed = self.length != 1 if gaussian else not getattr(model, "policy_sees_present_alone", False)
+        if followed and self.planner is not None:
+            mend = "agent.length=1" if gaussian else "agent.planner=null, or a model such as wam=mot_uwm"
+            raise ValueError(
+                "this policy learns from the frames that follow the present one, and a plan, which was not executed, "
+                f"has none; use {mend}"
+            )
+        return followed
 
     def learn(self, batch: TensorDict) -> dict[str, float]:
         """One iteration on batch [B, T] of the collector."""
@@ -176,7 +196,9 @@ class RFT(CollectingLearner):
         own = getattr(self.model, "imitation", None)
         if own is not None and self.length == 1:  # that part of `WAM.loss` alone; it moves no encoder
             return own(encode(self.model, chosen["observation"]), chosen["label"][:, 0]).mean()
-        with loss_weights(self.model, **_POLICY_ALONE):
+        # What is imagined or repeated teaches nothing but the policy.
+        alone = {name: float(name == "policy") for name in cast(Any, self.model).loss_weights}
+        with loss_weights(self.model, **alone):
             return self.model.loss(self._windows(chosen), noise=generator)["loss"]
 
     def _batch_size(self) -> int:
@@ -202,7 +224,7 @@ class RFT(CollectingLearner):
             first = 0
             for end in done[row].nonzero()[:, 0].tolist():
                 if bool(success[row, end]):
-                    parts.append(_steps(batch[row, first : end + 1], self.length))
+                    parts.append(_steps(batch[row, first : end + 1], self.length, self.followed))
                 first = end + 1
         return torch.cat(parts) if parts else None
 
@@ -243,12 +265,14 @@ class RFT(CollectingLearner):
         """Windows [W] of the batch contract of `WAM.loss` whose labels are what is taught, for the policy alone."""
         label, valid, observation = chosen["label"], chosen["valid"], chosen["observation"]
         rows, length, _ = label.shape
-        # The first frame stands in for the later ones: those teach nothing here but the world model, whose weight is 0.
-        frames = observation.exclude("task").unsqueeze(1).expand(rows, length + 1).contiguous()
+        present = observation.exclude("task").unsqueeze(1)
+        # Where the policy reads no later frame, the first one stands in for them: all other parts have the weight 0.
+        later = chosen["later"] if self.followed else present.expand(rows, length)
+        frames = {key: torch.cat([present[key], later[key]], dim=1) for key in present.keys()}
         no, zero = torch.zeros(rows, length, dtype=torch.bool), torch.zeros(rows, length)
         return TensorDict(
             {
-                "observation": frames,
+                "observation": TensorDict(frames, batch_size=[rows, length + 1]),
                 "action": label,
                 "label": label,
                 "label_valid": valid,
@@ -279,24 +303,23 @@ class RFT(CollectingLearner):
             self.kept = TensorDict(kept, batch_size=[len(kept["label"])]).unflatten_keys(".")
 
 
-# Parts of `WAM.loss` that imagined or repeated frames may not teach.
-_POLICY_ALONE = {"consistency": 0.0, "observation": 0.0, "tokens": 0.0, "reward": 0.0, "success": 0.0, "value": 0.0,
-                 "success_value": 0.0, "behaviour": 0.0, "policy": 1.0}  # fmt: skip
+def _steps(trajectory: TensorDict, length: int, followed: bool) -> TensorDict:
+    """Every step [T] of a trajectory [T] as an observation with the `length` actions executed from it on.
 
-
-def _steps(trajectory: TensorDict, length: int) -> TensorDict:
-    """Every step [T] of a trajectory [T] as an observation with the `length` actions executed from it on."""
+    followed: with the frames that these led to, `later` [T, length, ...]; after the last one it is repeated.
+    """
     steps = len(trajectory)
     at = torch.arange(steps)[:, None] + torch.arange(length)
     keys = [key for key in trajectory.keys() if key not in _NOT_OBSERVED]
-    return TensorDict(
-        {
-            "observation": trajectory.select(*keys),
-            "label": trajectory["action"][at.clamp(max=steps - 1)],
-            "valid": at < steps,
-        },
-        batch_size=[steps],
-    )
+    found = {
+        "observation": trajectory.select(*keys),
+        "label": trajectory["action"][at.clamp(max=steps - 1)],
+        "valid": at < steps,
+    }
+    if followed:
+        frames = trajectory["next"].select(*(key for key in keys if key != "task"))
+        found["later"] = TensorDict({key: frames[key][at.clamp(max=steps - 1)] for key in frames.keys()}, [steps])
+    return TensorDict(found, batch_size=[steps])
 
 
 _NOT_OBSERVED = ("next", "collector", "action", "chain", "action_log_prob", "done", "terminated", "truncated",

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from benchmarks.stored import RESULTS, ROOT, Clock, run_logged
 from wamrl.data import EpisodeDataset
+from wamrl.envs.layouts import METAWORLD
 from wamrl.interfaces import PolicyState, task_id
 from wamrl.report import short
 
@@ -120,7 +121,7 @@ def linear(data: str, per_task: int, tasks: Sequence[str], seed: int, ridge: flo
     models: dict[int, Any] = {}
 
     def features(s: Tensor) -> Tensor:
-        hand, thing, goal = s[:, 0:3], s[:, 4:7], s[:, 36:39]
+        hand, thing, goal = (s[:, METAWORLD.place(name)] for name in ("hand", "object", "goal"))
         apart = torch.cat([hand - thing, hand - goal, thing - goal], dim=1) / 0.05  # metres to about one
         return torch.cat([s, torch.tanh(apart), torch.ones(len(s), 1)], dim=1)
 

@@ -19,7 +19,7 @@ from torchrl.data import Binary, Bounded, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
 from wamrl.interfaces import Layout, task_id
-from wamrl.naming import unknown_name
+from wamrl.naming import unknown_name, whole_number
 
 SPLITS = ("train", "dev", "test")
 _STRIPS = {"train": (0.0, 0.4), "dev": (0.5, 0.6), "test": (0.7, 0.9)}  # of one period; the rest are guard bands
@@ -92,8 +92,7 @@ class RowsEnv(EnvBase):
     gives_views = False
 
     def __init__(self, tasks: Sequence[str], num_envs: int, *, device: torch.device | str, seed: int) -> None:
-        if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
-            raise ValueError(f"num_envs is {num_envs!r}, but must be a whole number of at least 1")
+        whole_number("num_envs", num_envs, 1)
         if not tasks:
             raise ValueError("tasks is empty; name at least one")
         super().__init__(device=torch.device(device), batch_size=torch.Size([num_envs]))
@@ -308,13 +307,6 @@ def instruction(task: str) -> str:
     if len(words) > 1 and words[-1][:1] == "v" and words[-1][1:].isdigit():
         words.pop()
     return " ".join(words).lower()
-
-
-def whole_number(name: str, value: Any, least: int) -> int:
-    """`value` if it is a whole number of at least `least`; otherwise ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}")
-    return value
 
 
 def check_split(split: str) -> str:

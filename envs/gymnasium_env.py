@@ -22,10 +22,10 @@ from tensordict import TensorDict
 from torch import Tensor
 from torchrl.data import Bounded, OneHot, TensorSpec
 
-from wamrl.envs.base import RowsEnv, check_split, seed_start_states, start_seed, whole_number
+from wamrl.envs.base import RowsEnv, check_split, seed_start_states, start_seed
 from wamrl.envs.gymnasium_rows import PREFIX, Arrays, Build, Group, Row, SharedMemory, Worker, WorkerDied
 from wamrl.interfaces import Layout
-from wamrl.naming import unknown_name
+from wamrl.naming import unknown_name, whole_number
 
 _STARTS = 100_000  # seeds that resets without `start` choose among
 

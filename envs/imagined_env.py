@@ -22,9 +22,9 @@ from tensordict import TensorDict
 from torch import Tensor
 from torchrl.data import Bounded
 
-from wamrl.envs.base import RowsEnv, whole_number
+from wamrl.envs.base import RowsEnv
 from wamrl.interfaces import WAM, Context, State, task_id
-from wamrl.naming import unknown_name
+from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
 
 _BLOCK = 256  # rows per call of the model on a CPU, whose caches hold no more (measured with the reference WAM)

@@ -23,8 +23,8 @@ from tensordict import TensorDict
 from torch import Tensor
 from torchrl.data import Bounded, TensorSpec
 
-from wamrl.envs.base import RowsEnv, check_split, seed_start_states, start_seed, whole_number
-from wamrl.naming import unknown_name
+from wamrl.envs.base import RowsEnv, check_split, seed_start_states, start_seed
+from wamrl.naming import unknown_name, whole_number
 
 PREFIX = "isaaclab/"
 OURS = ("Wamrl-Balance", "Wamrl-Push")

@@ -29,11 +29,11 @@ from tensordict import TensorDict
 from torch import Tensor
 from torchrl.data import Bounded, TensorSpec
 
-from wamrl.envs.base import RowsEnv, check_split, in_split, split_distance, whole_number
+from wamrl.envs.base import RowsEnv, check_split, in_split, split_distance
 from wamrl.envs.layouts import METAWORLD, METAWORLD_STATE
 from wamrl.envs.rendering import Camera, SceneRenderer, mujoco
 from wamrl.interfaces import PolicyState, task_id
-from wamrl.naming import unknown_name
+from wamrl.naming import unknown_name, whole_number
 
 PREFIX = "metaworld/"
 SIX_TASKS = tuple(

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
 
-from wamrl.envs.base import RowsEnv, StartStates, check_split, in_split, split_distance, whole_number
+from wamrl.envs.base import RowsEnv, StartStates, check_split, in_split, split_distance
 from wamrl.interfaces import task_id
-from wamrl.naming import unknown_name
+from wamrl.naming import unknown_name, whole_number
 
 try:
     import jax

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from wamrl.interfaces import Gate, Proposer, Scorer
+from wamrl.naming import whole_number
 from wamrl.planners.elites import EliteProposer
 from wamrl.planners.gates import Always
 from wamrl.planners.mppi import make_proposer
@@ -30,8 +31,7 @@ def cem_refit(*, num_elites: int = 8, momentum: float = 0.0, min_sigma: float = 
     momentum: share of the old mean and sigma that stays, in [0, 1); the old mean is candidate 0. min_sigma: in action
     units; the search never becomes narrower.
     """
-    if isinstance(num_elites, bool) or not isinstance(num_elites, int) or num_elites < 1:
-        raise ValueError(f"planner.num_elites is {num_elites!r}, but must be a whole number of at least 1")
+    whole_number("planner.num_elites", num_elites, 1)
     if not 0.0 <= momentum < 1.0:
         raise ValueError(f"planner.momentum is {momentum}, but must be in [0, 1): the share of the old mean that stays")
     if not math.isfinite(min_sigma) or min_sigma < 0:

@@ -18,6 +18,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from wamrl.interfaces import WAM, Context, Gate, Imagined, Plan, PlanState, Spec, State
+from wamrl.naming import whole_number
 from wamrl.planners.scorers import ReturnScorer
 
 
@@ -104,8 +105,7 @@ class Periodic:
 
     def __post_init__(self) -> None:
         """Refuse a period that is none."""
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"gate.every is {self.every!r}, but must be a whole number of at least 1")
+        whole_number("gate.every", self.every, 1)
 
     def __call__(self, model: WAM, state: State, plan_state: PlanState) -> Tensor:
         """[B] True in every `every`-th plan of a row."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from wamrl.interfaces import WAM, Budget, Plan, PlanState, State
+from wamrl.naming import whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.cem import make_cem
 from wamrl.planners.gates import foresight_steps, memory_after
@@ -49,9 +50,7 @@ class GradientPlanner:
                 "use planner/cem@planner.start, or one of icem, mppi and best_of_n in its place"
             )
         for name in ("steps", "num_starts"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"planner.{name} is {value!r}, but must be a whole number of at least 1")
+            whole_number(f"planner.{name}", getattr(self, name), 1)
         if self.num_starts > self.start.num_candidates:
             raise ValueError(
                 f"planner.num_starts is {self.num_starts}, but the search that gives the starts has only "

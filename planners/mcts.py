@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wamrl.interfaces import WAM, Budget, Context, Gate, Imagined, Plan, PlanState, Proposal, State
-from wamrl.naming import unknown_name
+from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.gates import Always, ask, device_of, fresh_memory, gate_cost, memory_after
 from wamrl.planners.proposers import check_sigma, coloured_noise, match_sigma, noise_basis
@@ -35,6 +35,7 @@ from wamrl.planners.shooting import (
     check_deadline,
     compiled,
     count_plans,
+    padded,
     policy_chunk,
     report_failure,
     require_compiler,
@@ -111,9 +112,7 @@ class MCTSPlanner:
     def __post_init__(self) -> None:
         """Refuse values that no plan could be made with."""
         for name in ("chunk", "depth", "simulations", "num_candidates"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"planner.{name} is {value!r}, but must be a whole number of at least 1")
+            whole_number(f"planner.{name}", getattr(self, name), 1)
         if self.search not in SEARCHES:
             raise unknown_name("planner.search", str(self.search), SEARCHES)
         if self.backup not in BACKUPS:
@@ -224,16 +223,17 @@ class MCTSPlanner:
         at = searched.nonzero()[:, 0]
         plan, kept = self._outside(cast(WAM, clock), state, searched, gated), plan_state.copy()
         if at.numel():
-            everyone = at.numel() == rows
-            part = (state, plan_state, noise) if everyone else (state[at], plan_state[at], noise[at])
-            found, tree = self._search(clock, *part, simulations, started, budget.deadline_s)
+            taken = padded(at) if self.compile else at
+            everyone = taken.numel() == at.numel() == rows
+            part = (state, plan_state, noise) if everyone else (state[taken], plan_state[taken], noise[taken])
+            found, tree = self._search(clock, *part, at.numel(), simulations, started, budget.deadline_s)
             if everyone:
                 plan = dataclasses.replace(found, evaluations=found.evaluations + gated) if gated else found
             else:
                 plan = _placed(plan, found, at, gated)
             if tree is not None:
                 whole = plan_state["tree"].clone()
-                whole[at] = tree
+                whole[at] = tree[: at.numel()]
                 kept["tree"] = whole
         kept["warm"], kept["grown"] = torch.ones_like(searched), searched.clone()
         kept["plans"] = count_plans(plan_state)
@@ -315,11 +315,12 @@ class MCTSPlanner:
         state: State,
         plan_state: PlanState,
         noise: NoiseKey,
+        wanted: int,
         simulations: int,
         started: float,
         deadline_s: float | None,
     ) -> tuple[Plan, TensorDict | None]:
-        """Search every row of `state` [R]."""
+        """Search every row of `state` [R], of which the first `wanted` count and the others fill up."""
         model = cast(WAM, clock)
         rows, device = state.batch_size[0], noise.row.device
         discrete = model.spec.action_kind == "discrete"
@@ -367,7 +368,7 @@ class MCTSPlanner:
                 spent += self._simulate(model, root, schedule[i], offsets[:, within : within + 1], i)
                 i += 1
             slowest = max(slowest, time.perf_counter() - begun)
-        return self._finish(tree, before, gumbel, spent, noise.fold(3), discrete)
+        return self._finish(tree, before, gumbel, spent, noise.fold(3), discrete, wanted)
 
     def _run_compiled(self, clock: ModelClock, *arguments: Any) -> Tensor:
         """`_simulations` of the model, compiled."""
@@ -513,14 +514,21 @@ class MCTSPlanner:
         return (root.gumbel + improved_logits(now)).masked_fill(~match, -math.inf).argmax(dim=1)
 
     def _finish(
-        self, tree: Tree, before: Tensor, gumbel: Tensor, spent: Tensor, noise: NoiseKey, discrete: bool
+        self,
+        tree: Tree,
+        before: Tensor,
+        gumbel: Tensor,
+        spent: Tensor,
+        noise: NoiseKey,
+        discrete: bool,
+        wanted: int,
     ) -> tuple[Plan, TensorDict | None]:
         """The root's choice, and the subtree behind it for the next plan."""
         now = tree.statistics(tree.base)
         visited = (now.counts > 0) & ~tree.dead[tree.base]
         failed = ~visited.any(dim=1)
-        if failed.any():
-            report_failure(failed, tree.slots, self.on_failure)
+        if failed[:wanted].any():
+            report_failure(failed[:wanted], tree.slots, self.on_failure)
         now = now._replace(open=~tree.dead[tree.base] if discrete else visited)
         # Sequential halving counts what this plan has visited; PUCT goes by all visits, those of a kept subtree too.
         counts = (now.counts if self.search == "puct" else now.counts - before).masked_fill(~visited, -math.inf)
@@ -579,11 +587,11 @@ def _one_future(imagined: Imagined, noise: NoiseKey) -> State:
 
 
 def _placed(whole: Plan, part: Plan, at: Tensor, gated: int) -> Plan:
-    """`whole` with the rows `at` [R] replaced by `part`."""
+    """`whole` with the rows `at` [R] replaced by the first R of `part`."""
     placed = {}
     for name in ("actions", "value", "weights", "candidates", "scores", "evaluations"):
         mine = getattr(whole, name).clone()
-        mine[at] = getattr(part, name) + (gated if name == "evaluations" else 0)
+        mine[at] = getattr(part, name)[: at.numel()] + (gated if name == "evaluations" else 0)
         placed[name] = mine
     number = {row: i for i, row in enumerate(at.tolist())}
     grown = part.tree
@@ -618,8 +626,7 @@ def make_mcts(
     neighbouring steps, in [0, 1). scorer: None is `ReturnScorer()`. gate: None searches always. The rest: see
     `MCTSPlanner`.
     """
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"planner.chunk is {chunk!r}, but must be a whole number of at least 1")
+    whole_number("planner.chunk", chunk, 1)
     return MCTSPlanner(
         scorer=ReturnScorer() if scorer is None else scorer,
         gate=Always() if gate is None else gate,

@@ -31,7 +31,8 @@ class ReturnScorer:
 
     Steps after an episode's end count for nothing (`alive` is 0 there); without an alive head all steps count.
     A model's `success_value` adds guesses success_value_weight d^H alive_(H-1) success_value(leaf) of its own beside
-    those: returns and outcomes err in different places, and where they disagree the risk below counts it.
+    those: returns and outcomes err in different places, and where they disagree the risk below counts it. There are as
+    many of either; with value_weight 0 each future's return stands beside every head of the success value.
 
     discount: d per step; None is the model's own. Units: those of the reward.
     success_weight: None is the model's own `success_bonus`, which its values count as well.
@@ -112,6 +113,8 @@ class ReturnScorer:
             ahead = model.success_value(imagined.leaf) * (weight * discount ** _steps(imagined))
             if imagined.alive is not None:
                 ahead = ahead * imagined.alive[..., -1:]
+            if total is not None and self.value_weight == 0:
+                total = total.unsqueeze(-1).expand_as(ahead).flatten(2)
             ahead = ahead.flatten(2)
             total = ahead if total is None else torch.cat([total, ahead], dim=-1)
         if total is None:

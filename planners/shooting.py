@@ -21,7 +21,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from wamrl.interfaces import WAM, Budget, Gate, Imagined, Plan, PlanState, Proposal, Proposer, Scorer, State
-from wamrl.naming import unknown_name
+from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.gates import Always, ask, device_of, fresh_memory, gate_cost, memory_after
 from wamrl.planners.proposers import coloured_noise, match_sigma
@@ -102,11 +102,9 @@ class ShootingPlanner:
     def __post_init__(self) -> None:
         """Refuse values that no plan could be made with."""
         for name in ("horizon", "num_candidates", "iterations", "min_candidates"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"planner.{name} is {value!r}, but must be a whole number of at least 1")
-        if self.futures is not None and (isinstance(self.futures, bool) or self.futures < 1):
-            raise ValueError(f"planner.futures is {self.futures!r}, but must be a whole number of at least 1, or null")
+            whole_number(f"planner.{name}", getattr(self, name), 1)
+        if self.futures is not None:
+            whole_number("planner.futures", self.futures, 1)
         if not 0 <= self.keep_elites < self.num_candidates:
             raise ValueError(
                 f"planner.keep_elites is {self.keep_elites!r}, but must be at least 0 and below the "
@@ -117,7 +115,7 @@ class ShootingPlanner:
         if self.stop_change is not None and self.compile:
             raise ValueError(
                 "planner.stop_change drops rows from the search as they settle, and planner.compile=true would compile "
-                "anew for every number of rows; set one of them to null or false"
+                "anew as they become fewer; set one of them to null or false"
             )
         if self.choose not in CHOICES:
             raise unknown_name("choose", str(self.choose), CHOICES)
@@ -390,7 +388,27 @@ class ShootingPlanner:
             return partial(self._evaluate, cast(WAM, clock))
         if self._compiled is None:
             self._compiled = compiled(self._evaluate)
-        return partial(run_compiled, self._compiled, clock)
+        return partial(self._evaluate_compiled, clock)
+
+    def _evaluate_compiled(
+        self,
+        clock: ModelClock,
+        state: State,
+        actions: Tensor,
+        finite: Tensor,
+        sigma: Tensor,
+        key: NoiseKey,
+        order: Tensor | None,
+    ) -> tuple[_Iterate, Tensor, int]:
+        """`_evaluate` as a compiled function, on more rows where there is none of as many."""
+        rows = actions.shape[0]
+        at = padded(torch.arange(rows, device=actions.device))
+        if at.numel() > rows:
+            state, actions, finite, key = state[at], actions[at], finite[at], key[at]
+            sigma = sigma[at] if sigma.dim() == 3 else sigma
+            order = None if order is None else order[at]
+        iterate, dead, spent = run_compiled(self._compiled, clock, state, actions, finite, sigma, key, order)
+        return _Iterate(*(part[:rows] if part.dim() > 1 else part for part in iterate)), dead[:rows], spent
 
     def _order(self, noise: NoiseKey, iteration: int, num: int) -> Tensor | None:
         return permutation(noise.fold(3).fold(iteration), num) if self.shuffle_scores else None
@@ -468,6 +486,16 @@ def require_compiler() -> None:
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` as one graph of fixed shapes; where its first argument, the model, allows no such graph, it raises."""
     return torch.compile(function, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+
+
+def padded(rows: Tensor) -> Tensor:
+    """`rows` [R], and the first of them again, up to a power of two.
+
+    A compiled function is compiled anew for every number of rows, and after eight of them torch gives up. Gates and
+    episodes that end let any number through, of which few are powers of two.
+    """
+    count = rows.numel()
+    return torch.cat([rows, rows[:1].expand((1 << (count - 1).bit_length()) - count)])
 
 
 def run_compiled(function: Callable[..., Any], clock: ModelClock, *arguments: Any) -> Any:

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from wamrl.naming import unknown_name
+from wamrl.naming import unknown_name, whole_number
 from wamrl.planners.proposers import noise_basis
 
 SPLINES = ("hold", "linear", "cubic")
@@ -35,8 +35,7 @@ def temporal_basis(
     (Howell et al., 2022, arXiv:2212.00541); None is one per step.
     spline: "hold" the last knot, "linear", or "cubic" (natural: no curvature at the ends).
     """
-    if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
-        raise ValueError(f"planner.horizon is {horizon!r}, but must be a whole number of at least 1")
+    whole_number("planner.horizon", horizon, 1)
     if knots is not None and (isinstance(knots, bool) or not isinstance(knots, int) or not 1 <= knots <= horizon):
         raise ValueError(
             f"planner.knots is {knots!r}, but must be a whole number from 1 to the horizon of {horizon} steps, or null"

@@ -15,7 +15,9 @@ from torchrl.envs import check_env_specs
 from torchrl.objectives.value import GAE
 
 from tests.agent_toys import OPTIMUM, STEPS, TASK, AimEnv, FlowToy, reference_model
-from wamrl.agents.base import EpisodeEnv, LearningDiverged, Updater, value_unit
+from tests.test_flow_wam import make as flow_model
+from tests.test_flow_wam import observations as flow_observations
+from wamrl.agents.base import EpisodeEnv, LearningDiverged, Updater, loss_weights, value_unit
 from wamrl.agents.flow_ppo import ChainActor, FlowPPO
 from wamrl.agents.latent import Latent
 from wamrl.agents.ppo import PPO, GaussianActor
@@ -268,14 +270,78 @@ def test_imitating_directly_is_the_policys_part_of_the_models_loss():
     torch.testing.assert_close(learner._imitation(taught, torch.Generator()).detach(), whole)
 
 
-def test_imitating_chunks_teaches_nothing_that_repeated_frames_would_get_wrong():
+def moved(model) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+def trajectories(rows: int, shown: TensorDict) -> TensorDict:
+    """A batch [B, 3] in which every number of a frame is its number 0, 1, 2, 3; the rows end after it, successful."""
+    keys = [key for key in shown.keys() if key != "task"]
+    frames = {key: torch.zeros(rows, 4, *shown[key].shape[1:]) for key in keys}
+    for frame in frames.values():
+        frame += torch.arange(4.0).view(4, *[1] * (frame.ndim - 2))
+    end = torch.zeros(rows, 3, 1, dtype=torch.bool)
+    end[:, -1] = True
+    task = shown["task"][:, None].expand(rows, 3)
+    after = {key: frames[key][:, 1:] for key in keys} | {"task": task, "done": end, "success": end}
+    before = {key: frames[key][:, :-1] for key in keys} | {"task": task, "action": torch.rand(rows, 3, 2)}
+    return TensorDict({**before, "next": TensorDict(after, [rows, 3])}, [rows, 3])
+
+
+def test_imitating_chunks_of_a_policy_that_reacts_shows_it_the_frames_that_followed():
     model = reference_model()
     learner = RFT(world_weight=0.0, length=2)
     learner.bind(model, None, rows=1, seed=0)
-    taught = {"observation": observations(8), "label": torch.rand(8, 2, 2), "valid": torch.ones(8, 2).bool()}
-    learner._imitation(TensorDict(taught, [8]), torch.Generator()).backward()
-    moved = {name.partition(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    assert "policy" in moved and not moved & {"values", "success_values", "outcome", "behaviour"}, moved
+    found = learner._successes(trajectories(4, observations(4)))
+    assert found is not None and len(found) == 12
+    frames = learner._windows(found)["observation", "state"][:3, :, 0]
+    assert frames.tolist() == [[0, 1, 2], [1, 2, 3], [2, 3, 3]]
+    assert found["valid"][:3].tolist() == [[True, True], [True, True], [True, False]]
+    learner._imitation(found, torch.Generator()).backward()
+    parts = {name.partition(".")[0] for name in moved(model)}
+    assert "policy" in parts and not parts & {"values", "success_values", "outcome", "behaviour"}, parts
+
+
+@pytest.mark.parametrize("name", ["mot_uwm", "fast", "no_cotrain"])
+def test_imitating_chunks_teaches_a_flow_policy_nothing_but_its_actions(name):
+    # The frames after the first one, which rft makes up, may not teach anything: others give the same gradient.
+    model = flow_model(name)
+    learner = RFT(world_weight=0.0, planner=Knowing())
+    learner.bind(model, None, rows=1, seed=0)
+    label, valid = torch.rand(6, 4, 2), torch.ones(6, 4, dtype=torch.bool)
+    chosen = TensorDict({"observation": flow_observations(6), "label": label, "valid": valid}, [6])
+    learner._imitation(chosen, torch.Generator().manual_seed(0)).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert not [name for name in moved(model) if name.startswith("heads.")]
+    model.zero_grad(set_to_none=True)
+    windows = learner._windows(chosen)
+    for frames in windows["observation"].values():
+        frames[:, 1:] += torch.randn(frames[:, 1:].shape)
+    learner._windows = lambda chosen: windows
+    learner._imitation(chosen, torch.Generator().manual_seed(0)).backward()
+    assert any(gradient.any() for gradient in gradients.values())
+    torch.testing.assert_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, gradients)
+
+
+def test_a_flow_policy_that_acts_on_a_future_is_shown_the_one_that_came():
+    model = flow_model("idm")
+    learner = RFT(world_weight=0.0)
+    learner.bind(model, None, rows=1, seed=0)
+    found = learner._successes(trajectories(2, flow_observations(2)))
+    assert found is not None
+    frames = learner._windows(found)["observation", "state"][:3, :, 0]
+    assert frames.tolist() == [[0, 1, 2, 3, 3], [1, 2, 3, 3, 3], [2, 3, 3, 3, 3]]
+    with loss_weights(model, flows=0.0, reward=0.0, success=0.0, value=0.0):
+        wanted = model.loss(learner._windows(found), noise=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(wanted["loss"].detach(), wanted["flow_A"])
+    torch.testing.assert_close(learner._imitation(found, torch.Generator().manual_seed(0)), wanted["loss"])
+    with pytest.raises(ValueError, match="was not executed, has none; use agent.planner=null"):
+        RFT(planner=Knowing(), world_weight=0.0).bind(model, None, rows=1, seed=0)
+
+
+@pytest.mark.parametrize(("policy", "sees_present_alone"), [("policy", True), ("future_first", False)])
+def test_what_a_flow_policy_sees_is_that_of_the_way_it_acts(policy, sees_present_alone):
+    assert flow_model("mot_uwm", policy=policy).policy_sees_present_alone is sees_present_alone
 
 
 def test_sac_reaches_the_known_optimum():

@@ -173,6 +173,7 @@ def test_held_out_starts_can_be_collected_but_not_trained_on(tmp_path: Path) -> 
         ({"mixture": {"exprt": 1}}, "did you mean 'expert'"),
         ({"mixture": {"expert": -1}}, "whole number"),
         ({"mixture": {"expert": 0}}, "no episodes"),
+        ({"mixture": {"expert": 100_000_000}}, "the mixture's episodes whose sum is at most 100000"),
         ({"mixture": {"policy": 1}}, "no policy was given"),
         ({"env": env_of("metaworld/puhs-v3")}, "did you mean 'metaworld/push-v3'"),
         ({"env": env_of(PUSH, PUSH)}, "named twice"),

@@ -187,6 +187,8 @@ def test_a_calibrated_threshold_can_be_used_again_with_the_same_judge(wam, tmp_p
         (["real=false"], "threshold=calibrated compares with the simulator"),
         (["threshold=1.5"], "score lies in (0, 1]"),
         (["episodes=0"], "episodes is 0"),
+        (["episodes=100000000"], "takes the first 10,000 of a split at most"),
+        (["calibration.first_start=10000"], "calibration.first_start and calibration.episodes whose sum"),
         (["ensemble=5"], "has 2 members"),
         (["keyframe_every=0"], "keyframe_every is 0"),
         (["epsilon=0"], "epsilon is 0"),

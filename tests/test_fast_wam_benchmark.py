@@ -52,6 +52,7 @@ def test_every_stage_composes(tmp_path, monkeypatch, pixels):
         ("fast_wam.shifts=[start_layot]", "start_layout"),
         ("fast_wam.shifts=[camera]", "read the state"),
         ("split=train", "use dev or test"),
+        ("episodes=100000000", "fast_wam.first_start and episodes whose sum is at most 10000"),
         ("fast_wam.variants=[]", "variants is empty"),
         ("fast_wam.demonstrations=901", "at most 900"),
         ("{fast_wam.data:rich,fast_wam.demonstrations:5}", "mixture says how many"),

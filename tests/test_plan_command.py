@@ -204,6 +204,8 @@ def test_a_sweep_on_test_starts_is_refused(wam, capsys):
         (["wam=fast"], "wam= names a kind of model to train (FlowWAM)"),
         (["episodes=0"], "episodes is 0, but must be a whole number of at least 1"),
         (["episodes=2.5"], "episodes is 2.5"),
+        (["episodes=100000000"], "takes the first 10,000 of a split at most"),
+        (["episodes=1", "first_start=10000"], "asks for start states number 10000 to 10000"),
         (["num_envs=0"], "num_envs is 0"),
         (["workers=0"], "workers is 0"),
         (["threads=0"], "threads is 0"),

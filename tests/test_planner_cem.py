@@ -92,7 +92,7 @@ def test_a_row_that_has_settled_is_not_searched_further() -> None:
         ("min_sigma", -0.1, "min_sigma is -0.1"),
         ("keep_elites", 64, "keep_elites is 64.*below the 64 candidates"),
         ("stop_change", -1.0, "stop_change is -1"),
-        ("compile", True, "compile anew for every number of rows"),
+        ("compile", True, "compile anew as they become fewer"),
         ("futures", 0, "futures is 0"),
         ("horizon", 0, "horizon is 0"),
         ("knots", 20, "knots is 20"),

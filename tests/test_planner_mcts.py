@@ -169,7 +169,7 @@ def test_compiled_simulations_grow_the_same_trees(backup: str) -> None:
         torch.zeros(5, 2),
         discount=0.5,
     )
-    state = model.state(torch.tensor([0, 2, 4]))
+    state = model.state(torch.tensor([0, 2, 4, 1]))  # a power of two, so that no row is added
     trees: list[list[Tree]] = []
     for compile in (False, True):
         planner = make_mcts(
@@ -178,7 +178,7 @@ def test_compiled_simulations_grow_the_same_trees(backup: str) -> None:
         trees.append(watched(planner))
         for step in range(2):
             with pytest.warns(RuntimeWarning, match="zero actions in 1 row"):
-                planner.plan(model, state, planner.initial_state(model, 3), NoiseKey.for_rows(3, step=step), Budget())
+                planner.plan(model, state, planner.initial_state(model, 4), NoiseKey.for_rows(4, step=step), Budget())
     for eager, compiled in zip(*trees, strict=True):
         inside = torch.ones_like(eager.parent, dtype=torch.bool)
         inside[eager.trash] = False

@@ -191,6 +191,27 @@ def test_success_values_are_guesses_beside_the_returns() -> None:
         make_cem(scorer=ReturnScorer(success_value_weight=1.0)).initial_state(quadratic(TARGET), 1)
 
 
+def test_returns_without_a_value_weigh_as_much_as_the_outcomes() -> None:
+    def still(z: torch.Tensor, a: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(z.shape[:-1])
+
+    model = OutcomeWAM(lambda z, a: z, still, lambda z: z[..., 0], state_dim=1, action_dim=1, discount=0.5)
+    model.spec = replace(model.spec, provides=model.spec.provides | {"success_value"})
+    imagined = futures(reward=torch.tensor([[[8.0], [4.0]]]), success=torch.zeros(1, 2, 1))
+    imagined.leaf["z"] = torch.tensor([2.0, 4.0]).view(1, 1, 2, 1)
+
+    def score(**settings: object) -> float:
+        scorer = ReturnScorer(value_weight=0.0, success_value_weight=1.0, **settings)  # type: ignore[arg-type]
+        return scorer(model, TensorDict({}, batch_size=[1]), imagined).item()
+
+    # Returns of the two futures: 8 and 4. Outcomes of two heads each: 1 and 3, 2 and 6.
+    assert score() == pytest.approx((6.0 + 3.0) / 2)
+    # The worst half of 8, 8, 4, 4, 1, 3, 2, 6.
+    assert score(risk="cvar", risk_share=0.5) == pytest.approx((1 + 2 + 3 + 4) / 4)
+    assert score(risk="worst") == pytest.approx(1.0)
+    assert score(reward_weight=0.0) == pytest.approx(3.0)
+
+
 def cliff() -> ToyWAM:
     """Standing still pays 1 a step, but beyond z = 1 nothing; the value knows of no cliff."""
     return ToyWAM(
@@ -270,6 +291,51 @@ def test_a_toy_without_a_behaviour_prior_refuses_to_be_asked_for_one(discrete: b
     assert model.propose(state, 2, mode="ode").actions.shape[1] == 2
     with pytest.raises(ValueError, match="does not answer 'behaviour'"):
         model.propose(state, 2, mode="ode", behaviour=1)
+
+
+class Last:
+    """A gate that lets the last `number` rows through."""
+
+    needs, candidates, number = frozenset({"policy"}), 0, 0
+
+    def __call__(self, model, state, plan_state):  # type: ignore[no-untyped-def]
+        rows = state.batch_size[0]
+        return torch.arange(rows) >= rows - self.number
+
+
+@pytest.mark.parametrize("kind", ["shooting", "mcts"])
+def test_whatever_number_of_rows_a_gate_lets_through_few_are_compiled(kind, monkeypatch) -> None:
+    """Torch gives up after eight numbers of rows. Here the compiled function is the function itself."""
+    module, sizes = importlib.import_module(f"wamrl.planners.{kind}"), []
+
+    def compiled(function):  # type: ignore[no-untyped-def]
+        def run(model, first, *rest):  # type: ignore[no-untyped-def]
+            sizes.append(first.batch_size[0] if kind == "shooting" else first.tree.rows)
+            return function(model, first, *rest)
+
+        return run
+
+    monkeypatch.setattr(module, "compiled", compiled)
+    monkeypatch.setattr(module, "require_compiler", lambda: None)
+    gate = Last()
+    usual = dict(horizon=2, num_candidates=8, iterations=3, num_elites=4, keep_elites=2)
+    planners = [
+        make_cem(**usual, gate=gate, compile=compile) if kind == "shooting"  # type: ignore[arg-type]
+        else make_mcts(chunk=2, depth=2, simulations=8, num_candidates=4, gate=gate, reuse=True, compile=compile)
+        for compile in (False, True)
+    ]  # fmt: skip
+    model = quadratic(TARGET, members=2)
+    state, noise = model.state(torch.linspace(-0.5, 0.5, 9)[:, None]), NoiseKey.for_rows(9)
+    for gate.number in range(10):
+        (eager, after), (padded, then) = (
+            planner.plan(model, state, planner.initial_state(model, 9), noise, Budget()) for planner in planners
+        )
+        for name in ("actions", "value", "weights", "candidates", "scores", "evaluations", "searched"):
+            torch.testing.assert_close(getattr(padded, name), getattr(eager, name), equal_nan=True)
+        assert after.batch_size == then.batch_size
+        for key in after.keys(True, True):
+            assert after[key].shape == then[key].shape
+    assert set(sizes) == {1, 2, 4, 8, 16}
 
 
 # ------------------------------------------------------------------------------------------- gates that remember

@@ -27,10 +27,10 @@ from rich.table import Table
 from wamrl import budget, checkpoint, fast_wam, properties, provenance
 from wamrl.cli import command, plain
 from wamrl.control import ModelPolicy
-from wamrl.evaluation import Recording, Start, wilson
+from wamrl.evaluation import Recording, Start, check_starts, wilson
 from wamrl.files import write_json
 from wamrl.judging import policies, worlds
-from wamrl.naming import unknown_name
+from wamrl.naming import unknown_name, whole_number
 from wamrl.pages import Section, TableOf, number, pareto_figure, provenance_rows, rate, write_page
 from wamrl.properties import Check
 from wamrl.report import short
@@ -293,6 +293,9 @@ def _fast_wam(settings: Mapping[str, Any], run_dir: Path, console: Console, resu
 
 
 def _properties(settings: dict[str, Any], console: Console) -> dict[str, Any]:
+    for key in ("episodes", "num_envs"):
+        whole_number(key, settings[key], 1)
+    check_starts(0, settings["episodes"])
     metadata = checkpoint.read_metadata(settings["wam"]["checkpoint"])
     model = load_model(settings)
     model.spec.require("rollout", "decode", "policy")

@@ -32,13 +32,14 @@ from wamrl.behaviours import BEHAVIOURS, NEEDS_EXPERT, Act, Action, Setting
 from wamrl.cli import command, plain
 from wamrl.control import ModelPolicy
 from wamrl.data import EpisodeDataset, EpisodeWriter, episode_tensordict
-from wamrl.envs.base import whole_number
+from wamrl.evaluation import check_starts
 from wamrl.files import write_json
 from wamrl.interfaces import Layout, Policy, PolicyState, task_id
-from wamrl.naming import unknown_name
+from wamrl.naming import unknown_name, whole_number
 from wamrl.provenance import versions
 from wamrl.workers import make_env, module_of, start_states
 
+_MOST_STARTS = 100_000  # of a split, by number: an episode's name has five digits for it
 _ROWS = 8  # simulators side by side; more share TorchRL's cost per step better but idle longer at the end
 # What stands in a row beside what a policy may see.
 _NOT_SEEN = ("action", "done", "terminated", "truncated", "reward", "snapshot", "_reset", "_step", "success",
@@ -138,6 +139,7 @@ def collect(
     for setting, value, least in (("rows", rows, 1), ("first_start", first_start, 0), ("seed", seed, 0),
                                   ("steps_after_success", steps_after_success, 0)):  # fmt: skip
         whole_number(setting, value, least)
+    check_starts(first_start, sum(mixture.values()), ("first_start", "the mixture's episodes"), most=_MOST_STARTS)
 
     given = {key: value for key, value in env.items() if key not in ("_target_", "tasks")}
     settings = {**given, "snapshots": snapshots, "split": split}

@@ -33,7 +33,7 @@ from wamrl.interfaces import (
     State,
     task_id,
 )
-from wamrl.naming import unknown_name
+from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.gates import device_of, surprise
 
@@ -239,8 +239,8 @@ class PlannerPolicy(_ChunkPolicy):
     ) -> None:
         horizon = getattr(planner, "horizon", model.spec.max_horizon)
         super().__init__(model, replan_every=replan_every, seed=seed, longest=horizon)
-        if evaluations is not None and (not isinstance(evaluations, int) or evaluations < 1):
-            raise ValueError(f"evaluations is {evaluations!r}, but must be a whole number of at least 1, or null")
+        if evaluations is not None:
+            whole_number("evaluations", evaluations, 1)
         if deadline_s is not None and not deadline_s > 0:
             raise ValueError(f"deadline_s is {deadline_s}, but must be above 0 seconds, or null")
         planner.initial_state(model, 1)  # refuses a model that does not answer what the planner asks
@@ -443,9 +443,7 @@ class RandomPolicy:
     """Uniform actions in [-1, 1], independent in every step and dim, keyed by the row, its step and `seed`."""
 
     def __init__(self, action_dim: int, *, seed: int = 0) -> None:
-        if isinstance(action_dim, bool) or not isinstance(action_dim, int) or action_dim < 1:
-            raise ValueError(f"action_dim is {action_dim!r}, but must be a whole number of at least 1")
-        self.action_dim = action_dim
+        self.action_dim = whole_number("action_dim", action_dim, 1)
         self.seed = seed
 
     def initial_state(self, rows: int) -> PolicyState:

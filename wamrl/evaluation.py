@@ -126,6 +126,23 @@ def percentiles(values: Sequence[float], at: Sequence[float] = (50, 95, 99)) -> 
     return {f"p{q:g}": float(np.percentile(np.asarray(values, dtype=np.float64), q)) for q in at}
 
 
+MOST_STARTS = 10_000
+"""Start states of a split, by number, that an evaluation takes. A split has as many as are drawn, one after the other;
+Meta-World draws this many in some ten seconds a task, and as many episodes tell a success rate to one point."""
+
+
+def check_starts(
+    first: int, count: int, names: tuple[str, str] = ("first_start", "episodes"), *, most: int = MOST_STARTS
+) -> None:
+    """ValueError where `count` start states from number `first` on, settings of these `names`, go beyond `most`."""
+    if first + count > most:
+        raise ValueError(
+            f"{names[0]} is {first} and {names[1]} {count}, which asks for start states number {first} to "
+            f"{first + count - 1} of each task, but this command takes the first {most:,} of a split at most, since "
+            f"they are drawn one after the other; choose {names[0]} and {names[1]} whose sum is at most {most}"
+        )
+
+
 @dataclass(frozen=True)
 class Start:
     """A start state to restore: the `index`-th of its task in the environment's split."""

@@ -31,13 +31,22 @@ from wamrl.cli import overrides_of
 from wamrl.control import ModelPolicy, PlannerPolicy
 from wamrl.data import EpisodeDataset
 from wamrl.envs.metaworld import MetaWorldEnv
-from wamrl.evaluation import Episode, Start, paired, read_episodes, run_episodes, summarise, write_episodes
+from wamrl.evaluation import (
+    Episode,
+    Start,
+    check_starts,
+    paired,
+    read_episodes,
+    run_episodes,
+    summarise,
+    write_episodes,
+)
 from wamrl.files import write_json
 from wamrl.image_quality import decoded_quality
 from wamrl.interfaces import Context, Policy
 from wamrl.models.flow import time_grid
 from wamrl.models.flow_wam import FlowWAM
-from wamrl.naming import unknown_name
+from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.pages import Section, TableOf, provenance_rows, rate, write_page
 from wamrl.planners.mppi import make_mppi
@@ -61,6 +70,11 @@ def check(settings: Mapping[str, Any]) -> None:
     for name in ("tasks", "seeds", "variants"):
         if not chosen[name]:
             raise ValueError(f"fast_wam.{name} is empty, so that there is nothing to measure; name at least one")
+    check_starts(
+        whole_number("fast_wam.first_start", chosen["first_start"], 0),
+        whole_number("episodes", settings["episodes"], 1),
+        ("fast_wam.first_start", "episodes"),
+    )
     if (chosen["demonstrations"] or 0) > HELD_OUT_START:
         raise ValueError(
             f"fast_wam.demonstrations is {chosen['demonstrations']}, but from start {HELD_OUT_START} on episodes are "

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from wamrl import cli
 from wamrl.files import write_json, write_text
+from wamrl.naming import whole_number
 from wamrl.provenance import versions
 from wamrl.stages import Stage, run_stage
 
@@ -146,9 +147,7 @@ def main(config: DictConfig, run_dir: Path) -> None:
     settings = cli.plain(config)
     for name, least in (("rounds", 1), ("episodes", 1), ("first_episodes", 0), ("first_start", 0), ("budget", 1),
                         ("evaluation_episodes", 1)):  # fmt: skip
-        value = settings[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}")
+        whole_number(name, settings[name], least)
     kept = {name: value for name, value in settings.items() if name not in _FREE}
     record = run_dir / "loop.json"
     if record.exists() and json.loads(record.read_text(encoding="utf-8")) != kept:

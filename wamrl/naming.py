@@ -1,9 +1,10 @@
-"""Errors for unknown names: what came, what is known, and what was probably meant."""
+"""Errors for settings: what came, what is known or expected, and what was probably meant."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class RunError(RuntimeError):
@@ -22,3 +23,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, hint: str = "") 
     shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
     text = f"unknown {kind} '{name}'{meant} Known: {shown or 'none'}."
     return UnknownNameError(f"{text} {hint}".strip())
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """`value` if it is a whole number of at least `least`; otherwise ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}")
+    return value

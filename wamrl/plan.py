@@ -31,9 +31,9 @@ from tensordict import TensorDict
 
 from wamrl import checkpoint, provenance
 from wamrl.cli import command, plain
-from wamrl.evaluation import protocol_hash, write_episodes
+from wamrl.evaluation import check_starts, protocol_hash, write_episodes
 from wamrl.files import write_text
-from wamrl.naming import unknown_name
+from wamrl.naming import unknown_name, whole_number
 from wamrl.report import METHODS, gain_words, short
 from wamrl.results import Run, plan_times
 from wamrl.workers import (
@@ -108,10 +108,10 @@ def _settings(given: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any], Pat
         given = _stopped_run(given, earlier)
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(given)))
     for key in ("episodes", "oracle_episodes", "oracle_candidates", "workers", "num_envs", "threads"):
-        _whole_number(given, key, 1)
-    _whole_number(given, "latency_plans", 0)
-    _whole_number(given, "seed", 0)
-    _whole_number(given, "first_start", 0)
+        whole_number(key, given[key], 1)
+    for key in ("latency_plans", "seed", "first_start"):
+        whole_number(key, given[key], 0)
+    check_starts(given["first_start"], given["episodes"])
     for key in ("oracle", "video", "debug"):
         if not isinstance(given[key], bool):
             raise ValueError(f"{key} is {given[key]!r}, but must be true or false")
@@ -145,12 +145,6 @@ def _settings(given: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any], Pat
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={device} cannot be used here: {reason}; use device=cpu") from error
     return given, earlier
-
-
-def _whole_number(given: Mapping[str, Any], key: str, least: int) -> None:
-    value = given[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{key} is {value!r}, but must be a whole number of at least {least}")
 
 
 def _stopped_run(given: Mapping[str, Any], earlier: Path) -> dict[str, Any]:

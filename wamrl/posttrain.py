@@ -23,11 +23,12 @@ from wamrl.agents.base import Learner
 from wamrl.data import EpisodeDataset, start_frames
 from wamrl.envs.base import RowsEnv
 from wamrl.envs.imagined_env import ImaginedEnv
+from wamrl.evaluation import check_starts
 from wamrl.experience import MakeEnv
 from wamrl.files import write_text
 from wamrl.interfaces import WAM, Layout
 from wamrl.measuring import Measuring
-from wamrl.naming import unknown_name
+from wamrl.naming import unknown_name, whole_number
 from wamrl.posttraining import DECAY, posttrain
 
 IMAGINED = "wamrl.imagined.make"
@@ -142,11 +143,9 @@ def _identity(settings: Mapping[str, Any], start: str | None) -> str:
 def _check(settings: Mapping[str, Any]) -> None:
     for name, least in (("iterations", 1), ("num_envs", 1), ("decisions", 1), ("episodes", 0), ("first_start", 0),
                         ("evaluate_every", 0), ("save_every", 1), ("world_batch", 1), ("world_length", 1)):  # fmt: skip
-        value = settings[name]
-        if value is None and name == "world_length":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}")
+        if settings[name] is not None or name != "world_length":
+            whole_number(name, settings[name], least)
+    check_starts(settings["first_start"], settings["episodes"])
     if settings["evaluate"] not in ("dev", "test"):
         raise unknown_name("evaluate", str(settings["evaluate"]), ("dev", "test"))
     if settings["evaluate"] == "test" and not settings["final_report"]:

@@ -33,7 +33,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from wamrl.files import atomic_path, write_json
 from wamrl.interfaces import WAM, Context
-from wamrl.naming import RunError
+from wamrl.naming import RunError, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.provenance import has_cpp_compiler
 
@@ -96,9 +96,7 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "length", "non_finite_limit", "log_every", "validate_every", "save_every",
                      "validation_windows", "validation_horizon"):  # fmt: skip
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+            whole_number(name, getattr(self, name), 1)
         for name, zero in (("learning_rate", False), ("clip_norm", False), ("final_learning_rate", True),
                            ("warmup_steps", True), ("weight_decay", True)):  # fmt: skip
             value = getattr(self, name)
@@ -120,8 +118,8 @@ class TrainingOptions:
             raise ValueError(f"precision is '{self.precision}', expected auto, float32 or bfloat16")
         if self.max_seconds is not None and not (_is_number(self.max_seconds) and self.max_seconds > 0):
             raise ValueError(f"max_seconds is {self.max_seconds!r}, expected a time above 0, or null for no limit")
-        if self.threads is not None and not (isinstance(self.threads, int) and self.threads >= 1):
-            raise ValueError(f"threads is {self.threads!r}, expected a whole number of at least 1, or null")
+        if self.threads is not None:
+            whole_number("threads", self.threads, 1)
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of the step of that number, counted from 0."""

@@ -12,9 +12,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from wamrl.evaluation import check_starts
 from wamrl.files import write_text
 from wamrl.judging.cells import Cells
-from wamrl.naming import unknown_name
+from wamrl.naming import unknown_name, whole_number
 
 
 def checked(given: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any], Path]:
@@ -25,13 +26,16 @@ def checked(given: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any], Path]
         given = _stopped_run(given, home)
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(given)))
     for key in ("episodes", "num_envs", "threads", "ensemble"):
-        _whole(given, key, 1)
+        whole_number(key, given[key], 1)
     for key in ("first_start", "seed", "films"):
-        _whole(given, key, 0)
+        whole_number(key, given[key], 0)
     for key in ("episodes", "first_start"):
-        _whole(given["calibration"], key, 1 if key == "episodes" else 0, "calibration.")
+        whole_number(f"calibration.{key}", given["calibration"][key], 1 if key == "episodes" else 0)
+    check_starts(given["first_start"], given["episodes"])
+    names = ("calibration.first_start", "calibration.episodes")
+    check_starts(given["calibration"]["first_start"], given["calibration"]["episodes"], names)
     if given["keyframe_every"] is not None:
-        _whole(given, "keyframe_every", 1)
+        whole_number("keyframe_every", given["keyframe_every"], 1)
     for key in ("uncertainty_penalty", "epsilon"):
         value = given[key]
         if (
@@ -105,9 +109,3 @@ def _stopped_run(given: Mapping[str, Any], earlier: Path) -> dict[str, Any]:
     if others:
         raise ValueError(f"resume takes all settings from the stopped run, so leave out {' '.join(others)}")
     return {**given, **stopped, "resume": str(earlier), "run_dir": given["run_dir"]}
-
-
-def _whole(given: Mapping[str, Any], key: str, least: int, prefix: str = "") -> None:
-    value = given[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{prefix}{key} is {value!r}, but must be a whole number of at least {least}")

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wamrl.naming import whole_number
+
 KINDS = ("frame", "future", "action")
 """What a token stands for: the clean present frame, a future frame, an action."""
 
@@ -143,8 +145,7 @@ class DiT(nn.Module):
         shortcut: bool,
     ) -> None:
         for name, value in (("layers", layers), ("heads", heads), ("head_dim", head_dim), ("width", min(widths))):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"backbone.{name} is {value!r}, expected a whole number of at least 1")
+            whole_number(f"backbone.{name}", value, 1)
         self.expert_of, self.heads, self.head_dim, self.layers = dict(expert_of), heads, head_dim, layers
         self.experts = nn.ModuleList(
             Expert(width, layers, heads, head_dim, grow, shortcut)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wamrl.naming import unknown_name
+from wamrl.naming import unknown_name, whole_number
 
 Velocity = Callable[[Tensor, float], Tensor]
 """v(x, t) of the shape of x, at one time for all."""
@@ -42,8 +42,7 @@ def sample_times(
 
 def time_grid(steps: int) -> list[float]:
     """K + 1 times from 0 to 1."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"the number of denoising steps is {steps!r}, expected a whole number of at least 1")
+    whole_number("the number of denoising steps", steps, 1)
     return [k / steps for k in range(steps + 1)]
 
 

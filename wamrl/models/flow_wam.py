@@ -33,7 +33,7 @@ from wamrl.models.frame_heads import FrameHeads
 from wamrl.models.images import uint8_images
 from wamrl.models.joint_embedding import task_rows
 from wamrl.models.substrate import make_substrate
-from wamrl.naming import unknown_name
+from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
 
 LEVELS = (1.0, 0.5, 0.25, 0.125)
@@ -53,7 +53,8 @@ class FlowWAM(WAM):
     shortcut: above 0, the share of a batch that teaches the policy to take long steps at once (Frans et al., 2024,
     arXiv:2410.12557), for 1 or 2 action_steps.
     discount, reward_scale, success_bonus, expectile, values, target_rate: as in the reference WAM.
-    loss_weights: of reward, success and value; those of the flows are the segments'.
+    loss_weights: of reward, success and value, and two that multiply the segments' own weights: policy, of the actions
+    that the policy denoises, and flows, of all other segments.
     """
 
     task_ids: Tensor
@@ -96,8 +97,7 @@ class FlowWAM(WAM):
                 "of frames: choose a frame_stride that divides it"
             )
         for name, value in (("futures", futures), ("action_steps", action_steps), ("future_steps", future_steps)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+            whole_number(name, value, 1)
         self.coupling = Coupling(**coupling)
         queries = self.coupling.queries
         answered = [name for name in POLICIES if name in queries]
@@ -116,6 +116,9 @@ class FlowWAM(WAM):
                 f"'{self.policy_query}' denoises a future too; set shortcut=0"
             )
         self.shortcut = shortcut
+        self.acting = next(
+            name for name in queries[self.policy_query][-1].denoise if self.coupling.segments[name].kind == "action"
+        )
         frames, frame = chunk_length // frame_stride, (self.substrate.tokens, self.substrate.width)
         self.denoiser = Denoiser(
             self.coupling,
@@ -158,7 +161,8 @@ class FlowWAM(WAM):
         self.action_steps, self.future_steps, self.sde_scale = action_steps, future_steps, sde_scale
         self.target_rate = target_rate
         self.value_unit = (reward_scale + success_bonus) / (1.0 - discount)
-        self.loss_weights = {"reward": 0.5, "success": 0.5, "value": 10.0, **(loss_weights or {})}
+        weights = {"policy": 1.0, "flows": 1.0, "reward": 0.5, "success": 0.5, "value": 10.0}
+        self.loss_weights = {**weights, **(loss_weights or {})}
         # A future frame is (frame - present) / unit where the substrate knows its changes; what never moves is not
         # predicted.
         self.register_buffer("unit", torch.ones(frames, *frame))
@@ -429,6 +433,12 @@ class FlowWAM(WAM):
             imagined=imagined,
         )
 
+    @property
+    def policy_sees_present_alone(self) -> bool:
+        """Whether no frame after the first one of a window teaches the policy anything."""
+        futures = (name for name, segment in self.coupling.segments.items() if segment.kind == "future")
+        return not any(self.coupling.sees(self.acting, name) for name in futures)
+
     @staticmethod
     def _is_chain(stages: Sequence[Stage]) -> bool:
         """Whether a policy is one denoising chain of the action alone, so that its steps have densities."""
@@ -504,13 +514,14 @@ class FlowWAM(WAM):
         losses = {f"flow_{name}": error / count.clamp(min=1.0) for name, (error, count) in totals.items()}
         total = torch.zeros((), device=device)
         for name in totals:
-            total = total + self.coupling.segments[name].weight * losses[f"flow_{name}"]
+            weight = self.loss_weights["policy" if name == self.acting else "flows"]
+            total = total + weight * self.coupling.segments[name].weight * losses[f"flow_{name}"]
         if self.shortcut:
             count = max(1, round(self.shortcut * rows))
             losses["shortcut"] = self._shortcut_loss(
                 present[:count], wanted[:count], task[:count], imitated[:count], noise
             )
-            total = total + losses["shortcut"]
+            total = total + self.loss_weights["policy"] * losses["shortcut"]
         heads = self.heads.losses(batch, z.flatten(2), task, arrived)
         total = total + sum(self.loss_weights[name] * value for name, value in heads.items())
         return {"loss": total, **{name: value.detach() for name, value in {**losses, **heads}.items()}}
