@@ -40,7 +40,7 @@ from torch.nn import functional as F
 from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Layout, Proposal, Spec, State, task_id
 from wamrl.models.images import ImageSubstrate, uint8_images
 from wamrl.models.substrate import make_substrate
-from wamrl.naming import unknown_name
+from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
 
 LOG_STD_MIN, LOG_STD_MAX = -3.0, 0.0
@@ -172,8 +172,7 @@ class JointEmbeddingWAM(WAM):
             "task_dim": task_dim, "members": members, "values": values, "horizon": horizon,
         }  # fmt: skip
         for name, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} is {size!r}, but must be a whole number of at least 1")
+            whole_number(name, size, 1)
         if not 0.0 < discount < 1.0:
             raise ValueError(f"discount is {discount}, but must be above 0 and below 1: values are in units of its sum")
         for name, share in (("target_rate", target_rate), ("expectile", expectile)):
