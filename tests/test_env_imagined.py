@@ -337,7 +337,7 @@ def test_the_shipped_checkpoint_makes_a_torchrl_environment(data):
 def test_the_expert_succeeds_in_the_shipped_model_and_random_actions_do_not(data):
     """The expert reads decoded states: the imagined task can be solved by a policy that knows nothing of latents.
 
-    Not so push and pick-place: the imagined gripper drifts, and most experts' episodes fail there.
+    Not always so in push and pick-place, where two of five experts' episodes lose the object.
     """
     from wamrl.envs.metaworld import ExpertPolicy
     from wamrl.imagined import make
