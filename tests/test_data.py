@@ -169,6 +169,27 @@ def test_constant_components_have_a_std_that_may_be_divided_by() -> None:
     assert EpisodeDataset.from_episodes([episode], [info]).statistics()["state"]["std"].min() >= 1e-3
 
 
+def test_extent_says_what_each_task_showed() -> None:
+    still, moving = make_episode(4), make_episode(6)
+    still["observation", "state"] = torch.full_like(still["observation", "state"], 2.0)
+    state = torch.zeros_like(moving["observation", "state"])
+    state[:, 0] = torch.arange(7)
+    state[:, 1] = 1e-4 * torch.arange(7)  # hardly
+    moving["observation", "state"] = state
+    other = make_episode(4)
+    other["observation", "state"][:, :] = torch.arange(5.0)[:, None] * 3.0  # so that the second usually changes more
+    infos = [
+        {"task": task, "behaviour": "expert", "success": False, "split": "train"}
+        for task in ("metaworld/reach-v3", TASK, TASK + "-2")
+    ]
+    found = EpisodeDataset.from_episodes([still, moving, other], infos).extent()
+    assert set(found) == {info["task"] for info in infos}
+    reach, push = found["metaworld/reach-v3"]["state"], found[TASK]["state"]
+    assert reach["low"].tolist() == reach["high"].tolist() == [2.0] * 3 and not reach["moves"].any()
+    assert push["low"].tolist() == [0.0] * 3 and push["high"].tolist() == pytest.approx([6.0, 6e-4, 0.0])
+    assert push["moves"].tolist() == [True, False, False]
+
+
 def test_a_split_keeps_episodes_whole_and_shares_behaviours(tmp_path: Path) -> None:
     data = EpisodeDataset.open(make_dataset(tmp_path / "data", (6,) * 20))
     train, held = data.split(0.2, seed=1)

@@ -265,32 +265,46 @@ def test_decoding_gives_back_the_observation_that_was_encoded() -> None:
     torch.testing.assert_close(wam.decode(state_of(wam))["state"], observation()["state"])
 
 
-def test_changes_below_the_dead_zone_are_none_and_others_lose_its_width() -> None:
-    free, zoned = model(), model(deadzone=0.1)
-    for wam in (free, zoned):
-        wam.set_normalisation({"state": {"mean": torch.zeros(6), "std": torch.ones(6), "change": STEP}})
-    zoned.load_state_dict(free.state_dict())
-    state, actions = state_of(free), torch.rand(3, 5, 1, 2, generator=torch.Generator().manual_seed(0))
-    now = observation()["state"][:, None, None, None]
-    moved = [(w.decode(w.imagine(state, actions, with_frames=True))["state"] - now) / STEP for w in (free, zoned)]
-    small = moved[0].abs() < 0.099
-    assert 0 < small.sum() < small.numel()
-    assert torch.equal(moved[1][small], torch.zeros_like(moved[1][small]))
-    large = moved[0].abs() > 0.101
-    torch.testing.assert_close(moved[1][large], (moved[0] - 0.1 * moved[0].sign())[large], atol=1e-5, rtol=0)
+def test_imagination_keeps_to_what_the_data_of_the_task_showed() -> None:
+    free, bound = model(), model()
+    for wam in (free, bound):
+        wam.set_normalisation({"state": {"mean": torch.ones(6), "std": torch.full((6,), 2.0), "change": STEP}})
+    bound.load_state_dict(free.state_dict())
+    state, actions = state_of(free), torch.rand(3, 5, 4, 2, generator=torch.Generator().manual_seed(0))
+    now = observation()["state"]
+    first = now[0]  # rows 0 and 2 are of TASKS[0]
+    low, high = first - 1e-3, first + 1e-3
+    moves = torch.tensor([True, True, False, True, True, False])
+    bound.set_extent({TASKS[0]: {"state": {"low": low, "high": high, "moves": moves}}})
+
+    def imagined(wam: JointEmbeddingWAM) -> torch.Tensor:
+        with torch.no_grad():
+            return wam.decode(wam.imagine(state, actions, with_frames=True))["state"]
+
+    without, within = imagined(free), imagined(bound)
+    torch.testing.assert_close(within[1], without[1])  # another task has no bounds
+    torch.testing.assert_close(within[0, ..., ~moves], first[~moves].expand_as(within[0, ..., ~moves]))
+    assert (without[0] - first).abs().max() > 0.01 and (within[0] - first).abs().max() < 1e-3 + 1e-5
+    # Row 2 is beyond the range from the start; it may come nearer, and goes no further.
+    least, greatest = torch.minimum(low, now[2]), torch.maximum(high, now[2])
+    assert (within[2] >= least - 1e-5).all() and (within[2] <= greatest + 1e-5).all()
+    assert not torch.allclose(within[2], now[2].expand_as(within[2]))
+    followed = bound.follow(state, NoiseKey.for_rows(3))
+    with torch.no_grad():
+        alone = bound.decode(bound.imagine(followed, actions, with_frames=True))["state"]
+    assert (alone[0] - first).abs().max() < 1e-3 + 1e-5
 
 
-def test_what_lies_in_the_dead_zone_learns_to_leave_it() -> None:
-    wam = model(deadzone=0.9)
-    torch.nn.init.zeros_(wam.dynamics[-1].weight)  # every prediction is exactly none
-    torch.nn.init.zeros_(wam.dynamics[-1].bias)
-    wam.loss(linear_batch(8, 1, torch.Generator().manual_seed(0)))["loss"].backward()
-    assert wam.dynamics[-1].bias.grad[..., :6].abs().sum() > 0
-
-
-def test_a_dead_zone_out_of_range_is_refused() -> None:
-    with pytest.raises(ValueError, match="deadzone is 1.5"):
-        model(deadzone=1.5)
+def test_training_on_widens_what_the_data_showed() -> None:
+    wam = model()
+    wam.set_normalisation({"state": {"mean": torch.zeros(6), "std": torch.ones(6), "change": STEP}})
+    still, moved = torch.zeros(6, dtype=torch.bool), torch.tensor([True] + [False] * 5)
+    wam.set_extent({TASKS[0]: {"state": {"low": -torch.ones(6), "high": torch.ones(6), "moves": still}}})
+    more = {TASKS[0]: {"state": {"low": torch.zeros(6), "high": torch.full((6,), 2.0), "moves": moved}}}
+    wam.set_extent({**more, TASKS[1]: more[TASKS[0]]}, widen=True)
+    assert wam.low[0].tolist() == [-1.0] * 6 and wam.high[0].tolist() == [2.0] * 6
+    assert wam.moves[0].tolist() == [1.0] + [0.0] * 5
+    assert wam.low[1].isneginf().all() and wam.moves[1].all()  # what had no bounds gets none
 
 
 def test_padding_has_no_influence_on_the_loss() -> None:
@@ -395,7 +409,7 @@ def test_the_last_candidates_follow_the_behaviour_prior_and_the_others_do_not() 
     plain = wam.propose(state, 5, mode="ode", perturbation=nudge)
     mixed = wam.propose(state, 5, mode="ode", perturbation=nudge, behaviour=2)
     torch.testing.assert_close(mixed.actions[:, :3], plain.actions[:, :3])
-    expected = wam._behaviour(state["z"], state["task"])[:, None] + nudge[:, 3:, 0]
+    expected = wam._behaviour(state["z"], wam.task_embedding(state["task"]))[:, None] + nudge[:, 3:, 0]
     torch.testing.assert_close(mixed.chain[:, 3:, 1, 0], expected)
     torch.testing.assert_close(wam.log_prob(state, mixed), mixed.log_prob)
     with pytest.raises(ValueError, match="from 0 to num=5"):

@@ -567,27 +567,51 @@ class EpisodeDataset:
             )
         return self.select(kept), self.select(sorted(held))
 
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """Where the frames of the episodes stand, one after the other, and which of them have a next one."""
+        episodes = zip(self.offsets.tolist(), self.lengths.tolist(), strict=True)
+        rows = torch.cat([torch.arange(offset, offset + steps + 1) for offset, steps in episodes])
+        within = torch.ones(len(rows), dtype=torch.bool)
+        within[(self.lengths + 1).cumsum(0) - 1] = False
+        return rows, within
+
     def statistics(self) -> dict[str, dict[str, Tensor]]:
         """Per floating-point observation key, `mean` and `std` over all frames, in the shape of one frame.
 
         `change` is the root mean square of what a component changes by in one step. A component that hardly varies has
         its std raised to .001, so that dividing by it is safe.
         """
-        rows = torch.cat(
-            [
-                torch.arange(offset, offset + steps + 1)
-                for offset, steps in zip(self.offsets.tolist(), self.lengths.tolist(), strict=True)
-            ]
-        )
+        rows, within = self._rows()
         found = {}
         for key, value in self.frames["observation"].items():
             if value.is_floating_point():
                 used = value.index_select(0, rows).double()
                 std = used.std(0, correction=0).clamp_min(_STD_FLOOR)
-                within = torch.ones(len(rows), dtype=torch.bool)
-                within[(self.lengths + 1).cumsum(0) - 1] = False  # the last frame of an episode
                 change = (used[1:] - used[:-1])[within[:-1]].square().mean(0).sqrt()
                 found[key] = {"mean": used.mean(0).float(), "std": std.float(), "change": change.float()}
+        return found
+
+    def extent(self) -> dict[str, dict[str, dict[str, Tensor]]]:
+        """What the data showed: task -> floating-point observation key -> `low`, `high`, `moves`, in a frame's shape.
+
+        `moves` is whether a component changed within episodes, by more than a hundredth of what is usual in all tasks.
+        """
+        usual = {key: value["change"] for key, value in self.statistics().items()}
+        number = torch.tensor([self.tasks.index(info["task"]) for info in self.episodes])
+        frame_task = torch.repeat_interleave(number, self.lengths + 1)
+        rows, within = self._rows()
+        found: dict[str, dict[str, dict[str, Tensor]]] = {}
+        for index, task in enumerate(self.tasks):
+            mine = frame_task == index
+            if not mine.any():
+                continue
+            found[task] = {}
+            for key, change in usual.items():
+                value = self.frames["observation"][key]
+                now = rows[mine & within]
+                moved = (value[now + 1] - value[now]).double().square().mean(0).sqrt().float()
+                seen = value[rows[mine]]
+                found[task][key] = {"low": seen.amin(0), "high": seen.amax(0), "moves": moved > 0.01 * change}
         return found
 
     def replay_buffer(self, batch_size: int, length: int, *, seed: int | None = None) -> Any:

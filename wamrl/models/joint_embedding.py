@@ -6,12 +6,14 @@ latent from latent and action; heads read reward, success, value, policy and beh
 decoded by undoing the standardisation. Targets of the feature prediction come from a moving average of the encoder.
 
 How fast a thing moves is the small difference of two readings of its place, which networks of standardised coordinates
-hardly see. Where the layout says which number is an earlier reading of which, they read the difference as well, in units
-of what is usual.
+hardly see. Where the layout says which number is an earlier reading of which, they read the difference as well, in
+units of what is usual.
 
 Most objects lie still most of the time, and half a millimetre per step adds up: over an episode objects crept to the
 goal untouched. So the dynamics learn the median change, by absolute errors, which is none where most things rest, and
-not the mean; and a change below `deadzone` can count as none.
+not the mean. And imagination keeps to what the data of the task showed: a number that never changed in an episode stays
+(a drawer slides along one axis), and none leaves the range of the data further than it has (a gripper opens no wider
+than it can). Policies that know such numbers as constants went astray where they drifted.
 
 Success is often a matter of a centimetre between two places (hand, object, goal). Networks of bare coordinates, taught
 by few episodes, miss it, and the policy waits beside a goal that the model takes for reached. So every network also
@@ -127,7 +129,6 @@ class JointEmbeddingWAM(WAM):
     success from a near one. The value heads work in units of (reward_scale + success_bonus) / (1 - discount).
     expectile: of the value regression; 0.5 is the mean over what the data did, higher leans to its better part.
     loss_weights: overrides of the weights in `loss`.
-    deadzone: change of a number in one step that counts as none, in units of its root mean square over the data.
     """
 
     former = ("probe.",)  # weights of earlier versions' checkpoints that this one does without
@@ -135,6 +136,9 @@ class JointEmbeddingWAM(WAM):
     mean: Tensor
     std: Tensor
     change: Tensor
+    moves: Tensor
+    low: Tensor
+    high: Tensor
     task_ids: Tensor
     pairs: Tensor
     readings: Tensor
@@ -164,7 +168,6 @@ class JointEmbeddingWAM(WAM):
         tokenizer: Mapping[str, Any] | None = None,
         points: Mapping[str, Sequence[int]] | str | None = None,
         layout: Mapping[str, Any] | None = None,
-        deadzone: float = 0.0,
     ) -> None:
         super().__init__()
         sizes = {
@@ -180,8 +183,6 @@ class JointEmbeddingWAM(WAM):
                 raise ValueError(f"{name} is {share}, but must be above 0 and at most 1")
         if not 0.0 < reward_scale < math.inf:
             raise ValueError(f"reward_scale is {reward_scale}, but must be a finite number above 0")
-        if not 0.0 <= deadzone < 1.0:
-            raise ValueError(f"deadzone is {deadzone}, but must be at least 0, which has none, and below 1")
         if not math.isfinite(success_bonus) or success_bonus < 0:
             raise ValueError(
                 f"success_bonus is {success_bonus}, but must be a finite number of at least 0: what a step of success "
@@ -219,7 +220,6 @@ class JointEmbeddingWAM(WAM):
             layout=Layout.of(layout, observation),
         )
         self.members, self.target_rate, self.expectile = members, target_rate, expectile
-        self.deadzone = deadzone
         self.value_unit = (reward_scale + success_bonus) / (1.0 - discount)
         self.loss_weights = {
             "consistency": 5.0,
@@ -246,6 +246,9 @@ class JointEmbeddingWAM(WAM):
         self.register_buffer("mean", torch.zeros(total))
         self.register_buffer("std", torch.ones(total))
         self.register_buffer("change", torch.ones(total))  # root mean square over one step, in units of std
+        self.register_buffer("moves", torch.ones(len(tasks), total))  # 0 where a task's data never changed
+        self.register_buffer("low", torch.full((len(tasks), total), -math.inf))  # of a task's data, in units of std
+        self.register_buffer("high", torch.full((len(tasks), total), math.inf))
         self.register_buffer("task_ids", torch.tensor([task_id(name) for name in tasks]))
         self.task_embedding = nn.Embedding(len(tasks), task_dim)
         nn.init.normal_(self.task_embedding.weight, std=1.0 / math.sqrt(task_dim))
@@ -280,6 +283,25 @@ class JointEmbeddingWAM(WAM):
             moves = change[self.readings.chunk(2)[0]]
             self.per_change.copy_(torch.where(moves > 0, 1.0 / moves, 0.0))
 
+    def set_extent(self, extent: Mapping[str, Mapping[str, Mapping[str, Tensor]]], *, widen: bool = False) -> None:
+        """Store what the data of each task showed (`EpisodeDataset.extent`), beyond which imagination does not go.
+
+        A task that is not in it has no bounds. widen: beside what is stored already, for a model that trains on.
+        """
+        for row, name in enumerate(self.spec.tasks):
+            if name not in extent:
+                continue
+            found = {
+                entry: torch.cat([torch.as_tensor(extent[name][key][entry]).flatten() for key in self.features])
+                for entry in ("low", "high", "moves")
+            }
+            moves = found["moves"].to(self.moves)
+            low, high = ((found[entry].to(self.mean) - self.mean) / self.std for entry in ("low", "high"))
+            if widen:
+                moves, low = torch.maximum(moves, self.moves[row]), torch.minimum(low, self.low[row])
+                high = torch.maximum(high, self.high[row])
+            self.moves[row], self.low[row], self.high[row] = moves, low, high
+
     def task_index(self, task: Tensor) -> Tensor:
         """Row of the task table for each `task_id` in `task`."""
         return task_rows(task, self.task_ids, self.spec.tasks)
@@ -297,8 +319,10 @@ class JointEmbeddingWAM(WAM):
             return self.substrate.encode(observation).flatten(-2)
 
     def _with_relations(self, z: Tensor) -> Tensor:
-        """`z` [..., D], what its numbers changed by since their earlier reading, and of each pair of points the
-        difference, coarse and fine, and the log of the distance."""
+        """`z` [..., D], then what its numbers changed by since their earlier reading, then how its points lie.
+
+        Of each pair of points that is the difference, coarse and fine, and the log of the distance.
+        """
         if not self.pairs.numel() and not self.readings.numel():
             return z
         parts = [z]
@@ -316,15 +340,22 @@ class JointEmbeddingWAM(WAM):
     def _latent(self, encoder: nn.Module, x: Tensor, tokens: Tensor, task: Tensor) -> Tensor:
         return torch.cat([x, normalise(encoder(torch.cat([self._with_relations(x), tokens, task], dim=-1)))], dim=-1)
 
-    def _step(self, seen: Tensor, task: Tensor, action: Tensor) -> Tensor:
-        """Next latents [M, X, D] from latents with their relations [M, X, ...]."""
+    def _step(self, seen: Tensor, task: Tensor, action: Tensor, extent: Tensor | None = None) -> Tensor:
+        """Next latents [M, X, D] from latents with their relations [M, X, ...]; extent: `_extent` of the rows."""
         x, features, _ = seen.tensor_split([self.observed, self.latent_dim], dim=-1)
         step, turn = self.dynamics(self.dynamics_first(torch.cat([seen, task, action], dim=-1))).tensor_split(
             [self.observed], dim=-1
         )
-        if self.deadzone:  # with the gradient of the identity, so that what should leave the zone can
-            step = step + (F.softshrink(step, self.deadzone) - step).detach()
-        return torch.cat([x + self.change * step, normalise(features + turn)], dim=-1)
+        ahead = x + self.change * step
+        if extent is not None:
+            moves, low, high = extent.chunk(3, dim=-1)
+            ahead = torch.where(moves > 0, ahead, x)
+            ahead = torch.maximum(torch.minimum(ahead, torch.maximum(high, x)), torch.minimum(low, x))
+        return torch.cat([ahead, normalise(features + turn)], dim=-1)
+
+    def _extent(self, row: Tensor) -> Tensor:
+        """Which numbers move, their least and their greatest [X, 3 G], for rows [X] of the task table."""
+        return torch.cat([self.moves, self.low, self.high], dim=-1)[row]
 
     def _policy(self, seen: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
         return self.gaussian_of(self.policy(torch.cat([seen, task], dim=-1)))
@@ -341,7 +372,7 @@ class JointEmbeddingWAM(WAM):
 
     def policy_input(self, state: State) -> Tensor:
         """What the policy network reads [*state.batch, ...]: latent, the relations of its points, and task."""
-        return torch.cat([self._with_relations(state["z"]), state["task"]], dim=-1)
+        return torch.cat([self._with_relations(state["z"]), self.task_embedding(state["task"])], dim=-1)
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """The weights of the policy and of the values, which no other part of the model reads."""
@@ -355,8 +386,8 @@ class JointEmbeddingWAM(WAM):
     def encode(self, context: Context) -> State:
         frame = context.observation[:, -1]
         x = self._flatten(frame)
-        task = self.task_embedding(self.task_index(context.task))
-        z = self._latent(self.encoder, x, self._tokens(frame), task)
+        task = self.task_index(context.task)
+        z = self._latent(self.encoder, x, self._tokens(frame), self.task_embedding(task))
         return TensorDict({"z": z, "task": task}, batch_size=x.shape[:1])
 
     def follow(self, state: State, noise: NoiseKey, *, share: float = 0.0) -> State:
@@ -420,7 +451,7 @@ class JointEmbeddingWAM(WAM):
             draws = noise.normal(num, horizon, action_dim).flatten(0, 1)
         else:
             draws = torch.zeros(rows * num, horizon, action_dim, device=state["z"].device)
-        task = state["task"].repeat_interleave(num, 0)
+        task = self.task_embedding(state["task"]).repeat_interleave(num, 0)
         chain, log_prob = torch.empty_like(draws), torch.zeros(rows * num, device=draws.device)
 
         def act(t: int, z: Tensor) -> Tensor:
@@ -457,7 +488,7 @@ class JointEmbeddingWAM(WAM):
         chain = proposal.chain[:, :, -1]
         rows, num, horizon, _ = chain.shape
         chain = chain.flatten(0, 1)
-        task = state["task"].repeat_interleave(num, 0)
+        task = self.task_embedding(state["task"]).repeat_interleave(num, 0)
         total = chain.new_zeros(rows * num)
 
         def act(t: int, z: Tensor) -> Tensor:
@@ -479,14 +510,15 @@ class JointEmbeddingWAM(WAM):
         rows = state.batch_size[0]
         alone = "member" in state.keys()
         members = 1 if alone else self.members
-        task = state["task"].repeat_interleave(num, 0)
+        row = state["task"].repeat_interleave(num, 0)
+        extent = self._extent(row).expand(members, -1, -1)
         mean = state["z"].repeat_interleave(num, 0)
         if alone:
             member = state["member"].repeat_interleave(num, 0)
             slot, width = _places(member, self.members)
         seen = self._with_relations(state["z"]).repeat_interleave(num, 0).expand(members, -1, -1)
         frames, actions = [], []
-        tasks = task.expand(members, -1, -1)
+        tasks = self.task_embedding(row).expand(members, -1, -1)
 
         def each(network: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
             """`network`, which takes [members, X, ...], of inputs [M, R*N, ...]."""
@@ -498,7 +530,7 @@ class JointEmbeddingWAM(WAM):
 
         for t in range(horizon):
             action = act(t, mean)
-            z = each(self._step, seen, tasks, action.expand(members, -1, -1))
+            z = each(self._step, seen, tasks, action.expand(members, -1, -1), extent)
             mean, seen = z.mean(0), self._with_relations(z)
             frames.append(seen)
             actions.append(action)
@@ -515,7 +547,7 @@ class JointEmbeddingWAM(WAM):
         def future(x: Tensor) -> Tensor:
             return x.unflatten(1, (rows, num)).movedim(0, 2)
 
-        leaf = TensorDict({"z": future(z), "task": future(tasks)}, batch_size=[rows, num, members])
+        leaf = TensorDict({"z": future(z), "task": future(row.expand(members, -1))}, batch_size=[rows, num, members])
         spread = None
         if alone:
             leaf.set("member", member.view(rows, num, 1))
@@ -544,10 +576,11 @@ class JointEmbeddingWAM(WAM):
         return network(flat.expand(members, -1, -1)).view(members, *x.shape[:-1])
 
     def value(self, state: State) -> Tensor:
-        return self._values(self.values, state["z"], state["task"]).movedim(0, -1) * self.value_unit
+        task = self.task_embedding(state["task"])
+        return self._values(self.values, state["z"], task).movedim(0, -1) * self.value_unit
 
     def success_value(self, state: State) -> Tensor:
-        logit = self._values(self.success_values, state["z"], state["task"])
+        logit = self._values(self.success_values, state["z"], self.task_embedding(state["task"]))
         return torch.sigmoid(logit).movedim(0, -1) * self.value_unit
 
     def decode(self, state: State | Imagined, keys: tuple[str, ...] | None = None) -> TensorDict:
