@@ -304,7 +304,7 @@ def test_training_on_widens_what_the_data_showed() -> None:
     wam.set_extent({**more, TASKS[1]: more[TASKS[0]]}, widen=True)
     assert wam.low[0].tolist() == [-1.0] * 6 and wam.high[0].tolist() == [2.0] * 6
     assert wam.moves[0].tolist() == [1.0] + [0.0] * 5
-    assert wam.low[1].isneginf().all() and wam.moves[1].all()  # what had no bounds gets none
+    assert (wam.low[1] < -1e29).all() and wam.moves[1].all()  # what had no bounds gets none
 
 
 def test_padding_has_no_influence_on_the_loss() -> None:

@@ -46,6 +46,7 @@ from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
 
 LOG_STD_MIN, LOG_STD_MAX = -3.0, 0.0
+_NO_BOUND = 1e30  # checkpoints hold finite numbers only
 _FAR, _NEAR = 0.15, 0.03  # metres: how far apart points usually are, and where contact and success are decided
 
 
@@ -247,8 +248,8 @@ class JointEmbeddingWAM(WAM):
         self.register_buffer("std", torch.ones(total))
         self.register_buffer("change", torch.ones(total))  # root mean square over one step, in units of std
         self.register_buffer("moves", torch.ones(len(tasks), total))  # 0 where a task's data never changed
-        self.register_buffer("low", torch.full((len(tasks), total), -math.inf))  # of a task's data, in units of std
-        self.register_buffer("high", torch.full((len(tasks), total), math.inf))
+        self.register_buffer("low", torch.full((len(tasks), total), -_NO_BOUND))  # of a task's data, standardised
+        self.register_buffer("high", torch.full((len(tasks), total), _NO_BOUND))
         self.register_buffer("task_ids", torch.tensor([task_id(name) for name in tasks]))
         self.task_embedding = nn.Embedding(len(tasks), task_dim)
         nn.init.normal_(self.task_embedding.weight, std=1.0 / math.sqrt(task_dim))
