@@ -402,13 +402,14 @@ class ShootingPlanner:
     ) -> tuple[_Iterate, Tensor, int]:
         """`_evaluate` as a compiled function, on more rows where there is none of as many."""
         rows = actions.shape[0]
+        # The first sigma has no rows, a refitted one may have one: each shape would be compiled by itself.
+        sigma = sigma.expand_as(actions[:, 0]).contiguous()
         at = padded(torch.arange(rows, device=actions.device))
         if at.numel() > rows:
-            state, actions, finite, key = state[at], actions[at], finite[at], key[at]
-            sigma = sigma[at] if sigma.dim() == 3 else sigma
+            state, actions, finite, sigma, key = state[at], actions[at], finite[at], sigma[at], key[at]
             order = None if order is None else order[at]
         iterate, dead, spent = run_compiled(self._compiled, clock, state, actions, finite, sigma, key, order)
-        return _Iterate(*(part[:rows] if part.dim() > 1 else part for part in iterate)), dead[:rows], spent
+        return _Iterate(*(part[:rows] for part in iterate)), dead[:rows], spent
 
     def _order(self, noise: NoiseKey, iteration: int, num: int) -> Tensor | None:
         return permutation(noise.fold(3).fold(iteration), num) if self.shuffle_scores else None

@@ -306,11 +306,12 @@ class Last:
 @pytest.mark.parametrize("kind", ["shooting", "mcts"])
 def test_whatever_number_of_rows_a_gate_lets_through_few_are_compiled(kind, monkeypatch) -> None:
     """Torch gives up after eight numbers of rows. Here the compiled function is the function itself."""
-    module, sizes = importlib.import_module(f"wamrl.planners.{kind}"), []
+    module, sizes, shapes = importlib.import_module(f"wamrl.planners.{kind}"), [], set()
 
     def compiled(function):  # type: ignore[no-untyped-def]
         def run(model, first, *rest):  # type: ignore[no-untyped-def]
             sizes.append(first.batch_size[0] if kind == "shooting" else first.tree.rows)
+            shapes.add((sizes[-1], *(x.shape for x in rest if isinstance(x, torch.Tensor))))
             return function(model, first, *rest)
 
         return run
@@ -318,7 +319,7 @@ def test_whatever_number_of_rows_a_gate_lets_through_few_are_compiled(kind, monk
     monkeypatch.setattr(module, "compiled", compiled)
     monkeypatch.setattr(module, "require_compiler", lambda: None)
     gate = Last()
-    usual = dict(horizon=2, num_candidates=8, iterations=3, num_elites=4, keep_elites=2)
+    usual = dict(horizon=2, num_candidates=8, iterations=3, num_elites=4, keep_elites=2, proposal="noise")
     planners = [
         make_cem(**usual, gate=gate, compile=compile) if kind == "shooting"  # type: ignore[arg-type]
         else make_mcts(chunk=2, depth=2, simulations=8, num_candidates=4, gate=gate, reuse=True, compile=compile)
@@ -335,7 +336,7 @@ def test_whatever_number_of_rows_a_gate_lets_through_few_are_compiled(kind, monk
         assert after.batch_size == then.batch_size
         for key in after.keys(True, True):
             assert after[key].shape == then[key].shape
-    assert set(sizes) == {1, 2, 4, 8, 16}
+    assert set(sizes) == {1, 2, 4, 8, 16} and len(shapes) == 5, shapes
 
 
 # ------------------------------------------------------------------------------------------- gates that remember
