@@ -29,7 +29,7 @@ METAWORLD = Layout(
 
 
 def unstated(tasks: Sequence[str], observation: Mapping[str, Sequence[int]]) -> Layout:
-    """The layout of a dataset or checkpoint of before they stated it: Meta-World's, or none."""
+    """The layout of a dataset or checkpoint of before they stated it, or a part of it: Meta-World's, or none."""
     metaworld = all(task.startswith("metaworld/") for task in tasks)
     if metaworld and tuple(observation.get("state", ())) == (METAWORLD_STATE,):
         return Layout.of(METAWORLD, observation)

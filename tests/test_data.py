@@ -18,6 +18,7 @@ import torch
 from tensordict import NonTensorData, TensorDict
 
 from wamrl.data import EpisodeDataset, EpisodeWriter, episode_tensordict, export_minari, import_minari, load_episode
+from wamrl.envs.layouts import METAWORLD
 from wamrl.interfaces import Layout, task_id
 
 TASK = "metaworld/push-v3"
@@ -524,3 +525,18 @@ def test_a_dataset_tells_where_its_observation_holds_what(tmp_path: Path) -> Non
     # Meta-World's of before they did.
     infos = [{"task": TASK, "behaviour": "expert", "success": False}]
     assert EpisodeDataset.from_episodes([make_episode(4, size=39)], infos).layout.place("goal") == slice(36, 39)
+
+
+def test_meta_world_data_of_before_layouts_told_of_earlier_readings_has_them_and_goes_with_new_data() -> None:
+    now = METAWORLD.to_dict()
+    episode, info = make_episode(4, size=39), {"task": TASK, "behaviour": "expert", "success": False}
+    before = {key: part for key, part in now.items() if key != "earlier"}
+
+    def layout(*stated: dict[str, object]) -> Layout:
+        frames = EpisodeDataset.from_episodes([episode], [info])
+        indices = [make_index(tasks=[TASK], layout=one) for one in stated]
+        return EpisodeDataset(frames.frames, frames.offsets, frames.lengths, frames.episodes, indices).layout
+
+    assert layout(before) == layout(before, now) == Layout.of(METAWORLD, {"state": (39,)})
+    with pytest.raises(ValueError, match="say differently where"):
+        layout(now, {**now, "earlier": {}})

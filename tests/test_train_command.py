@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors.torch import load_file
 
 from wamrl import checkpoint
+from wamrl import train as train_module
 from wamrl.cli import _literal
 from wamrl.data import EpisodeDataset, EpisodeWriter, episode_tensordict
 from wamrl.train import main, train
@@ -149,6 +150,24 @@ def test_training_goes_on_from_a_checkpoint_with_its_normalisation(data):
     assert torch.equal(first.mean, second.mean) and first.spec == second.spec
     assert not torch.equal(first.encoder[0].weight, second.encoder[0].weight)
     assert checkpoint.read_metadata("second").provenance["initial"] == checkpoint.read_metadata("first").content_sha256
+
+
+def test_training_goes_on_from_a_checkpoint_of_before_layouts_told_of_earlier_readings(data, monkeypatch):
+    index = json.loads((data / "dataset.json").read_text())
+    layout = {"places": {"state": {"hand": [0, 3]}}, "tracks": {}, "earlier": {"state": [[0, 3], [1, 4]]}}
+    (data / "dataset.json").write_text(json.dumps({**index, "layout": layout}))
+
+    def facts(*given):
+        found = now(*given)
+        return {**found, "layout": {key: part for key, part in found["layout"].items() if key != "earlier"}}
+
+    with monkeypatch.context() as patch:
+        now = train_module._facts
+        patch.setattr(train_module, "_facts", facts)
+        main([f"data={data}", *FAST, "run_dir=first"])
+    main([f"data={data}", "wam=first", "run_dir=second", *(word for word in FAST if not word.startswith("wam."))])
+    first, second = checkpoint.load("first").spec, checkpoint.load("second").spec
+    assert first == second and first.layout.places and not first.layout.earlier
 
 
 def test_bad_data_is_refused_with_the_reason(data, capsys):

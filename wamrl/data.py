@@ -924,8 +924,10 @@ def _common_layout(
     indices: Sequence[Mapping[str, Any]], tasks: Sequence[str], observation: Mapping[str, Sequence[int]]
 ) -> Layout:
     """What the sources say of the observation's vectors; ValueError when they contradict each other."""
-    before = unstated(tasks, observation)
-    found = [Layout.of(i["layout"], observation) if "layout" in i else before for i in indices] or [before]
+    before = unstated(tasks, observation).to_dict()
+    # A layout of before they told of earlier readings lacks the entry; Meta-World's vectors held them already.
+    stated = [{"earlier": before["earlier"], **index.get("layout", before)} for index in indices] or [before]
+    found = [Layout.of(layout, observation) for layout in stated]
     if any(layout != found[0] for layout in found):
         raise ValueError(
             "these datasets say differently where their observation holds what (layout in dataset.json); train on data "

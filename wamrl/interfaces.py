@@ -158,7 +158,7 @@ class Spec:
     success_bonus: what one control step in success is worth beside its reward, in the units of the reward; the model's
     values count it, and so do planners.
     provides: the queries of `QUERIES` that the model answers.
-    layout: where the observation's vectors hold hand, object and goal, as far as the training data says so.
+    layout: where the observation's vectors hold what, as far as the training data says so.
     """
 
     observation: Mapping[str, tuple[int, ...]]

@@ -79,8 +79,11 @@ def train(
         tasks, observation = tasks or earlier.spec.tasks, observation or list(earlier.spec.observation)
     sizes = wam if isinstance(wam, Mapping) else checkpoint.read_metadata(wam).model
     facts = _facts(dataset, tasks, observation, control_dt_s)
-    if earlier is not None and "layout" not in sizes:
-        facts.pop("layout", None)  # the checkpoint's model was made without one, and stays as it is
+    if earlier is not None:  # a checkpoint's model that was made without a layout, or a part of it, stays as it is
+        if "layout" not in sizes:
+            facts.pop("layout", None)
+        elif "earlier" not in sizes["layout"]:
+            facts.get("layout", {}).pop("earlier", None)
     model_config = {**sizes, **facts}
     given = _tokenizer(tokenizer, dataset) if tokenizer is not None else None
     if isinstance(wam, Mapping):
