@@ -142,15 +142,17 @@ def test_a_state_that_follows_one_future_goes_on_in_that_member_alone() -> None:
 
 
 def test_networks_read_what_changed_since_an_earlier_reading() -> None:
-    wam = model(layout={"earlier": {"state": [[0, 3], [2, 5]]}})
-    statistics = {"mean": torch.full((6,), 0.5), "std": torch.full((6,), 2.0)}
-    change = torch.tensor([0.1, 0.1, 0.0, 0.1, 0.1, 0.0])
+    layout = {"earlier": {"state": [[0, 3], [2, 5], [1, 4]]}}
+    wam = model(layout=layout)
+    statistics = {"mean": torch.arange(6) / 10, "std": torch.arange(1.0, 7.0)}
+    change = torch.tensor([0.1, 1e-7, 0.0, 0.2, 1e-7, 0.0])
     wam.set_normalisation({"state": {**statistics, "change": change}})
     z = torch.zeros(1, wam.observed + SIZES["latent_dim"])
-    z[0, :6] = torch.tensor([0.03, 0.0, 7.0, -0.02, 0.0, 0.0]) / 2.0
+    z[0, :6] = (torch.tensor([0.03, 0.01, 7.0, -0.02, 0.0, 0.0]) - wam.mean) / wam.std
     found = wam._with_relations(z)[0, z.shape[1] :]
-    assert torch.allclose(found, torch.tensor([0.05 / 0.1, 0.0]), atol=1e-5)  # a number that never changes says nothing
-    again = model(layout={"earlier": {"state": [[0, 3], [2, 5]]}})
+    # A number that never changes says nothing, and one that only jittered does not drown the others once it moves.
+    assert torch.allclose(found, torch.tensor([0.05 / 0.1, 0.0, 100.0]), rtol=1e-4, atol=1e-5)
+    again = model(layout=layout)
     again.load_state_dict(wam.state_dict())
     assert torch.equal(again._with_relations(z), wam._with_relations(z))
 

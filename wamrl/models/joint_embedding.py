@@ -48,6 +48,7 @@ from wamrl.noise import NoiseKey
 LOG_STD_MIN, LOG_STD_MAX = -3.0, 0.0
 _NO_BOUND = 1e30  # checkpoints hold finite numbers only
 _FAR, _NEAR = 0.15, 0.03  # metres: how far apart points usually are, and where contact and success are decided
+_LEAST_CHANGE = 1e-4  # in one step: an object that nothing touched in the data jitters by a millionth, then is pushed
 
 
 def normalise(x: Tensor) -> Tensor:
@@ -282,7 +283,7 @@ class JointEmbeddingWAM(WAM):
         self.change.copy_(change / self.std)
         if len(self.per_change):
             moves = change[self.readings.chunk(2)[0]]
-            self.per_change.copy_(torch.where(moves > 0, 1.0 / moves, 0.0))
+            self.per_change.copy_(torch.where(moves > 0, 1.0 / moves.clamp(min=_LEAST_CHANGE), 0.0))
 
     def set_extent(self, extent: Mapping[str, Mapping[str, Mapping[str, Tensor]]], *, widen: bool = False) -> None:
         """Store what the data of each task showed (`EpisodeDataset.extent`), beyond which imagination does not go.
