@@ -309,6 +309,21 @@ def test_training_on_widens_what_the_data_showed() -> None:
     assert (wam.low[1] < -1e29).all() and wam.moves[1].all()  # what had no bounds gets none
 
 
+def test_the_dynamics_learn_the_median_change_and_not_the_mean() -> None:
+    """Three windows in four rest and one moves: whatever the move, no prediction is better than that nothing moves."""
+    wam = model()
+    torch.nn.init.zeros_(wam.dynamics[-1].weight)
+    batch = linear_batch(8, 1, torch.Generator().manual_seed(0))
+    batch["observation", "state"][:, 1] = batch["observation", "state"][:, 0]
+    batch["observation", "state"][::4, 1] += 3.0
+
+    def missed(step: float) -> float:
+        torch.nn.init.constant_(wam.dynamics[-1].bias, step)
+        return wam.loss(batch)["observation"].item()
+
+    assert missed(0.0) == pytest.approx(3.0 / 4) and missed(0.75) > missed(0.1) > missed(0.0) < missed(-0.1)
+
+
 def test_padding_has_no_influence_on_the_loss() -> None:
     wam = model()
     batch = linear_batch(8, 4, torch.Generator().manual_seed(0))
