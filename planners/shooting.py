@@ -32,6 +32,8 @@ CHOICES = ("mean", "best")
 FAILURES = ("raise", "hold")
 NOISE_BLOCK = 8
 """Iterations whose noise is drawn at once: fewer small calls, while a deadline can still stop a long search early."""
+MOST_GRAPHS = 64
+"""Graphs that a compiled function may come to, in place of torch's eight."""
 
 
 class Refit(Protocol):
@@ -486,14 +488,19 @@ def require_compiler() -> None:
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` as one graph of fixed shapes; where its first argument, the model, allows no such graph, it raises."""
+    from torch._dynamo import config  # seconds to import, so only where it is needed
+
+    # Torch counts the graphs of all planners of a process together, and a planner and its null control have one each
+    # for every number of rows: with ten rows and fewer, ten.
+    config.recompile_limit = max(config.recompile_limit, MOST_GRAPHS)
     return torch.compile(function, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
 
 
 def padded(rows: Tensor) -> Tensor:
     """`rows` [R], and the first of them again, up to a power of two.
 
-    A compiled function is compiled anew for every number of rows, and after eight of them torch gives up. Gates and
-    episodes that end let any number through, of which few are powers of two.
+    A compiled function is compiled anew for every number of rows, which takes seconds, and after `MOST_GRAPHS` of them
+    torch gives up. Gates and episodes that end let any number through, of which few are powers of two.
     """
     count = rows.numel()
     return torch.cat([rows, rows[:1].expand((1 << (count - 1).bit_length()) - count)])

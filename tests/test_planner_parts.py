@@ -339,6 +339,19 @@ def test_whatever_number_of_rows_a_gate_lets_through_few_are_compiled(kind, monk
     assert set(sizes) == {1, 2, 4, 8, 16} and len(shapes) == 5, shapes
 
 
+def test_more_graphs_are_compiled_than_torch_has_by_default(monkeypatch) -> None:
+    def eager(function, *, fullgraph, dynamic, options):  # type: ignore[no-untyped-def]
+        return plain(function, fullgraph=fullgraph, dynamic=dynamic, backend="eager")
+
+    config = importlib.import_module("torch._dynamo").config
+    with config.patch(recompile_limit=8):
+        plain = torch.compile
+        monkeypatch.setattr(torch, "compile", eager)
+        double = importlib.import_module("wamrl.planners.shooting").compiled(lambda x: 2 * x)
+        for rows in range(1, 12):
+            assert torch.equal(double(torch.ones(rows)), torch.full((rows,), 2.0))
+
+
 # ------------------------------------------------------------------------------------------- gates that remember
 
 
