@@ -22,7 +22,8 @@ from torchrl.objectives import SACLoss, SoftUpdate
 from wamrl.agents.base import CollectingLearner, Updater, WorldBatch, batch_metrics, encode, part_of, value_unit
 from wamrl.agents.ppo import GaussianActor
 from wamrl.interfaces import WAM
-from wamrl.models.joint_embedding import JointEmbeddingWAM, mlp
+from wamrl.models.joint_embedding import JointEmbeddingWAM
+from wamrl.models.parts import mlp
 
 
 class _Actor(nn.Module):

@@ -30,7 +30,7 @@ from wamrl import checkpoint
 from wamrl.agents.base import EpisodeEnv, encode, value_unit
 from wamrl.agents.ppo import PPO
 from wamrl.envs.metaworld import MetaWorldEnv
-from wamrl.models.joint_embedding import ensemble_mlp, mlp
+from wamrl.models.parts import ensemble_mlp, mlp
 
 ROWS, DECISIONS, EPOCHS, MINIBATCH = 64, 48, 8, 512
 

@@ -11,7 +11,8 @@ from tensordict import TensorDict
 from wamrl import interfaces
 from wamrl.envs.layouts import METAWORLD
 from wamrl.interfaces import Context, State, task_id
-from wamrl.models.joint_embedding import JointEmbeddingWAM, normalise
+from wamrl.models.joint_embedding import JointEmbeddingWAM
+from wamrl.models.parts import normalise
 from wamrl.naming import UnknownNameError
 from wamrl.noise import NoiseKey
 

@@ -31,7 +31,7 @@ from wamrl.models.denoiser import Denoiser, Prefix
 from wamrl.models.flow import gaussian_log_prob, interpolate, sde_sample, sde_step
 from wamrl.models.frame_heads import FrameHeads
 from wamrl.models.images import uint8_images
-from wamrl.models.joint_embedding import task_rows
+from wamrl.models.parts import task_rows
 from wamrl.models.substrate import make_substrate
 from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey

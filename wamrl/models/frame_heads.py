@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wamrl.models.joint_embedding import ensemble_mlp, mlp
+from wamrl.models.parts import ensemble_mlp, mlp
 
 
 class FrameHeads(nn.Module):

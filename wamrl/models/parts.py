@@ -1,0 +1,74 @@
+"""What several models are made of: MLPs, ensembles of them side by side, and the row of a task in a model's table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wamrl.naming import unknown_name
+
+
+def normalise(x: Tensor) -> Tensor:
+    """Zero mean and unit variance over the latent dims, in place of TD-MPC2's SimNorm."""
+    return F.layer_norm(x, x.shape[-1:])
+
+
+class EnsembleLinear(nn.Module):
+    """`members` linear layers side by side: [M, X, in] -> [M, X, out]."""
+
+    def __init__(self, members: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        bound = 1.0 / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(members, 1, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class EnsembleNorm(nn.Module):
+    """LayerNorm with one gain and offset per member."""
+
+    def __init__(self, members: int, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(members, 1, width))
+        self.offset = nn.Parameter(torch.zeros(members, 1, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:]) * self.gain + self.offset
+
+
+def ensemble_mlp(members: int, inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
+    """Linear, LayerNorm, SiLU blocks and a last linear layer, for `members` networks at once."""
+    layers: list[nn.Module] = []
+    for width in widths:
+        layers += [EnsembleLinear(members, inputs, width), EnsembleNorm(members, width), nn.SiLU()]
+        inputs = width
+    return nn.Sequential(*layers, EnsembleLinear(members, inputs, outputs))
+
+
+def mlp_block(inputs: int, width: int) -> nn.Sequential:
+    """Linear, LayerNorm, SiLU."""
+    return nn.Sequential(nn.Linear(inputs, width), nn.LayerNorm(width), nn.SiLU())
+
+
+def mlp(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
+    """Linear, LayerNorm, SiLU blocks and a last linear layer."""
+    layers: list[nn.Module] = []
+    for width in widths:
+        layers += mlp_block(inputs, width)
+        inputs = width
+    return nn.Sequential(*layers, nn.Linear(inputs, outputs))
+
+
+def task_rows(task: Tensor, ids: Tensor, names: Sequence[str]) -> Tensor:
+    """Index into `names` of each `task_id` in `task`; ids: [len(names)] theirs."""
+    match = task.unsqueeze(-1) == ids
+    if not bool(match.any(-1).all()):
+        strange = task[~match.any(-1)][0].item()
+        raise unknown_name("task id", str(strange), names, hint="The checkpoint was trained on those.")
+    return match.long().argmax(-1)
