@@ -298,6 +298,11 @@ def test_imagination_keeps_to_what_the_data_of_the_task_showed() -> None:
     assert (alone[0] - first).abs().max() < 1e-3 + 1e-5
 
 
+def test_a_loss_weight_that_no_loss_has_is_refused() -> None:
+    with pytest.raises(UnknownNameError, match="unknown name in loss_weights 'valu'; did you mean 'value'"):
+        model(loss_weights={"valu": 1.0})
+
+
 def test_training_on_widens_what_the_data_showed() -> None:
     wam = model()
     wam.set_normalisation({"state": {"mean": torch.zeros(6), "std": torch.ones(6), "change": STEP}})

@@ -31,7 +31,7 @@ from wamrl.models.denoiser import Denoiser, Prefix
 from wamrl.models.flow import gaussian_log_prob, interpolate, sde_sample, sde_step
 from wamrl.models.frame_heads import FrameHeads
 from wamrl.models.images import uint8_images
-from wamrl.models.parts import task_rows
+from wamrl.models.parts import task_rows, weights_of_losses
 from wamrl.models.substrate import make_substrate
 from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
@@ -162,7 +162,7 @@ class FlowWAM(WAM):
         self.target_rate = target_rate
         self.value_unit = (reward_scale + success_bonus) / (1.0 - discount)
         weights = {"policy": 1.0, "flows": 1.0, "reward": 0.5, "success": 0.5, "value": 10.0}
-        self.loss_weights = {**weights, **(loss_weights or {})}
+        self.loss_weights = weights_of_losses(weights, loss_weights)
         # A future frame is (frame - present) / unit where the substrate knows its changes; what never moves is not
         # predicted.
         self.register_buffer("unit", torch.ones(frames, *frame))

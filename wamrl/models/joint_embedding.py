@@ -41,7 +41,7 @@ from torch.nn import functional as F
 
 from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Layout, Proposal, Spec, State, task_id
 from wamrl.models.images import ImageSubstrate, uint8_images
-from wamrl.models.parts import EnsembleLinear, ensemble_mlp, mlp, mlp_block, normalise, task_rows
+from wamrl.models.parts import EnsembleLinear, ensemble_mlp, mlp, mlp_block, normalise, task_rows, weights_of_losses
 from wamrl.models.substrate import make_substrate
 from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
@@ -162,7 +162,7 @@ class JointEmbeddingWAM(WAM):
         )
         self.members, self.target_rate, self.expectile = members, target_rate, expectile
         self.value_unit = (reward_scale + success_bonus) / (1.0 - discount)
-        self.loss_weights = {
+        usual = {
             "consistency": 5.0,
             "observation": 1.0,
             "reward": 0.5,
@@ -172,8 +172,8 @@ class JointEmbeddingWAM(WAM):
             "policy": 1.0,
             "behaviour": 1.0,
             "tokens": 1.0,
-            **(loss_weights or {}),
         }
+        self.loss_weights = weights_of_losses(usual, loss_weights)
         total = sum(self.features.values())
         seen = total + (self.substrate.tokens * self.substrate.width if self.substrate else 0)
         pairs = list(itertools.combinations(_first_numbers(self.features, points, self.spec.layout), 2))

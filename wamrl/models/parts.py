@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -72,3 +72,11 @@ def task_rows(task: Tensor, ids: Tensor, names: Sequence[str]) -> Tensor:
         strange = task[~match.any(-1)][0].item()
         raise unknown_name("task id", str(strange), names, hint="The checkpoint was trained on those.")
     return match.long().argmax(-1)
+
+
+def weights_of_losses(usual: Mapping[str, float], given: Mapping[str, float] | None) -> dict[str, float]:
+    """The `usual` weights with the `given` ones in their place; UnknownNameError for a loss that the model has not."""
+    for name in given or {}:
+        if name not in usual:
+            raise unknown_name("name in loss_weights", name, usual)
+    return {**usual, **(given or {})}
