@@ -33,13 +33,21 @@ METHODS = ("planner", "policy", "shuffled", "random", "expert")
 class Setting:
     """One data setting. planner_episodes: what the planner collects per task between the two trainings; 0: one only.
 
-    The planner collects with twice its usual sigma, so that the second training sees what its search may try.
+    The planner collects with twice its usual sigma, so that the second training sees what its search may try. With two
+    trainings, the methods are compared after each.
     """
 
     name: str
     episodes: int
     steps: int
     planner_episodes: int = 0
+
+    @property
+    def comparisons(self) -> dict[str, str]:
+        """Name in the metrics -> the stage that compared the methods, in order."""
+        if not self.planner_episodes:
+            return {self.name: "plan"}
+        return {self.name: "plan_first", f"{self.name}_own_episodes": "plan"}
 
 
 SETTINGS = {
@@ -63,6 +71,12 @@ def stages(setting: Setting, seed: int, directory: Path) -> list[tuple[str, list
             name, "train", f"data=[{paths}]", "wam=reference", f"steps={setting.steps}", f"seed={seed}", "threads=1"
         )  # fmt: skip
 
+    def plan(name: str, model: Path) -> None:
+        add(
+            name, "plan", "env=metaworld/six", f"wam={model}", "split=test", "episodes=50",
+            f"first_start={FIRST_TEST_START}", f"seed={seed}", "workers=1", "video=false",
+        )  # fmt: skip
+
     add(
         "collect", "collect", "env=metaworld/six", f"data={setting.name}", f"path={data[0]}", f"seed={seed}",
         f"first_start={first_start}", "snapshots=false",
@@ -70,6 +84,7 @@ def stages(setting: Setting, seed: int, directory: Path) -> list[tuple[str, list
     train("train")
     model = directory / "train"
     if setting.planner_episodes:
+        plan("plan_first", model)
         data.append(directory / "data_planner")
         add(
             "collect_planner", "collect", "env=metaworld/six", "data=planner",
@@ -78,10 +93,7 @@ def stages(setting: Setting, seed: int, directory: Path) -> list[tuple[str, list
         )  # fmt: skip
         train("train_again")
         model = directory / "train_again"
-    add(
-        "plan", "plan", "env=metaworld/six", f"wam={model}", "split=test", "episodes=50",
-        f"first_start={FIRST_TEST_START}", f"seed={seed}", "workers=1", "video=false",
-    )  # fmt: skip
+    plan("plan", model)
     return todo
 
 
@@ -90,7 +102,7 @@ def run(setting: Setting, seed: int, out: Path, *, until: str = "plan") -> None:
     directory = out / setting.name / f"seed{seed}"
     directory.mkdir(parents=True, exist_ok=True)
     for name, command in stages(setting, seed, directory):
-        if name == "plan" and (directory / name).exists() and not stage_done(name, command, directory):
+        if name.startswith("plan") and (directory / name).exists() and not stage_done(name, command, directory):
             shutil.rmtree(directory / name)
         run_stage(name, command, directory, label=f"{setting.name} seed {seed}")
         if name == until:
@@ -112,19 +124,20 @@ def _commits(out: Path, setting: Setting, seeds: Sequence[int]) -> list[str]:
     return sorted({str(json.loads(path.read_text())["versions"]["commit"]) for path in done})
 
 
-def _training_seconds(directory: Path) -> float:
-    """Of all trainings of one seed together."""
-    return sum(float(json.loads(path.read_text())["seconds"]) for path in directory.glob("train*.done"))
+def _training_seconds(directory: Path, names: str) -> float:
+    """Of the trainings of one seed whose stages match `names`, together."""
+    return sum(float(json.loads(path.read_text())["seconds"]) for path in directory.glob(f"{names}.done"))
 
 
 def collect_metrics(out: Path, finished: Mapping[Setting, Sequence[int]]) -> tuple[dict[str, Any], list[str]]:
     """Flat metrics over the finished seeds of each setting, and the protocol hashes of the runs they came from."""
     metrics: dict[str, Any] = {}
     hashes = []
-    for setting, seeds in finished.items():
-        runs = [json.loads((out / setting.name / f"seed{s}" / "plan" / "results.json").read_text()) for s in seeds]
+    compared = [(s, seeds, label, stage) for s, seeds in finished.items() for label, stage in s.comparisons.items()]
+    for setting, seeds, label, stage in compared:
+        runs = [json.loads((out / setting.name / f"seed{s}" / stage / "results.json").read_text()) for s in seeds]
         hashes += [r["protocol_hash"] for r in runs]
-        episodes = _episodes(out, setting.name, seeds, "plan")
+        episodes = _episodes(out, setting.name, seeds, stage)
         tasks = sorted({e.task for e in episodes})
         for method in METHODS:
             mine = [e for e in episodes if e.method == method]
@@ -132,17 +145,17 @@ def collect_metrics(out: Path, finished: Mapping[Setting, Sequence[int]]) -> tup
                 chosen = [e for e in mine if task in (None, e.task)]
                 name = "mean" if task is None else task.removeprefix("metaworld/")
                 summary = summarise(chosen)
-                prefix = f"{setting.name}/{name}/{method}"
+                prefix = f"{label}/{name}/{method}"
                 metrics[f"{prefix}/success"] = {
                     "mean": summary.success, "n": summary.n, "low": summary.low, "high": summary.high
                 }  # fmt: skip
             per_seed = [np.mean([e.success for e in mine if e.seed == seed]) for seed in seeds]
             for seed, success in zip(seeds, per_seed, strict=True):
-                metrics[f"{setting.name}/mean/{method}/success_seed{seed}"] = float(success)
+                metrics[f"{label}/mean/{method}/success_seed{seed}"] = float(success)
         for other in ("policy", "shuffled"):
             pair = compare(episodes, "planner", other)
             assert pair is not None
-            prefix = f"{setting.name}/mean/planner_minus_{other}"
+            prefix = f"{label}/mean/planner_minus_{other}"
             metrics[f"{prefix}/success"] = {
                 "mean": pair.difference, "n": pair.n, "low": pair.low, "high": pair.high
             }  # fmt: skip
@@ -150,10 +163,11 @@ def collect_metrics(out: Path, finished: Mapping[Setting, Sequence[int]]) -> tup
         for key in ("encode", "imagine", "search", "total"):
             for quantile in ("p50", "p95", "p99"):
                 values = [r["timing"]["single"][f"{key}_ms"][quantile] for r in runs]
-                metrics[f"{setting.name}/plan/{key}_{quantile}_ms"] = float(np.median(values))
-        metrics[f"{setting.name}/plan/evaluations"] = runs[0]["evaluations_per_plan"]
-        totals = [_training_seconds(out / setting.name / f"seed{seed}") for seed in seeds]
-        metrics[f"{setting.name}/train_s"] = float(np.median(totals))
+                metrics[f"{label}/plan/{key}_{quantile}_ms"] = float(np.median(values))
+        metrics[f"{label}/plan/evaluations"] = runs[0]["evaluations_per_plan"]
+        trainings = "train*" if stage == "plan" else "train"
+        totals = [_training_seconds(out / setting.name / f"seed{seed}", trainings) for seed in seeds]
+        metrics[f"{label}/train_s"] = float(np.median(totals))
     return metrics, sorted(set(hashes))
 
 

@@ -21,7 +21,7 @@ from wamrl.naming import unknown_name
 
 PAGES = ("README.md", "docs/*.md")
 BLOCK = re.compile(r"(<!-- table: (?P<name>[a-z_]+) -->\n)(?P<body>.*?)(<!-- end table -->)", re.DOTALL)
-SETTINGS = ("rich", "scarce")
+SETTINGS = {"rich": "rich", "scarce": "scarce", "scarce_own_episodes": "scarce and own episodes"}
 METHOD_NAMES = {
     "planner": "planner in the WAM",
     "policy": "the WAM's own policy",
@@ -64,7 +64,8 @@ def success(result: Mapping[str, Any]) -> str:
         if f"{settings[0]}/mean/{m}/success" in metrics
     ]
     numbers = [metrics[f"{s}/mean/planner/success"]["n"] for s in settings]
-    head = ["success, %, Wilson 95 % interval", *(f"{s}, n = {n}" for s, n in zip(settings, numbers, strict=True))]
+    head = ["success, %, Wilson 95 % interval"]
+    head += [f"{SETTINGS[s]}, n = {n}" for s, n in zip(settings, numbers, strict=True)]
     return _grid(head, rows)
 
 
@@ -73,7 +74,7 @@ def tasks(result: Mapping[str, Any]) -> str:
     metrics = result["metrics"]
     settings = _settings(metrics)
     names = sorted({key.split("/")[1] for key in metrics if key.endswith("-v3/planner/success")})
-    head = ["task"] + [f"{s}: {m}" for s in settings for m in ("planner", "policy", "shuffled")]
+    head = ["task"] + [f"{SETTINGS[s]}: {m}" for s in settings for m in ("planner", "policy", "shuffled")]
     rows = [
         [
             name,
@@ -94,7 +95,7 @@ def paired(result: Mapping[str, Any]) -> str:
             difference = metrics[f"{prefix}/success"]
             p = metrics[f"{prefix}/mcnemar_p"]
             shown = "< 0.001" if p < 1e-3 else f"{p:.3f}"
-            rows.append([setting, METHOD_NAMES[other], _rate(difference), str(difference["n"]), shown])
+            rows.append([SETTINGS[setting], METHOD_NAMES[other], _rate(difference), str(difference["n"]), shown])
     return _grid(["setting", "planner minus", "percentage points, 95 % interval", "n", "McNemar's p"], rows)
 
 
@@ -102,7 +103,7 @@ def latency(result: Mapping[str, Any]) -> str:
     """Milliseconds of a plan for one environment, by part."""
     metrics = result["metrics"]
     rows = [
-        [setting, quantile, *(f"{metrics[f'{setting}/plan/{part}_{quantile}_ms']:.1f}" for part in parts)]
+        [SETTINGS[setting], quantile, *(f"{metrics[f'{setting}/plan/{part}_{quantile}_ms']:.1f}" for part in parts)]
         for setting in _settings(metrics)
         for parts in (("encode", "imagine", "search", "total"),)
         for quantile in ("p50", "p95", "p99")
