@@ -62,7 +62,7 @@ def measure(
 def main() -> None:
     """Run every variant and store its success."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--wam", default="outputs/bench/plan_metaworld/scarce/seed0/train_again")
+    parser.add_argument("--wam", default="outputs/bench/plan_metaworld/scarce/seed0/train")
     parser.add_argument("--episodes", type=int, default=20, help="dev starts per task")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
