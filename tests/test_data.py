@@ -193,7 +193,8 @@ def test_extent_says_what_each_task_showed() -> None:
         {"task": task, "behaviour": "expert", "success": False, "split": "train"}
         for task in ("metaworld/reach-v3", TASK, TASK + "-2")
     ]
-    found = EpisodeDataset.from_episodes([still, moving, other], infos).extent()
+    data = EpisodeDataset.from_episodes([still, moving, other], infos)
+    found = data.extent(data.statistics())
     assert set(found) == {info["task"] for info in infos}
     reach, push = found["metaworld/reach-v3"]["state"], found[TASK]["state"]
     assert reach["low"].tolist() == reach["high"].tolist() == [2.0] * 3 and not reach["moves"].any()

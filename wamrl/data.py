@@ -587,27 +587,25 @@ class EpisodeDataset:
                 found[key] = {"mean": used.mean(0).float(), "std": std.float(), "change": change.float()}
         return found
 
-    def extent(self) -> dict[str, dict[str, dict[str, Tensor]]]:
+    def extent(self, statistics: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, dict[str, Tensor]]]:
         """What the data showed: task -> floating-point observation key -> `low`, `high`, `moves`, in a frame's shape.
 
-        `moves` is whether a component changed within episodes, by more than a hundredth of what is usual in all tasks.
+        `moves` is whether a component changed within episodes, by more than a hundredth of its usual `change` in
+        `statistics`, which are those of the method `statistics`.
         """
-        usual = {key: value["change"] for key, value in self.statistics().items()}
         number = torch.tensor([self.tasks.index(info["task"]) for info in self.episodes])
         rows, episode, step = self._where()
         frame_task, within = number[episode], step < self.lengths[episode]
         found: dict[str, dict[str, dict[str, Tensor]]] = {}
         for index, task in enumerate(self.tasks):
             mine = frame_task == index
-            if not mine.any():
-                continue
             found[task] = {}
-            for key, change in usual.items():
+            for key, usual in statistics.items():
                 value = self.frames["observation"][key]
                 now = rows[mine & within]
                 moved = (value[now + 1] - value[now]).double().square().mean(0).sqrt().float()
                 seen = value[rows[mine]]
-                found[task][key] = {"low": seen.amin(0), "high": seen.amax(0), "moves": moved > 0.01 * change}
+                found[task][key] = {"low": seen.amin(0), "high": seen.amax(0), "moves": moved > 0.01 * usual["change"]}
         return found
 
     def replay_buffer(self, batch_size: int, length: int, *, seed: int | None = None) -> Any:
