@@ -125,8 +125,18 @@ class RFT(CollectingLearner):
         }
 
     def bind(self, model: WAM, world: WorldBatch | None, *, rows: int, seed: int) -> None:
-        """See `wamrl.agents.base.Learner`. Raises ValueError for a model without a policy or a planner's needs."""
+        """See `wamrl.agents.base.Learner`.
+
+        Raises:
+            ValueError: a model whose policy cannot be sampled or taught, or that does not answer what the planner asks.
+        """
         model.spec.require("policy")
+        if not getattr(model, "policy_denoises_actions_alone", True):
+            raise ValueError(
+                "this policy denoises its action together with a future, so that it cannot sample actions to collect "
+                "by (mode='sde'); use a model that acts apart from its future: wam=reference, fast, idm, no_cotrain or "
+                "mot_uwm"
+            )
         self.model, self.seed = model, seed
         gaussian = hasattr(model, "gaussian")
         if self.length is None:

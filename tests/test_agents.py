@@ -15,6 +15,7 @@ from torchrl.envs import check_env_specs
 from torchrl.objectives.value import GAE
 
 from tests.agent_toys import OPTIMUM, STEPS, TASK, AimEnv, FlowToy, reference_model
+from tests.test_flow_wam import VARIANTS
 from tests.test_flow_wam import make as flow_model
 from tests.test_flow_wam import observations as flow_observations
 from wamrl.agents.base import EpisodeEnv, LearningDiverged, Updater, loss_weights, value_unit
@@ -337,6 +338,19 @@ def test_a_flow_policy_that_acts_on_a_future_is_shown_the_one_that_came():
     torch.testing.assert_close(learner._imitation(found, torch.Generator().manual_seed(0)), wanted["loss"])
     with pytest.raises(ValueError, match="was not executed, has none; use agent.planner=null"):
         RFT(planner=Knowing(), world_weight=0.0).bind(model, None, rows=1, seed=0)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_flow_policy_that_cannot_be_sampled_is_refused_before_anything_is_collected(name):
+    model, learner = flow_model(name), RFT(world_weight=0.0)
+    if name == "joint":
+        for refused in (model, flow_model("mot_uwm", policy="joint")):
+            with pytest.raises(ValueError, match="cannot sample actions .* fast, idm, no_cotrain or mot_uwm"):
+                learner.bind(refused, None, rows=3, seed=0)
+        return
+    learner.bind(model, None, rows=3, seed=0)
+    learner.begin(0)
+    assert learner.actor(flow_observations(3))["action"].shape == (3, 2)
 
 
 @pytest.mark.parametrize(("policy", "sees_present_alone"), [("policy", True), ("future_first", False)])
