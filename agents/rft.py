@@ -7,7 +7,8 @@ best-of-N planner, the best of its samples. Both use the policy's part of the mo
 labels are those actions, so any policy that learns by imitation will do, flow matching included. A policy that reads
 more than a window's first frame is shown the frames that followed; a plan, which was not executed, has none.
 
-Letters: B rows, T decisions of a batch, W windows of L control steps, H actions of a plan, N candidates, A action dims.
+Letters: B rows, T decisions of a batch, K kept frames, W windows of L control steps, H actions of a plan, N candidates,
+A action dims.
 """
 
 from __future__ import annotations
@@ -125,8 +126,18 @@ class RFT(CollectingLearner):
         }
 
     def bind(self, model: WAM, world: WorldBatch | None, *, rows: int, seed: int) -> None:
-        """See `wamrl.agents.base.Learner`. Raises ValueError for a model without a policy or a planner's needs."""
+        """See `wamrl.agents.base.Learner`.
+
+        Raises:
+            ValueError: a model whose policy cannot be sampled or taught, or that does not answer what the planner asks.
+        """
         model.spec.require("policy")
+        if not getattr(model, "policy_denoises_actions_alone", True):
+            raise ValueError(
+                "this policy denoises its action together with a future, so that it cannot sample actions to collect "
+                "by (mode='sde'); use a model that acts apart from its future: wam=reference, fast, idm, no_cotrain or "
+                "mot_uwm"
+            )
         self.model, self.seed = model, seed
         gaussian = hasattr(model, "gaussian")
         if self.length is None:
@@ -177,29 +188,30 @@ class RFT(CollectingLearner):
             found = self._planned(batch)
         if found is not None:
             both = found if self.kept is None else torch.cat([self.kept, found])
-            self.kept = both[-self.capacity :]
-        metrics["kept"] = 0.0 if self.kept is None else float(len(self.kept))
+            self.kept = both[int(_starts(both)[-self.capacity :][0]) :]
+        starts = torch.zeros(0) if self.kept is None else _starts(self.kept)
+        metrics["kept"] = float(len(starts))
         total = total_world = 0.0
-        steps = self.updates if self.kept is not None else 0
+        steps = self.updates if len(starts) else 0
         for _ in range(steps):
             assert self.kept is not None
-            at = torch.randint(len(self.kept), (self._batch_size(),), generator=generator)
-            loss = self._imitation(self.kept[at], generator)
+            at = starts[torch.randint(len(starts), (self._batch_size(),), generator=generator)]
+            loss = self._imitation(self.kept, at, generator)
             world = self.updater.world_loss()
             self.updater.step(loss + world)
             total, total_world = total + float(loss.detach()), total_world + float(world.detach())
         return {**metrics, "loss_policy": total / max(1, steps), "loss_world": total_world / max(1, steps),
                 "skipped": float(self.updater.skipped)}  # fmt: skip
 
-    def _imitation(self, chosen: TensorDict, generator: torch.Generator) -> Tensor:
-        """Loss of the policy on windows [W] of what is taught."""
+    def _imitation(self, kept: TensorDict, at: Tensor, generator: torch.Generator) -> Tensor:
+        """Loss of the policy on the windows of what is taught, `kept` [K], that begin `at` [W]."""
         own = getattr(self.model, "imitation", None)
         if own is not None and self.length == 1:  # that part of `WAM.loss` alone; it moves no encoder
-            return own(encode(self.model, chosen["observation"]), chosen["label"][:, 0]).mean()
+            return own(encode(self.model, kept["observation"][at]), kept["label"][at, 0]).mean()
         # What is imagined or repeated teaches nothing but the policy.
         alone = {name: float(name == "policy") for name in cast(Any, self.model).loss_weights}
         with loss_weights(self.model, **alone):
-            return self.model.loss(self._windows(chosen), noise=generator)["loss"]
+            return self.model.loss(self._windows(kept, at), noise=generator)["loss"]
 
     def _batch_size(self) -> int:
         members = max(1, self.model.spec.ensemble_size)  # WAM.loss shares windows among the members
@@ -208,7 +220,7 @@ class RFT(CollectingLearner):
     # -- what is taught
 
     def _successes(self, batch: TensorDict) -> TensorDict | None:
-        """Every step [W] of the trajectories in batch [B, T] that ended in success, with the actions that follow it."""
+        """The trajectories in batch [B, T] that ended in success, by their steps [K]; see `_steps`."""
         rows, steps = batch.batch_size
         assert self.length is not None
         done = batch["next", "done"][..., 0]
@@ -230,7 +242,7 @@ class RFT(CollectingLearner):
 
     @torch.no_grad()
     def _planned(self, batch: TensorDict) -> TensorDict:
-        """States [W] of the batch with the planner's chunk as the label."""
+        """States [K] of the batch with the planner's chunk as the label."""
         assert self.planner is not None and self.length is not None
         flat = batch.reshape(-1)
         if len(flat) > self.max_plans:
@@ -261,14 +273,15 @@ class RFT(CollectingLearner):
             return plan.actions
         return torch.einsum("bn,bnha->bha", plan.weights.to(plan.candidates.dtype), plan.candidates).clamp(-1.0, 1.0)
 
-    def _windows(self, chosen: TensorDict) -> TensorDict:
-        """Windows [W] of the batch contract of `WAM.loss` whose labels are what is taught, for the policy alone."""
-        label, valid, observation = chosen["label"], chosen["valid"], chosen["observation"]
+    def _windows(self, kept: TensorDict, at: Tensor) -> TensorDict:
+        """Those that begin `at` [W], in the batch contract of `WAM.loss`, labelled with what is taught."""
+        label, valid = kept["label"][at], kept["valid"][at]
         rows, length, _ = label.shape
-        present = observation.exclude("task").unsqueeze(1)
         # Where the policy reads no later frame, the first one stands in for them: all other parts have the weight 0.
-        later = chosen["later"] if self.followed else present.expand(rows, length)
-        frames = {key: torch.cat([present[key], later[key]], dim=1) for key in present.keys()}
+        last = valid.sum(1, keepdim=True) if self.followed else torch.zeros(rows, 1, dtype=torch.int64)
+        frame = at[:, None] + torch.minimum(torch.arange(length + 1), last)
+        observation = cast(TensorDict, kept["observation"])
+        frames = {key: value[frame] for key, value in observation.items() if key != "task"}
         no, zero = torch.zeros(rows, length, dtype=torch.bool), torch.zeros(rows, length)
         return TensorDict(
             {
@@ -281,7 +294,7 @@ class RFT(CollectingLearner):
                 "terminated": no,
                 "valid": valid,
                 "steps_to_success": torch.full((rows, length + 1), torch.inf),
-                "task": observation["task"],
+                "task": observation["task"][at],
                 "episode_success": no[:, 0],
                 "step": torch.zeros(rows, dtype=torch.int64),
                 "imitate": no[:, 0],
@@ -304,22 +317,24 @@ class RFT(CollectingLearner):
 
 
 def _steps(trajectory: TensorDict, length: int, followed: bool) -> TensorDict:
-    """Every step [T] of a trajectory [T] as an observation with the `length` actions executed from it on.
+    """Every step of a trajectory [T] as an observation with the `length` actions executed from it on: [T].
 
-    followed: with the frames that these led to, `later` [T, length, ...]; after the last one it is repeated.
+    followed: then its last frame, from which no action is valid: [T+1]. What actions led to are the rows after theirs,
+    so that a frame, which may be an image, is kept once and not in every window that reads it.
     """
     steps = len(trajectory)
-    at = torch.arange(steps)[:, None] + torch.arange(length)
     keys = [key for key in trajectory.keys() if key not in _NOT_OBSERVED]
-    found = {
-        "observation": trajectory.select(*keys),
-        "label": trajectory["action"][at.clamp(max=steps - 1)],
-        "valid": at < steps,
-    }
+    observation = trajectory.select(*keys)
     if followed:
-        frames = trajectory["next"].select(*(key for key in keys if key != "task"))
-        found["later"] = TensorDict({key: frames[key][at.clamp(max=steps - 1)] for key in frames.keys()}, [steps])
-    return TensorDict(found, batch_size=[steps])
+        observation = torch.cat([observation, trajectory["next"][-1:].select(*keys)])
+    at = torch.arange(len(observation))[:, None] + torch.arange(length)
+    label = trajectory["action"][at.clamp(max=steps - 1)]
+    return TensorDict({"observation": observation, "label": label, "valid": at < steps}, batch_size=[len(at)])
+
+
+def _starts(kept: TensorDict) -> Tensor:
+    """[W] rows of `kept` [K] at which a window begins: all from which an action was taken."""
+    return kept["valid"][:, 0].nonzero()[:, 0]
 
 
 _NOT_OBSERVED = ("next", "collector", "action", "chain", "action_log_prob", "done", "terminated", "truncated",

@@ -15,13 +15,14 @@ from torchrl.envs import check_env_specs
 from torchrl.objectives.value import GAE
 
 from tests.agent_toys import OPTIMUM, STEPS, TASK, AimEnv, FlowToy, reference_model
+from tests.test_flow_wam import VARIANTS
 from tests.test_flow_wam import make as flow_model
 from tests.test_flow_wam import observations as flow_observations
 from wamrl.agents.base import EpisodeEnv, LearningDiverged, Updater, loss_weights, value_unit
 from wamrl.agents.flow_ppo import ChainActor, FlowPPO
 from wamrl.agents.latent import Latent
 from wamrl.agents.ppo import PPO, GaussianActor
-from wamrl.agents.rft import RFT, Explorer
+from wamrl.agents.rft import RFT, Explorer, _starts
 from wamrl.agents.sac import SAC
 from wamrl.interfaces import Context, Proposal, task_id
 from wamrl.noise import NoiseKey
@@ -266,8 +267,8 @@ def test_imitating_directly_is_the_policys_part_of_the_models_loss():
     learner.bind(model, None, rows=1, seed=0)
     shown = observations(8)
     taught = TensorDict({"observation": shown, "label": torch.rand(8, 1, 2), "valid": torch.ones(8, 1).bool()}, [8])
-    whole = model.loss(learner._windows(taught))["policy"]
-    torch.testing.assert_close(learner._imitation(taught, torch.Generator()).detach(), whole)
+    whole = model.loss(learner._windows(taught, torch.arange(8)))["policy"]
+    torch.testing.assert_close(learner._imitation(taught, torch.arange(8), torch.Generator()).detach(), whole)
 
 
 def moved(model) -> set[str]:
@@ -293,11 +294,13 @@ def test_imitating_chunks_of_a_policy_that_reacts_shows_it_the_frames_that_follo
     learner = RFT(world_weight=0.0, length=2)
     learner.bind(model, None, rows=1, seed=0)
     found = learner._successes(trajectories(4, observations(4)))
-    assert found is not None and len(found) == 12
-    frames = learner._windows(found)["observation", "state"][:3, :, 0]
-    assert frames.tolist() == [[0, 1, 2], [1, 2, 3], [2, 3, 3]]
-    assert found["valid"][:3].tolist() == [[True, True], [True, True], [True, False]]
-    learner._imitation(found, torch.Generator()).backward()
+    assert found is not None
+    starts = _starts(found)
+    windows = learner._windows(found, starts)
+    assert len(windows) == 12
+    assert windows["observation", "state"][:3, :, 0].tolist() == [[0, 1, 2], [1, 2, 3], [2, 3, 3]]
+    assert windows["valid"][:3].tolist() == [[True, True], [True, True], [True, False]]
+    learner._imitation(found, starts, torch.Generator()).backward()
     parts = {name.partition(".")[0] for name in moved(model)}
     assert "policy" in parts and not parts & {"values", "success_values", "outcome", "behaviour"}, parts
 
@@ -310,15 +313,15 @@ def test_imitating_chunks_teaches_a_flow_policy_nothing_but_its_actions(name):
     learner.bind(model, None, rows=1, seed=0)
     label, valid = torch.rand(6, 4, 2), torch.ones(6, 4, dtype=torch.bool)
     chosen = TensorDict({"observation": flow_observations(6), "label": label, "valid": valid}, [6])
-    learner._imitation(chosen, torch.Generator().manual_seed(0)).backward()
+    learner._imitation(chosen, torch.arange(6), torch.Generator().manual_seed(0)).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert not [name for name in moved(model) if name.startswith("heads.")]
     model.zero_grad(set_to_none=True)
-    windows = learner._windows(chosen)
+    windows = learner._windows(chosen, torch.arange(6))
     for frames in windows["observation"].values():
         frames[:, 1:] += torch.randn(frames[:, 1:].shape)
-    learner._windows = lambda chosen: windows
-    learner._imitation(chosen, torch.Generator().manual_seed(0)).backward()
+    learner._windows = lambda *_: windows
+    learner._imitation(chosen, torch.arange(6), torch.Generator().manual_seed(0)).backward()
     assert any(gradient.any() for gradient in gradients.values())
     torch.testing.assert_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, gradients)
 
@@ -329,14 +332,51 @@ def test_a_flow_policy_that_acts_on_a_future_is_shown_the_one_that_came():
     learner.bind(model, None, rows=1, seed=0)
     found = learner._successes(trajectories(2, flow_observations(2)))
     assert found is not None
-    frames = learner._windows(found)["observation", "state"][:3, :, 0]
+    windows = learner._windows(found, _starts(found))
+    frames = windows["observation", "state"][:3, :, 0]
     assert frames.tolist() == [[0, 1, 2, 3, 3], [1, 2, 3, 3, 3], [2, 3, 3, 3, 3]]
     with loss_weights(model, flows=0.0, reward=0.0, success=0.0, value=0.0):
-        wanted = model.loss(learner._windows(found), noise=torch.Generator().manual_seed(0))
+        wanted = model.loss(windows, noise=torch.Generator().manual_seed(0))
     torch.testing.assert_close(wanted["loss"].detach(), wanted["flow_A"])
-    torch.testing.assert_close(learner._imitation(found, torch.Generator().manual_seed(0)), wanted["loss"])
+    torch.testing.assert_close(
+        learner._imitation(found, _starts(found), torch.Generator().manual_seed(0)), wanted["loss"]
+    )
     with pytest.raises(ValueError, match="was not executed, has none; use agent.planner=null"):
         RFT(planner=Knowing(), world_weight=0.0).bind(model, None, rows=1, seed=0)
+
+
+def test_a_frame_is_kept_once_however_many_windows_read_it():
+    learner = RFT(world_weight=0.0)
+    learner.bind(flow_model("idm"), None, rows=1, seed=0)
+    found = learner._successes(trajectories(2, flow_observations(2)))
+    assert found is not None
+
+    def size(frames: TensorDict) -> int:
+        return sum(frame.numel() * frame.element_size() for key, frame in frames.items() if key != "task")
+
+    kept, frame = found["observation"], (6 + 2) * 4
+    assert size(kept) == 2 * 4 * frame  # two trajectories of three steps
+    assert size(learner._windows(found, _starts(found))["observation"]) == 2 * 3 * 5 * frame
+
+
+def test_the_newest_windows_are_kept():
+    model, learner = reference_model(), RFT(**FAST, noise=(0.3, 0.5), updates=1, batch=8, length=2, buffer=10)
+    found = train(model, learner, 8, rows=64, succeeds=True)
+    assert found[-1]["kept"] == 10
+    assert learner.kept is not None and learner.kept["valid"][0, 0] and len(_starts(learner.kept)) == 10
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_flow_policy_that_cannot_be_sampled_is_refused_before_anything_is_collected(name):
+    model, learner = flow_model(name), RFT(world_weight=0.0)
+    if name == "joint":
+        for refused in (model, flow_model("mot_uwm", policy="joint")):
+            with pytest.raises(ValueError, match="cannot sample actions .* fast, idm, no_cotrain or mot_uwm"):
+                learner.bind(refused, None, rows=3, seed=0)
+        return
+    learner.bind(model, None, rows=3, seed=0)
+    learner.begin(0)
+    assert learner.actor(flow_observations(3))["action"].shape == (3, 2)
 
 
 @pytest.mark.parametrize(("policy", "sees_present_alone"), [("policy", True), ("future_first", False)])

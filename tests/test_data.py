@@ -17,7 +17,15 @@ import pytest
 import torch
 from tensordict import NonTensorData, TensorDict
 
-from wamrl.data import EpisodeDataset, EpisodeWriter, episode_tensordict, export_minari, import_minari, load_episode
+from wamrl.data import (
+    EpisodeDataset,
+    EpisodeWriter,
+    episode_tensordict,
+    export_minari,
+    import_minari,
+    load_episode,
+    start_frames,
+)
 from wamrl.envs.layouts import METAWORLD
 from wamrl.interfaces import Layout, task_id
 
@@ -137,6 +145,8 @@ def test_windows_cover_everything_once(dataset: EpisodeDataset) -> None:
     steps = sum(int(batch["valid"].sum()) for batch in dataset.windows(4))
     assert steps == dataset.num_steps
     assert all(batch["valid"].all() for batch in dataset.windows(4, stride=1, whole=True))
+    # Of 5, 9 and 12 steps; the first episode is too short for any.
+    assert sum(len(batch) for batch in dataset.windows(7, stride=1, whole=True)) == 3 + 6
 
 
 def test_a_batch_takes_less_than_three_milliseconds(tmp_path: Path) -> None:
@@ -183,7 +193,8 @@ def test_extent_says_what_each_task_showed() -> None:
         {"task": task, "behaviour": "expert", "success": False, "split": "train"}
         for task in ("metaworld/reach-v3", TASK, TASK + "-2")
     ]
-    found = EpisodeDataset.from_episodes([still, moving, other], infos).extent()
+    data = EpisodeDataset.from_episodes([still, moving, other], infos)
+    found = data.extent(data.statistics())
     assert set(found) == {info["task"] for info in infos}
     reach, push = found["metaworld/reach-v3"]["state"], found[TASK]["state"]
     assert reach["low"].tolist() == reach["high"].tolist() == [2.0] * 3 and not reach["moves"].any()
@@ -242,6 +253,14 @@ def test_torchrl_replay_reads_the_same_steps(dataset: EpisodeDataset) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- errors
+
+
+def test_imagined_episodes_begin_at_frames_from_which_an_action_was_taken(dataset: EpisodeDataset) -> None:
+    path = dataset.indices[0]["path"]
+    frames = start_frames(path)
+    numbers = [100 * episode + step for episode, steps in enumerate((5, 9, 12)) for step in range(steps)]
+    assert frames["state"][:, 0].tolist() == numbers and (frames["task"] == task_id(TASK)).all()
+    assert start_frames(path, first_only=True)["state"][:, 0].tolist() == [0, 100, 200]
 
 
 def test_a_half_written_episode_is_dropped_with_a_message(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -245,6 +245,19 @@ def test_the_command_learns_in_gymnasium_from_nothing(push, env, capsys):
     assert checkpoint.load("outputs/posttrain/latest").spec.tasks[0].startswith("gymnasium/")
 
 
+def test_a_model_made_anew_imagines_what_its_data_showed(push):
+    data = write_dataset(push / "data")
+    (push / "conf/env").mkdir(parents=True)
+    (push / "conf/env/aim.yaml").write_text("_target_: tests.agent_toys.AimEnv\n")
+    posttrain.main(["--config-dir", "conf", "env=aim", "wam=reference", "wam.members=2", "wam.width=32", "data=data",
+                    "iterations=1", "num_envs=4", "decisions=6", "episodes=0", "world_batch=8", "run_dir=run",
+                    "validation_windows=8"])  # fmt: skip
+    model, state = checkpoint.load("run"), data.frames["observation", "state"]
+    for bound, shown in ((model.low, state.amin(0)), (model.high, state.amax(0))):
+        torch.testing.assert_close(bound[0] * model.std + model.mean, shown)
+    assert model.moves.tolist() == [[1.0, 1.0, 0.0]]
+
+
 def test_the_command_learns_in_metaworld_and_resumes(push, capsys):
     pytest.importorskip("metaworld")
     settings = ["env=metaworld/reach-v3", "wam=six", "agent.world_weight=0", "num_envs=2", "decisions=8", "episodes=1",

@@ -461,15 +461,12 @@ class EpisodeDataset:
             whole: leave out windows that reach past an episode's end.
         """
         stride = length if stride is None else stride
-        pairs = []
-        for index, steps in enumerate(self.lengths.tolist()):
-            last = steps - length if whole else steps - 1
-            starts = torch.arange(0, last + 1, stride)
-            pairs.append(torch.stack([torch.full_like(starts, index), starts]))
-        episode, step = torch.cat(pairs, dim=1)
+        _, episode, step = self._where()
+        chosen = (step % stride == 0) & (step + (length if whole else 1) <= self.lengths[episode])
+        episode, step = episode[chosen], step[chosen]
         for first in range(0, len(step), batch_size):
-            chosen = slice(first, first + batch_size)
-            yield self._windows_at(episode[chosen], step[chosen], length)
+            batch = slice(first, first + batch_size)
+            yield self._windows_at(episode[batch], step[batch], length)
 
     def _windows_at(self, episode: Tensor, step: Tensor, length: int) -> TensorDict:
         if length < 1:
@@ -567,13 +564,12 @@ class EpisodeDataset:
             )
         return self.select(kept), self.select(sorted(held))
 
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        """Where the frames of the episodes stand, one after the other, and which of them have a next one."""
-        episodes = zip(self.offsets.tolist(), self.lengths.tolist(), strict=True)
-        rows = torch.cat([torch.arange(offset, offset + steps + 1) for offset, steps in episodes])
-        within = torch.ones(len(rows), dtype=torch.bool)
-        within[(self.lengths + 1).cumsum(0) - 1] = False
-        return rows, within
+    def _where(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all frames of the episodes in order: their rows in `frames`, the episode's number and the step there."""
+        counts = self.lengths + 1
+        episode = torch.repeat_interleave(torch.arange(len(self)), counts)
+        step = torch.arange(len(episode)) - (counts.cumsum(0) - counts)[episode]
+        return self.offsets[episode] + step, episode, step
 
     def statistics(self) -> dict[str, dict[str, Tensor]]:
         """Per floating-point observation key, `mean` and `std` over all frames, in the shape of one frame.
@@ -581,37 +577,35 @@ class EpisodeDataset:
         `change` is the root mean square of what a component changes by in one step. A component that hardly varies has
         its std raised to .001, so that dividing by it is safe.
         """
-        rows, within = self._rows()
+        rows, _, step = self._where()
         found = {}
         for key, value in self.frames["observation"].items():
             if value.is_floating_point():
                 used = value.index_select(0, rows).double()
                 std = used.std(0, correction=0).clamp_min(_STD_FLOOR)
-                change = (used[1:] - used[:-1])[within[:-1]].square().mean(0).sqrt()
+                change = (used[1:] - used[:-1])[step[1:] > 0].square().mean(0).sqrt()
                 found[key] = {"mean": used.mean(0).float(), "std": std.float(), "change": change.float()}
         return found
 
-    def extent(self) -> dict[str, dict[str, dict[str, Tensor]]]:
+    def extent(self, statistics: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, dict[str, Tensor]]]:
         """What the data showed: task -> floating-point observation key -> `low`, `high`, `moves`, in a frame's shape.
 
-        `moves` is whether a component changed within episodes, by more than a hundredth of what is usual in all tasks.
+        `moves` is whether a component changed within episodes, by more than a hundredth of its usual `change` in
+        `statistics`, which are those of the method `statistics`.
         """
-        usual = {key: value["change"] for key, value in self.statistics().items()}
         number = torch.tensor([self.tasks.index(info["task"]) for info in self.episodes])
-        frame_task = torch.repeat_interleave(number, self.lengths + 1)
-        rows, within = self._rows()
+        rows, episode, step = self._where()
+        frame_task, within = number[episode], step < self.lengths[episode]
         found: dict[str, dict[str, dict[str, Tensor]]] = {}
         for index, task in enumerate(self.tasks):
             mine = frame_task == index
-            if not mine.any():
-                continue
             found[task] = {}
-            for key, change in usual.items():
+            for key, usual in statistics.items():
                 value = self.frames["observation"][key]
                 now = rows[mine & within]
                 moved = (value[now + 1] - value[now]).double().square().mean(0).sqrt().float()
                 seen = value[rows[mine]]
-                found[task][key] = {"low": seen.amin(0), "high": seen.amax(0), "moves": moved > 0.01 * change}
+                found[task][key] = {"low": seen.amin(0), "high": seen.amax(0), "moves": moved > 0.01 * usual["change"]}
         return found
 
     def replay_buffer(self, batch_size: int, length: int, *, seed: int | None = None) -> Any:
@@ -627,17 +621,13 @@ class EpisodeDataset:
             raise ValueError(f"this dataset holds {self._held_out}, which are kept for evaluation")
         if batch_size % length:
             raise ValueError(f"batch_size {batch_size} is not a multiple of the slice length {length}")
-        now, number = [], []
-        for index, (offset, steps) in enumerate(zip(self.offsets.tolist(), self.lengths.tolist(), strict=True)):
-            if steps >= length:
-                now.append(torch.arange(offset, offset + steps))
-                number.append(torch.full((steps,), index))
-        if not now:
+        rows, numbers, step = self._where()
+        chosen = (step < self.lengths[numbers]) & (self.lengths[numbers] >= length)
+        at, episode = rows[chosen], numbers[chosen]
+        if not len(at):
             raise ValueError(f"no episode has {length} steps or more")
-        at, episode = torch.cat(now), torch.cat(number)
         frames = self.frames
-        last = torch.zeros(len(at), 1, dtype=torch.bool)
-        last[torch.tensor([len(part) for part in now]).cumsum(0) - 1] = True
+        last = (step[chosen] + 1 == self.lengths[episode])[:, None]
         terminated = frames["terminated"][at].unsqueeze(-1)
         following = {key: value[at + 1] for key, value in frames["observation"].items()}
         steps_td = TensorDict(
@@ -958,11 +948,7 @@ def start_frames(
     """
     tasks = [tasks] if isinstance(tasks, str) else tasks
     dataset = EpisodeDataset.open(paths, keys=keys, tasks=tasks, training=training)
-    counts = torch.ones_like(dataset.lengths) if first_only else dataset.lengths
-    episode = torch.repeat_interleave(torch.arange(len(dataset)), counts)
-    step = torch.arange(len(episode)) - (counts.cumsum(0) - counts)[episode]
-    at = dataset.offsets[episode] + step
-    frames = {key: value[at] for key, value in dataset.frames["observation"].items()}
-    names = {task: task_id(task) for task in dataset.tasks}
-    task = torch.tensor([names[info["task"]] for info in dataset.episodes])[episode]
-    return TensorDict({**frames, "task": task}, batch_size=[len(episode)])
+    rows, episode, step = dataset._where()
+    chosen = step == 0 if first_only else step < dataset.lengths[episode]
+    frames = {key: value[rows[chosen]] for key, value in dataset.frames["observation"].items()}
+    return TensorDict({**frames, "task": dataset._task[episode[chosen]]}, batch_size=[int(chosen.sum())])

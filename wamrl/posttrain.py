@@ -89,6 +89,8 @@ def _command(config: DictConfig, run_dir: Path) -> None:
     if settings["dataset"] is not None:
         keys = None if learner.kind == "sb3" else list(model.spec.observation)
         data = _known(EpisodeDataset.open(settings["dataset"], keys=keys), model)
+        if start is None and hasattr(model, "set_extent"):
+            model.set_extent(data.extent(data.statistics()))  # type: ignore[operator]
     env: RowsEnv | MakeEnv | None = None
     if learner.kind != "imagine":
 

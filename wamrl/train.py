@@ -102,7 +102,7 @@ def train(
         _check_same(wam, sizes, model_config)
         model = checkpoint.load(wam, model_class=model_class)
     if hasattr(model, "set_extent"):
-        model.set_extent(training.extent(), widen=earlier is not None)  # type: ignore[operator]
+        model.set_extent(training.extent(statistics), widen=earlier is not None)  # type: ignore[operator]
     pictures = validation if image_keys(model) else None
     if pictures is not None:
         metrics()  # its error, if torchmetrics is missing

@@ -439,6 +439,11 @@ class FlowWAM(WAM):
         futures = (name for name, segment in self.coupling.segments.items() if segment.kind == "future")
         return not any(self.coupling.sees(self.acting, name) for name in futures)
 
+    @property
+    def policy_denoises_actions_alone(self) -> bool:
+        """Whether no future is denoised together with the policy's action, as `propose` asks for with mode="sde"."""
+        return len(self.coupling.queries[self.policy_query][-1].denoise) == 1
+
     @staticmethod
     def _is_chain(stages: Sequence[Stage]) -> bool:
         """Whether a policy is one denoising chain of the action alone, so that its steps have densities."""

@@ -227,7 +227,8 @@ class JointEmbeddingWAM(WAM):
     def set_extent(self, extent: Mapping[str, Mapping[str, Mapping[str, Tensor]]], *, widen: bool = False) -> None:
         """Store what the data of each task showed (`EpisodeDataset.extent`), beyond which imagination does not go.
 
-        A task that is not in it has no bounds. widen: beside what is stored already, for a model that trains on.
+        A task that is not in it stays as it is, at first without bounds. widen: beside the bounds that a task has
+        already, for a model that trains on.
         """
         for row, name in enumerate(self.spec.tasks):
             if name not in extent:
@@ -238,7 +239,7 @@ class JointEmbeddingWAM(WAM):
             }
             moves = found["moves"].to(self.moves)
             low, high = ((found[entry].to(self.mean) - self.mean) / self.std for entry in ("low", "high"))
-            if widen:
+            if widen and (self.low[row] > -_NO_BOUND).any():  # else it has none yet, and takes those of this data
                 moves, low = torch.maximum(moves, self.moves[row]), torch.minimum(low, self.low[row])
                 high = torch.maximum(high, self.high[row])
             self.moves[row], self.low[row], self.high[row] = moves, low, high
