@@ -28,23 +28,26 @@ ENV = f"[{','.join(f'metaworld/{task}' for task in TASKS)}]"
 EPISODES, FIRST_TEST_START = 25, 400  # test starts per task; numbers below 400 were read by other benchmarks
 
 # Imitation touches the policy's own weights alone: without a world loss the simulator half stays exactly what it was.
-_COMMON = ("agent.learning_rate=5e-4", "agent.updates=300", "agent.world_weight=0")
-_REAL = ("env=metaworld/six", f"env.tasks={ENV}", "agent=rft", "agent.behaviour_share=0.5", "num_envs=32",
-         "decisions=100", "iterations=10", "evaluate_every=5", *_COMMON)  # fmt: skip
+_COMMON = ("agent.learning_rate=5e-4", "agent.world_weight=0")
+_REAL = ("env=metaworld/six", f"env.tasks={ENV}", "agent=rft", "agent.behaviour_share=0.5", "agent.noise=[0.02,0.2]",
+         "num_envs=32", "decisions=100", "iterations=10", "evaluate_every=5", "agent.updates=600",
+         *_COMMON)  # fmt: skip
 # The planner teaches the policy at 600 real frames per iteration; plans of more than four iterations ago are forgotten.
 _IMAGINED = ("env=imagined", "env@simulator=metaworld/six", f"simulator.tasks={ENV}", "agent=distil", "num_envs=600",
              "decisions=1", "iterations=8", "evaluate_every=4", "agent.planner.num_candidates=16",
-             "agent.planner.sigma=0.1", "agent.buffer=2400", *_COMMON)  # fmt: skip
+             "agent.planner.sigma=0.1", "agent.buffer=2400", "agent.updates=300", *_COMMON)  # fmt: skip
 VARIANTS: dict[str, tuple[str, ...]] = {
     "rft_real": _REAL,
     "distil_imagined": _IMAGINED,
     "distil_shuffled": (*_IMAGINED, "agent.planner.shuffle_scores=true"),
+    "imagined_then_real": _REAL,
 }
+BEGINS = {"imagined_then_real": "distil_imagined"}  # the stage whose model a variant improves; the others: weak
 
 
 def stages(seed: int, directory: Path, variants: Sequence[str]) -> list[tuple[str, str, list[str]]]:
     """(name, command of wamrl, settings) of one seed, in order."""
-    data, weak = directory / "data", directory / "weak"
+    data = directory / "data"
     common = [f"seed={seed}", "threads=1"]
     mixture = [f"data.mixture.{name}={count}" for name, count in
                (("expert", 3), ("noisy_expert", 22), ("failing", 10), ("random", 10))]  # fmt: skip
@@ -53,14 +56,15 @@ def stages(seed: int, directory: Path, variants: Sequence[str]) -> list[tuple[st
     train = [f"data={data}", "wam=reference", "steps=4000", "tensorboard=false"]
     found = [("collect", "collect", [*collect, *common]), ("weak", "train", [*train, *common])]
     for name in variants:
-        own = [f"wam={weak}", f"data={data}", f"episodes={EPISODES}", f"first_start={FIRST_TEST_START}",
-               "evaluate=test", "final_report=true"]  # fmt: skip
+        own = [f"wam={directory / BEGINS.get(name, 'weak')}", f"data={data}", f"episodes={EPISODES}",
+               f"first_start={FIRST_TEST_START}", "evaluate=test", "final_report=true"]  # fmt: skip
         found.append((name, "posttrain", [*VARIANTS[name], *own, *common]))
     return [(name, command, [*words, f"run_dir={directory / name}"]) for name, command, words in found]
 
 
 def run(seed: int, out: Path, variants: Sequence[str]) -> None:
     """Run the missing stages of one seed; RuntimeError with the log's end when one fails."""
+    variants = [name for name in VARIANTS if name in variants or name in [BEGINS.get(v) for v in variants]]
     directory = out / f"seed{seed}"
     directory.mkdir(parents=True, exist_ok=True)
     for name, command, words in stages(seed, directory, variants):
