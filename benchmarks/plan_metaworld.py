@@ -160,10 +160,6 @@ def collect_metrics(out: Path, finished: Mapping[Setting, Sequence[int]]) -> tup
                 "mean": pair.difference, "n": pair.n, "low": pair.low, "high": pair.high
             }  # fmt: skip
             metrics[f"{prefix}/mcnemar_p"] = pair.p_value
-        for key in ("encode", "imagine", "search", "total"):
-            for quantile in ("p50", "p95", "p99"):
-                values = [r["timing"]["single"][f"{key}_ms"][quantile] for r in runs]
-                metrics[f"{label}/plan/{key}_{quantile}_ms"] = float(np.median(values))
         metrics[f"{label}/plan/evaluations"] = runs[0]["evaluations_per_plan"]
         trainings = "train*" if stage == "plan" else "train"
         totals = [_training_seconds(out / setting.name / f"seed{seed}", trainings) for seed in seeds]
