@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -270,6 +271,12 @@ def _check_kinds(defaults: Mapping[str, Any], config: DictConfig) -> None:
             continue
         if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
             raise ValueError(f"{key} is {value!r}, but must be {kinds[kind]}")
+
+
+def command_line(name: str, *more: str) -> str:
+    """The running job's command with the settings `more` behind its own, as one would type it."""
+    folders = [f"--config-dir={folder}" for folder in _config_folders(sys.argv)]
+    return shlex.join(["python", "-m", f"wamrl.{name}", *folders, *HydraConfig.get().overrides.task, *more])
 
 
 def _say_where(run_dir: Path) -> None:
