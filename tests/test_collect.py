@@ -257,6 +257,16 @@ def test_the_command_explains_mistakes(
         assert message in capsys.readouterr().err
 
 
+def test_the_help_says_how_many_episodes_are_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    from wamrl.cli import compose
+
+    main(["--help"])
+    told = capsys.readouterr().out
+    assert "data.mixture.<behaviour>=<per task>" in told
+    (example,) = re.findall(r"python -m wamrl.collect (data=demonstrations .*)", told)
+    assert dict(compose("collect", shlex.split(example)).data.mixture) == {"expert": 10}
+
+
 def test_there_is_a_config_for_every_task() -> None:
     from wamrl.cli import compose
     from wamrl.envs.metaworld import SIX_TASKS, task_names

@@ -454,6 +454,7 @@ def _policy_from(config: DictConfig, env: Mapping[str, Any]) -> tuple[Policy, st
     help="Collect episodes in a simulator into a dataset to train on. The same command with the same path goes on "
     "where an interrupted one stopped.",
     examples=["env=metaworld/six data=rich path=data/rich", "env=metaworld/push-v3 data=scarce path=data/push_scarce",
+              "data=demonstrations data.mixture.expert=10 path=data/few",
               "data=planner wam=six first_start=1000 path=data/round_1", "env=mjx/pusher data=random path=data/pusher"],
 )  # fmt: skip
 def main(config: DictConfig, run_dir: Path) -> dict[str, Any]:
