@@ -128,6 +128,8 @@ def test_a_multirun_that_fails_keeps_the_jobs_that_were_done(demo, capsys):
         ("env=toy/pusch", "unknown env 'toy/pusch'; did you mean 'toy/push'"),
         ("env=nowhere/push", "unknown env 'nowhere/push'; did you mean 'toy/push'"),
         ("planner.horizn=3", "unknown setting of 'planner': 'horizn'; did you mean 'horizon'? Known: horizon, sigma."),
+        ("planner={horizn:3}", "unknown setting of 'planner': 'horizn'; did you mean 'horizon'? Known: horizon"),
+        ("planner={horizn:3}", "write +planner.horizn=<value>"),
         ("plannr.horizon=3", "unknown setting 'plannr'; did you mean 'planner'?"),
         ("episodes.deep=3", "'episodes' is a single value"),
         ("episods=3", "unknown setting 'episods'; did you mean 'episodes'?"),

@@ -342,7 +342,9 @@ def _explain(name: str, overrides: Sequence[str], folders: Sequence[str], error:
     if isinstance(error, ConfigCompositionException):
         found = re.search(r"Could not (?:override|delete from config\.) '([^']+)'", str(error))
         if found:
-            return _unknown_setting(name, overrides, folders, found[1])
+            # Where a dict was given, as in data.mixture={exprt:3}, the cause knows the setting inside it.
+            key = getattr(error.__cause__, "full_key", None) or found[1]
+            return _unknown_setting(name, overrides, folders, found[1], key)
         cause = f": {error.__cause__}" if error.__cause__ else ""
         return ValueError(f"{error}{cause}")
     if isinstance(error, (CompactHydraException, OmegaConfBaseException)):
@@ -365,7 +367,8 @@ def _unknown_option(name: str, folders: Sequence[str], error: MissingConfigExcep
     return unknown_name(group, option.removesuffix(".yaml"), known, hint=hint)
 
 
-def _unknown_setting(name: str, overrides: Sequence[str], folders: Sequence[str], key: str) -> Exception:
+def _unknown_setting(name: str, overrides: Sequence[str], folders: Sequence[str], given: str, key: str) -> Exception:
+    """The error for `key`, which no setting has; `given` is what the override was of: the same, or a part above it."""
     group, at, place = key.partition("@")
     outer, _, inner = key.partition("/")
     if inner in _INNER_GROUPS.get(outer, ()):
@@ -375,7 +378,7 @@ def _unknown_setting(name: str, overrides: Sequence[str], folders: Sequence[str]
         return ValueError(
             f"the {owner} that was chosen has no choice of {group} at '{place}'; --cfg job shows what it has"
         )
-    kept = [word for word in overrides if word.lstrip("+~").partition("=")[0].partition("@")[0] != key]
+    kept = [word for word in overrides if word.lstrip("+~").partition("=")[0].partition("@")[0] != given]
     kept = _checkpoint_paths(name, kept, folders)
     try:
         config = _composed(name, [word for word in kept if not word.startswith("hydra")], folders)
