@@ -75,9 +75,10 @@ def command(name: str, *, help: str, examples: Sequence[str] = ()) -> Callable[[
 
     The result takes an optional list of arguments (default: those of the process). It returns after success and
     raises SystemExit otherwise. `run_dir` exists and holds config.yaml. A config key `run_dir`, when the command's
-    YAML has one and it is not null, names the directory instead of outputs/<name>/<date>_<time>. A KeyboardInterrupt
-    that the command raises with a text says how to resume; the text is printed. In a multirun the value returned by
-    `main` goes to Hydra's sweeper. The undecorated function is `main.__wrapped__`.
+    YAML has one and it is not null, names the directory instead of outputs/<name>/<date>_<time>; without it a config
+    key `resume` does, the directory of a stopped run, in which the command itself checks and writes everything.
+    A KeyboardInterrupt that the command raises with a text says how to resume; the text is printed. In a multirun the
+    value returned by `main` goes to Hydra's sweeper. The undecorated function is `main.__wrapped__`.
     """
 
     def decorate(main: Main) -> Callable[..., None]:
@@ -230,7 +231,7 @@ def _run(name: str, main: Main, given: Sequence[str]) -> None:
 
 
 def _job(name: str, main: Main, config: DictConfig, folders: Sequence[str]) -> Any:
-    asked = config.get("run_dir") if "run_dir" in config else None
+    asked, resumed = config.get("run_dir"), config.get("resume")
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         if asked:
             raise ValueError("run_dir is given, but each job of a multirun needs a directory of its own; leave it out")
@@ -243,6 +244,8 @@ def _job(name: str, main: Main, config: DictConfig, folders: Sequence[str]) -> A
     elif asked:
         run_dir, made = Path(asked), False
         run_dir.mkdir(parents=True, exist_ok=True)
+    elif resumed:
+        run_dir, made = Path(resumed), False
     else:
         run_dir, made = new_run_dir(name), True
         link_latest(run_dir)
@@ -250,7 +253,8 @@ def _job(name: str, main: Main, config: DictConfig, folders: Sequence[str]) -> A
         # Resolved here, once: a missing value or a dangling reference is an error before any work is done.
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         _check_kinds(_primary(name, folders), config)
-        files.write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
+        if not resumed:  # these are not the settings of the stopped run, which the command takes from there
+            files.write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
         value = main(config, run_dir)
     except BaseException as error:
         if made:
