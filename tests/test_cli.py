@@ -337,5 +337,13 @@ def test_compose_gives_reasons():
         compose("plan", ["planner.horizn=3"])
 
 
+@pytest.mark.parametrize("name", [*COMMANDS, "evaluate", "bench"])
+def test_a_setting_that_resembles_none_is_answered_with_all_of_them(name):
+    with pytest.raises(ValueError, match="unknown setting 'qqq'. Known: ") as refused:
+        compose(name, ["qqq=x"])
+    known = str(refused.value).partition("Known: ")[2].partition(". ")[0].split(", ")
+    assert set(known) == set(compose(name)) and "run_dir" in known
+
+
 def test_collect_takes_a_checkpoint_as_wam_although_wam_names_a_group() -> None:
     assert compose("collect", ["data=planner", "wam=some/run"]).checkpoint == "some/run"
