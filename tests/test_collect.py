@@ -209,7 +209,9 @@ def test_the_command_collects_and_says_where(
     arguments = ["env=metaworld/reach-v3", "data=demonstrations", "data.mixture.expert=2", "path=reach"]
     main(arguments)
     text = capsys.readouterr().out
-    assert "2 episodes" in text and text.strip().splitlines()[-1].startswith("outputs in outputs")
+    assert "2 episodes" in text and text.splitlines()[-1] == "outputs in reach"
+    (table,) = re.findall(r"this table in (\S+)", text)
+    assert Path(table).resolve() == Path("outputs/collect/latest/results.json").resolve()
     results = json.loads((tmp_path / "outputs/collect/latest/results.json").read_text())
     assert results["tasks"][REACH]["expert"] == {"episodes": 2, "successes": 2, "steps": results["steps"]}
     main(arguments)  # all there: nothing to do

@@ -77,6 +77,7 @@ def command(name: str, *, help: str, examples: Sequence[str] = ()) -> Callable[[
     raises SystemExit otherwise. `run_dir` exists and holds config.yaml. A config key `run_dir`, when the command's
     YAML has one and it is not null, names the directory instead of outputs/<name>/<date>_<time>; without it a config
     key `resume` does, the directory of a stopped run, in which the command itself checks and writes everything.
+    The last line printed names the directory, or the config's `path` where it has one: what the command is there for.
     A KeyboardInterrupt that the command raises with a text says how to resume; the text is printed. In a multirun the
     value returned by `main` goes to Hydra's sweeper. The undecorated function is `main.__wrapped__`.
     """
@@ -262,7 +263,7 @@ def _job(name: str, main: Main, config: DictConfig, folders: Sequence[str]) -> A
         if run_dir.exists() and not _is_bare(run_dir):
             error.add_note(f"what was done so far is in {run_dir}")
         raise
-    _say_where(run_dir)
+    _say_where(Path(config.get("path") or run_dir))
     return value
 
 

@@ -498,7 +498,8 @@ def main(config: DictConfig, run_dir: Path) -> dict[str, Any]:
     results |= {"path": str(path), "wall_s": round(time.time() - started, 2), "versions": versions()}
     write_json(run_dir / "results.json", results)
     _print_summary(results)
-    print(f"{len(dataset)} episodes, {dataset.num_steps} control steps in {path}")
+    table = run_dir / "results.json"
+    print(f"{len(dataset)} episodes, {dataset.num_steps} control steps in {path}; this table in {table}")
     return results
 
 
