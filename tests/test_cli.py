@@ -128,6 +128,8 @@ def test_a_multirun_that_fails_keeps_the_jobs_that_were_done(demo, capsys):
         ("env=toy/pusch", "unknown env 'toy/pusch'; did you mean 'toy/push'"),
         ("env=nowhere/push", "unknown env 'nowhere/push'; did you mean 'toy/push'"),
         ("planner.horizn=3", "unknown setting of 'planner': 'horizn'; did you mean 'horizon'? Known: horizon, sigma."),
+        ("planner={horizn:3}", "unknown setting of 'planner': 'horizn'; did you mean 'horizon'? Known: horizon"),
+        ("planner={horizn:3}", "write +planner.horizn=<value>"),
         ("plannr.horizon=3", "unknown setting 'plannr'; did you mean 'planner'?"),
         ("episodes.deep=3", "'episodes' is a single value"),
         ("episods=3", "unknown setting 'episods'; did you mean 'episodes'?"),
@@ -333,6 +335,14 @@ def test_compose_gives_reasons():
         compose("plan", ["planner=mpppi"])
     with pytest.raises(ValueError, match="did you mean 'horizon'"):
         compose("plan", ["planner.horizn=3"])
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "evaluate", "bench"])
+def test_a_setting_that_resembles_none_is_answered_with_all_of_them(name):
+    with pytest.raises(ValueError, match="unknown setting 'qqq'. Known: ") as refused:
+        compose(name, ["qqq=x"])
+    known = str(refused.value).partition("Known: ")[2].partition(". ")[0].split(", ")
+    assert set(known) == set(compose(name)) and "run_dir" in known
 
 
 def test_collect_takes_a_checkpoint_as_wam_although_wam_names_a_group() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ pytest.importorskip("metaworld", reason="needs the extra metaworld")
 
 from wamrl.collect import collect, main
 from wamrl.control import RandomPolicy
-from wamrl.data import EpisodeDataset, load_episode
+from wamrl.data import EpisodeDataset, EpisodeWriter, load_episode
 from wamrl.envs.metaworld import ExpertPolicy, Simulator, start_states
 from wamrl.interfaces import PolicyState, task_id
 from wamrl.naming import UnknownNameError
@@ -125,7 +128,7 @@ class Interrupted:
 
 def test_an_interrupted_collection_goes_on(tmp_path: Path) -> None:
     settings = {"mixture": {"policy": 3, "expert": 1}, "rows": 2, "progress": False}
-    with pytest.raises(KeyboardInterrupt, match="stopped with 2 of 4 episodes whole.*the same command"):
+    with pytest.raises(KeyboardInterrupt, match="stopped with 2 of 4 episodes whole.*the same path"):
         collect(tmp_path / "data", env_of(REACH, max_steps=15), policy=Interrupted(20), **settings)
     half = tmp_path / "data" / "episodes" / ".left.1"
     half.mkdir()
@@ -206,11 +209,39 @@ def test_the_command_collects_and_says_where(
     arguments = ["env=metaworld/reach-v3", "data=demonstrations", "data.mixture.expert=2", "path=reach"]
     main(arguments)
     text = capsys.readouterr().out
-    assert "2 episodes" in text and text.strip().splitlines()[-1].startswith("outputs in outputs")
+    assert "2 episodes" in text and text.splitlines()[-1] == "outputs in reach"
+    (table,) = re.findall(r"this table in (\S+)", text)
+    assert Path(table).resolve() == Path("outputs/collect/latest/results.json").resolve()
     results = json.loads((tmp_path / "outputs/collect/latest/results.json").read_text())
     assert results["tasks"][REACH]["expert"] == {"episodes": 2, "successes": 2, "steps": results["steps"]}
     main(arguments)  # all there: nothing to do
     assert len(EpisodeDataset.open(tmp_path / "reach")) == 2
+
+
+@pytest.mark.parametrize("where", [[], ["run_dir=r"], ["path=r/dataset"]])
+def test_the_command_that_an_interruption_prints_collects_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf/env").mkdir(parents=True)
+    (tmp_path / "conf/env/mine.yaml").write_text("defaults: [metaworld/reach-v3@_here_]\nmax_steps: 15\n")
+    wrote = EpisodeWriter.write
+
+    def stop(self: EpisodeWriter, *episode: Any) -> Path:
+        if self.names():
+            raise KeyboardInterrupt
+        return wrote(self, *episode)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
+        patched.setattr(EpisodeWriter, "write", stop)
+        main(["--config-dir", "conf", "env=mine", "data=demonstrations", "data.mixture={expert: 2}", *where])
+    told = capsys.readouterr().err
+    assert stopped.value.code == 130 and "stopped with 1 of 2 episodes whole" in told
+    (printed,) = re.findall(r"python -m wamrl.collect .*", told)
+    (dataset,) = {found.parent.resolve() for found in tmp_path.rglob("dataset.json")}
+    main(shlex.split(printed)[3:])
+    assert len(EpisodeDataset.open(dataset)) == 2
+    assert len({found.parent.resolve() for found in tmp_path.rglob("dataset.json")}) == 1
 
 
 def test_the_command_explains_mistakes(
@@ -226,6 +257,16 @@ def test_the_command_explains_mistakes(
             main(arguments)
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_help_says_how_many_episodes_are_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    from wamrl.cli import compose
+
+    main(["--help"])
+    told = capsys.readouterr().out
+    assert "data.mixture.<behaviour>=<per task>" in told
+    (example,) = re.findall(r"python -m wamrl.collect (data=demonstrations .*)", told)
+    assert dict(compose("collect", shlex.split(example)).data.mixture) == {"expert": 10}
 
 
 def test_there_is_a_config_for_every_task() -> None:

@@ -250,12 +250,12 @@ def test_a_stopped_run_goes_on_where_it_was(wam, capsys, monkeypatch):
     assert "another policies" in _refused(capsys, _arguments(wam, "policies=[expert,random,expert+2]", "run_dir=part"))
     played.clear()
     monkeypatch.setattr(module, "_play", lambda *given: (played.append(given[1].name), play(*given))[1])
-    main(["resume=part", "run_dir=rest"])
+    main(["resume=part"])  # finished where it was begun
     assert played == ["expert+0.8", "random"]  # two for calibration and one more were kept
-    assert Path("rest/episodes.csv").read_text() == Path("whole/episodes.csv").read_text()
-    whole, rest = _results("whole"), _results("rest")
-    assert rest["agreement"] == whole["agreement"] and rest["drift"] == whole["drift"]
-    assert rest["cost"].keys() == whole["cost"].keys() and "resume" not in rest["command"]
+    assert Path("part/episodes.csv").read_text() == Path("whole/episodes.csv").read_text()
+    whole, part = _results("whole"), _results("part")
+    assert part["agreement"] == whole["agreement"] and part["drift"] == whole["drift"]
+    assert part["cost"].keys() == whole["cost"].keys() and "resume" not in part["command"]
     assert not Path("part/cells").exists() and not Path("whole/cells").exists()
     assert "there is no cells/run.json" in _refused(capsys, ["resume=part"])
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from wamrl import checkpoint, cli
 from wamrl.envs.layouts import METAWORLD
@@ -227,7 +228,7 @@ def test_a_sweep_on_test_starts_is_refused(wam, capsys):
 )
 def test_bad_input_is_refused_before_any_work(wam, capsys, words, expected):
     assert expected in _refused(capsys, _arguments(wam, *words))
-    assert not list(Path("outputs/plan").glob("2*")) if Path("outputs/plan").exists() else True
+    assert not list(Path("outputs/plan").glob("2*")) and not Path("nowhere").exists()
 
 
 def test_a_near_name_of_a_checkpoint_is_named(wam, capsys):
@@ -299,14 +300,19 @@ def test_ctrl_c_keeps_what_is_done_and_the_run_can_be_finished(wam, capsys, work
     assert f"resume={stopped}" in err
     assert "Partial" in (stopped / "report.html").read_text()
 
+    config = (stopped / "config.yaml").read_text()
     assert "leave out episodes=3" in _refused(capsys, [f"resume={stopped}", "episodes=3"])
-    main([f"resume={stopped}"])
-    finished = _latest()
-    assert _results(finished)["partial"] is False
-    everything = read_episodes(finished / "episodes.csv")
+    assert (stopped / "config.yaml").read_text() == config
+    main([f"resume={stopped}"])  # finished where it was begun
+    assert _results(stopped)["partial"] is False and "Partial" not in (stopped / "report.html").read_text()
+    assert list(Path("outputs/plan").glob("2*")) == [stopped]
+    assert OmegaConf.load(stopped / "config.yaml").episodes == 40
+    everything = read_episodes(stopped / "episodes.csv")
     assert {e.key for e in everything} == {(m, REACH, i) for m in ("random", "expert") for i in range(40)}
     assert set(done) <= set(everything)
-    assert "nothing left to do" in _refused(capsys, [f"resume={finished.resolve()}"])
+    config = (stopped / "config.yaml").read_text()
+    assert "nothing left to do" in _refused(capsys, [f"resume={stopped}"])
+    assert (stopped / "config.yaml").read_text() == config
 
     if workers == 1:  # an episode does not depend on what ran beside it: the pieces are what one run gives
         main(_arguments(wam, *more))
@@ -325,11 +331,12 @@ def test_a_run_stopped_while_it_was_timed_is_finished_with_its_timing(wam, monke
     stopped = _results(folder)
     del stopped["config"]["first_start"]  # as of a run from before that setting
     (folder / "results.json").write_text(json.dumps(stopped))
-    main([f"resume={folder}"])
-    timing = _results()["timing"]
+    main([f"resume={folder}", "run_dir=rest"])  # elsewhere, when asked
+    assert _results(folder)["partial"] is True
+    timing = _results(Path("rest"))["timing"]
     assert timing["single"]["plans"] == 3
     assert timing["batched"]["plans"] == stopped["timing"]["batched"]["plans"]
-    assert "resume_data" not in _results()
+    assert "resume_data" not in _results(Path("rest"))
 
 
 def test_a_changed_checkpoint_cannot_finish_a_run(wam, tmp_path, capsys):

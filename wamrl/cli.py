@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -74,9 +75,11 @@ def command(name: str, *, help: str, examples: Sequence[str] = ()) -> Callable[[
 
     The result takes an optional list of arguments (default: those of the process). It returns after success and
     raises SystemExit otherwise. `run_dir` exists and holds config.yaml. A config key `run_dir`, when the command's
-    YAML has one and it is not null, names the directory instead of outputs/<name>/<date>_<time>. A KeyboardInterrupt
-    that the command raises with a text says how to resume; the text is printed. In a multirun the value returned by
-    `main` goes to Hydra's sweeper. The undecorated function is `main.__wrapped__`.
+    YAML has one and it is not null, names the directory instead of outputs/<name>/<date>_<time>; without it a config
+    key `resume` does, the directory of a stopped run, in which the command itself checks and writes everything.
+    The last line printed names the directory, or the config's `path` where it has one: what the command is there for.
+    A KeyboardInterrupt that the command raises with a text says how to resume; the text is printed. In a multirun the
+    value returned by `main` goes to Hydra's sweeper. The undecorated function is `main.__wrapped__`.
     """
 
     def decorate(main: Main) -> Callable[..., None]:
@@ -229,7 +232,7 @@ def _run(name: str, main: Main, given: Sequence[str]) -> None:
 
 
 def _job(name: str, main: Main, config: DictConfig, folders: Sequence[str]) -> Any:
-    asked = config.get("run_dir") if "run_dir" in config else None
+    asked, resumed = config.get("run_dir"), config.get("resume")
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         if asked:
             raise ValueError("run_dir is given, but each job of a multirun needs a directory of its own; leave it out")
@@ -242,6 +245,8 @@ def _job(name: str, main: Main, config: DictConfig, folders: Sequence[str]) -> A
     elif asked:
         run_dir, made = Path(asked), False
         run_dir.mkdir(parents=True, exist_ok=True)
+    elif resumed:
+        run_dir, made = Path(resumed), False
     else:
         run_dir, made = new_run_dir(name), True
         link_latest(run_dir)
@@ -249,7 +254,8 @@ def _job(name: str, main: Main, config: DictConfig, folders: Sequence[str]) -> A
         # Resolved here, once: a missing value or a dangling reference is an error before any work is done.
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         _check_kinds(_primary(name, folders), config)
-        files.write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
+        if not resumed:  # these are not the settings of the stopped run, which the command takes from there
+            files.write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
         value = main(config, run_dir)
     except BaseException as error:
         if made:
@@ -257,7 +263,7 @@ def _job(name: str, main: Main, config: DictConfig, folders: Sequence[str]) -> A
         if run_dir.exists() and not _is_bare(run_dir):
             error.add_note(f"what was done so far is in {run_dir}")
         raise
-    _say_where(run_dir)
+    _say_where(Path(config.get("path") or run_dir))
     return value
 
 
@@ -270,6 +276,12 @@ def _check_kinds(defaults: Mapping[str, Any], config: DictConfig) -> None:
             continue
         if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
             raise ValueError(f"{key} is {value!r}, but must be {kinds[kind]}")
+
+
+def command_line(name: str, *more: str) -> str:
+    """The running job's command with the settings `more` behind its own, as one would type it."""
+    folders = [f"--config-dir={folder}" for folder in _config_folders(sys.argv)]
+    return shlex.join(["python", "-m", f"wamrl.{name}", *folders, *HydraConfig.get().overrides.task, *more])
 
 
 def _say_where(run_dir: Path) -> None:
@@ -335,7 +347,9 @@ def _explain(name: str, overrides: Sequence[str], folders: Sequence[str], error:
     if isinstance(error, ConfigCompositionException):
         found = re.search(r"Could not (?:override|delete from config\.) '([^']+)'", str(error))
         if found:
-            return _unknown_setting(name, overrides, folders, found[1])
+            # Where a dict was given, as in data.mixture={exprt:3}, the cause knows the setting inside it.
+            key = getattr(error.__cause__, "full_key", None) or found[1]
+            return _unknown_setting(name, overrides, folders, found[1], key)
         cause = f": {error.__cause__}" if error.__cause__ else ""
         return ValueError(f"{error}{cause}")
     if isinstance(error, (CompactHydraException, OmegaConfBaseException)):
@@ -358,7 +372,8 @@ def _unknown_option(name: str, folders: Sequence[str], error: MissingConfigExcep
     return unknown_name(group, option.removesuffix(".yaml"), known, hint=hint)
 
 
-def _unknown_setting(name: str, overrides: Sequence[str], folders: Sequence[str], key: str) -> Exception:
+def _unknown_setting(name: str, overrides: Sequence[str], folders: Sequence[str], given: str, key: str) -> Exception:
+    """The error for `key`, which no setting has; `given` is what the override was of: the same, or a part above it."""
     group, at, place = key.partition("@")
     outer, _, inner = key.partition("/")
     if inner in _INNER_GROUPS.get(outer, ()):
@@ -368,7 +383,7 @@ def _unknown_setting(name: str, overrides: Sequence[str], folders: Sequence[str]
         return ValueError(
             f"the {owner} that was chosen has no choice of {group} at '{place}'; --cfg job shows what it has"
         )
-    kept = [word for word in overrides if word.lstrip("+~").partition("=")[0].partition("@")[0] != key]
+    kept = [word for word in overrides if word.lstrip("+~").partition("=")[0].partition("@")[0] != given]
     kept = _checkpoint_paths(name, kept, folders)
     try:
         config = _composed(name, [word for word in kept if not word.startswith("hydra")], folders)

@@ -29,7 +29,7 @@ from torchrl.data import OneHot
 
 from wamrl import checkpoint
 from wamrl.behaviours import BEHAVIOURS, NEEDS_EXPERT, Act, Action, Setting
-from wamrl.cli import command, plain
+from wamrl.cli import command, command_line, plain
 from wamrl.control import ModelPolicy
 from wamrl.data import EpisodeDataset, EpisodeWriter, episode_tensordict
 from wamrl.evaluation import check_starts
@@ -193,7 +193,7 @@ def collect(
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"stopped with {len(writer.names())} of {len(episodes)} episodes whole in {path}; "
-                "the same command collects the rest"
+                "the same settings with the same path collect the rest"
             ) from None
     return EpisodeDataset.open(path, label_behaviours=None) if split == "train" else None
 
@@ -296,7 +296,7 @@ def _collect_group(
                     if not taken[row]:
                         print(
                             f"the simulator failed in the first step of episode {job.name} (start {job.start}), which "
-                            "is left out; the same command tries it again",
+                            f"is left out; the same settings with path={writer.path} try it again",
                             file=sys.stderr,
                         )
                         seen[row], running[row] = [], None
@@ -454,6 +454,7 @@ def _policy_from(config: DictConfig, env: Mapping[str, Any]) -> tuple[Policy, st
     help="Collect episodes in a simulator into a dataset to train on. The same command with the same path goes on "
     "where an interrupted one stopped.",
     examples=["env=metaworld/six data=rich path=data/rich", "env=metaworld/push-v3 data=scarce path=data/push_scarce",
+              "data=demonstrations data.mixture.expert=10 path=data/few",
               "data=planner wam=six first_start=1000 path=data/round_1", "env=mjx/pusher data=random path=data/pusher"],
 )  # fmt: skip
 def main(config: DictConfig, run_dir: Path) -> dict[str, Any]:
@@ -472,27 +473,33 @@ def main(config: DictConfig, run_dir: Path) -> dict[str, Any]:
             raise ValueError("the mixture has episodes of 'policy'; say whose with wam=<checkpoint>")
         policy, name = _policy_from(config, env)
     path = Path(config.path) if config.path else run_dir / "dataset"
-    collect(
-        path,
-        env,
-        mixture,
-        split=config.split,
-        seed=config.seed,
-        first_start=config.first_start,
-        policy=policy,
-        policy_name=name,
-        noise=tuple(config.data.get("noise") or (0.1, 0.8)),
-        label_behaviours=plain(config.data.label_behaviours),
-        steps_after_success=config.steps_after_success,
-        snapshots=config.snapshots,
-        rows=config.rows,
-    )
+    try:
+        collect(
+            path,
+            env,
+            mixture,
+            split=config.split,
+            seed=config.seed,
+            first_start=config.first_start,
+            policy=policy,
+            policy_name=name,
+            noise=tuple(config.data.get("noise") or (0.1, 0.8)),
+            label_behaviours=plain(config.data.label_behaviours),
+            steps_after_success=config.steps_after_success,
+            snapshots=config.snapshots,
+            rows=config.rows,
+        )
+    except KeyboardInterrupt as stop:
+        # Without either, the same command would begin another dataset in a directory of the present date.
+        where = [] if config.path or config.run_dir else [f"path={path}"]
+        raise KeyboardInterrupt(f"{stop}: {command_line('collect', *where)}".lstrip(": ")) from None
     dataset = EpisodeDataset.open(path, training=False)
     results = summary(dataset)
     results |= {"path": str(path), "wall_s": round(time.time() - started, 2), "versions": versions()}
     write_json(run_dir / "results.json", results)
     _print_summary(results)
-    print(f"{len(dataset)} episodes, {dataset.num_steps} control steps in {path}")
+    table = run_dir / "results.json"
+    print(f"{len(dataset)} episodes, {dataset.num_steps} control steps in {path}; this table in {table}")
     return results
 
 

@@ -20,7 +20,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, hint: str = "") 
     known = sorted(set(known))
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     meant = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
-    shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+    most = 12 if near else 40  # without a near one, the user has to find it in the list
+    shown = ", ".join(known[:most]) + (", ..." if len(known) > most else "")
     text = f"unknown {kind} '{name}'{meant} Known: {shown or 'none'}."
     return UnknownNameError(f"{text} {hint}".strip())
 

@@ -43,10 +43,8 @@ def run_stage(stage: Stage, folder: Path) -> dict[str, Any]:
     else:
         given, begun = words, time.perf_counter()
         resumable = stage.command not in _WITHOUT_RESUME and (directory / "checkpoints" / "last").is_dir()
-        if resumable:
+        if resumable or (stage.command == "plan" and _partial(directory)):
             given = [f"resume={directory}"]
-        elif stage.command == "plan" and _partial(directory):
-            given = [f"resume={directory}", f"run_dir={directory}"]
         log = folder / f"{stage.name}.log"
         with log.open("a", encoding="utf-8") as file:
             command = [sys.executable, "-m", f"wamrl.{stage.command}", *given]
