@@ -210,7 +210,7 @@ def test_a_sweep_on_test_starts_is_refused(wam, capsys):
         (["workers=0"], "workers is 0"),
         (["threads=0"], "threads is 0"),
         (["planner.horizon=0"], "horizon is 0"),
-        (["planner.horizon=9", "controller.replan_every=3"], "was trained to imagine 4"),
+        (["planner.horizon=9", "controller.replan_every=3"], "is meant to imagine 4"),
         (["planner.sigma=nan"], "sigma is nan"),
         (["planner.temperature=-1"], "temperature is -1"),
         (["controller.replan_every=7"], "replan_every is 7"),
