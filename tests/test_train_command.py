@@ -207,6 +207,7 @@ def test_a_checkpoint_of_other_sizes_or_tasks_is_refused_before_training(data, c
         ("device=abacus", "device is 'abacus'"),
         ("wam=referense", "reference"),
         ("stepss=3", "steps"),
+        ("length=13", "the longest episode of the data has 12; set length=12 or less"),
         ("batch_size=7", "multiple of the 2 ensemble members"),
         ("validation_windows=9", "multiple of the 2 ensemble members"),
         ("validation_fraction=1.5", "validation_fraction is 1.5"),

@@ -69,10 +69,17 @@ def train(
         quiet: no progress on stderr.
 
     Raises:
-        ValueError: options out of range, data that does not fit the checkpoint, or a `run_dir` of another run.
+        ValueError: options out of range, windows longer than every episode, data that does not fit the checkpoint, or
+            a `run_dir` of another run.
         TrainingDiverged: the loss did not stay finite.
     """
     options = options or TrainingOptions()
+    longest = int(dataset.lengths.max())
+    if options.length > longest:
+        raise ValueError(
+            f"length is {options.length} control steps per window, but the longest episode of the data has {longest}; "
+            f"set length={longest} or less"
+        )
     run_dir = Path(run_dir)
     earlier = None if isinstance(wam, Mapping) else checkpoint.read_metadata(wam)
     if earlier is not None:
