@@ -343,6 +343,13 @@ def test_an_unknown_checkpoint_names_the_nearest(path, model, monkeypatch, tmp_p
     assert checkpoint.resolve("reference") == shipped / "reference.safetensors"
     with pytest.raises(FileNotFoundError, match="did you mean 'reference'"):
         checkpoint.load("refrence")
+    (tmp_path / "runs" / "full" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "stray.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="did you mean 'runs/full'"):
+        checkpoint.load("runs/ful")
+    with pytest.raises(FileNotFoundError, match=r"Known: reference\."):
+        checkpoint.load("refrence")
 
 
 def test_a_run_directory_means_its_model(path, tmp_path):

@@ -31,7 +31,7 @@ from torch import Tensor
 from wamrl.envs.layouts import unstated
 from wamrl.files import atomic_path
 from wamrl.interfaces import WAM, Anatomy, Layout, Policy, PolicyState, Spec, task_id
-from wamrl.naming import unknown_name
+from wamrl.naming import near_checkpoints, unknown_name
 from wamrl.provenance import versions
 
 FORMAT_VERSION = 1
@@ -239,9 +239,9 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     shipped = {file.stem: file for file in SHIPPED.glob("*.safetensors")}
     if str(name) in shipped:
         return shipped[str(name)]
-    beside = [str(file) for file in path.parent.glob("*.safetensors")] if path.parent.is_dir() else []
+    known = [*near_checkpoints(str(name)), *shipped]
     raise FileNotFoundError(
-        str(unknown_name("checkpoint", str(name), [*beside, *shipped], hint="Make one with `python -m wamrl.train`."))
+        str(unknown_name("checkpoint", str(name), known, hint="Make one with `python -m wamrl.train`."))
     )
 
 
