@@ -426,6 +426,19 @@ def test_bad_observations_are_refused_with_the_reason(path, change, reason):
         policy.act(given)
 
 
+def test_numbers_that_overflow_are_named_before_the_checkpoint_is_blamed():
+    given = {"state": np.zeros(39), "proprioception": np.zeros(4), "task": "metaworld/push-v3"}
+    given["state"][3] = 1e30
+    with pytest.raises(ValueError, match="numbers up to 1e\\+30; check the sensors"):
+        wamrl.load("six").act(given)
+
+
+@pytest.mark.parametrize("given", ["hello", None, np.zeros(6)])
+def test_an_observation_that_is_no_dict_is_refused_with_what_was_expected(path, given):
+    with pytest.raises(ValueError, match="expected a dict of arrays with state, proprioception and 'task'"):
+        wamrl.load(str(path)).act(given)
+
+
 def test_a_checkpoint_of_before_layouts_has_that_of_meta_world(tmp_path, monkeypatch):
     spec = checkpoint.load("six").spec
     assert spec.layout == METAWORLD

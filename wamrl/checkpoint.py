@@ -333,7 +333,7 @@ class LoadedPolicy:
             [A], or [B, A] for batched observations; NumPy when the observation is, otherwise a tensor.
 
         Raises:
-            ValueError: a missing key, a wrong shape, an unknown task, NaN or infinity.
+            ValueError: no dict, a missing key, a wrong shape, an unknown task, NaN or infinity.
         """
         frame, batched, as_numpy = self._frame(observation)
         rows = frame.batch_size[0]
@@ -347,6 +347,11 @@ class LoadedPolicy:
         return action.cpu().numpy() if as_numpy else action
 
     def _frame(self, observation: Mapping[str, Any]) -> tuple[TensorDict, bool, bool]:
+        if not isinstance(observation, Mapping):
+            raise ValueError(
+                f"observation is a {type(observation).__name__}, expected a dict of arrays with "
+                f"{', '.join(self.spec.observation)} and 'task'"
+            )
         device = next(self.model.parameters()).device
         tensors: dict[str, Tensor] = {}
         batched: bool | None = None
