@@ -125,7 +125,10 @@ def test_a_run_compares_and_writes_everything(wam, capsys):
     assert results["metrics"]["plan/reach/planner/success"]["n"] == 2
     assert {(e.method, e.imagined_return is None) for e in episodes} >= {("planner", False), ("policy", False)}
     assert results["gain"]["mean"] == results["gain"][REACH] and results["gain"]["mean"]["n"] == 2
-    assert "planner minus policy, reward per control step: " in printed and "in imagination" in printed
+    promised = results["gain"]["mean"]["imagined"] - results["gain"]["mean"]["real"]
+    said = " ".join(printed.split())
+    assert f"what imagination promised minus what came: {promised:+.3f} reward per control step (2 starts)." in said
+    assert "0 means that imagination told the truth; rewards per step before success are no measure" in said
     assert results["metrics"]["plan/reach/gain/imagined_minus_real"]["n"] == 2
     assert results["steps_per_plan"] == 3.0
     assert results["peak_rss_mib"]["main"] > 50
