@@ -209,10 +209,10 @@ def require_log_prob(model: WAM, learner: str) -> None:
 
 
 def check_horizon(model: WAM, name: str, horizon: int, longest: int) -> None:
-    """Raise ValueError for a horizon that the model was not trained for."""
+    """Raise ValueError for a horizon that the model is not meant for."""
     if isinstance(horizon, bool) or not isinstance(horizon, int) or not 1 <= horizon <= longest:
         raise ValueError(
-            f"{name} is {horizon!r}, but this model was trained for 1 to {longest} control steps; what lies beyond is "
+            f"{name} is {horizon!r}, but this model is meant for 1 to {longest} control steps; what lies beyond is "
             "made up. Choose a shorter one, or train the model with wam.horizon and length raised"
         )
 

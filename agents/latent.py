@@ -3,7 +3,7 @@
 From real start frames the policy acts H steps in every member of the model's ensemble; the policy follows the
 gradient of the imagined return through the dynamics, the critic regresses that return, and what follows the last step
 is valued by a copy of the model as it was at the start of the iteration. Four things keep a gain real:
-the horizon is at most the one that the model was trained for, exploration noise has a fixed bound, what the members
+the horizon is at most the one that the model is meant for, exploration noise has a fixed bound, what the members
 disagree about is left out or subtracted, and a KL holds the policy near what it was.
 
 Letters: R start frames, M members, H steps.

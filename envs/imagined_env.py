@@ -50,7 +50,7 @@ class ImaginedEnv(RowsEnv):
         num_envs: rows B.
         tasks: those to start from; None is all that the frames hold. Start number i of a task is its i-th frame.
         chunk: control steps K of one action. 1: actions are [B, A]; above it they are [B, K, A].
-        max_steps: control steps of an episode; None is the model's `max_horizon`, for which it was trained.
+        max_steps: control steps of an episode; None is the model's `max_horizon`, for which it is meant.
         uncertainty: whether rows carry it, in a model that has one. False asks the model for one future per row
             (`WAM.follow`), not for all of them.
         uncertainty_limit: None never truncates; needs a model with `uncertainty`, in whose units it is.
@@ -103,9 +103,7 @@ class ImaginedEnv(RowsEnv):
                 f"use chunk={spec.frame_stride} or a multiple, whose actions are taken together"
             )
         if chunk > spec.max_horizon:
-            raise ValueError(
-                f"chunk is {chunk}, but the model was trained for at most {spec.max_horizon} control steps"
-            )
+            raise ValueError(f"chunk is {chunk}, but the model is meant for at most {spec.max_horizon} control steps")
         if uncertainty_limit is not None and not uncertainty_limit > 0:
             raise ValueError(f"uncertainty_limit is {uncertainty_limit}, but must be above 0, or null")
         if not 0.0 < success_threshold <= 1.0:

@@ -41,6 +41,8 @@ SIX_TASKS = tuple(
     for name in ("reach-v3", "push-v3", "pick-place-v3", "drawer-open-v3", "door-open-v3", "button-press-topdown-v3")
 )
 SIMULATOR_DT_S = 0.0125
+MAX_SIMULATOR_STEPS = 500
+"""The longest episode that Meta-World itself allows, its `max_path_length`."""
 STATE_DIM, ACTION_DIM = METAWORLD_STATE, 4
 CONTACT_NAMES = ("left_pad_object", "right_pad_object", "hand_object", "hand_table")
 """What the four flags of the key `contact` say: which part of the hand touches what. "object" is any body that is not
@@ -524,7 +526,7 @@ class MetaWorldEnv(RowsEnv):
         tasks: one name or several, such as "metaworld/push-v3".
         num_envs: rows B.
         action_repeat: simulator steps (12.5 ms each) per control step.
-        max_steps: control steps until a row is truncated.
+        max_steps: control steps until a row is truncated; with `action_repeat` 500 simulator steps at most.
         pixels: whether rows carry images of `camera`.
         snapshots: whether rows carry their full simulator state.
         camera: a `Camera`, or its fields by name; None is the default camera.
@@ -550,6 +552,11 @@ class MetaWorldEnv(RowsEnv):
     ) -> None:
         self.action_repeat = whole_number("action_repeat", action_repeat, 1)
         self.max_steps = whole_number("max_steps", max_steps, 1)
+        if max_steps * action_repeat > MAX_SIMULATOR_STEPS:
+            raise ValueError(
+                f"max_steps is {max_steps} control steps of {action_repeat} simulator steps (action_repeat), but "
+                f"Meta-World allows an episode at most {MAX_SIMULATOR_STEPS} simulator steps; lower one of the two"
+            )
         self.split = check_split(split)
         tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
         super().__init__([check_task(task) for task in tasks], num_envs, device=device, seed=seed)

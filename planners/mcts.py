@@ -155,12 +155,12 @@ class MCTSPlanner:
         spec.require(*sorted({"rollout", "policy"} | asked_of(spec, self.scorer) | asked_of(spec, self.gate)))
         if self.chunk > spec.max_horizon:
             raise ValueError(
-                f"planner.chunk is {self.chunk} steps, but the model was trained to imagine {spec.max_horizon}; "
+                f"planner.chunk is {self.chunk} steps, but the model is meant to imagine {spec.max_horizon}; "
                 f"set planner.chunk={spec.max_horizon} or less"
             )
         if self.chunk * self.depth > spec.max_horizon:
             raise ValueError(
-                f"planner.chunk * planner.depth is {self.chunk} * {self.depth} steps, but the model was trained to "
+                f"planner.chunk * planner.depth is {self.chunk} * {self.depth} steps, but the model is meant to "
                 f"imagine {spec.max_horizon}; set planner.depth={spec.max_horizon // self.chunk} or less"
             )
         if discrete:

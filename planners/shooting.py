@@ -134,7 +134,7 @@ class ShootingPlanner:
         model.spec.require(*sorted(needs))
         if self.horizon > model.spec.max_horizon:
             raise ValueError(
-                f"planner.horizon is {self.horizon}, but the model was trained to imagine {model.spec.max_horizon} "
+                f"planner.horizon is {self.horizon}, but the model is meant to imagine {model.spec.max_horizon} "
                 f"steps; set planner.horizon={model.spec.max_horizon} or less"
             )
         if model.spec.action_kind != "continuous":

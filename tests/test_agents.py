@@ -513,7 +513,7 @@ def test_start_frames_that_the_members_disagree_about_teach_nothing():
 
 
 def test_the_latent_actor_critic_refuses_a_horizon_beyond_the_models():
-    with pytest.raises(ValueError, match="trained for 1 to 4"):
+    with pytest.raises(ValueError, match="meant for 1 to 4"):
         Latent(horizon=5, world_weight=0.0).bind(reference_model(), None, rows=1, seed=0)
 
 
@@ -578,8 +578,8 @@ def test_a_policy_without_log_probs_is_refused():
         PPO(world_weight=0.0).bind(FlowToy(), None, rows=1, seed=0)
 
 
-def test_a_horizon_beyond_the_models_training_is_refused():
-    with pytest.raises(ValueError, match="trained for 1 to 4 control steps"):
+def test_a_horizon_beyond_the_models_is_refused():
+    with pytest.raises(ValueError, match="meant for 1 to 4 control steps"):
         FlowPPO(chunk=5, world_weight=0.0).bind(reference_model(), None, rows=1, seed=0)
 
 

@@ -343,6 +343,13 @@ def test_an_unknown_checkpoint_names_the_nearest(path, model, monkeypatch, tmp_p
     assert checkpoint.resolve("reference") == shipped / "reference.safetensors"
     with pytest.raises(FileNotFoundError, match="did you mean 'reference'"):
         checkpoint.load("refrence")
+    (tmp_path / "runs" / "full" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "stray.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="did you mean 'runs/full'"):
+        checkpoint.load("runs/ful")
+    with pytest.raises(FileNotFoundError, match=r"Known: reference\."):
+        checkpoint.load("refrence")
 
 
 def test_a_run_directory_means_its_model(path, tmp_path):
@@ -417,6 +424,19 @@ def test_bad_observations_are_refused_with_the_reason(path, change, reason):
     given = {key: value for key, value in {**good, **change}.items() if value is not None}
     with pytest.raises(ValueError, match=reason):
         policy.act(given)
+
+
+def test_numbers_that_overflow_are_named_before_the_checkpoint_is_blamed():
+    given = {"state": np.zeros(39), "proprioception": np.zeros(4), "task": "metaworld/push-v3"}
+    given["state"][3] = 1e30
+    with pytest.raises(ValueError, match="numbers up to 1e\\+30; check the sensors"):
+        wamrl.load("six").act(given)
+
+
+@pytest.mark.parametrize("given", ["hello", None, np.zeros(6)])
+def test_an_observation_that_is_no_dict_is_refused_with_what_was_expected(path, given):
+    with pytest.raises(ValueError, match="expected a dict of arrays with state, proprioception and 'task'"):
+        wamrl.load(str(path)).act(given)
 
 
 def test_a_checkpoint_of_before_layouts_has_that_of_meta_world(tmp_path, monkeypatch):

@@ -237,6 +237,9 @@ def test_a_checkpoint_path_takes_the_place_of_a_choice(demo, tmp_path, capsys, m
     assert demo("-m", "wam=a.safetensors,b.safetensors") == 0
     assert demo("wam=smal") == 2
     assert "unknown wam 'smal'; did you mean 'small'" in capsys.readouterr().err
+    Path("runs/full/checkpoints").mkdir(parents=True)
+    assert demo("wam=runs/ful") == 2
+    assert "unknown wam 'runs/ful'; did you mean 'runs/full'" in capsys.readouterr().err
 
 
 def test_a_real_process_prints_warnings_but_no_small_talk_and_ends_with_130_at_ctrl_c(tmp_path):

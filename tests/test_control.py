@@ -466,7 +466,7 @@ def test_a_budget_without_room_for_one_candidate_is_refused_before_the_first_pla
 
 def test_a_policy_that_proposes_nan_is_refused() -> None:
     model = quadratic(TARGET, gain=torch.full((2, 1), math.nan))
-    with pytest.raises(ValueError, match=r"NaN or infinite actions in row\(s\) \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"NaN or infinite actions in row\(s\) \[0, 1\].*numbers up to 0;"):
         drive(ModelPolicy(model), [torch.zeros(2, 1)])
 
 

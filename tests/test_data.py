@@ -216,8 +216,10 @@ def test_a_split_keeps_episodes_whole_and_shares_behaviours(tmp_path: Path) -> N
     assert held.statistics()["state"]["mean"][0] == pytest.approx(float(mine.mean()), rel=1e-5)
     with pytest.raises(ValueError, match="between 0 and 1"):
         data.split(1.0)
-    with pytest.raises(ValueError, match="one side is empty"):
+    with pytest.raises(ValueError, match="none is left to train on"):
         data.select([0]).split(0.5)
+    train, held = data.select(range(6)).split(0.01)
+    assert len(train) == 5 and len(held) == 1 and held.episodes[0] not in train.episodes
 
 
 def test_several_datasets_are_read_as_one(tmp_path: Path) -> None:

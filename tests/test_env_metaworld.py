@@ -332,6 +332,14 @@ def test_settings_out_of_range_are_refused(bad: dict) -> None:
         MetaWorldEnv(**({"tasks": PUSH} | bad))
 
 
+def test_an_episode_is_no_longer_than_meta_world_allows() -> None:
+    raw = mw._compiled_class(PUSH)()
+    assert raw.max_path_length == mw.MAX_SIMULATOR_STEPS
+    assert MetaWorldEnv(PUSH, action_repeat=2, max_steps=250).max_steps == 250
+    with pytest.raises(ValueError, match="max_steps is 251 control steps of 2.*at most 500 simulator steps"):
+        MetaWorldEnv(PUSH, action_repeat=2, max_steps=251)
+
+
 # ----------------------------------------------------------------------------------------- expert and contact
 
 

@@ -126,7 +126,10 @@ def test_a_run_compares_and_writes_everything(wam, capsys):
     assert results["metrics"]["plan/reach/planner/success"]["n"] == 2
     assert {(e.method, e.imagined_return is None) for e in episodes} >= {("planner", False), ("policy", False)}
     assert results["gain"]["mean"] == results["gain"][REACH] and results["gain"]["mean"]["n"] == 2
-    assert "planner minus policy, reward per control step: " in printed and "in imagination" in printed
+    promised = results["gain"]["mean"]["imagined"] - results["gain"]["mean"]["real"]
+    said = " ".join(printed.split())
+    assert f"what imagination promised minus what came: {promised:+.3f} reward per control step (2 starts)." in said
+    assert "0 means that imagination told the truth; rewards per step before success are no measure" in said
     assert results["metrics"]["plan/reach/gain/imagined_minus_real"]["n"] == 2
     assert results["steps_per_plan"] == 3.0
     assert results["peak_rss_mib"]["main"] > 50
@@ -211,7 +214,7 @@ def test_a_sweep_on_test_starts_is_refused(wam, capsys):
         (["workers=0"], "workers is 0"),
         (["threads=0"], "threads is 0"),
         (["planner.horizon=0"], "horizon is 0"),
-        (["planner.horizon=9", "controller.replan_every=3"], "was trained to imagine 4"),
+        (["planner.horizon=9", "controller.replan_every=3"], "is meant to imagine 4"),
         (["planner.sigma=nan"], "sigma is nan"),
         (["planner.temperature=-1"], "temperature is -1"),
         (["controller.replan_every=7"], "replan_every is 7"),

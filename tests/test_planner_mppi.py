@@ -347,7 +347,7 @@ def test_a_model_that_does_not_answer_is_refused_with_its_answers() -> None:
     with pytest.raises(ValueError, match="does not answer 'uncertainty'"):
         make_mppi(uncertainty_penalty=1.0).initial_state(silent, 1)
     make_mppi(uncertainty_penalty=0.0).initial_state(silent, 1)
-    with pytest.raises(ValueError, match="trained to imagine 32 steps; set planner.horizon=32"):
+    with pytest.raises(ValueError, match="meant to imagine 32 steps; set planner.horizon=32"):
         make_mppi(horizon=33).initial_state(silent, 1)
     with pytest.raises(ValueError, match="sigma has 3 entries, but the model's actions have 2"):
         make_mppi(sigma=[0.1, 0.1, 0.1]).initial_state(silent, 1)

@@ -214,7 +214,7 @@ def test_what_cannot_work_is_refused_before_anything_is_done(push, capsys):
     assert "begins at real frames" in said(capsys, "env=imagined", "wam=six", "episodes=0")
     assert "did you mean" in said(capsys, "agent=pppo")
     assert "takes the first 10,000 of a split at most" in said(capsys, "wam=six", "episodes=100000000")
-    assert "trained for 1 to 10" in said(capsys, "agent=flow_ppo", "agent.chunk=20", "wam=six", "episodes=0",
+    assert "meant for 1 to 10" in said(capsys, "agent=flow_ppo", "agent.chunk=20", "wam=six", "episodes=0",
                                          "agent.world_weight=0")  # fmt: skip
     assert not list(Path("outputs/posttrain").glob("2*"))
 

@@ -87,6 +87,15 @@ def test_the_command_leaves_a_checkpoint_logs_and_results(data, capsys):
     assert (run / "config.yaml").is_file()
 
 
+def test_a_small_dataset_is_trained_with_one_episode_held_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    few = [word for word in FAST if not word.startswith("validation_fraction")]
+    main([f"data={write_dataset(Path('data'), episodes=6)}", "run_dir=few", *few])
+    assert "validating on 1 of 6 episodes" in capsys.readouterr().err
+    found = json.loads(Path("few/results.json").read_text())["data"]
+    assert (found["episodes"], found["validation_episodes"]) == (5, 1)
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(data):
     options = TrainingOptions(steps=4, batch_size=8, length=3, validation_windows=8, tensorboard=False)
     weights = []
@@ -184,7 +193,7 @@ def test_bad_data_is_refused_with_the_reason(data, capsys):
     assert "pixels" in refused(capsys, [f"data={data}", "observation=[state,pixels]", *FAST])
     write_dataset(Path("data/slow"), dt=0.05)
     assert "control_dt_s" in refused(capsys, ["data=[data/reach,data/slow]", *FAST])
-    assert "one side is empty" in refused(capsys, [f"data={data}", *FAST, "validation_fraction=0.01"])
+    assert "none is left to train on" in refused(capsys, [f"data={data}", *FAST, "validation_fraction=0.99"])
     broken = next(Path(data, "episodes").glob("episode-3/action.memmap"))
     values = torch.from_file(str(broken), shared=True, size=24)
     values[5] = torch.nan
@@ -207,6 +216,7 @@ def test_a_checkpoint_of_other_sizes_or_tasks_is_refused_before_training(data, c
         ("device=abacus", "device is 'abacus'"),
         ("wam=referense", "reference"),
         ("stepss=3", "steps"),
+        ("length=13", "the longest episode of the data has 12; set length=12 or less"),
         ("batch_size=7", "multiple of the 2 ensemble members"),
         ("validation_windows=9", "multiple of the 2 ensemble members"),
         ("validation_fraction=1.5", "validation_fraction is 1.5"),

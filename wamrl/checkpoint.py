@@ -31,7 +31,7 @@ from torch import Tensor
 from wamrl.envs.layouts import unstated
 from wamrl.files import atomic_path
 from wamrl.interfaces import WAM, Anatomy, Layout, Policy, PolicyState, Spec, task_id
-from wamrl.naming import unknown_name
+from wamrl.naming import near_checkpoints, unknown_name
 from wamrl.provenance import versions
 
 FORMAT_VERSION = 1
@@ -239,9 +239,9 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     shipped = {file.stem: file for file in SHIPPED.glob("*.safetensors")}
     if str(name) in shipped:
         return shipped[str(name)]
-    beside = [str(file) for file in path.parent.glob("*.safetensors")] if path.parent.is_dir() else []
+    known = [*near_checkpoints(str(name)), *shipped]
     raise FileNotFoundError(
-        str(unknown_name("checkpoint", str(name), [*beside, *shipped], hint="Make one with `python -m wamrl.train`."))
+        str(unknown_name("checkpoint", str(name), known, hint="Make one with `python -m wamrl.train`."))
     )
 
 
@@ -333,7 +333,7 @@ class LoadedPolicy:
             [A], or [B, A] for batched observations; NumPy when the observation is, otherwise a tensor.
 
         Raises:
-            ValueError: a missing key, a wrong shape, an unknown task, NaN or infinity.
+            ValueError: no dict, a missing key, a wrong shape, an unknown task, NaN or infinity.
         """
         frame, batched, as_numpy = self._frame(observation)
         rows = frame.batch_size[0]
@@ -347,6 +347,11 @@ class LoadedPolicy:
         return action.cpu().numpy() if as_numpy else action
 
     def _frame(self, observation: Mapping[str, Any]) -> tuple[TensorDict, bool, bool]:
+        if not isinstance(observation, Mapping):
+            raise ValueError(
+                f"observation is a {type(observation).__name__}, expected a dict of arrays with "
+                f"{', '.join(self.spec.observation)} and 'task'"
+            )
         device = next(self.model.parameters()).device
         tensors: dict[str, Tensor] = {}
         batched: bool | None = None

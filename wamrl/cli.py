@@ -42,7 +42,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from wamrl import files, provenance
-from wamrl.naming import RunError, unknown_name
+from wamrl.naming import RunError, near_checkpoints, unknown_name
 
 CONFIGS = "wamrl.configs"
 # Choices that a choice has in turn, as in wam=mot_uwm wam/backbone=dit.
@@ -367,7 +367,7 @@ def _unknown_option(name: str, folders: Sequence[str], error: MissingConfigExcep
         group = f"{group}/{inner}"
     known = options(group, folders)
     if group == "wam":
-        known += _shipped()
+        known += [*_shipped(), *near_checkpoints(option)]
     hint = "A checkpoint is named by its path as well." if group == "wam" else ""
     return unknown_name(group, option.removesuffix(".yaml"), known, hint=hint)
 

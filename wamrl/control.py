@@ -203,9 +203,12 @@ class ModelPolicy(_ChunkPolicy):
         state = self.model.encode(Context.from_observation(observation))
         chunk = self.model.propose(state, 1, mode=self.mode, noise=key, horizon=self.replan_every).actions[:, 0]
         if not chunk.isfinite().all():
-            bad = index[(~chunk.isfinite()).flatten(1).any(dim=1)].tolist()
+            bad = (~chunk.isfinite()).flatten(1).any(dim=1)
+            largest = max(float(observation[key][bad].float().abs().max()) for key in self.model.spec.observation)
             raise ValueError(
-                f"the model's policy gave NaN or infinite actions in row(s) {bad}; the checkpoint is broken"
+                f"the model's policy gave NaN or infinite actions in row(s) {index[bad].tolist()}, where the "
+                f"observation has numbers up to {largest:.3g}; check the sensors, or if that is usual there, the "
+                "checkpoint is broken"
             )
         return chunk.clamp(-1.0, 1.0)
 

@@ -538,8 +538,10 @@ class EpisodeDataset:
     def split(self, validation_fraction: float, *, seed: int = 0) -> tuple[EpisodeDataset, EpisodeDataset]:
         """(training, validation) by whole episodes, the same fraction of each task and behaviour up to rounding.
 
+        At least one episode is held out.
+
         Raises:
-            ValueError: for a fraction outside (0, 1), or when one side would be empty.
+            ValueError: for a fraction outside (0, 1), or when no episode would be left to train on.
         """
         if not 0.0 < validation_fraction < 1.0:
             raise ValueError(f"validation_fraction is {validation_fraction}, but must lie between 0 and 1")
@@ -556,11 +558,13 @@ class EpisodeDataset:
             owed -= take
             order = torch.randperm(len(members), generator=generator)[:take]
             held |= {members[i] for i in order.tolist()}
+        if not held:
+            held = {int(torch.randint(len(self), (1,), generator=generator))}
         kept = [number for number in range(len(self)) if number not in held]
-        if not held or not kept:
+        if not kept:
             raise ValueError(
-                f"{len(self)} episode(s) cannot be split with validation_fraction={validation_fraction}: one side is "
-                "empty; collect more, choose a fraction nearer to .5, or train on all with validation_fraction=0"
+                f"{len(self)} episode(s) cannot be split with validation_fraction={validation_fraction}: none is left "
+                "to train on; collect more, choose a smaller fraction, or train on all with validation_fraction=0"
             )
         return self.select(kept), self.select(sorted(held))
 

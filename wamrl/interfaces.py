@@ -152,7 +152,7 @@ class Spec:
     observation: key -> shape of one frame, without batch; e.g. {"state": (39,)}.
     action_dim: A. For `action_kind="discrete"` actions are one-hot of that length.
     tasks: the names a model knows, e.g. "metaworld/push-v3"; observations carry `task_id(name)`.
-    chunk_length: H of `propose`. max_horizon: the longest H that `imagine` was trained for.
+    chunk_length: H of `propose`. max_horizon: the longest H that `imagine` is meant for.
     frame_stride: control steps between imagined frames. history: frames of context.
     discount: per control step. control_dt_s: seconds per control step.
     success_bonus: what one control step in success is worth beside its reward, in the units of the reward; the model's

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -24,6 +26,19 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, hint: str = "") 
     shown = ", ".join(known[:most]) + (", ..." if len(known) > most else "")
     text = f"unknown {kind} '{name}'{meant} Known: {shown or 'none'}."
     return UnknownNameError(f"{text} {hint}".strip())
+
+
+def near_checkpoints(name: str) -> list[str]:
+    """Checkpoint files and runs in the folder of the path `name` that are spelled almost like it."""
+    path, suffix = Path(name), ".safetensors"
+    beside = {
+        entry.name.removesuffix(suffix): str(path.parent / entry.name)
+        for entry in sorted(path.expanduser().parent.glob("*"))
+        # os.path is silent about folders of others, where pathlib raises PermissionError.
+        if entry.suffix == suffix or os.path.isdir(entry / "checkpoints") or os.path.isfile(entry / "model.safetensors")
+    }
+    near = difflib.get_close_matches(path.name.removesuffix(suffix), beside, n=3, cutoff=0.5)
+    return [beside[key] for key in near]
 
 
 def whole_number(name: str, value: Any, least: int) -> int:

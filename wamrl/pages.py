@@ -496,7 +496,7 @@ def _drift_section(results: Mapping[str, Any]) -> Section:
     trained = results["wam"]["trained_horizon"]
     return Section(
         "How long does imagination hold?",
-        [f"The model was trained to look {trained} control steps ahead; whole episodes are extrapolation. Blue: "
+        [f"The model is meant to look {trained} control steps ahead; whole episodes are extrapolation. Blue: "
         f"told the "
          "actions that were executed. Orange: closed loop, where the policy reacts to what it is shown. Dashed "
          "line: the error "

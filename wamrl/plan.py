@@ -349,7 +349,7 @@ def _print_table(results: Mapping[str, Any], console: Console) -> None:
         + (f", one per {results['steps_per_plan']:.2f} steps." if results["steps_per_plan"] else ".")
     )
     if "mean" in results["gain"]:
-        console.print(f"planner minus policy, reward per control step: {gain_words(results['gain']['mean'])}")
+        console.print(gain_words(results["gain"]["mean"]))
 
 
 if __name__ == "__main__":

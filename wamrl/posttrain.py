@@ -187,7 +187,7 @@ def _imagination(settings: Mapping[str, Any], model: WAM, device: str) -> RowsEn
     steps = options.get("max_steps")
     if steps is not None and steps > model.spec.max_horizon and not settings["beyond_horizon"]:
         raise ValueError(
-            f"env.max_steps is {steps}, but the model was trained to imagine {model.spec.max_horizon} control steps; "
+            f"env.max_steps is {steps}, but the model is meant to imagine {model.spec.max_horizon} control steps; "
             "choose at most that, train it with wam.horizon and length raised, or set beyond_horizon=true where its "
             "longer episodes have been seen to agree with real ones (imagined_success in results.json)"
         )

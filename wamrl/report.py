@@ -544,11 +544,12 @@ def _pairs(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def gain_words(g: Mapping[str, Any]) -> str:
-    """A `Gain` as a sentence's end."""
+    """The number to read in a `Gain`, and what it means."""
     bounds = "" if g["low"] is None else f", 95 % interval {g['low']:+.3f} to {g['high']:+.3f}"
     return (
-        f"{g['imagined']:+.3f} in imagination, {g['real']:+.3f} in reality; imagined minus real {g['difference']:+.3f} "
-        f"({g['n']} start{'s' if g['n'] > 1 else ''}{bounds})"
+        f"planner over policy, what imagination promised minus what came: {g['difference']:+.3f} reward per control "
+        f"step ({g['n']} start{'s' if g['n'] > 1 else ''}{bounds}). 0 means that imagination told the truth; rewards "
+        "per step before success are no measure of success."
     )
 
 
@@ -563,8 +564,8 @@ def _gains(results: Mapping[str, Any]) -> list[list[str]]:
             bounds, reading = f"{g['low']:+.3f} to {g['high']:+.3f}", "no difference shown"
             if g["low"] > 0 or g["high"] < 0:
                 reading = "the model promises more" if g["low"] > 0 else "reality gives more"
-        numbers = [f"{g[key]:+.3f}" for key in ("imagined", "real", "difference")]
-        rows.append(["all tasks" if task == "mean" else short(task), str(g["n"]), *numbers, bounds, reading])
+        name = "all tasks" if task == "mean" else short(task)
+        rows.append([name, str(g["n"]), f"{g['difference']:+.3f}", bounds, reading])
     return rows
 
 

@@ -57,7 +57,7 @@ def train(
         options: how to train.
         tasks: the tasks that the model knows, in this order; None is those of the data, or of the checkpoint.
         observation: the keys that the model reads; None is all of the data, or those of the checkpoint.
-        validation_fraction: of the episodes, held out; 0 trains on all and does not validate.
+        validation_fraction: of the episodes, held out, one at least; 0 trains on all and does not validate.
         control_dt_s: seconds per control step; None is what the dataset says.
         device: where to train.
         model_class: of a checkpoint whose model lies outside wamrl, see `checkpoint.load`.
@@ -69,10 +69,17 @@ def train(
         quiet: no progress on stderr.
 
     Raises:
-        ValueError: options out of range, data that does not fit the checkpoint, or a `run_dir` of another run.
+        ValueError: options out of range, windows longer than every episode, data that does not fit the checkpoint, or
+            a `run_dir` of another run.
         TrainingDiverged: the loss did not stay finite.
     """
     options = options or TrainingOptions()
+    longest = int(dataset.lengths.max())
+    if options.length > longest:
+        raise ValueError(
+            f"length is {options.length} control steps per window, but the longest episode of the data has {longest}; "
+            f"set length={longest} or less"
+        )
     run_dir = Path(run_dir)
     earlier = None if isinstance(wam, Mapping) else checkpoint.read_metadata(wam)
     if earlier is not None:
@@ -91,6 +98,9 @@ def train(
     training, validation = dataset, None
     if validation_fraction:
         training, validation = dataset.split(validation_fraction, seed=options.seed)
+        if len(validation) == 1 and not quiet:
+            note = f"validating on 1 of {len(dataset)} episodes, which says little; collect more, or raise"
+            print(f"{note} validation_fraction={validation_fraction:g}", file=sys.stderr)
     statistics = training.statistics()
     if isinstance(wam, Mapping):
         if "_target_" not in wam:
