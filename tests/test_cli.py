@@ -133,6 +133,7 @@ def test_a_multirun_that_fails_keeps_the_jobs_that_were_done(demo, capsys):
         ("plannr.horizon=3", "unknown setting 'plannr'; did you mean 'planner'?"),
         ("episodes.deep=3", "'episodes' is a single value"),
         ("episods=3", "unknown setting 'episods'; did you mean 'episodes'?"),
+        ("+episods=3", "unknown setting 'episods'; did you mean 'episodes'?"),
         ("planer=fast", "unknown setting 'planer'; did you mean 'planner'?"),
         ("push", "cannot read 'push'; settings are written key=value"),
         ("--episodes=3", "there is no flag '--episodes'; settings are written without dashes, as in episodes=3"),
@@ -344,7 +345,7 @@ def test_compose_gives_reasons():
 def test_a_setting_that_resembles_none_is_answered_with_all_of_them(name):
     with pytest.raises(ValueError, match="unknown setting 'qqq'. Known: ") as refused:
         compose(name, ["qqq=x"])
-    known = str(refused.value).partition("Known: ")[2].partition(". ")[0].split(", ")
+    known = str(refused.value).partition("Known: ")[2].removesuffix(".").split(", ")
     assert set(known) == set(compose(name)) and "run_dir" in known
 
 

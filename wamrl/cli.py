@@ -254,6 +254,7 @@ def _job(name: str, main: Main, config: DictConfig, folders: Sequence[str]) -> A
         # Resolved here, once: a missing value or a dangling reference is an error before any work is done.
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         _check_kinds(_primary(name, folders), config)
+        _check_added(name, folders)
         if not resumed:  # these are not the settings of the stopped run, which the command takes from there
             files.write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
         value = main(config, run_dir)
@@ -276,6 +277,15 @@ def _check_kinds(defaults: Mapping[str, Any], config: DictConfig) -> None:
             continue
         if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
             raise ValueError(f"{key} is {value!r}, but must be {kinds[kind]}")
+
+
+def _check_added(name: str, folders: Sequence[str]) -> None:
+    """Raise UnknownNameError for +<setting>=<value> beside the command's own settings, which nothing would read."""
+    known = {key for key in (*_primary(name, folders), *_default_groups(name, folders)) if key != "defaults"}
+    for word in HydraConfig.get().overrides.task:
+        added = re.fullmatch(r"\+(\w+)=.*", word, re.DOTALL)
+        if added and added[1] not in known and not options(added[1], folders):
+            raise unknown_name("setting", added[1], known, hint="Nothing would read it.")
 
 
 def command_line(name: str, *more: str) -> str:
@@ -398,7 +408,7 @@ def _unknown_setting(name: str, overrides: Sequence[str], folders: Sequence[str]
         if not isinstance(node, DictConfig):
             return ValueError(f"'{parent}' is a single value, so there is no setting '{key}' in it")
     kind = f"setting of '{parent}':" if parent else "setting"
-    hint = f"To add a setting that the defaults do not have, write +{key}=<value>."
+    hint = f"To add a setting that the defaults do not have, write +{key}=<value>." if parent else ""
     return unknown_name(kind, part, map(str, node), hint=hint)
 
 
