@@ -292,6 +292,20 @@ def env_speed(result: Mapping[str, Any]) -> str:
     return _grid(["environment", "compared with", "steps/s", "its steps/s", "ratio"], rows)
 
 
+def isaac(result: Mapping[str, Any]) -> str:
+    """Steps per second of Isaac Lab's tasks, over those of the raw environment."""
+    metrics, rows = result["metrics"], []
+    for place in (key.removesuffix("/ratio") for key in metrics if key.endswith("/ratio")):
+        task, device, count = place.split("/")
+        rate, raw = (metrics[f"{place}/{name}"] for name in ("steps_per_s", "raw_steps_per_s"))
+        apart = 1e6 / rate - 1e6 / raw
+        rows.append(
+            [f"{task} on {device}, {count} rows", f"{rate:,.0f}", f"{raw:,.0f}", f"{rate / raw:.2f}", f"{apart:.1f}"]
+        )
+    head = ["environment", "steps/s", "of the raw environment", "ratio", "us more per step and row"]
+    return _grid(head, rows)
+
+
 def posttrain(result: Mapping[str, Any]) -> str:
     """Success before, on the way through and after every variant that has finished, by task, and what it cost."""
     metrics = result["metrics"]
@@ -360,6 +374,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "collection": ("collect_speed", collection),
     "adapter": ("envs", adapter),
     "env_speed": ("envs", env_speed),
+    "isaac": ("isaac", isaac),
     "posttrain": ("posttrain", posttrain),
     "posttrain_speed": ("posttrain_speed", posttrain_speed),
     **{f"fast_wam_{part}": ("fast_wam", _fast_wam(part)) for part in fast_wam.PARTS},
