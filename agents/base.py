@@ -253,6 +253,8 @@ class Updater:
         world_learning_rate: of everything else in the model.
         world_weight: of `WAM.loss` in the objective; 0 leaves it out, and the world model's weights alone.
         imitation_weight: of the imitation of the data's labels inside `WAM.loss`, where the model can tell it apart.
+        keep_values: whether the values inside `WAM.loss` keep their weight; a learner whose critic they are trains them
+            itself.
         train_all: whether everything else is trained without the world model's loss too.
         clip_norm: of the whole gradient.
         limit: see above.
@@ -268,6 +270,7 @@ class Updater:
         world_learning_rate: float,
         world_weight: float,
         imitation_weight: float,
+        keep_values: bool = False,
         train_all: bool = False,
         clip_norm: float = 1.0,
         limit: int = 20,
@@ -278,7 +281,8 @@ class Updater:
                 "with data=<dataset>, or give it up with agent.world_weight=0"
             )
         self.model, self.world = model, world
-        self.world_weight, self.imitation_weight = world_weight, imitation_weight
+        self.world_weight = world_weight
+        self.weights = {"policy": imitation_weight, **({} if keep_values else {"value": 0.0})}
         self.clip_norm, self.limit = clip_norm, limit
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # A model says which weights are its policy's and critic's alone; else all of them are trained alike.
@@ -306,7 +310,7 @@ class Updater:
             return torch.zeros(())
         assert self.world is not None
         batch = self.world(self.generator).to(next(self.model.parameters()).device)
-        with loss_weights(self.model, policy=self.imitation_weight, value=0.0):
+        with loss_weights(self.model, **self.weights):
             return self.world_weight * self.model.loss(batch, noise=self.generator)["loss"]
 
     def step(self, loss: Tensor) -> bool:

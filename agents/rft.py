@@ -1,9 +1,11 @@
 """Reinforced fine-tuning: imitate what worked, or what a planner would have done.
 
-Without a planner, the trajectories of the policy's own samples that reached a success are kept and imitated (expert
-iteration; in imagination as in Ctrl-World, arXiv:2510.10125). With a planner, every visited state is planned from and
+Without a planner, the trajectories of the policy's own samples that reached a success are kept and imitated (in
+imagination as in Ctrl-World, arXiv:2510.10125). With a planner that teaches, every visited state is planned from and
 the policy is taught the plan: the planner's chosen chunk, its weighted mean (MPPI weights as targets), or, with a
-best-of-N planner, the best of its samples. Both use the policy's part of the model's own `WAM.loss` on windows whose
+best-of-N planner, the best of its samples. With a planner that acts, it collects in place of the policy and its
+successes are imitated, while the world model learns from all that it did (expert iteration, Anthony et al., 2017,
+arXiv:1705.08439). All use the policy's part of the model's own `WAM.loss` on windows whose
 labels are those actions, so any policy that learns by imitation will do, flow matching included. A policy that reads
 more than a window's first frame is shown the frames that followed; a plan, which was not executed, has none.
 
@@ -18,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from wamrl.agents.base import (
@@ -31,7 +34,7 @@ from wamrl.agents.base import (
     shuffled_rewards,
 )
 from wamrl.agents.flow_ppo import ChainActor
-from wamrl.agents.ppo import GaussianActor
+from wamrl.agents.ppo import TICKS, GaussianActor
 from wamrl.interfaces import WAM, Budget, Plan, Planner
 from wamrl.noise import NoiseKey
 
@@ -73,10 +76,42 @@ class Explorer(GaussianActor):
         return tensordict
 
 
+class Planning(TensorDictModuleBase):
+    """A planner in the model as a TensorDict module: plans anew in every control step and writes the first `action`."""
+
+    def __init__(self, model: WAM, planner: Planner) -> None:
+        super().__init__()
+        self.in_keys, self.out_keys = [*model.spec.observation, "task"], ["action"]
+        self.model, self.planner = model, planner
+        self.seed, self.tick = 0, 0
+
+    def begin(self, seed: int, iteration: int) -> None:
+        """See `GaussianActor`."""
+        self.seed, self.tick = seed, iteration * TICKS
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Plan from observations [B]."""
+        rows = torch.arange(len(tensordict), device=tensordict.device)
+        parts = [_plan(self.model, self.planner, tensordict[part], part, self.tick, self.seed).actions[:, 0]
+                 for part in rows.split(_ROWS)]  # fmt: skip
+        self.tick += 1
+        tensordict["action"] = torch.cat(parts)
+        return tensordict
+
+
+@torch.no_grad()
+def _plan(model: WAM, planner: Planner, observation: TensorDictBase, row: Tensor, step: int, seed: int) -> Plan:
+    """A plan from observations [R], without memory of an earlier one."""
+    key = NoiseKey(row=row, step=torch.full_like(row, step), seed=seed)
+    state = encode(model, observation)
+    return planner.plan(model, state, planner.initial_state(model, len(row)), key, Budget())[0]
+
+
 class RFT(CollectingLearner):
     """Imitation of successes or of a planner; fulfils `wamrl.agents.base.Learner`.
 
-    planner: None imitates successes; otherwise what teaches. target: "plan" is the chosen chunk, "mean" the candidates'
+    planner: None imitates the policy's successes; otherwise what teaches, or, with planner_acts, what collects the
+    episodes whose successes are imitated. target: "plan" is the chosen chunk, "mean" the candidates'
     mean by the planner's weights. noise: least and greatest standard deviation of an action while collecting, for a
     Gaussian policy. behaviour_share: of the rows that collect by the behaviour prior instead, see `Explorer`. buffer:
     windows that are kept, the newest. batch: windows per step. updates: steps per iteration. length: L; None is 1 for a
@@ -92,6 +127,7 @@ class RFT(CollectingLearner):
         self,
         *,
         planner: Planner | None = None,
+        planner_acts: bool = False,
         target: str = "plan",
         noise: tuple[float, float] = (0.05, 0.5),
         behaviour_share: float = 0.0,
@@ -110,7 +146,10 @@ class RFT(CollectingLearner):
     ) -> None:
         if target not in TARGETS:
             raise ValueError(f"target is '{target}', but must be one of {', '.join(TARGETS)}")
-        self.planner, self.target = planner, target
+        if planner_acts and planner is None:
+            raise ValueError("planner_acts=true, but there is no planner; choose one, as agent=expert_iteration does")
+        self.planner, self.planner_acts, self.target = planner, planner_acts, target
+        self.refreshes = planner_acts
         if not 0.0 <= behaviour_share <= 1.0:
             raise ValueError(f"behaviour_share is {behaviour_share}, but is a share of the rows, from 0 to 1")
         self.noise, self.behaviour_share = (float(noise[0]), float(noise[1])), behaviour_share
@@ -144,15 +183,18 @@ class RFT(CollectingLearner):
             self.length = 1 if gaussian else model.spec.chunk_length
         if self.behaviour_share:
             model.spec.require("behaviour")
-        self._acting: Any = (
-            Explorer(model, noise=self.noise, share=self.behaviour_share)
-            if gaussian
-            else ChainActor(model, chunk=1, horizon=1)
-        )
         if self.planner is not None:
             self.planner.initial_state(model, 1)  # refuses a model that does not answer what the planner asks
+        self._acting: Any
+        if self.planner_acts:
+            assert self.planner is not None
+            self._acting = Planning(model, self.planner)
+        elif gaussian:
+            self._acting = Explorer(model, noise=self.noise, share=self.behaviour_share)
+        else:
+            self._acting = ChainActor(model, chunk=1, horizon=1)
         self.followed = self._needs_later_frames(model)
-        self.updater = Updater(model, world, **self._rates)
+        self.updater = Updater(model, world, keep_values=True, **self._rates)
         self.kept: TensorDict | None = None
 
     def _needs_later_frames(self, model: WAM) -> bool:
@@ -165,7 +207,7 @@ class RFT(CollectingLearner):
                 "give it loss_weights with an entry 'policy'"
             )
         followed = self.length != 1 if gaussian else not getattr(model, "policy_sees_present_alone", False)
-        if followed and self.planner is not None:
+        if followed and self.planner is not None and not self.planner_acts:
             mend = "agent.length=1" if gaussian else "agent.planner=null, or a model such as wam=mot_uwm"
             raise ValueError(
                 "this policy learns from the frames that follow the present one, and a plan, which was not executed, "
@@ -182,7 +224,7 @@ class RFT(CollectingLearner):
             return {**metrics, "skipped": float(self.updater.skipped)}
         if self.shuffle_rewards:
             batch = shuffled_rewards(batch, generator)
-        if self.planner is None:
+        if self.planner is None or self.planner_acts:
             found = self._successes(batch)
         else:
             found = self._planned(batch)
@@ -240,7 +282,6 @@ class RFT(CollectingLearner):
                 first = end + 1
         return torch.cat(parts) if parts else None
 
-    @torch.no_grad()
     def _planned(self, batch: TensorDict) -> TensorDict:
         """States [K] of the batch with the planner's chunk as the label."""
         assert self.planner is not None and self.length is not None
@@ -250,12 +291,8 @@ class RFT(CollectingLearner):
         chunks = []
         for first in range(0, len(flat), _ROWS):
             part = flat[first : first + _ROWS]
-            state = encode(self.model, part)
-            rows = len(part)
-            row = torch.arange(first, first + rows, device=part.device)
-            key = NoiseKey(row=row, step=torch.full_like(row, self.iteration), seed=self.seed)
-            plan, _ = self.planner.plan(self.model, state, self.planner.initial_state(self.model, rows), key, Budget())
-            chunks.append(self._taught(plan))
+            row = torch.arange(first, first + len(part), device=part.device)
+            chunks.append(self._taught(_plan(self.model, self.planner, part, row, self.iteration, self.seed)))
         label = torch.cat(chunks)[:, : self.length]
         if label.shape[1] < self.length:
             raise ValueError(

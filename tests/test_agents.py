@@ -14,7 +14,7 @@ from torchrl.collectors import Collector
 from torchrl.envs import check_env_specs
 from torchrl.objectives.value import GAE
 
-from tests.agent_toys import OPTIMUM, STEPS, TASK, AimEnv, FlowToy, reference_model
+from tests.agent_toys import OPTIMUM, STEPS, TASK, AimEnv, FlowToy, Knowing, reference_model
 from tests.test_flow_wam import VARIANTS
 from tests.test_flow_wam import make as flow_model
 from tests.test_flow_wam import observations as flow_observations
@@ -515,33 +515,6 @@ def test_start_frames_that_the_members_disagree_about_teach_nothing():
 def test_the_latent_actor_critic_refuses_a_horizon_beyond_the_models():
     with pytest.raises(ValueError, match="meant for 1 to 4"):
         Latent(horizon=5, world_weight=0.0).bind(reference_model(), None, rows=1, seed=0)
-
-
-class Knowing:
-    """A planner that knows the optimum."""
-
-    horizon = 4
-
-    def initial_state(self, model, rows):
-        return TensorDict({}, batch_size=[rows])
-
-    def plan(self, model, state, plan_state, noise, budget):
-        from wamrl.interfaces import Plan
-
-        rows = state.batch_size[0]
-        good = torch.tensor(OPTIMUM).expand(rows, 1, 4, 2)
-        candidates = torch.cat([good, torch.zeros_like(good)], dim=1)
-        weights = torch.tensor([1.0, 0.0]).expand(rows, 2)
-        plan = Plan(
-            actions=good[:, 0],
-            value=torch.zeros(rows),
-            weights=weights,
-            candidates=candidates,
-            scores=weights,
-            evaluations=torch.zeros(rows),
-            searched=torch.ones(rows, dtype=torch.bool),
-        )
-        return plan, plan_state
 
 
 @pytest.mark.parametrize("target", ["plan", "mean"])

@@ -9,16 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensordict import TensorDict
 
-from tests.agent_toys import SIZES, TASK, AimEnv, FlowToy, reference_model, write_dataset
+from tests.agent_toys import SIZES, TASK, AimEnv, FlowToy, Knowing, reference_model, write_dataset
 from wamrl import checkpoint, measuring, posttrain, posttraining
 from wamrl.agents.base import LearningDiverged
+from wamrl.agents.flow_ppo import FlowPPO
 from wamrl.agents.latent import Latent
 from wamrl.agents.ppo import PPO
+from wamrl.agents.rft import RFT
 from wamrl.agents.sb3 import SB3
 from wamrl.data import start_frames
 from wamrl.envs.imagined_env import ImaginedEnv
-from wamrl.measuring import Measuring
+from wamrl.interfaces import task_id
+from wamrl.measuring import Measuring, RealWindows
 from wamrl.naming import RunError
 from wamrl.training import find_state
 
@@ -51,13 +55,13 @@ def test_it_measures_before_and_after_and_keeps_a_checkpoint(tmp_path):
     assert len(rows) == 21 and "real_steps" in rows[0]
 
 
-@pytest.mark.parametrize("with_data", [False, True])
-def test_a_killed_run_resumes_bit_for_bit(tmp_path, monkeypatch, with_data):
+@pytest.mark.parametrize("with_data, refresh", [(False, False), (True, False), (True, True)])
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, monkeypatch, with_data, refresh):
     data = write_dataset(tmp_path / "data") if with_data else None
     settings = {"world_weight": 0.1 if with_data else 0.0, "learning_rate": 3e-3, "minibatch": 48, "kl_reference": 0.1}
 
     def run(folder, **options):
-        return small(tmp_path / folder, learner=PPO(**settings), data=data, **options)
+        return small(tmp_path / folder, learner=PPO(**settings), data=data, refresh=refresh, **options)
 
     run("whole")
 
@@ -81,6 +85,57 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, monkeypatch, with_data):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     logs = [(tmp_path / name / "log.csv").read_text() for name in ("whole", "parts")]
     assert logs[0] == logs[1]
+
+
+def test_what_was_done_in_the_simulator_joins_the_data(tmp_path):
+    data, model = write_dataset(tmp_path / "data"), reference_model()
+    windows = RealWindows(data, model, batch=8, length=2, fraction=0.25, windows=4)
+    model.set_extent(data.extent(data.statistics()))
+    before, steps, high = len(windows.training), windows.training.num_steps, model.high[0].clone()
+    shape = (2, 5)
+    end = torch.zeros(*shape, 1, dtype=torch.bool)
+    end[0, 2] = True  # row 0: three steps up to a success, then two; row 1: five steps
+    frames = torch.arange(6.0).view(6, 1).expand(2, 6, 3) + 10.0 * torch.arange(2.0).view(2, 1, 1)
+    task = torch.full(shape, task_id(TASK))
+    after = {"state": frames[:, 1:], "done": end, "terminated": end, "success": end,
+             "task_reward": torch.full((*shape, 1), 0.5)}  # fmt: skip
+    batch = TensorDict(
+        {"state": frames[:, :-1], "task": task, "action": torch.rand(*shape, 2), "next": TensorDict(after, shape)},
+        shape,
+    )
+    windows.add(batch, model)
+    added = windows.training.select(range(before, len(windows.training)))
+    assert added.lengths.tolist() == [3, 2, 5] and windows.training.num_steps == steps + 10
+    assert [e["success"] for e in added.episodes] == [True, False, False]
+    (first,) = added.select([0]).windows(3)
+    assert first["observation", "state"][0, :, 0].tolist() == [0, 1, 2, 3]
+    assert first["imitate"].tolist() == [True] and first["success"].tolist() == [[False, False, True]]
+    assert not first["terminated"].any() and first["reward"].eq(0.5).all()  # the task goes on after a success
+    assert (model.high[0] > high).all()
+    windows.add(batch, model)
+    again = RealWindows(data, model, batch=8, length=2, fraction=0.25, windows=4)
+    again.load_state_dict(windows.state_dict(), model)
+    drawn = [w.draw(torch.Generator().manual_seed(1)) for w in (windows, again)]
+    assert len(again.training) == before + 6 and (drawn[0] == drawn[1]).all()
+
+
+def test_expert_iteration_learns_from_a_planner_that_acts(tmp_path):
+    learner = RFT(planner=Knowing(), planner_acts=True, learning_rate=1e-2, updates=60, world_weight=0.1)
+    results = small(tmp_path, learner=learner, data=write_dataset(tmp_path / "data"), refresh=True, iterations=2)
+    assert learner.refreshes
+    assert results["after"]["real"]["success"] == 1.0 > results["before"]["real"]["success"]
+    assert results["last_iteration"]["success"] == 1.0
+    with pytest.raises(ValueError, match="there is no planner"):
+        RFT(planner_acts=True)
+
+
+@pytest.mark.parametrize("what", ["data", "real", "chunk"])
+def test_a_refresh_that_cannot_be_is_refused(tmp_path, what):
+    options = {"data": write_dataset(tmp_path / "data"), "refresh": True}
+    options |= {"data": {"data": None}, "real": {"real": False}, "chunk": {}}[what]
+    learner = FlowPPO(chunk=2, world_weight=0.0) if what == "chunk" else None
+    with pytest.raises(ValueError, match="refresh=true adds real roll-outs"):
+        small(tmp_path / "run", learner=learner, **options)
 
 
 def test_a_world_model_that_decays_is_said_loudly(tmp_path):

@@ -535,6 +535,15 @@ class EpisodeDataset:
         infos = [self.episodes[i] for i in chosen.tolist()]
         return EpisodeDataset(self.frames, self.offsets[chosen], self.lengths[chosen], infos, self.indices)
 
+    def joined(self, other: EpisodeDataset) -> EpisodeDataset:
+        """These episodes and then those of `other`, which has the same keys and sizes; frames are copied."""
+        frames = TensorDict(
+            {key: torch.cat([value, other.frames[key]]) for key, value in self.frames.items(True, True)}, batch_size=[]
+        )
+        offsets = torch.cat([self.offsets, other.offsets + len(self.frames["action"])])
+        return EpisodeDataset(frames, offsets, torch.cat([self.lengths, other.lengths]),
+                              [*self.episodes, *other.episodes], self.indices)  # fmt: skip
+
     def split(self, validation_fraction: float, *, seed: int = 0) -> tuple[EpisodeDataset, EpisodeDataset]:
         """(training, validation) by whole episodes, the same fraction of each task and behaviour up to rounding.
 

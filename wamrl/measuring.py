@@ -5,18 +5,19 @@ Letters: W windows, B rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 
-from wamrl.data import EpisodeDataset
+from wamrl.data import EpisodeDataset, episode_tensordict
 from wamrl.envs.base import RowsEnv
 from wamrl.envs.imagined_env import ImaginedEnv
 from wamrl.evaluation import Episode, Start, run_episodes, summarise
-from wamrl.interfaces import WAM, Policy
+from wamrl.interfaces import WAM, Policy, task_id
 from wamrl.training import open_loop_errors
 
 _IMAGINED_STEPS = 100  # control steps of an imagined episode that is measured
@@ -62,7 +63,9 @@ class RealWindows:
         self, data: EpisodeDataset, model: WAM, *, batch: int, length: int | None, fraction: float, windows: int
     ) -> None:
         self.data, self.batch, self.length = data, batch, length or window_length(model)
-        self.training, validation = data.split(fraction, seed=0)
+        self.own, validation = data.split(fraction, seed=0)
+        self.training = self.own
+        self.added: TensorDict | None = None
         self.scale = {key: value["std"] for key, value in self.training.statistics().items()}
         horizon = min(10, model.spec.max_horizon)
         self.held_out = validation.sample(windows, horizon, torch.Generator().manual_seed(2))
@@ -70,6 +73,34 @@ class RealWindows:
     def draw(self, generator: torch.Generator) -> TensorDict:
         """Windows [W] in the batch contract of `WAM.loss`."""
         return self.training.sample(self.batch, self.length, generator)
+
+    def add(self, batch: TensorDict, model: WAM) -> None:
+        """Join what the policy did in a simulator, batch [B, T] of one control step per decision, to what is drawn.
+
+        Its successes count as worth imitating, and what the model holds for possible is widened to what it saw.
+        """
+        after = ("done", "terminated", "success", "task_reward", *model.spec.observation)
+        kept = batch.select("action", "task", *model.spec.observation, *(("next", key) for key in after)).cpu()
+        self.added = kept if self.added is None else torch.cat([self.added, kept])
+        self._join(model)
+
+    def _join(self, model: WAM) -> None:
+        assert self.added is not None
+        fresh = _episodes(self.added, model, self.own.indices)
+        self.training = self.own.joined(fresh)
+        widen = getattr(model, "set_extent", None)
+        if widen is not None:
+            widen(fresh.extent(self.data.statistics()), widen=True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was added, for a run that is to go on; the data itself is read again."""
+        return {} if self.added is None else dict(self.added.flatten_keys(".").items())
+
+    def load_state_dict(self, state: Mapping[str, Tensor], model: WAM) -> None:
+        """What `state_dict` gave."""
+        if state:
+            self.added = TensorDict(dict(state), batch_size=state["action"].shape[:2]).unflatten_keys(".")
+            self._join(model)
 
     @torch.no_grad()
     def error(self, model: WAM) -> float:
@@ -86,6 +117,34 @@ class RealWindows:
         at = self.data.offsets
         frames = {key: self.data.frames["observation"][key][at] for key in model.spec.observation}
         return TensorDict({**frames, "task": self.data._task}, batch_size=[len(at)])
+
+
+def _episodes(batch: TensorDict, model: WAM, indices: Sequence[Mapping[str, Any]]) -> EpisodeDataset:
+    """The episodes in batch [B, T], those that are cut off by its end included; `indices`: of the data they join."""
+    names = {task_id(task): task for task in model.spec.tasks}
+    episodes, infos = [], []
+    for row in batch:
+        ends = (row["next", "done"][:, 0].nonzero()[:, 0] + 1).tolist()
+        for first, end in zip([0, *ends], [*ends, len(row)], strict=True):
+            if first == end:
+                continue
+            steps, after = row[first:end], row["next"][first:end]
+            success = after["success"][:, 0]
+            # A learner's episode ends with its success, but the task goes on: it is cut short, not over.
+            over = after["terminated"][:, 0] & ~success
+            episodes.append(
+                episode_tensordict(
+                    {key: torch.cat([steps[key], after[key][-1:]]) for key in model.spec.observation},
+                    action=steps["action"],
+                    reward=after["task_reward"][:, 0],
+                    success=success,
+                    terminated=over,
+                    truncated=after["done"][:, 0] & ~over,
+                )
+            )
+            infos.append({"task": names[int(steps["task"][0])], "behaviour": "policy", "split": "train",
+                          "steps": end - first, "success": bool(success.any())})  # fmt: skip
+    return EpisodeDataset.from_episodes(episodes, infos, indices)
 
 
 @dataclass(frozen=True)

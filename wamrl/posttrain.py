@@ -112,6 +112,8 @@ def _command(config: DictConfig, run_dir: Path) -> None:
     )
     stored_config = {**settings, "wam": sizes}
     provenance = {"seed": settings["seed"], "initial": start, "agent": settings["agent"], "device": device}
+    real = not imagined and learner.kind != "imagine"
+    refresh = settings["refresh"]
     results = posttrain(
         model,
         learner,
@@ -123,7 +125,8 @@ def _command(config: DictConfig, run_dir: Path) -> None:
         data=data,
         frames=frames,
         measuring=measuring,
-        real=not imagined and learner.kind != "imagine",
+        real=real,
+        refresh=real and getattr(learner, "refreshes", False) if refresh is None else refresh,
         identity=_identity(settings, start),
         command=f"python -m wamrl.posttrain resume={run_dir}",
         **{name: settings[name] for name in _LOOP},

@@ -59,6 +59,7 @@ def posttrain(
     world_length: int | None = None,
     validation_fraction: float = 0.05,
     validation_windows: int = 256,
+    refresh: bool = False,
     evaluate_every: int = 0,
     save_every: int = 5,
     identity: str = "",
@@ -89,6 +90,7 @@ def posttrain(
         world_length: control steps of such a window; None: see `RealWindows`.
         validation_fraction: of the episodes, held out.
         validation_windows: of those, that the world model's error is measured on.
+        refresh: whether what the learner's actor does in `env`, a simulator, joins the episodes of `data`.
         evaluate_every: iterations between evaluations on the way; 0: only before and after.
         save_every: iterations between resume states.
         identity: of model, data and settings; a state of another one is refused.
@@ -101,6 +103,11 @@ def posttrain(
         ValueError: `run_dir` holds another run, or model and learner do not fit together.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, with the state saved.
     """
+    if refresh and (data is None or not real or learner.kind != "collect" or learner.chunk != 1):
+        raise ValueError(
+            "refresh=true adds real roll-outs to the episodes that the world model is trained on, so it needs "
+            "data=<dataset>, a simulator as env, and an agent that collects control step by control step"
+        )
     windows = None
     if data is not None:
         windows = RealWindows(data, model, batch=world_batch, length=world_length, fraction=validation_fraction,
@@ -109,7 +116,9 @@ def posttrain(
         learner.bind(model, None if windows is None else windows.draw, rows=num_envs, seed=seed)
         experience = experience_of(learner, model, env, frames=frames, data=data, rows=num_envs, decisions=decisions,
                                    success_ends=success_ends)  # fmt: skip
-        run = _Run(model, learner, experience, windows, measuring, Path(run_dir), save_model, seed, identity, real)
+        run = _Run(
+            model, learner, experience, windows, measuring, Path(run_dir), save_model, seed, identity, real, refresh
+        )
         with _disk(run.checkpoints):
             return run.go(
                 iterations=iterations, real_steps=real_steps, max_seconds=max_seconds, evaluate_every=evaluate_every,
@@ -130,10 +139,11 @@ class _Run:
         seed: int,
         identity: str,
         real: bool,
+        refresh: bool,
     ) -> None:
         self.model, self.learner, self.experience, self.windows = model, learner, experience, windows
         self.measuring, self.run_dir, self.save_model = measuring, run_dir, save_model
-        self.seed, self.identity, self.real = seed, identity, real
+        self.seed, self.identity, self.real, self.refresh = seed, identity, real, refresh
         self.checkpoints = run_dir / "checkpoints"
         self.iteration, self.steps, self.seconds = 0, 0, 0.0
         self.before: dict[str, Any] = {}
@@ -203,7 +213,11 @@ class _Run:
         torch.manual_seed(seed)
         self.learner.begin(self.iteration)
         self.model.train()
-        self.metrics = self.learner.learn(self.experience.batch(seed))
+        batch = self.experience.batch(seed)
+        if self.refresh and bool(torch.isfinite(batch["next", "task_reward"]).all()):
+            assert self.windows is not None
+            self.windows.add(batch, self.model)
+        self.metrics = self.learner.learn(batch)
         if self.real:
             self.steps += int(self.metrics["steps"])
         self.model.eval()
@@ -227,6 +241,8 @@ class _Run:
     def _save(self) -> None:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"learner.{name}": tensor for name, tensor in self.learner.state_dict().items()}
+        if self.windows is not None:
+            tensors |= {f"windows.{name}": tensor for name, tensor in self.windows.state_dict().items()}
         facts = {
             "iteration": self.iteration,
             "real_steps": self.steps,
@@ -250,12 +266,14 @@ class _Run:
                 "on with resume=<that directory> and no other settings"
             )
         tensors = load_file(found / "state.safetensors")
-        parts: dict[str, dict[str, Any]] = {"model": {}, "learner": {}}
+        parts: dict[str, dict[str, Any]] = {"model": {}, "learner": {}, "windows": {}}
         for name, tensor in tensors.items():
             owner, _, rest = name.partition(".")
             parts[owner][rest] = tensor
         self.model.load_state_dict(parts["model"])
         self.learner.load_state_dict(parts["learner"])
+        if self.windows is not None:
+            self.windows.load_state_dict(parts["windows"], self.model)
         self.iteration, self.steps, self.seconds = facts["iteration"], facts["real_steps"], facts["seconds"]
         self.before, self.before_real, self.curve = facts["before"], facts["before_real"], facts["curve"]
         return True
