@@ -4,7 +4,8 @@
     python -m benchmarks.plan_metaworld --settings scarce --seeds 0 --jobs 1
 
 Every stage is one of the commands that users run, in a directory of its own under `--out`; a stage that is done is
-not done again, so a stopped benchmark goes on. The metrics go to benchmarks/results/plan_metaworld.json.
+not done again, so a stopped benchmark goes on. The metrics go to benchmarks/results/plan_metaworld.json; what that file
+says of settings that are not asked for stays, with the commits at which they were measured.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.stored import RESULTS, ROOT, Clock, run_stage, stage_done
-from wamrl.evaluation import Episode, compare, read_episodes, summarise
+from wamrl.evaluation import Episode, compare, read_episodes, sooner, summarise
 
 FIRST_TEST_START = 250  # starts 0 to 249 were read while earlier versions were made
 METHODS = ("planner", "policy", "shuffled", "random", "expert")
@@ -160,6 +161,11 @@ def collect_metrics(out: Path, finished: Mapping[Setting, Sequence[int]]) -> tup
                 "mean": pair.difference, "n": pair.n, "low": pair.low, "high": pair.high
             }  # fmt: skip
             metrics[f"{prefix}/mcnemar_p"] = pair.p_value
+            steps = sooner(episodes, "planner", other)
+            assert steps is not None
+            metrics[f"{prefix}/steps"] = {
+                "mean": steps.difference, "n": steps.n, "low": steps.low, "high": steps.high
+            }  # fmt: skip
         metrics[f"{label}/plan/evaluations"] = runs[0]["evaluations_per_plan"]
         trainings = "train*" if stage == "plan" else "train"
         totals = [_training_seconds(out / setting.name / f"seed{seed}", trainings) for seed in seeds]
@@ -199,13 +205,22 @@ def main() -> None:
         }
         for s, seeds in finished.items()
     }
+    target = RESULTS / "plan_metaworld.json"
+    if target.exists():
+        earlier = json.loads(target.read_text())
+        others = {name: SETTINGS[name] for name in earlier["config"] if name not in config}
+        config |= {name: earlier["config"][name] for name in others}
+        labels = tuple(f"{label}/" for setting in others.values() for label in setting.comparisons)
+        metrics |= {key: value for key, value in earlier["metrics"].items() if key.startswith(labels)}
+        if others:
+            hashes = sorted({*hashes, *earlier["protocol_hash"]})
     clock.store(
-        RESULTS / "plan_metaworld.json",
+        target,
         config=config,
         metrics=metrics,
         arguments=" ".join(sys.argv[1:]),
         protocol_hash=hashes,
-        seeds=sorted({seed for seeds in finished.values() for seed in seeds}),
+        seeds=sorted({seed for setting in config.values() for seed in setting["seeds"]}),
     )
     for key, value in metrics.items():
         if "/mean/" in key and isinstance(value, dict):

@@ -95,8 +95,12 @@ def paired(result: Mapping[str, Any]) -> str:
             difference = metrics[f"{prefix}/success"]
             p = metrics[f"{prefix}/mcnemar_p"]
             shown = "< 0.001" if p < 1e-3 else f"{p:.3f}"
-            rows.append([SETTINGS[setting], METHOD_NAMES[other], _rate(difference), str(difference["n"]), shown])
-    return _grid(["setting", "planner minus", "percentage points, 95 % interval", "n", "McNemar's p"], rows)
+            steps = metrics.get(f"{prefix}/steps")
+            sooner = "" if steps is None else f"{steps['mean']:+.1f} [{steps['low']:+.1f}, {steps['high']:+.1f}]"
+            row = [SETTINGS[setting], METHOD_NAMES[other], _rate(difference), str(difference["n"]), shown, sooner]
+            rows.append(row)
+    head = ["setting", "planner minus", "percentage points, 95 % interval", "n", "McNemar's p"]
+    return _grid([*head, "control steps to success where both succeed"], rows)
 
 
 def latency(result: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -514,6 +515,40 @@ def compare(episodes: Sequence[Episode], first: str, second: str) -> Paired | No
 
 
 @dataclass(frozen=True)
+class Sooner:
+    """Control steps to the first success of one method minus another's, over the starts where both succeed.
+
+    Where success is near 100 % this still tells two methods apart; it says nothing of starts that only one solves.
+    low, high: 95 % interval, Student's t over the starts; None below three of them.
+    """
+
+    n: int
+    difference: float
+    low: float | None
+    high: float | None
+
+
+def sooner(episodes: Sequence[Episode], first: str, second: str) -> Sooner | None:
+    """`Sooner` over the starts that both methods solved with the same seed; None when there is no such start."""
+    steps = {
+        m: {(e.task, e.start, e.seed): e.first_success_step for e in episodes if e.method == m and e.success}
+        for m in (first, second)
+    }
+    common = sorted(steps[first].keys() & steps[second].keys())
+    gaps = [a - b for k in common if (a := steps[first][k]) is not None and (b := steps[second][k]) is not None]
+    return Sooner(len(gaps), *_mean_with_interval(np.array(gaps, dtype=float))) if gaps else None
+
+
+def _mean_with_interval(values: NDArray[np.float64]) -> tuple[float, float | None, float | None]:
+    """Mean of `values` [n] and its 95 % interval by Student's t; None where n is below three."""
+    mean = float(values.mean())
+    if len(values) < 3:
+        return mean, None, None
+    half = _student(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+@dataclass(frozen=True)
 class Gain:
     """What the planner gains over the policy, in imagination and in reality, on the same starts.
 
@@ -541,31 +576,22 @@ def gain(episodes: Sequence[Episode], first: str = "planner", second: str = "pol
     if not common:
         return None
     gains = np.array([np.subtract(rates[first][key], rates[second][key]) for key in common])
-    n, surplus = len(common), gains[:, 0] - gains[:, 1]
-    difference, half = float(surplus.mean()), None
-    if n >= 3:
-        half = _student(n - 1) * float(surplus.std(ddof=1)) / math.sqrt(n)
+    difference, low, high = _mean_with_interval(gains[:, 0] - gains[:, 1])
     return Gain(
-        n=n,
+        n=len(common),
         imagined=float(gains[:, 0].mean()),
         real=float(gains[:, 1].mean()),
         difference=difference,
-        low=None if half is None else difference - half,
-        high=None if half is None else difference + half,
+        low=low,
+        high=high,
     )
 
 
 def _student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t (Abramowitz and Stegun, 26.7.5): within 0.5 % from 3 degrees of freedom on."""
-    z = 1.959963984540054
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return sum(term / freedom**k for k, term in enumerate(terms))
+    """The 97.5 % quantile of Student's t."""
+    from scipy import stats  # here, because it takes a third of a second
+
+    return float(stats.t.ppf(0.975, freedom))
 
 
 def protocol_hash(

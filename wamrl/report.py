@@ -538,9 +538,16 @@ def _pairs(results: Mapping[str, Any]) -> list[list[str]]:
         only = [str(p["only_first"]), str(p["only_second"])]
         rows.append(
             [f"{p['first']}, {p['second']}", str(p["n"]), difference, f"{low} to {high}", *only]
-            + [f"{p['p_value']:.2g}", reading]
+            + [f"{p['p_value']:.2g}", _steps(p.get("steps")), reading]
         )
     return rows
+
+
+def _steps(s: Mapping[str, Any] | None) -> str:
+    """Control steps to success, first minus second, with the interval."""
+    if s is None:
+        return "-"
+    return f"{s['difference']:+.1f}" + ("" if s["low"] is None else f" ({s['low']:+.1f} to {s['high']:+.1f})")
 
 
 def gain_words(g: Mapping[str, Any]) -> str:

@@ -20,7 +20,17 @@ from typing import Any
 import numpy as np
 
 from wamrl import provenance
-from wamrl.evaluation import Episode, Start, compare, gain, percentiles, read_episodes, summarise, write_episodes
+from wamrl.evaluation import (
+    Episode,
+    Start,
+    compare,
+    gain,
+    percentiles,
+    read_episodes,
+    sooner,
+    summarise,
+    write_episodes,
+)
 from wamrl.files import write_json
 from wamrl.report import METHODS, short, write_report
 
@@ -138,7 +148,12 @@ class Run:
                 summary[method] = {"mean": asdict(summarise(mine))}
                 summary[method] |= {t: asdict(summarise(es)) for t, es in by_task.items() if es}
         pairs = [("planner", m) for m in ("policy", "shuffled", "random", "expert", "oracle") if m in self.methods]
-        compared = [compare(self.episodes, *pair) for pair in pairs if "planner" in self.methods]
+        pairs = pairs if "planner" in self.methods else []
+        compared = [
+            {**asdict(found), "steps": None if (quicker := sooner(self.episodes, *pair)) is None else asdict(quicker)}
+            for pair in pairs
+            if (found := compare(self.episodes, *pair)) is not None
+        ]
         gains = {t: gain([e for e in self.episodes if t in ("mean", e.task)]) for t in ("mean", *self.tasks)}
         if self.plan_log:
             self.timing["batched"] = plan_times(self.plan_log, self.settings["threads"])
@@ -169,7 +184,7 @@ class Run:
             "methods": self.methods,
             "episodes_wanted": self.wanted,
             "summary": summary,
-            "paired": [asdict(p) for p in compared if p is not None],
+            "paired": compared,
             "gain": {t: asdict(g) for t, g in gains.items() if g is not None},
             "timing": {k: self.timing[k] for k in ("single", "batched", "oracle") if k in self.timing},
             "evaluations_per_plan": self.evaluations_per_plan,
