@@ -274,8 +274,40 @@ def test_open_loop_errors_are_zero_for_the_truth_and_ignore_padding():
     assert training.open_loop_errors(model, broken) == training.open_loop_errors(model, cut)
     difference = windows["observation", "state"][:, :1] - windows["observation", "state"][:, 1:]
     proprioception = windows["observation", "proprioception"][:, :1] - windows["observation", "proprioception"][:, 1:]
-    by_hand = torch.cat([difference, proprioception], dim=-1).square().mean((0, 2)).sqrt()
-    assert errors["state_persistence"] == pytest.approx(by_hand.tolist(), rel=1e-5)
+    by_feature = torch.cat([difference, proprioception], dim=-1).square().mean(0).sqrt()  # [H, F]
+    by_hand = by_feature[:, by_feature.amax(0) > 1e-6].log().mean(1).exp()
+    assert errors["state_persistence"] == pytest.approx(by_hand.tolist(), rel=1e-4)
+
+
+def test_a_feature_that_nothing_predicts_does_not_hide_that_the_others_got_worse():
+    windows = PointWindows().sample(64, 5, torch.Generator().manual_seed(0))
+
+    class Guess:
+        """Knows the truth but for `wrong` [F], and that the first feature is off by a thousand."""
+
+        spec = checkpoint.build(MODEL, seed=0).spec
+        real = checkpoint.build(MODEL, seed=0).eval()
+
+        def __init__(self, wrong: float) -> None:
+            self.wrong = wrong
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+        def decode(self, imagined, keys):
+            shape = (*imagined.frames.shape[:-1],)
+            found = {}
+            for key in keys:
+                off = torch.full_like(windows["observation", key][:, 1:], self.wrong)
+                if key == "state":
+                    off[..., 0] = 1000.0
+                found[key] = (windows["observation", key][:, 1:] + off)[:, None, None].expand(*shape, -1)
+            return TensorDict(found, batch_size=shape)
+
+    before, after = (training.open_loop_errors(Guess(wrong), windows)["state_error"] for wrong in (0.1, 0.2))
+    growth = [b / a for a, b in zip(before, after, strict=True)]
+    features = sum(windows["observation", key].shape[-1] for key in Guess.spec.observation)
+    assert growth == pytest.approx([2.0 ** ((features - 1) / features)] * 5, rel=0.05)
 
 
 def test_a_time_limit_stops_cleanly_and_can_be_lifted(tmp_path):

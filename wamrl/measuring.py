@@ -108,8 +108,9 @@ class RealWindows:
         device = next(model.parameters()).device
         windows = self.held_out.to(device)
         if {"rollout", "decode"} <= set(model.spec.provides):
-            errors = open_loop_errors(model, windows, scale=self.scale)["state_error"]
-            return sum(errors) / len(errors)
+            errors = open_loop_errors(model, windows, scale=self.scale).get("state_error")
+            if errors is not None:
+                return sum(errors) / len(errors)
         return float(model.loss(windows, noise=torch.Generator(device=device).manual_seed(3))["loss"])
 
     def first_frames(self, model: WAM) -> TensorDict:

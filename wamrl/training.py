@@ -478,9 +478,12 @@ def open_loop_errors(
             are left out. None is 1.
 
     Returns:
-        Lists of length H of root mean squares over windows and features: `state_error` and `state_persistence` in
-        standard deviations of the data, over all decoded observation keys; `latent_error` and `latent_persistence` in
-        latent units. Futures are averaged over the M members. Steps past an episode's end do not count.
+        Lists of length H. `state_error` and `state_persistence`: per feature of all decoded observation keys the root
+        mean square over windows, in standard deviations of the data, and of these the geometric mean over the features
+        that move; absent where nothing does. So every feature's share counts alike, where a mean would drown in a few
+        that nothing predicts, such as those of a quaternion, whose sign is arbitrary. `latent_error` and
+        `latent_persistence`: root mean squares over windows and features. Futures are averaged over the M members.
+        Steps past an episode's end do not count.
     """
     model.spec.require("rollout")
     rows, horizon = windows["action"].shape[:2]
@@ -525,10 +528,21 @@ def open_loop_errors(
             std = torch.ones(truth.shape[-1]) if scale is None else torch.as_tensor(scale[key]).flatten().float()
             unit.append(std.to(truth.device))
         std = torch.cat(unit)
-        moving = std > 1.001e-3
-        for name, parts in (("state_error", predicted), ("state_persistence", still)):
-            errors[name] = _rms((torch.cat(parts, dim=-1) / std)[..., moving], valid)
+        by_feature = [_rms_by_feature(torch.cat(parts, dim=-1) / std, valid) for parts in (predicted, still)]
+        moving = (std > 1.001e-3) & (by_feature[1] > _STILL).any(0)
+        if moving.any():
+            for name, rms in zip(("state_error", "state_persistence"), by_feature, strict=True):
+                errors[name] = rms[:, moving].clamp(min=_STILL).log().mean(1).exp().tolist()
     return errors
+
+
+_STILL = 1e-6  # standard deviations: what moves no further in a window does not move
+
+
+def _rms_by_feature(difference: Tensor, valid: Tensor) -> Tensor:
+    """[H, F] of `difference` [B, H, F], over the windows where `valid` [B, H]."""
+    square = torch.where(valid[..., None], difference.square(), 0.0).double()
+    return (square.sum(0) / valid.sum(0).clamp(min=1)[:, None]).sqrt()
 
 
 def _rms(difference: Tensor, valid: Tensor) -> list[float]:
