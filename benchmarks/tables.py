@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/ from benchmarks/results/*.json; `--check` fails when they differ.
+"""Write the tables and curves of README.md and docs/ from benchmarks/results/*.json; `--check` fails when they differ.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; NAME is a key of `TABLES`. A table whose
 result was not made yet stays empty, and the command says how to make it.
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import curves
 from benchmarks.stored import RESULTS, ROOT
 from wamrl import fast_wam
 from wamrl.files import write_text
@@ -311,7 +312,7 @@ def isaac(result: Mapping[str, Any]) -> str:
 
 
 def posttrain(result: Mapping[str, Any]) -> str:
-    """Success before, on the way through and after every variant that has finished, by task, and what it cost."""
+    """Success before and after every variant that has finished, by task, and what it cost."""
     metrics = result["metrics"]
     rows = []
     for name in dict.fromkeys(key.partition("/")[0] for key in metrics):
@@ -323,11 +324,6 @@ def posttrain(result: Mapping[str, Any]) -> str:
             cost = f"{metrics[f'{name}/real_steps']:,.0f}" if task == "mean" else ""
             decay = f"{100 * metrics[f'{name}/world_error_growth']:+.1f} %" if task == "mean" else ""
             rows.append([f"`{name}`" if task == "mean" else "", task, before, after, str(n), str(seeds), cost, decay])
-        on_the_way = [key.removesuffix("/success") for key in metrics if key.startswith(f"{name}/mean/at_")]
-        for place in [place for place in on_the_way if f"{place}/success" in metrics][1:-1]:
-            rate, steps = metrics[f"{place}/success"], metrics[f"{place}/real_steps"]
-            where_then = f"mean, iteration {place.rpartition('_')[2]}"
-            rows.append(["", where_then, "", _rate(rate), str(rate["n"]), str(seeds), f"{steps:,.0f}", ""])
     return _grid(["variant", "task", "before, %", "after, %", "n", "seeds", "real steps", "world model's error"], rows)
 
 
@@ -385,6 +381,12 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
 }
 
 
+FIGURES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
+    "docs/images/posttrain.svg": ("posttrain", curves.posttrain)
+}
+"""Drawn from a result's metrics."""
+
+
 def table(name: str, results: Path = RESULTS) -> str:
     """The table `name` as Markdown, from the stored result it belongs to.
 
@@ -435,9 +437,9 @@ def pages(root: Path = ROOT) -> Iterator[Path]:
 
 
 def update(root: Path = ROOT, *, check: bool = False) -> tuple[list[str], list[str]]:
-    """Write the tables of all pages below `root`, or only look when `check`.
+    """Write the tables of all pages below `root` and the figures, or only look when `check`.
 
-    Returns the pages that were out of date, and a message for each result that is missing.
+    Returns the files that were out of date, and a message for each result that is missing.
     """
     stale: list[str] = []
     missing: list[str] = []
@@ -448,6 +450,16 @@ def update(root: Path = ROOT, *, check: bool = False) -> tuple[list[str], list[s
             stale.append(page.relative_to(root).as_posix())
             if not check:
                 write_text(page, fresh)
+    for place, (source, draw) in FIGURES.items():
+        result, picture = root / "benchmarks" / "results" / f"{source}.json", root / place
+        if not result.is_file():  # its table says so
+            continue
+        fresh = draw(json.loads(result.read_text(encoding="utf-8"))["metrics"])
+        if not picture.is_file() or fresh != picture.read_text(encoding="utf-8"):
+            stale.append(place)
+            if not check:
+                picture.parent.mkdir(parents=True, exist_ok=True)
+                write_text(picture, fresh)
     return stale, sorted(set(missing))
 
 

@@ -91,6 +91,22 @@ def test_a_result_that_lacks_a_number_is_refused(tree):
         tables.table("tasks", path.parent)
 
 
+def test_learning_curves_are_those_of_the_result(tree):
+    metrics: dict[str, Any] = {}
+    for iteration, (steps, success) in enumerate(((0, 0.2), (3200, 0.5), (6400, 0.9))):
+        place = f"expert_iteration/mean/at_{iteration}"
+        metrics |= {f"{place}/success": rate(success), f"{place}/real_steps": float(steps)}
+    result = tree / "benchmarks" / "results" / "posttrain.json"
+    result.write_text(json.dumps({"metrics": metrics}))
+    assert "docs/images/posttrain.svg" in tables.update(tree)[0]
+    assert tables.update(tree, check=True)[0] == []
+    drawn = (tree / "docs" / "images" / "posttrain.svg").read_text()
+    assert "expert iteration" in drawn and "6,400" in drawn and drawn.count("<circle") == 3
+    metrics["expert_iteration/mean/at_2/success"] = rate(0.3)
+    result.write_text(json.dumps({"metrics": metrics}))
+    assert tables.update(tree, check=True)[0] == ["docs/images/posttrain.svg"]
+
+
 def test_an_unknown_table_is_refused_with_the_nearest_name(tree):
     with pytest.raises(ValueError, match="success"):
         tables.table("succes", tree / "benchmarks" / "results")
