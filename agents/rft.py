@@ -5,9 +5,9 @@ imagination as in Ctrl-World, arXiv:2510.10125). With a planner that teaches, ev
 the policy is taught the plan: the planner's chosen chunk, its weighted mean (MPPI weights as targets), or, with a
 best-of-N planner, the best of its samples. With a planner that acts, it collects in place of the policy and its
 successes are imitated, while the world model learns from all that it did (expert iteration, Anthony et al., 2017,
-arXiv:1705.08439). All use the policy's part of the model's own `WAM.loss` on windows whose
-labels are those actions, so any policy that learns by imitation will do, flow matching included. A policy that reads
-more than a window's first frame is shown the frames that followed; a plan, which was not executed, has none.
+arXiv:1705.08439). All use the policy's part of the model's own `WAM.loss` on windows whose labels are those actions,
+so any policy that learns by imitation will do, flow matching included. A policy that reads more than a window's first
+frame is shown the frames that followed; a plan, which was not executed, has none.
 
 Letters: B rows, T decisions of a batch, K kept frames, W windows of L control steps, H actions of a plan, N candidates,
 A action dims.
@@ -111,13 +111,13 @@ class RFT(CollectingLearner):
     """Imitation of successes or of a planner; fulfils `wamrl.agents.base.Learner`.
 
     planner: None imitates the policy's successes; otherwise what teaches, or, with planner_acts, what collects the
-    episodes whose successes are imitated. target: "plan" is the chosen chunk, "mean" the candidates'
-    mean by the planner's weights. noise: least and greatest standard deviation of an action while collecting, for a
-    Gaussian policy. behaviour_share: of the rows that collect by the behaviour prior instead, see `Explorer`. buffer:
-    windows that are kept, the newest. batch: windows per step. updates: steps per iteration. length: L; None is 1 for a
-    policy that decides in every control step, otherwise the model's chunk. max_plans: states per iteration that the
-    planner is asked about. shuffle_rewards: the null control, which deals out at random which trajectories worked.
-    The others: `wamrl.agents.base.Updater`.
+    episodes whose successes are imitated. target: of teaching, "plan" is the chosen chunk, "mean" the candidates' mean
+    by the planner's weights. noise: least and greatest standard deviation of an action while a Gaussian policy
+    collects. behaviour_share: of the rows that collect by the behaviour prior instead, see `Explorer`. buffer: windows
+    that are kept, the newest. batch: windows per step. updates: steps per iteration. length: L; None is 1 for a policy
+    that decides in every control step, otherwise the model's chunk. max_plans: states per iteration that the planner is
+    asked to teach. shuffle_rewards: the null control, which deals out at random which trajectories worked. The others:
+    `wamrl.agents.base.Updater`.
     """
 
     name = "rft"
