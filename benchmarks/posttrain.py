@@ -44,7 +44,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
             "evaluate_every=1", "agent.updates=600", *_IMITATION),
     "distil_imagined": _IMAGINED,
     "distil_shuffled": (*_IMAGINED, "agent.planner.shuffle_scores=true"),
-    "sac": ("env=metaworld/six", f"env.tasks={ENV}", "num_envs=16", "decisions=1000", "iterations=6",
+    "sac": ("env=metaworld/six", f"env.tasks={ENV}", "num_envs=16", "decisions=1000", "iterations=5",
             "evaluate_every=1", "agent=sb3", "agent.algorithm=sac", "agent.demonstrations=true",
             "+agent.settings.gradient_steps=-1"),
 }  # fmt: skip
