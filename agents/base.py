@@ -296,6 +296,7 @@ class Updater:
         if rest and (world_weight or train_all):
             groups.append({"params": rest, "lr": world_learning_rate})
         self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.rates = [float(group["lr"]) for group in groups]
         self.optimiser = torch.optim.Adam(groups, fused=True)
         self.skipped = self.streak = 0
         self.generator = torch.Generator()
@@ -332,6 +333,11 @@ class Updater:
     def learning_rate(self) -> float:
         """Of the policy, at present."""
         return float(self.optimiser.param_groups[0]["lr"])
+
+    def scale(self, share: float) -> None:
+        """Learning rates of `share` of those asked for."""
+        for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+            group["lr"] = share * rate
 
     def slow_down(self) -> None:
         """Halve the learning rate of the policy, for good."""

@@ -3,10 +3,11 @@
 Without a planner, the trajectories of the policy's own samples that reached a success are kept and imitated (in
 imagination as in Ctrl-World, arXiv:2510.10125). With a planner that teaches, every visited state is planned from and
 the policy is taught the plan: the planner's chosen chunk, its weighted mean (MPPI weights as targets), or, with a
-best-of-N planner, the best of its samples. With a planner that acts, it collects in place of the policy and its
-successes are imitated, while the world model learns from all that it did (expert iteration, Anthony et al., 2017,
-arXiv:1705.08439). All use the policy's part of the model's own `WAM.loss` on windows whose labels are those actions,
-so any policy that learns by imitation will do, flow matching included. A policy that reads more than a window's first
+best-of-N planner, the best of its samples. Where a planner acts, it collects in place of the policy and its successes
+are imitated, while the world model learns from all that it did (expert iteration, Anthony et al., 2017,
+arXiv:1705.08439); in the rows that are left to the policy the planner teaches (as in DAgger, Ross et al., 2011,
+arXiv:1011.0686). All use the policy's part of the model's own `WAM.loss` on windows whose labels are those actions, so
+any policy that learns by imitation will do, flow matching included. A policy that reads more than a window's first
 frame is shown the frames that followed; a plan, which was not executed, has none.
 
 Letters: B rows, T decisions of a batch, K kept frames, W windows of L control steps, H actions of a plan, N candidates,
@@ -15,12 +16,12 @@ A action dims.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from wamrl.agents.base import (
@@ -34,11 +35,12 @@ from wamrl.agents.base import (
     shuffled_rewards,
 )
 from wamrl.agents.flow_ppo import ChainActor
-from wamrl.agents.ppo import TICKS, GaussianActor
+from wamrl.agents.ppo import GaussianActor
 from wamrl.interfaces import WAM, Budget, Plan, Planner
 from wamrl.noise import NoiseKey
 
 TARGETS = ("plan", "mean")
+_LEAST_RATE = 0.02  # of the learning rates, that an annealed iteration ends with
 _ROWS = 16  # states per plan: more candidates at once leave the caches of a CPU
 
 
@@ -76,26 +78,35 @@ class Explorer(GaussianActor):
         return tensordict
 
 
-class Planning(TensorDictModuleBase):
-    """A planner in the model as a TensorDict module: plans anew in every control step and writes the first `action`."""
+class Planning(Explorer):
+    """The policy with its noise, and in a share of the rows a planner in the model, which plans in every control step.
 
-    def __init__(self, model: WAM, planner: Planner) -> None:
-        super().__init__()
-        self.in_keys, self.out_keys = [*model.spec.observation, "task"], ["action"]
-        self.model, self.planner = model, planner
-        self.seed, self.tick = 0, 0
+    planned: [B] where the planner acts, drawn anew for every iteration.
+    """
+
+    def __init__(self, model: WAM, planner: Planner, *, noise: tuple[float, float], planner_acts: float) -> None:
+        super().__init__(model, noise=noise, share=0.0)
+        self.planner, self.planner_acts = planner, planner_acts
+        self.planned: Tensor | None = None
 
     def begin(self, seed: int, iteration: int) -> None:
         """See `GaussianActor`."""
-        self.seed, self.tick = seed, iteration * TICKS
+        super().begin(seed, iteration)
+        self.planned = None
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Plan from observations [B]."""
-        rows = torch.arange(len(tensordict), device=tensordict.device)
-        parts = [_plan(self.model, self.planner, tensordict[part], part, self.tick, self.seed).actions[:, 0]
-                 for part in rows.split(_ROWS)]  # fmt: skip
-        self.tick += 1
-        tensordict["action"] = torch.cat(parts)
+        """Choose an action for observations [B]."""
+        rows = len(tensordict)
+        if self.planned is None:
+            rank = self._key(rows, tensordict.device).uniform(1)[:, 0].argsort().argsort()
+            self.planned = rank < round(self.planner_acts * rows)
+        super().forward(tensordict)
+        action = tensordict["action"].clone()
+        for part in self.planned.nonzero()[:, 0].split(_ROWS):
+            if len(part):
+                plan = _plan(self.model, self.planner, tensordict[part], part, self.tick, self.seed)
+                action[part] = plan.actions[:, 0]
+        tensordict["action"] = action
         return tensordict
 
 
@@ -110,14 +121,15 @@ def _plan(model: WAM, planner: Planner, observation: TensorDictBase, row: Tensor
 class RFT(CollectingLearner):
     """Imitation of successes or of a planner; fulfils `wamrl.agents.base.Learner`.
 
-    planner: None imitates the policy's successes; otherwise what teaches, or, with planner_acts, what collects the
-    episodes whose successes are imitated. target: of teaching, "plan" is the chosen chunk, "mean" the candidates' mean
-    by the planner's weights. noise: least and greatest standard deviation of an action while a Gaussian policy
-    collects. behaviour_share: of the rows that collect by the behaviour prior instead, see `Explorer`. buffer: windows
-    that are kept, the newest. batch: windows per step. updates: steps per iteration. length: L; None is 1 for a policy
-    that decides in every control step, otherwise the model's chunk. max_plans: states per iteration that the planner is
-    asked to teach. shuffle_rewards: the null control, which deals out at random which trajectories worked. The others:
-    `wamrl.agents.base.Updater`.
+    planner: None imitates the policy's successes; otherwise what teaches. planner_acts: the share of the rows in which
+    the planner collects, and its successes are imitated. target: of teaching, "plan" is the chosen chunk, "mean" the
+    candidates' mean by the planner's weights. noise: least and greatest standard deviation of an action while a
+    Gaussian policy collects. behaviour_share: of the rows that collect by the behaviour prior instead, see `Explorer`.
+    buffer: windows that are kept, the newest. batch: windows per step. updates: steps per iteration. length: L; None is
+    1 for a policy that decides in every control step, otherwise the model's chunk. max_plans: states per iteration that
+    the planner is asked to teach. anneal: whether the learning rates fall along half a cosine in every iteration, which
+    then ends with settled weights. shuffle_rewards: the null control, which deals out at random which trajectories
+    worked. The others: `wamrl.agents.base.Updater`.
     """
 
     name = "rft"
@@ -127,7 +139,7 @@ class RFT(CollectingLearner):
         self,
         *,
         planner: Planner | None = None,
-        planner_acts: bool = False,
+        planner_acts: float = 0.0,
         target: str = "plan",
         noise: tuple[float, float] = (0.05, 0.5),
         behaviour_share: float = 0.0,
@@ -136,6 +148,7 @@ class RFT(CollectingLearner):
         updates: int = 40,
         length: int | None = None,
         max_plans: int = 1024,
+        anneal: bool = False,
         shuffle_rewards: bool = False,
         learning_rate: float = 1e-4,
         world_learning_rate: float = 1e-5,
@@ -146,10 +159,14 @@ class RFT(CollectingLearner):
     ) -> None:
         if target not in TARGETS:
             raise ValueError(f"target is '{target}', but must be one of {', '.join(TARGETS)}")
+        if not 0.0 <= planner_acts <= 1.0:
+            raise ValueError(f"planner_acts is {planner_acts}, but is a share of the rows, from 0 to 1")
         if planner_acts and planner is None:
-            raise ValueError("planner_acts=true, but there is no planner; choose one, as agent=expert_iteration does")
+            raise ValueError(
+                f"planner_acts={planner_acts}, but there is no planner; choose one, as agent=expert_iteration does"
+            )
         self.planner, self.planner_acts, self.target = planner, planner_acts, target
-        self.refreshes = planner_acts
+        self.refreshes, self.anneal = planner_acts > 0.0, anneal
         if not 0.0 <= behaviour_share <= 1.0:
             raise ValueError(f"behaviour_share is {behaviour_share}, but is a share of the rows, from 0 to 1")
         self.noise, self.behaviour_share = (float(noise[0]), float(noise[1])), behaviour_share
@@ -188,7 +205,12 @@ class RFT(CollectingLearner):
         self._acting: Any
         if self.planner_acts:
             assert self.planner is not None
-            self._acting = Planning(model, self.planner)
+            if not gaussian:
+                raise ValueError(
+                    "agent=expert_iteration shares its rows between a planner and a Gaussian policy, which this model "
+                    "does not have; use wam=reference, or agent=distil"
+                )
+            self._acting = Planning(model, self.planner, noise=self.noise, planner_acts=self.planner_acts)
         elif gaussian:
             self._acting = Explorer(model, noise=self.noise, share=self.behaviour_share)
         else:
@@ -207,7 +229,7 @@ class RFT(CollectingLearner):
                 "give it loss_weights with an entry 'policy'"
             )
         followed = self.length != 1 if gaussian else not getattr(model, "policy_sees_present_alone", False)
-        if followed and self.planner is not None and not self.planner_acts:
+        if followed and self.planner is not None:
             mend = "agent.length=1" if gaussian else "agent.planner=null, or a model such as wam=mot_uwm"
             raise ValueError(
                 "this policy learns from the frames that follow the present one, and a plan, which was not executed, "
@@ -224,8 +246,14 @@ class RFT(CollectingLearner):
             return {**metrics, "skipped": float(self.updater.skipped)}
         if self.shuffle_rewards:
             batch = shuffled_rewards(batch, generator)
-        if self.planner is None or self.planner_acts:
+        if self.planner is None:
             found = self._successes(batch)
+        elif self.planner_acts:
+            acted = self._acting.planned
+            parts = [self._successes(batch[acted]) if acted.any() else None,
+                     self._planned(batch[~acted]) if not acted.all() else None]  # fmt: skip
+            known = [part for part in parts if part is not None]
+            found = torch.cat(known) if known else None
         else:
             found = self._planned(batch)
         if found is not None:
@@ -235,8 +263,10 @@ class RFT(CollectingLearner):
         metrics["kept"] = float(len(starts))
         total = total_world = 0.0
         steps = self.updates if len(starts) else 0
-        for _ in range(steps):
+        for number in range(steps):
             assert self.kept is not None
+            if self.anneal:
+                self.updater.scale(_LEAST_RATE + (1.0 - _LEAST_RATE) * 0.5 * (1.0 + math.cos(math.pi * number / steps)))
             at = starts[torch.randint(len(starts), (self._batch_size(),), generator=generator)]
             loss = self._imitation(self.kept, at, generator)
             world = self.updater.world_loss()

@@ -119,14 +119,22 @@ def test_what_was_done_in_the_simulator_joins_the_data(tmp_path):
     assert len(again.training) == before + 6 and (drawn[0] == drawn[1]).all()
 
 
-def test_expert_iteration_learns_from_a_planner_that_acts(tmp_path):
-    learner = RFT(planner=Knowing(), planner_acts=True, learning_rate=1e-2, updates=60, world_weight=0.1)
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_expert_iteration_learns_from_a_planner_that_acts_and_teaches(tmp_path, share):
+    learner = RFT(planner=Knowing(), planner_acts=share, learning_rate=1e-2, updates=60, world_weight=0.1, anneal=True)
     results = small(tmp_path, learner=learner, data=write_dataset(tmp_path / "data"), refresh=True, iterations=2)
-    assert learner.refreshes
+    assert learner.refreshes and int(learner.actor.planned.sum()) == 16 * share
     assert results["after"]["real"]["success"] == 1.0 > results["before"]["real"]["success"]
-    assert results["last_iteration"]["success"] == 1.0
+    last = results["last_iteration"]
+    assert last["success"] == 1.0 if share == 1.0 else last["kept"] > 0
+    # The last step of an iteration is a small one, and the next iteration begins with the rate that was asked for.
+    assert learner.updater.learning_rate < 0.03 * 1e-2
     with pytest.raises(ValueError, match="there is no planner"):
-        RFT(planner_acts=True)
+        RFT(planner_acts=0.5)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        RFT(planner=Knowing(), planner_acts=2.0)
+    with pytest.raises(ValueError, match="does not have; use wam=reference"):
+        RFT(planner=Knowing(), planner_acts=0.5, world_weight=0.0).bind(FlowToy(), None, rows=1, seed=0)
 
 
 @pytest.mark.parametrize("what", ["data", "real", "chunk"])
