@@ -290,14 +290,16 @@ def checked_action(
             f"action is on {action.device}, but this env is on {device}; move it with action.to('{device}'), "
             "or make the env with that device"
         )
-    bad = ~torch.isfinite(action.detach()).flatten(1).all(1)
-    if chosen is not None:
-        bad = bad & chosen.to(bad.device)
-    if bool(bad.any()):
-        raise ValueError(
-            f"action of row(s) {bad.nonzero()[:, 0].tolist()} holds NaN or infinity; "
-            "a simulator may only receive finite numbers"
-        )
+    finite = torch.isfinite(action.detach())
+    if not bool(finite.all()):
+        bad = ~finite.flatten(1).all(1)
+        if chosen is not None:
+            bad = bad & chosen.to(bad.device)
+        if bool(bad.any()):
+            raise ValueError(
+                f"action of row(s) {bad.nonzero()[:, 0].tolist()} holds NaN or infinity; "
+                "a simulator may only receive finite numbers"
+            )
     return action.detach().clamp(-1.0, 1.0)
 
 
