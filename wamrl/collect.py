@@ -256,10 +256,10 @@ def _collect_group(
             for row in range(count):
                 queue = queues[env.row_tasks[row]]
                 if running[row] is None and queue:
-                    job = running[row] = queue.pop()
+                    running[row] = new = queue.pop()
                     begun.append(row)
-                    fresh[row], start[row] = True, job.start
-                    cast.prepare(row, job)
+                    fresh[row], start[row] = True, new.start
+                    cast.prepare(row, new)
                     taken[row], after[row] = [], -1
             active = [row for row, job in enumerate(running) if job is not None]
             if not active:
