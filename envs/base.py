@@ -200,8 +200,7 @@ class RowsEnv(EnvBase):
                 if key not in fresh.keys():
                     fresh.set(key, no)
             self._keep(rows, fresh)
-        assert self._rows is not None
-        return self._rows.clone(recurse=not self.gives_views)
+        return self._given_out()
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         if self._rows is None:
@@ -218,7 +217,12 @@ class RowsEnv(EnvBase):
         after = self._advance(rows, action)
         reward[rows.to(reward.device)] = after.pop("reward").to(torch.float32)
         self._keep(rows, after)
-        return self._rows.clone(recurse=not self.gives_views).set("reward", reward)
+        return self._given_out().set("reward", reward)
+
+    def _given_out(self) -> TensorDict:
+        """What the rows show, which its receiver may change unless it `gives_views`."""
+        assert self._rows is not None
+        return self._rows.clone(recurse=False) if self.gives_views else _copied(self._rows)
 
     def _keep(self, rows: Tensor, shown: TensorDict) -> None:
         """Put what the chosen rows show into the whole batch."""
@@ -228,9 +232,15 @@ class RowsEnv(EnvBase):
             self._rows = shown
         else:
             assert self._rows is not None
-            whole = self._rows.clone()
+            whole = _copied(self._rows)
             whole[rows.to(self._task_ids.device)] = shown.select(*whole.keys())
             self._rows = whole
+
+
+def _copied(rows: TensorDict) -> TensorDict:
+    """A copy, bit for bit: TensorDict.clone adds 0, so that -0.0 becomes 0.0, and takes three times as long."""
+    copies = {key: value.clone() for key, value in rows.items()}
+    return TensorDict(copies, batch_size=rows.batch_size, device=rows.device)
 
 
 def asked_snapshot(given: TensorDictBase, shown: TensorDict | None) -> Tensor | None:
@@ -290,14 +300,16 @@ def checked_action(
             f"action is on {action.device}, but this env is on {device}; move it with action.to('{device}'), "
             "or make the env with that device"
         )
-    bad = ~torch.isfinite(action.detach()).flatten(1).all(1)
-    if chosen is not None:
-        bad = bad & chosen.to(bad.device)
-    if bool(bad.any()):
-        raise ValueError(
-            f"action of row(s) {bad.nonzero()[:, 0].tolist()} holds NaN or infinity; "
-            "a simulator may only receive finite numbers"
-        )
+    finite = torch.isfinite(action.detach())
+    if not bool(finite.all()):
+        bad = ~finite.flatten(1).all(1)
+        if chosen is not None:
+            bad = bad & chosen.to(bad.device)
+        if bool(bad.any()):
+            raise ValueError(
+                f"action of row(s) {bad.nonzero()[:, 0].tolist()} holds NaN or infinity; "
+                "a simulator may only receive finite numbers"
+            )
     return action.detach().clamp(-1.0, 1.0)
 
 

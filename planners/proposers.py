@@ -167,7 +167,7 @@ class NoiseProposer:
         """`num` candidates [R, N, H, A], not yet imagined."""
         sigma = match_sigma(self.sigma, model.spec.action_dim).to(noise.row.device)
         basis = self.basis.to(noise.row.device)
-        offset = coloured_noise(noise.fold(0), basis, num, action_dim=model.spec.action_dim) * sigma
-        offset[:, 0] = 0.0
+        actions = coloured_noise(noise.fold(0), basis, num, action_dim=model.spec.action_dim).mul_(sigma)
+        actions[:, 0] = 0.0
         centre = shifted(plan_state["mean"], plan_state["shift"]) * plan_state["warm"][:, None, None]
-        return Proposal(actions=(centre[:, None] + offset).clamp_(-1.0, 1.0))
+        return Proposal(actions=actions.add_(centre[:, None]).clamp_(-1.0, 1.0))

@@ -353,8 +353,10 @@ def reduce_guesses(guesses: Tensor, risk: str, weight: float, share: float) -> T
     if risk == "improvement":
         first = guesses[:, :1]
         guesses = guesses - first.where(first.isfinite(), 0.0)
+    if guesses.shape[-1] == 1:
+        return guesses[..., 0]
     score = guesses.mean(dim=-1)
-    if risk != "mean" and guesses.shape[-1] > 1:
+    if risk != "mean":
         score = score - weight * guesses.std(dim=-1, correction=0)
     return score
 

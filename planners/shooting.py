@@ -235,17 +235,17 @@ class ShootingPlanner:
         sigma = self.sigma.to(noise.row.device)
         order, key = self._order(noise, 0, limits.num_candidates), noise.fold(1).fold(0)
         # Actions are bounded, so a candidate's sum is finite exactly if all of its actions are.
-        finite = proposal.actions.sum(dim=(2, 3)).isfinite()
+        broken = ~proposal.actions.sum(dim=(2, 3)).isfinite()
         actions = proposal.actions.clamp(-1.0, 1.0)
-        if not finite.all():
+        if broken.any():
             actions.nan_to_num_()
         evaluate = self._evaluator(clock)
         if proposal.imagined is None:
-            now, failed, spent = evaluate(state, actions, finite, sigma, key, order)
+            now, failed, spent = evaluate(state, actions, broken, sigma, key, order)
         else:
             self._check_futures(proposal.imagined)
             scores = self.scorer(model, state, proposal.imagined)
-            now, failed = self._refit(actions, scores, finite, sigma, order)
+            now, failed = self._refit(actions, scores, broken, sigma, order)
             spent = proposal.imagined.evaluations
         any_failed = bool(failed.any())
         if any_failed:
@@ -256,7 +256,7 @@ class ShootingPlanner:
         if limits.iterations > 1:
             basis, action_dim = self.basis.to(noise.row.device), actions.shape[-1]
             keep = min(self.keep_elites, limits.num_candidates - 1)
-            finite = torch.ones_like(finite)
+            broken = torch.zeros_like(broken)
             slowest = time.perf_counter() - limits.started
             for i in range(1, limits.iterations):
                 begun = time.perf_counter()
@@ -267,13 +267,13 @@ class ShootingPlanner:
                     ahead = min(NOISE_BLOCK, limits.iterations - i)
                     draw = noise.fold(2).fold(block)
                     offsets = coloured_noise(draw, basis, ahead, limits.num_candidates, action_dim=action_dim)
+                    offsets[:, :, 0] = 0.0  # candidate 0 is the mean
                 order, key = self._order(noise, i, limits.num_candidates), noise.fold(1).fold(i)
                 spread = now.sigma[:, None] if now.sigma.dim() == 3 else now.sigma
                 actions = (offsets[:, within] * spread).add_(now.mean[:, None])
-                actions[:, 0] = now.mean
                 if keep:
                     actions[:, 1 : 1 + keep] = _elites(now.actions, now.scores, keep)
-                then, dead, cost = evaluate(state, actions.clamp_(-1.0, 1.0), finite, now.sigma, key, order)
+                then, dead, cost = evaluate(state, actions.clamp_(-1.0, 1.0), broken, now.sigma, key, order)
                 before, now = now.mean, _where(dead, now, then) if dead.any() else then
                 spent += cost
                 if best is not None:
@@ -290,7 +290,7 @@ class ShootingPlanner:
                         rows, now, best = rows[moving], _rows(now, moving), _best_rows(best, moving)
                         if rows.numel() == 0:
                             break
-                        state, noise, finite, offsets = state[moving], noise[moving], finite[moving], offsets[moving]
+                        state, noise, broken, offsets = state[moving], noise[moving], broken[moving], offsets[moving]
         found = self._found(now, best, spent)
         if rows is not None:
             found = _joined([*settled, (rows, found)] if rows.numel() else settled)
@@ -363,21 +363,24 @@ class ShootingPlanner:
         model: WAM,
         state: State,
         actions: Tensor,
-        finite: Tensor,
+        broken: Tensor,
         sigma: Tensor,
         key: NoiseKey,
         order: Tensor | None,
     ) -> tuple[_Iterate, Tensor, int]:
         """The hot path: imagine `actions`, score them, refit."""
         imagined = model.imagine(state, actions, futures=self.futures, noise=key)
-        iterate, dead = self._refit(actions, self.scorer(model, state, imagined), finite, sigma, order)
+        iterate, dead = self._refit(actions, self.scorer(model, state, imagined), broken, sigma, order)
         return iterate, dead, imagined.evaluations
 
     def _refit(
-        self, actions: Tensor, scores: Tensor, finite: Tensor, sigma: Tensor, order: Tensor | None
+        self, actions: Tensor, scores: Tensor, broken: Tensor, sigma: Tensor, order: Tensor | None
     ) -> tuple[_Iterate, Tensor]:
-        """What the scores make of the candidates, and the rows [R] none of whose scores is finite."""
-        scores = scores.masked_fill(~((scores.abs() < math.inf) & finite), -math.inf)
+        """What the scores make of the candidates, and the rows [R] none of whose scores is finite.
+
+        broken: [R, N] candidates with actions that are not finite.
+        """
+        scores = scores.nan_to_num(-math.inf, -math.inf, -math.inf).masked_fill(broken, -math.inf)
         if order is not None:
             scores = scores.gather(1, order)
         dead = scores.amax(dim=1) == -math.inf
@@ -397,7 +400,7 @@ class ShootingPlanner:
         clock: ModelClock,
         state: State,
         actions: Tensor,
-        finite: Tensor,
+        broken: Tensor,
         sigma: Tensor,
         key: NoiseKey,
         order: Tensor | None,
@@ -408,9 +411,9 @@ class ShootingPlanner:
         sigma = sigma.expand_as(actions[:, 0]).contiguous()
         at = padded(torch.arange(rows, device=actions.device))
         if at.numel() > rows:
-            state, actions, finite, sigma, key = state[at], actions[at], finite[at], sigma[at], key[at]
+            state, actions, broken, sigma, key = state[at], actions[at], broken[at], sigma[at], key[at]
             order = None if order is None else order[at]
-        iterate, dead, spent = run_compiled(self._compiled, clock, state, actions, finite, sigma, key, order)
+        iterate, dead, spent = run_compiled(self._compiled, clock, state, actions, broken, sigma, key, order)
         return _Iterate(*(part[:rows] for part in iterate)), dead[:rows], spent
 
     def _order(self, noise: NoiseKey, iteration: int, num: int) -> Tensor | None:

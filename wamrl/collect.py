@@ -57,7 +57,6 @@ class _Job:
     start: int
     act: Act | None = None
     details: dict[str, Any] | None = None
-    state: PolicyState | None = None
 
 
 def plan_episodes(
@@ -252,37 +251,39 @@ def _collect_group(
 
     with contextlib.closing(env):
         while True:
-            fresh = torch.zeros(count, 1, dtype=torch.bool)
-            start = torch.zeros(count, dtype=torch.int64)
+            fresh, start = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.int64)
+            begun = []
             for row in range(count):
                 queue = queues[env.row_tasks[row]]
                 if running[row] is None and queue:
-                    job = running[row] = queue.pop()
-                    fresh[row], start[row] = True, job.start
-                    cast.prepare(job)
+                    running[row] = new = queue.pop()
+                    begun.append(row)
+                    fresh[row], start[row] = True, new.start
+                    cast.prepare(row, new)
                     taken[row], after[row] = [], -1
-            active = torch.tensor([job is not None for job in running])
-            if not active.any():
+            active = [row for row, job in enumerate(running) if job is not None]
+            if not active:
                 break
-            if fresh.any():
+            if begun:
                 request = TensorDict({}, [count], device=env.device)
                 if td is not None:
-                    request = td.clone(False).set("_reset", fresh.to(td.device))
+                    request = td.clone(False).set("_reset", fresh[:, None].to(td.device))
                 td = env.reset(request.set("start", start)).exclude("start", "_reset")
                 frame = {key: td[key].cpu().numpy() for key in keys}
-                for row in torch.nonzero(fresh.flatten()).flatten().tolist():
+                for row in begun:
                     seen[row] = [frame]
             assert td is not None
-            action, label = cast.act(td, running, fresh.flatten())
+            action, label = cast.act(td, running, fresh)
             td.set("action", action.to(env.action_spec.device))
-            td.set("_step", active)
+            if len(active) < count:
+                td.set("_step", torch.tensor([job is not None for job in running]))
             td = env.step(td)["next"]
             success, ended, terminated = (td[key].flatten().tolist() for key in ("success", "done", "terminated"))
             failed = td["simulator_error"].flatten().tolist() if "simulator_error" in td.keys() else [False] * count
             reward = td["reward"].flatten().tolist()
             frame = {key: td[key].cpu().numpy() for key in keys}
             actions, labels = action.numpy(), label.numpy()
-            for row in torch.nonzero(active).flatten().tolist():
+            for row in active:
                 if not failed[row]:
                     seen[row].append(frame)
                     taken[row].append((actions[row], labels[row], reward[row], success[row]))
@@ -323,9 +324,14 @@ class _Cast:
     """Everybody who acts in the rows of an environment: the policy, its expert if there is one, and the behaviours."""
 
     def __init__(self, env: Any, tasks: Sequence[str], policy: Policy | None, plan: Mapping[str, Any]) -> None:
-        self.policy, self.seed = policy, plan["seed"] & (2**63 - 1)
+        self.seed = plan["seed"] & (2**63 - 1)
         make_expert = getattr(module_of(env), "ExpertPolicy", None)
         self.expert: Policy | None = None if make_expert is None else make_expert(list(tasks))
+        actors = {"expert": self.expert, "policy": policy}
+        self.actors = {name: actor for name, actor in actors.items() if actor is not None}
+        self.states = {name: actor.initial_state(env.batch_size[0]) for name, actor in self.actors.items()}
+        for state in self.states.values():
+            state["row"] = torch.zeros(env.batch_size[0], dtype=torch.int64)
         self.setting = Setting(
             action_dim=env.action_spec.shape[-1],
             relabel=None if self.expert is None else self._relabel,
@@ -340,47 +346,56 @@ class _Cast:
         first = torch.ones(1, dtype=torch.bool)
         return self.expert.act(observation, self.expert.initial_state(1), first)[0][0].cpu().numpy()
 
-    def prepare(self, job: _Job) -> None:
-        """Draw what the episode's behaviour is."""
-        actor = self.policy if job.behaviour == "policy" else self.expert
-        if actor is not None:
-            job.state = actor.initial_state(1)
-            job.state["row"] = torch.tensor([job.start])
+    def prepare(self, row: int, job: _Job) -> None:
+        """Draw what the behaviour of the episode that begins in `row` is."""
+        name = "policy" if job.behaviour == "policy" else "expert"
+        if name in self.actors:
+            state = self.actors[name].initial_state(1)
+            state["row"] = torch.tensor([job.start])
+            self.states[name] = _placed(self.states[name], [row], state)
         if job.behaviour != "policy":
             rng = np.random.Generator(np.random.PCG64([self.seed, task_id(job.task), job.start]))
             job.act, job.details = BEHAVIOURS[job.behaviour](rng, self.setting)
 
     def act(self, td: TensorDict, running: Sequence[_Job | None], fresh: Tensor) -> tuple[Tensor, Tensor]:
         """Executed actions [B, A] and the expert's labels [B, A], zero where there is none and in idle rows."""
-        action = torch.zeros(len(running), self.setting.action_dim)
-        label = torch.zeros_like(action)
+        action = np.zeros((len(running), self.setting.action_dim), dtype=np.float32)
+        label = np.zeros_like(action)
         observation = td.exclude(*_NOT_SEEN)
-        jobs = [(row, job) for row, job in enumerate(running) if job is not None]
-        scripted = [(row, job) for row, job in jobs if job.behaviour != "policy"]
-        learned = [(row, job) for row, job in jobs if job.behaviour == "policy"]
+        learned = [row for row, job in enumerate(running) if job is not None and job.behaviour == "policy"]
+        scripted = [row for row, job in enumerate(running) if job is not None and job.behaviour != "policy"]
         if scripted and self.expert is not None:
-            label[[row for row, _ in scripted]] = _acted(self.expert, observation, scripted, fresh)
-        for row, job in scripted:
-            assert job.act is not None
-            action[row] = torch.from_numpy(job.act(label[row].numpy().copy(), observation, row))
+            label[scripted] = self._acted("expert", observation, scripted, fresh)
+        for row in scripted:
+            job = running[row]
+            assert job is not None and job.act is not None
+            action[row] = job.act(label[row].copy(), observation, row)
         if learned:
-            assert self.policy is not None
-            chosen = _acted(self.policy, observation, learned, fresh)
-            if not bool(torch.isfinite(chosen).all()):
+            chosen = self._acted("policy", observation, learned, fresh)
+            if not np.isfinite(chosen).all():
                 raise ValueError("the policy gave NaN or infinity as an action; the episode was not stored")
-            action[[row for row, _ in learned]] = chosen.clamp(-1.0, 1.0)
-        return action, label
+            action[learned] = chosen.clip(-1.0, 1.0)
+        return torch.from_numpy(action), torch.from_numpy(label)
+
+    @torch.no_grad()
+    def _acted(self, name: str, observation: TensorDict, rows: Sequence[int], fresh: Tensor) -> Action:
+        """Actions [R, A] of an actor in the `rows` [R], each of which has a state of its own."""
+        actor, states = self.actors[name], self.states[name]
+        if len(rows) == len(fresh):
+            action, self.states[name] = actor.act(observation, states, fresh)
+        else:
+            at = torch.tensor(rows)
+            there = at.to(observation.device or "cpu")
+            action, after = actor.act(observation[there], states[at], fresh[at])
+            self.states[name] = _placed(states, rows, after)
+        return action.to("cpu", torch.float32).numpy()
 
 
-@torch.no_grad()
-def _acted(actor: Policy, observation: TensorDict, jobs: Sequence[tuple[int, _Job]], fresh: Tensor) -> Tensor:
-    """Actions of a policy in the rows of `jobs`, each of which keeps its own policy state."""
-    at = torch.tensor([row for row, _ in jobs])
-    states = torch.cat([job.state for _, job in jobs])  # type: ignore[misc]
-    action, states = actor.act(observation[at.to(observation.device or "cpu")], states, fresh[at])
-    for number, (_, job) in enumerate(jobs):
-        job.state = states[number : number + 1]
-    return action.to("cpu", torch.float32)
+def _placed(states: PolicyState, rows: Sequence[int], some: PolicyState) -> PolicyState:
+    """`states` [B] with `some` [R] in the `rows` [R]."""
+    index = torch.arange(len(states))
+    index[rows] = torch.arange(len(states), len(states) + len(rows))
+    return torch.cat([states, some])[index]
 
 
 def _episode(

@@ -49,7 +49,8 @@ class NoiseKey:
 
     def fold(self, draw: int | Tensor) -> NoiseKey:
         """An independent key for the draw of that number; fold again for sub-draws."""
-        return replace(self, draw=(self.draw * 1000003 + draw + 1) % (1 << 62))
+        # Not `replace`, which takes three times as long.
+        return NoiseKey(self.row, self.step, self.seed, (self.draw * 1000003 + draw + 1) % (1 << 62))
 
     def __getitem__(self, rows: Tensor) -> NoiseKey:
         return replace(self, row=self.row[rows], step=self.step[rows])
