@@ -21,7 +21,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from torch.nn import functional as F
 
 from wamrl.interfaces import WAM, Budget, Context, Gate, Imagined, Plan, PlanState, Proposal, State
 from wamrl.naming import unknown_name, whole_number
@@ -41,10 +40,9 @@ from wamrl.planners.shooting import (
     require_compiler,
     run_compiled,
 )
-from wamrl.planners.tree import BACKUPS, Tree, considered_visits, gumbel_rule, improved_logits, puct_rule
+from wamrl.planners.tree import BACKUPS, RULES, Tree, considered_visits
 
-_RULES = {"gumbel": gumbel_rule(), "puct": puct_rule()}
-SEARCHES = tuple(_RULES)
+SEARCHES = tuple(RULES)
 BLOCK = 2
 """Simulations whose noise is drawn at once, and which are one compiled function."""
 
@@ -52,14 +50,15 @@ BLOCK = 2
 class _Root(NamedTuple):
     """What all simulations of a search share.
 
-    tree: the trees. before: [R, C] visits that the roots' children had had before. gumbel: [R, C] noise on their prior
-    logits. noise: the simulations', folded by their numbers.
+    tree: the trees. before: [C, R] visits that the roots' children had had before. gumbel: [C, R] noise on their prior
+    logits. noise: the simulations', folded by their numbers. one_hot: [A, A] all actions, where they are discrete.
     """
 
     tree: Tree
     before: Tensor
     gumbel: Tensor
     noise: NoiseKey
+    one_hot: Tensor
 
 
 @dataclass(eq=False)
@@ -299,7 +298,7 @@ class MCTSPlanner:
             value,
             num_nodes=limit + 1 + (self.simulations if self.reuse else 0),
             edge=(self.chunk, model.spec.action_dim),
-            rule=_RULES[self.search],
+            rule=RULES[self.search],
             backup=self.backup,
             open_slots=self._widened if sampled else None,
         )
@@ -325,7 +324,8 @@ class MCTSPlanner:
         rows, device = state.batch_size[0], noise.row.device
         discrete = model.spec.action_kind == "discrete"
         slots = self._slots(model)
-        logits = self._logits(model, state) if discrete else torch.zeros(rows, slots, device=device)
+        one_hot = torch.eye(model.spec.action_dim, device=device)
+        logits = self._logits(model, state, one_hot) if discrete else torch.zeros(rows, slots, device=device)
         tree = self._tree(model, state, logits, self.simulations)
         if self.reuse:
             warm = (
@@ -339,16 +339,16 @@ class MCTSPlanner:
                 tree.graft(plan_state["tree"], warm.nonzero()[:, 0])
         considered = min(self.num_candidates, slots, simulations)
         spent = torch.zeros(rows, dtype=torch.int64, device=device)
-        before = tree.counts[tree.base].clone()
+        before = tree.statistics(tree.base).counts
         done = 0
         if not discrete:
             spent += self._open_root(model, tree, state, considered, noise.fold(0))
             # What came from the last tree has been looked at as often as what has just been imagined: once.
             before = (before - 1.0).clamp_min(0.0)
             done = considered
-        gumbel = self._gumbel(noise.fold(2), slots)
-        schedule = torch.tensor(considered_visits(considered, simulations), device=device)
-        root = _Root(tree, before, gumbel, noise.fold(1))
+        gumbel = self._gumbel(noise.fold(2), slots).t()
+        schedule = considered_visits(considered, simulations)
+        root = _Root(tree, before, gumbel, noise.fold(1), one_hot)
         slowest, i = time.perf_counter() - started, done
         while i < simulations:
             begun = time.perf_counter()
@@ -361,8 +361,9 @@ class MCTSPlanner:
             if within == 0:
                 offsets = self._offsets(model, noise.fold(4).fold(i), min(BLOCK, simulations - i))
             if self.compile and simulations - i >= BLOCK:
-                start = torch.tensor(i, device=device)  # a number would be compiled into the function
-                spent += self._run_compiled(clock, root, schedule[i : i + BLOCK], offsets, start)
+                # Numbers would be compiled into the function.
+                visits, start = (torch.tensor(x, device=device) for x in (schedule[i : i + BLOCK], i))
+                spent += self._run_compiled(clock, root, visits, offsets, start)
                 i += BLOCK
             else:
                 spent += self._simulate(model, root, schedule[i], offsets[:, within : within + 1], i)
@@ -405,65 +406,59 @@ class MCTSPlanner:
         imagined = self._imagined(model, state, proposal, noise.fold(1))
         reward, discount, value = self.scorer.edge(model, imagined)
         leaf = _one_future(imagined, noise.fold(2))
-        slots = slot.expand(tree.rows, -1)
-        free = tree.target[tree.base, :num] == tree.trash[:, None]  # others are kept from the last plan
+        edges = tree.base[:, None] * tree.slots + slot
+        free = tree.target[edges] == tree.trash[:, None]  # others are kept from the last plan
         nodes = tree.add(
-            torch.arange(tree.rows, device=slot.device),
-            tree.base[:, None].expand_as(slots),
-            slots,
+            None,
+            edges,
             state=leaf,
             action=proposal.actions.clamp(-1.0, 1.0),
             reward=reward,
             discount=discount,
             value=value,
-            logits=torch.zeros(tree.rows, num, tree.slots, device=slot.device),
             wanted=free,
         )
-        tree.count_at_root(slots, nodes)
+        tree.count_at_root(edges, nodes)
         return imagined.evaluations
 
-    def _simulate(self, model: WAM, root: _Root, visits: Tensor, offset: Tensor, number: int | Tensor) -> Tensor:
+    def _simulate(self, model: WAM, root: _Root, visits: int | Tensor, offset: Tensor, number: int | Tensor) -> Tensor:
         """The simulation of that number per row, with `offset` [R, 1, H, A]; evaluations [R] that it took.
 
-        visits: [] of the root's child that it goes to, by the schedule.
+        visits: of the root's child that it goes to, by the schedule.
         """
         tree, noise = root.tree, root.noise.fold(number)
         path = tree.descend(self._first(root, visits), self.depth)
-        spent = torch.zeros_like(path.end)
         # Nothing is imagined behind the deepest nodes, and where all of the root's children are dead.
-        wanted = path.new & ~tree.dead[path.end, path.slot]
-        leaf = torch.where(path.new, tree.trash, path.end)
-        rows, end, slot = torch.arange(tree.rows, device=spent.device), path.end, path.slot
+        wanted = path.new & (tree.edge[path.end, 2] > -math.inf)
+        leaf, end, rows = tree.target[path.end], path.end, None
         if not torch.compiler.is_compiling() and not wanted.all():
             rows = wanted.nonzero()[:, 0]
-            end, slot, offset, noise, wanted = end[rows], slot[rows], offset[rows], noise[rows], wanted[rows]
-        if rows.numel():
-            state = tree.state_of(end)
-            if model.spec.action_kind == "discrete":
-                one_hot = F.one_hot(slot, tree.slots).to(tree.action.dtype)
-                proposal = Proposal(actions=one_hot[:, None, None])
+            end, offset, noise = end[rows], offset[rows], noise[rows]
+        spent = wanted.long()
+        if end.numel():
+            node = end // tree.slots
+            slot, state = (end - node * tree.slots)[:, None], tree.state_of(node)
+            discrete = model.spec.action_kind == "discrete"
+            if discrete:
+                proposal = Proposal(actions=root.one_hot[slot][:, :, None])
             else:
-                proposal = self._sample(model, state, slot[:, None], offset, noise)
+                proposal = self._sample(model, state, slot, offset, noise)
             imagined = self._imagined(model, state, proposal, noise.fold(1))
             reward, discount, value = self.scorer.edge(model, imagined)
             reached = _one_future(imagined, noise.fold(2))
-            logits = torch.zeros(rows.numel(), tree.slots, device=rows.device)
-            if model.spec.action_kind == "discrete":
-                logits = self._logits(model, reached[:, 0])
             at = tree.add(
                 rows,
                 end[:, None],
-                slot[:, None],
                 state=reached,
-                action=proposal.actions.clamp(-1.0, 1.0),
+                action=None if discrete else proposal.actions.clamp(-1.0, 1.0),
                 reward=reward,
                 discount=discount,
                 value=value,
-                logits=logits[:, None],
-                wanted=wanted[:, None],
+                logits=self._logits(model, reached, root.one_hot)[:, None] if discrete else None,
+                wanted=wanted[:, None] if rows is None else torch.ones_like(slot, dtype=torch.bool),
             )[:, 0]
-            leaf = leaf.index_copy(0, rows, torch.where(wanted, at, leaf[rows]))
-            spent[rows] = imagined.evaluations
+            leaf = torch.where(wanted, at, leaf) if rows is None else leaf.index_copy(0, rows, at)
+            spent = (torch.ones_like(spent) if rows is None else spent) * imagined.evaluations
         tree.back_up(path, leaf)
         return spent
 
@@ -487,31 +482,24 @@ class MCTSPlanner:
             return proposal.imagined
         return model.imagine(state, proposal.actions.nan_to_num().clamp(-1.0, 1.0), noise=noise)
 
-    def _logits(self, model: WAM, state: State) -> Tensor:
-        """[R, A] the policy's log-probs of all discrete actions."""
-        rows, num = state.batch_size[0], model.spec.action_dim
-        device = next(iter(state.values(True, True))).device
-        actions = torch.eye(num, device=device).expand(rows, num, num)[:, :, None]
-        chain = actions[:, :, None].expand(-1, -1, 2, -1, -1)
-        proposal = Proposal(actions=actions, chain=chain, times=torch.tensor([0.0, 1.0], device=device))
-        return model.log_prob(state, proposal).sum(dim=-1).nan_to_num(-1e9, 1e9, -1e9)
+    def _logits(self, model: WAM, state: State, one_hot: Tensor) -> Tensor:
+        """[R, A] the policy's log-probs of all discrete actions in the R states [R] or [R, 1]."""
+        if len(state.batch_size) == 2:
+            state = _taken(state, (slice(None), 0))
+        chain = one_hot[:, None, None].expand(state.batch_size[0], -1, 2, 1, -1)
+        proposal = Proposal(actions=chain[:, :, 0], chain=chain, times=torch.arange(2.0, device=one_hot.device))
+        return model.log_prob(state, proposal).sum(dim=-1).nan_to_num(-1e9, 1e9, -1e9).log_softmax(dim=1)
 
-    def _first(self, root: _Root, visits: Tensor) -> Tensor:
-        """[R] the root's slot that a simulation starts with; `visits` [] of it that the schedule wants to see."""
+    def _first(self, root: _Root, visits: int | Tensor) -> Tensor:
+        """[R] the root's slot that a simulation starts with; `visits` of it that the schedule wants to see."""
         tree = root.tree
-        now = tree.statistics(tree.base)
-        if tree.open_slots is None:
-            open_ = ~tree.dead[tree.base]
-        else:  # of sampled children those that exist: the root is not widened
-            open_ = ~tree.dead[tree.base] & (tree.target[tree.base] != tree.trash[:, None])
-        now = now._replace(open=open_)
         if self.search == "puct":
-            return tree.rule(now).masked_fill(~open_, -math.inf).argmax(dim=1)
-        counts = (now.counts - root.before).masked_fill(~open_, math.inf)
-        match = counts == visits
+            return tree.preferred.max(dim=0).indices
+        counts = tree.edge.view(tree.rows, -1, 3)[:, : tree.slots, 0].t() - root.before
+        counts = counts.masked_fill(tree.preferred == -math.inf, math.inf)
         # Fewer children may be left than the schedule thinks: then the least visited ones.
-        match |= ~match.any(dim=1, keepdim=True) & (counts == counts.amin(dim=1, keepdim=True))
-        return (root.gumbel + improved_logits(now)).masked_fill(~match, -math.inf).argmax(dim=1)
+        wanted = torch.where((counts == visits).any(dim=0), visits, counts.amin(dim=0))
+        return (root.gumbel + tree.preferred).masked_fill(counts != wanted, -math.inf).max(dim=0).indices
 
     def _finish(
         self,
@@ -525,37 +513,33 @@ class MCTSPlanner:
     ) -> tuple[Plan, TensorDict | None]:
         """The root's choice, and the subtree behind it for the next plan."""
         now = tree.statistics(tree.base)
-        visited = (now.counts > 0) & ~tree.dead[tree.base]
-        failed = ~visited.any(dim=1)
+        visited = now.counts > 0
+        failed = ~visited.any(dim=0)
         if failed[:wanted].any():
             report_failure(failed[:wanted], tree.slots, self.on_failure)
-        now = now._replace(open=~tree.dead[tree.base] if discrete else visited)
         # Sequential halving counts what this plan has visited; PUCT goes by all visits, those of a kept subtree too.
         counts = (now.counts if self.search == "puct" else now.counts - before).masked_fill(~visited, -math.inf)
-        most = counts == counts.amax(dim=1, keepdim=True)
+        ranking = gumbel + tree.preferred if self.search == "gumbel" else now.q
+        ranking = ranking.masked_fill(~visited | (counts < counts.amax(dim=0)), -math.inf)
         if self.shuffle_scores:
-            ranking = noise.uniform(tree.slots).masked_fill(~visited, -math.inf)
-        elif self.search == "gumbel":
-            ranking = (gumbel + improved_logits(now)).masked_fill(~(most & visited), -math.inf)
-        else:
-            ranking = now.q.masked_fill(~(most & visited), -math.inf)
-        chosen = ranking.argmax(dim=1)
+            ranking = noise.uniform(tree.slots).t().masked_fill(~visited, -math.inf)
+        chosen = ranking.argmax(dim=0)
         if self.search == "gumbel":
-            weights = torch.softmax(improved_logits(now), dim=1)
+            weights = torch.softmax(tree.preferred, dim=0)
         else:
-            weights = counts.clamp_min(0.0) / counts.clamp_min(0.0).sum(dim=1, keepdim=True).clamp_min(1.0)
-        weights = torch.where(failed[:, None], torch.full_like(weights, 1.0 / tree.slots), weights)
+            weights = counts.clamp_min(0.0) / counts.clamp_min(0.0).sum(dim=0).clamp_min(1.0)
+        weights = weights.t().where(~failed[:, None], 1.0 / tree.slots)
         if discrete:
             candidates = torch.eye(tree.slots, device=chosen.device).expand(tree.rows, -1, -1)[:, :, None]
         else:
-            candidates = tree.action[tree.target[tree.base]]
+            candidates = tree.action[tree.target.view(-1, tree.slots)[tree.base]]
         each = torch.arange(tree.rows, device=chosen.device)
         plan = Plan(
             actions=candidates[each, chosen].masked_fill(failed[:, None, None], 0.0),
-            value=now.q[each, chosen].masked_fill(failed, math.nan),
+            value=now.q[chosen, each].masked_fill(failed, math.nan),
             weights=weights,
             candidates=candidates,
-            scores=now.q.masked_fill(~visited, -math.inf),
+            scores=now.q.masked_fill(~visited, -math.inf).t(),
             evaluations=spent,
             searched=~failed,
             tree=lambda row: tree.of_row(row, chosen),
@@ -580,10 +564,16 @@ def _one_future(imagined: Imagined, noise: NoiseKey) -> State:
     """[R, N] one of the M futures that each candidate ended in, drawn per candidate."""
     rows, num, futures = imagined.leaf.batch_size
     if futures == 1:
-        return imagined.leaf[:, :, 0]
+        return _taken(imagined.leaf, (slice(None), slice(None), 0))
     drawn = (noise.uniform(num) * futures).long().clamp_max(futures - 1)
     row = torch.arange(rows, device=drawn.device)[:, None]
     return imagined.leaf[row, torch.arange(num, device=drawn.device), drawn]
+
+
+def _taken(state: State, index: tuple[Any, ...]) -> State:
+    """`state[index]`, where a number follows slices: several times quicker than to index the TensorDict."""
+    size = state.batch_size[: len(index) - 1]
+    return TensorDict({key: entry[index] for key, entry in state.items()}, batch_size=size)
 
 
 def _placed(whole: Plan, part: Plan, at: Tensor, gated: int) -> Plan:

@@ -107,10 +107,9 @@ class ShootingPlanner:
             whole_number(f"planner.{name}", getattr(self, name), 1)
         if self.futures is not None:
             whole_number("planner.futures", self.futures, 1)
-        if not 0 <= self.keep_elites < self.num_candidates:
+        if whole_number("planner.keep_elites", self.keep_elites, 0) >= self.num_candidates:
             raise ValueError(
-                f"planner.keep_elites is {self.keep_elites!r}, but must be at least 0 and below the "
-                f"{self.num_candidates} candidates"
+                f"planner.keep_elites is {self.keep_elites}, but must be below the {self.num_candidates} candidates"
             )
         if self.stop_change is not None and not self.stop_change >= 0:
             raise ValueError(f"planner.stop_change is {self.stop_change!r}, but must be at least 0, or null")

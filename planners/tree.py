@@ -1,17 +1,19 @@
 """Search trees as tensors, one per row: selection, expansion, back-up and re-rooting for all rows at once.
 
-The trees of mctx (DeepMind, Apache-2.0) in torch, with three differences. A node's next child depends on its own
-statistics alone, so it is kept (`best`) and only recomputed along the path that a simulation changed, for all of the
-path at once: a descent is then two look-ups per level. A child may be worth nothing because the model broke there
+The trees of mctx (DeepMind, Apache-2.0) in torch, with three differences. A node's next edge depends on its own
+statistics alone, so it is kept (`next`) and only recomputed along the path that a simulation changed, for all of the
+path at once: a descent is then a look-up per level. An edge may be worth nothing because the model broke there
 (`dead`): it is never entered again, the next slot opens in its stead, and a node without any other child is dead too.
 And a node may be worth its best child instead of the mean of all visits.
 
-Nothing here asks for the numbers in a tensor but the length of a descent, which is the whole depth where torch compiles
-(`MCTSPlanner.compile`): a simulation is then one graph of fixed shapes.
+Nothing here asks for the numbers in a tensor but the length of a descent and whether an edge died, and neither where
+torch compiles (`MCTSPlanner.compile`): a simulation is then one graph of fixed shapes.
 
-Letters: B rows, S nodes, C slots for children, X any number of nodes, H steps of an edge, A action dims.
-Nodes are numbered by row: node n of row b is n + b * (S + 1); node S of each row is a bin for writes that must not
-count. Node 0 is the root, and parents have smaller numbers than their children.
+Letters: B rows, S nodes, C slots for children, X any number of nodes, L levels of a path, H steps of an edge, A action
+dims. Nodes are numbered by row: node n of row b is n + b * (S + 1); node S of each row is a bin for writes that must
+not count. Node 0 is the root, and parents have smaller numbers than their children. Edges are numbered by node: that of
+slot c is c + C * node; the bin's lead to the bin, pay nothing and pass on what lies behind them. Statistics of several
+nodes have their slots first, [C, X]: to reduce over few neighbouring numbers takes several times as long.
 """
 
 from __future__ import annotations
@@ -23,19 +25,22 @@ from typing import NamedTuple
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from torch.nn import functional as F
 
 from wamrl.interfaces import State
 from wamrl.naming import unknown_name
 
 BACKUPS = ("mean", "max")
+BIG = 1e30
+"""Minus this, a value is none: finite, so that 0 of it is 0."""
 
 
 class Statistics(NamedTuple):
     """What a rule reads of X nodes.
 
     visits, value, raw_value: [X] of the nodes; value is the mean of what was backed up, raw_value the model's own.
-    counts, q, logits: [X, C] of their children: visits, reward + discount * value (0 if never visited), prior logits.
-    open: [X, C] bool, children that may be chosen.
+    counts, q, logits: [C, X] of their children: visits, reward + discount * value (0 if never visited), and prior
+    log-probs, -inf for a child that may not be chosen, which has no visits either.
     """
 
     visits: Tensor
@@ -44,33 +49,37 @@ class Statistics(NamedTuple):
     counts: Tensor
     q: Tensor
     logits: Tensor
-    open: Tensor
 
 
 class Path(NamedTuple):
-    """How a simulation went through each row's tree: at most D edges, from the root to an edge without a node.
+    """How a simulation went through each row's tree, from the root to an edge without a node.
 
-    nodes: [D + 1, B], the bin behind the last one. slots: [D + 1, B] where each goes on; meaningless behind the last.
-    length: [B] nodes. end, slot: [B] the last node, and its slot. new: [B] bool, that slot has no node yet; otherwise
-    the path is as long as it may be, and `end` is visited anew.
+    edges: [L, B], behind the last one those of the bin. last: [B] its level. end: [B] the last edge. new: [B] bool,
+    that edge has no node yet; otherwise the path is as long as it may be, and its last node is visited anew.
     """
 
-    nodes: Tensor
-    slots: Tensor
-    length: Tensor
+    edges: Tensor
+    last: Tensor
     end: Tensor
-    slot: Tensor
     new: Tensor
 
 
-Rule = Callable[[Statistics], Tensor]
-"""Scores [X, C] of the children of X nodes, higher is better; what is not `open` is never chosen."""
+class Rule(NamedTuple):
+    """Which child a search goes to, of X nodes with statistics.
+
+    prefer: how good each child is, [C, X]; `Tree.preferred` of the roots, for whom the planner chooses.
+    choose: scores [C, X] below the root, of the statistics and these preferences; the highest is gone to.
+    In either, those that may not be chosen are below all others.
+    """
+
+    prefer: Callable[[Statistics], Tensor]
+    choose: Callable[[Statistics, Tensor], Tensor]
 
 
 class Tree:
     """B search trees.
 
-    state: [B] the roots. logits: [B, C] prior logits of the roots' children. value: [B] of the roots.
+    state: [B] the roots. logits: [B, C] prior log-probs of the roots' children. value: [B] of the roots.
     num_nodes: S. edge: (H, A) of an action chunk. rule: which child to go to below the root.
     backup: "mean", a node is worth the mean of what its visits found, or "max", the best of its children, as soon as it
     has one. open_slots: visits [X] -> how many slots [X] are open to a node with that many visits; None opens all.
@@ -97,67 +106,73 @@ class Tree:
         self.base = torch.arange(rows, device=device) * (num_nodes + 1)
         self.trash = self.base + num_nodes
         total = rows * (num_nodes + 1)
-
-        def full(*shape: int, fill: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.full((total, *shape), fill, dtype=dtype, device=device)
-
-        self.parent = full(fill=-1, dtype=torch.int64)  # within the row
-        self.visits, self.value, self.raw_value = full(), full(), full()
-        self.counts, self.q, self.logits = full(slots), full(slots), full(slots)
-        self.reward, self.discount = full(slots), full(slots, fill=1.0)
-        self.dead = full(slots, fill=False, dtype=torch.bool)
-        # Where an edge leads, the slot that a descent takes and where it leads: nodes of the whole batch, the bin for
-        # nowhere.
-        self.target = self.trash.repeat_interleave(num_nodes + 1)[:, None].repeat(1, slots)
-        self.best = full(fill=0, dtype=torch.int64)
-        self.down = self.target[:, 0].clone()
-        self.action = full(*edge)  # that led to a node
-        self.slot_index = torch.arange(slots, device=device)
+        # Rows of numbers that are read and written together. Of a node: visits, dead edges, value, raw value, and
+        # reward and discount of the edge that leads to it. Of an edge: visits, q and logit. Roots, and the bin, do not
+        # widen, which infinitely many dead edges say.
+        self.bin = torch.tensor([0.0, math.inf, 0.0, 0.0, 0.0, 1.0], device=device)
+        self.node = self.bin.repeat(total, 1)
+        self.edge = torch.zeros(total * slots, 3, device=device)
+        self.parent = torch.full((total,), -1, device=device)  # within the row
+        self.action = torch.zeros(total, *edge, device=device)  # that led to a node
+        # The node behind an edge, the edge that a descent takes from a node, and the node behind that.
+        self.target = self.trash.repeat_interleave((num_nodes + 1) * slots)
+        self.down = self.trash.repeat_interleave(num_nodes + 1)
+        self.next = self.down * slots
+        self.slot_index = torch.arange(slots, device=device)[:, None]
+        self.fresh = self.base + 1  # where the next node will be
         self._keys = sorted(state.keys(True, True), key=str)
         self.states = TensorDict({}, batch_size=[total], device=state.device)
         for key in self._keys:
             self.states[key] = state[key].new_zeros(total, *state[key].shape[1:])
             self.states.get(key)[self.base] = state.get(key)
-        self.size = torch.ones(rows, dtype=torch.int64, device=device)
         self.logits[self.base] = logits
         self.visits[self.base], self.value[self.base], self.raw_value[self.base] = 1.0, value, value
-        self.refresh(self.base, self.statistics(self.base))
+        self.preferred = self.rule.prefer(self.statistics(self.base))
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
+    # Of all nodes, [B * (S + 1)], and of their edges, [B * (S + 1), C]. Not to be written to in what torch compiles,
+    # which would copy them all to change a few.
+    visits = property(lambda self: self.node[:, 0])
+    value = property(lambda self: self.node[:, 2])
+    raw_value = property(lambda self: self.node[:, 3])
+    counts = property(lambda self: self.edge[:, 0].view(-1, self.slots))
+    q = property(lambda self: self.edge[:, 1].view(-1, self.slots))
+    logits = property(lambda self: self.edge[:, 2].view(-1, self.slots))
+    dead = property(lambda self: self.logits == -math.inf)
+    size = property(lambda self: self.fresh - self.base)
+
     def state_of(self, at: Tensor) -> State:
         """The states [X] of the nodes `at` [X]."""
-        if any(isinstance(key, tuple) for key in self._keys):
-            return self.states[at]
         # Several times quicker than to index the TensorDict.
-        return TensorDict({key: self.states.get(key)[at] for key in self._keys}, batch_size=at.shape)
+        return TensorDict({key: entry[at] for key, entry in self.states.items()}, batch_size=at.shape)
 
     @property
     def child(self) -> Tensor:
         """[B * (S + 1), C] numbers of the children within their row, -1 where there is none."""
-        row = torch.arange(self.target.shape[0], device=self.base.device)[:, None] // (self.num_nodes + 1)
-        number = self.target - row * (self.num_nodes + 1)
+        target = self.target.view(-1, self.slots)
+        row = torch.arange(target.shape[0], device=self.base.device)[:, None] // (self.num_nodes + 1)
+        number = target - row * (self.num_nodes + 1)
         return torch.where(number == self.num_nodes, -1, number)
 
     def statistics(self, at: Tensor) -> Statistics:
         """What a rule reads of the nodes `at` [X]."""
-        visits, value, raw_value, counts, q, logits, dead = (
-            x.index_select(0, at)
-            for x in (self.visits, self.value, self.raw_value, self.counts, self.q, self.logits, self.dead)
-        )
-        return Statistics(visits, value, raw_value, counts, q, logits, self._open(visits, dead))
+        visits, dead, value, raw_value, *_ = self.node.index_select(0, at).unbind(dim=1)
+        counts, q, logits = self._edges(at)
+        if self.open_slots is not None:
+            # A dead slot takes nobody's place.
+            logits = logits.masked_fill(self.slot_index >= self.open_slots(visits) + dead, -math.inf)
+        return Statistics(visits, value, raw_value, counts, q, logits)
 
-    def _open(self, visits: Tensor, dead: Tensor) -> Tensor:
-        """[X, C] children that may be chosen, of nodes with `visits` [X] and `dead` [X, C] slots."""
-        if self.open_slots is None:
-            return ~dead
-        # A dead slot takes nobody's place.
-        return (self.slot_index < (self.open_slots(visits) + dead.sum(dim=1))[:, None]) & ~dead
+    def _edges(self, at: Tensor) -> tuple[Tensor, ...]:
+        """[C, X] visits, q and logits of the edges of the nodes `at` [X]."""
+        rows = self.edge.view(-1, self.slots * 3).index_select(0, at)
+        return rows.view(-1, self.slots, 3).permute(2, 1, 0).contiguous().unbind()
 
     def of_row(self, row: int, chosen: Tensor) -> TensorDict:
         """The tree [S] of a row, whose chosen slots are `chosen` [B]; see `wamrl.interfaces.Plan.tree`."""
         at = self.base[row] + torch.arange(int(self.size[row]), device=self.base.device)
-        there = self.target[self.base[row], chosen[row]]
+        there = self.target[self.base[row] * self.slots + chosen[row]]
         return TensorDict(
             {
                 "parent": self.parent[at],
@@ -169,131 +184,145 @@ class Tree:
             batch_size=[at.numel()],
         )
 
-    def refresh(self, at: Tensor, now: Statistics) -> None:
-        """Choose anew where a descent goes on from the nodes `at` [X], whose statistics are `now`."""
-        scores = self.rule(now).masked_fill(~now.open, -math.inf)
+    def refresh(self, at: Tensor) -> None:
+        """Choose anew where a descent goes on from the nodes `at` [X], of which the first B are the roots."""
+        now = self.statistics(at)
+        preferred = self.rule.prefer(now)
+        self.preferred.copy_(preferred[:, : self.rows])
+        scores = self.rule.choose(now, preferred)
         if self.open_slots is not None:
             # A slot that has just opened is tried first, the lowest one of several.
-            scores = torch.where(now.open & (now.counts == 0), 1e30 - self.slot_index * 1e24, scores)
-        best = scores.argmax(dim=1)
-        self.best[at], self.down[at] = best, self.target[at, best]
+            fresh = (now.logits > -math.inf) & (now.counts == 0)
+            scores = torch.where(fresh, 1e30 - self.slot_index * 1e24, scores)
+        edge = at * self.slots + scores.max(dim=0).indices  # several times quicker than argmax
+        self.next[at], self.down[at] = edge, self.target.index_select(0, edge)
 
     def descend(self, first: Tensor, max_depth: int) -> Path:
         """From the roots by the slots `first` [B] down to an edge without a node, or over `max_depth` edges."""
-        reached = [self.base, self.target[self.base, first]]
-        while len(reached) <= max_depth and (
+        edge = self.base * self.slots + first
+        reached = [self.target.index_select(0, edge)]
+        while len(reached) < max_depth and (
             torch.compiler.is_compiling() or not torch.equal(reached[-1], self.trash)
         ):  # fmt: skip
             reached.append(self.down.index_select(0, reached[-1]))
         nodes = torch.stack(reached)
-        length = (nodes != self.trash).sum(dim=0)
-        end = nodes.gather(0, length[None] - 1)[0]
-        slots = torch.cat([first[None], self.best[nodes[1:]]])
-        slot = torch.where(end == self.base, first, self.best[end])
-        return Path(nodes, slots, length, end, slot, length < len(reached))
+        edges = torch.cat([edge[None], self.next[nodes[:-1]]])
+        last = (nodes[:-1] != self.trash).sum(dim=0)
+        return Path(edges, last, edges.gather(0, last[None])[0], nodes[-1] == self.trash)
 
     # ---- growing -------------------------------------------------------------------------------------------------
 
     def add(
         self,
-        rows: Tensor,
-        parent: Tensor,
-        slot: Tensor,
+        rows: Tensor | None,
+        edges: Tensor,
         *,
         state: State,
-        action: Tensor,
+        action: Tensor | None,
         reward: Tensor,
         discount: Tensor,
         value: Tensor,
-        logits: Tensor,
         wanted: Tensor,
+        logits: Tensor | None = None,
     ) -> Tensor:
-        """New nodes, N per row, behind different edges (`parent`, `slot`) [X, N] of `rows` [X]; returns them [X, N].
+        """New nodes without visits, N per row, behind different `edges` [X, N] of `rows` [X]; returns them [X, N].
 
-        state: [X, N]. action: [X, N, H, A]. reward, discount, value: [X, N]. logits: [X, N, C].
-        wanted: [X, N] bool, edges that get a node. An edge whose reward, discount, value or action is not finite is
-        dead. Edges without a node have the row's bin for it.
+        rows: None is all. state: [X, N]. action: [X, N, H, A]; None, zeros. reward, discount, value: [X, N].
+        logits: [X, N, C]; None, zeros. wanted: [X, N] bool, edges that get a node, if their reward, discount, value and
+        action are finite. The others have the row's bin for it.
         """
-        sound = (reward + discount + value + action.sum(dim=(2, 3))).isfinite()
-        self.dead[parent, slot] |= wanted & ~sound
-        kept, base = wanted & sound, self.base[rows, None]
-        at = torch.where(kept, base + self.size[rows, None] + kept.cumsum(dim=1) - 1, self.trash[rows, None])
-        self.size[rows] += kept.sum(dim=1)
-        parent = torch.where(kept, parent, self.trash[rows, None])
-        self.target[parent, slot], self.parent[at] = at, parent - base
-        # The bin's edges pay nothing and pass on what lies behind them.
-        self.reward[parent, slot] = torch.where(kept, reward, 0.0)
-        self.discount[parent, slot] = torch.where(kept, discount, 1.0)
-        self.action[at] = action.masked_fill(~kept[:, :, None, None], 0.0)
-        self.logits[at] = logits
+        fresh, trash = (x[:, None] if rows is None else x[rows, None] for x in (self.fresh, self.trash))
+        total = reward + discount + value
+        if action is not None:
+            total = total + action.sum(dim=(2, 3))
+        kept = wanted & (total.abs() < math.inf)
+        at = torch.where(kept, fresh + (kept.cumsum(dim=1) - 1 if edges.shape[1] > 1 else 0), trash)
+        if rows is None:
+            self.fresh += kept.sum(dim=1)
+        else:
+            self.fresh[rows] += kept.sum(dim=1)
+        self.target[torch.where(kept, edges, trash * self.slots)] = at
+        self.parent[at] = edges // self.slots - (trash - self.num_nodes)
+        nothing = torch.zeros_like(reward)
+        found = torch.stack([nothing, nothing, value, value, reward, discount], dim=2)
+        self.node[at] = torch.where(kept[:, :, None], found, self.bin)
+        if action is not None:
+            self.action[at] = action.masked_fill(~kept[:, :, None, None], 0.0)
+        if logits is not None:
+            nothing = torch.zeros_like(logits)
+            self.edge[at[:, :, None] * self.slots + self.slot_index[:, 0]] = torch.stack([nothing, nothing, logits], 3)
         for key in self._keys:
             self.states.get(key)[at] = state.get(key)
-        value = torch.where(kept, value, 0.0)
-        self.visits[at], self.value[at], self.raw_value[at] = 1.0, value, value
         return at
 
-    def count_at_root(self, slots: Tensor, nodes: Tensor) -> None:
-        """Count one visit of the roots' children `slots` [B, N], whose nodes [B, N] are new or the bin (no visit)."""
-        root, counted = self.base[:, None], nodes != self.trash[:, None]
-        returns = (self.reward[root, slots] + self.discount[root, slots] * self.raw_value[nodes]) * counted
-        visits, number = self.visits[self.base], counted.sum(dim=1)
-        self.value[self.base] = (self.value[self.base] * visits + returns.sum(dim=1)) / (visits + number)
-        self.visits[self.base] = visits + number
-        self.counts[root, slots] += counted.to(self.counts.dtype)
-        self.q[root, slots] = torch.where(counted, returns, self.q[root, slots])
+    def count_at_root(self, edges: Tensor, nodes: Tensor) -> None:
+        """Count one visit of the roots' `edges` [B, N], whose nodes [B, N] are new or the bin (no visit).
+
+        All others without a node are closed from now on.
+        """
+        counted, base = nodes != self.trash[:, None], self.base
+        *_, value, reward, discount = self.node[nodes].unbind(dim=2)
+        returns = reward + discount * value
+        self.node[nodes, 0] = counted.float()
+        visits, q, logits = self.edge[edges].unbind(dim=2)
+        self.edge[edges] = torch.stack([visits + counted, torch.where(counted, returns, q), logits], dim=2)
+        closed = self.dead[base] | (self.target.view(-1, self.slots)[base] == self.trash[:, None])
+        self.logits[base] = self.logits[base].masked_fill(closed, -math.inf)
+        before, number = self.visits[base], counted.sum(dim=1)
+        self.visits[base] = before + number
+        value = (self.value[base] * before + (returns * counted).sum(dim=1)) / (before + number)
         if self.backup == "max":
-            visited = (self.counts[self.base] > 0) & ~self.dead[self.base]
-            best = self.q[self.base].masked_fill(~visited, -math.inf).amax(dim=1)
-            self.value[self.base] = best.where(visited.any(dim=1), self.value[self.base])
-        at = torch.cat([self.base, nodes.flatten()])
-        self.refresh(at, self.statistics(at))
+            best = self.q[base].masked_fill(closed | (self.counts[base] == 0), -math.inf).amax(dim=1)
+            value = torch.where(best > -math.inf, best, value)
+        self.value[base] = value
+        self.refresh(torch.cat([base, nodes.flatten()]))
 
     def back_up(self, path: Path, leaf: Tensor) -> None:
         """Count the simulation that went along `path` to the nodes `leaf` [B]; nothing where that is the bin.
 
         Where it is, the last edge is dead, and so are those above it whose nodes have no other child left.
         """
-        void, level = leaf == self.trash, torch.arange(path.nodes.shape[0], device=leaf.device)[:, None]
-        # All of the following are [D + 1, B]: the path's nodes with the leaf, and the edges behind those `inside`.
-        nodes, slots = torch.where(level == path.length, leaf, path.nodes), path.slots
-        inside, counted = level < path.length - (~path.new).long(), (level < path.length) & ~void
-        visits, value, reward, discount = (
-            self.visits[nodes], self.value[nodes], self.reward[nodes, slots], self.discount[nodes, slots]
-        )  # fmt: skip
-        died = inside & void
-        if torch.compiler.is_compiling() or died.any():
-            forked = inside & ((self.slot_index != slots[:, :, None]) & ~self.dead[nodes]).any(dim=2)
-            deeper = forked.flip(0).long().cumsum(dim=0).flip(0) > forked  # another living child in some node below
-            died &= ~deeper
-            self.dead[nodes, slots] |= died
-        # From the leaf to the root; behind the leaf there are edges of the bin, which pass on what they get.
+        edges, void = path.edges, leaf == self.trash
+        counted = (~void).float()
+        nodes = torch.cat([self.base[None], self.target[edges]])  # [L + 1, B], the bin behind the leaf
+        visits, dead, value, raw_value, reward, discount = self.node[nodes].unbind(dim=2)
+        counts, _, logits = self.edge[edges].unbind(dim=2)
+        counts = counts + counted
+        died: Tensor | None = None  # [L, B]
+        if torch.compiler.is_compiling() or void.any():
+            level = torch.arange(edges.shape[0], device=leaf.device)[:, None]
+            forked = ((dead[:-1] < self.slots - 1.0) & (level > 0)) * level
+            died = void & (level >= forked.amax(dim=0)) & (level <= path.last)
+            counts, logits = counts.masked_fill(died, 0.0), logits.masked_fill(died, -math.inf)
+            dead = torch.cat([dead[:-1] + died, dead[-1:]])
         if self.backup == "mean":
-            returns = [self.raw_value[leaf]]
-            for r, d in zip(reversed(reward[:-1].unbind()), reversed(discount[:-1].unbind()), strict=True):
-                returns.append(torch.addcmul(r, d, returns[-1]))
-            value = torch.where(counted, (value * visits + torch.stack(returns[::-1])) / (visits + 1.0), value)
-            changed = inside & ~void
+            returns = _passed_up(reward[1:], discount[1:], self.node[leaf, 3])
+            value = torch.addcdiv(value, (returns - value) * counted, visits + 1.0)
         else:
-            taken = (inside & ~died)[:, :, None] & (self.slot_index == slots[:, :, None])
-            visited = (self.counts[nodes] > 0) & ~self.dead[nodes]
-            others = self.q[nodes].masked_fill(taken | ~visited, -math.inf).amax(dim=2)
-            others = torch.where(died & others.isinf(), value, others)  # nothing is known of what is left
-            best = [self.value[leaf]]
-            for r, d, other in zip(
-                reversed(reward.masked_fill(died, -math.inf)[:-1].unbind()),
-                reversed(discount[:-1].unbind()),
-                reversed(others[:-1].unbind()),
-                strict=True,
-            ):
-                best.append(torch.maximum(other, torch.addcmul(r, d, best[-1])))
-            value = torch.stack(best[::-1])
-            changed = inside & ~died
-        self.visits[nodes], self.value[nodes] = visits + counted, value
-        self.counts[nodes, slots] += inside & ~void
-        found = torch.addcmul(reward, discount, torch.cat([value[1:], value[-1:]]))
-        self.q[nodes, slots] = torch.where(changed, found, self.q[nodes, slots])
-        at = nodes.flatten() if torch.compiler.is_compiling() else nodes[nodes != self.trash]
-        self.refresh(at, self.statistics(at))
+            value = self._best(nodes, edges, value, reward[1:], discount[1:], died, leaf)
+        q = torch.addcmul(reward[1:], discount[1:], value[1:])
+        self.node[nodes] = torch.stack([visits + counted, dead, value, raw_value, reward, discount], dim=2)
+        self.edge[edges] = torch.stack([counts, q, logits], dim=2)
+        self.refresh(nodes.flatten())
+
+    def _best(
+        self,
+        nodes: Tensor,
+        edges: Tensor,
+        value: Tensor,
+        reward: Tensor,
+        discount: Tensor,
+        died: Tensor | None,
+        leaf: Tensor,
+    ) -> Tensor:
+        """[L + 1, B] what the nodes of a path are worth by the best of their children."""
+        counts, q, _ = self._edges(nodes[:-1].flatten())
+        taken = self.slot_index == (edges - nodes[:-1] * self.slots).flatten()
+        others = q.masked_fill(taken | (counts == 0), -BIG).amax(dim=0).view_as(edges)
+        if died is not None:  # where no other child was visited, nothing is known of what is left
+            others = torch.where(died & (others == -BIG), value[:-1], others)
+            reward, discount = reward.masked_fill(died, -BIG), discount.masked_fill(died, 0.0)
+        return _passed_up(reward, discount, self.node[leaf, 2], others)
 
     # ---- from one control step to the next -----------------------------------------------------------------------
 
@@ -318,37 +347,37 @@ class Tree:
             flat = link.flatten(1)
             return torch.where(flat >= 0, renumber.gather(1, flat.clamp_min(0)), -1).view_as(link)
 
-        out = {name: getattr(self, name)[source] for name in _CARRIED}
-        out["child"], out["parent"] = moved(child[source]), moved(out["parent"])
-        lost = out["child"] < 0
-        out["counts"], out["q"] = out["counts"].masked_fill(lost, 0.0), out["q"].masked_fill(lost, 0.0)
-        return TensorDict({**out, "number": kept.sum(dim=1), "state": self.states[source]}, batch_size=[self.rows])
+        children, edge = moved(child[source]), self.edge.view(-1, self.slots, 3)[source]
+        edge[..., :2].masked_fill_((children < 0)[..., None], 0.0)
+        entries = {"parent": moved(self.parent[source]), "child": children, "node": self.node[source], "edge": edge}
+        entries |= {"action": self.action[source], "number": kept.sum(dim=1)}
+        return TensorDict({**entries, "state": self.states[source]}, batch_size=[self.rows])
 
     def graft(self, kept: TensorDict, rows: Tensor) -> None:
         """Go on from the subtrees `kept` [B] (of `below`, with limit < S) in the rows `rows` [X].
 
         The roots keep their new state, prior and raw value, which come from what was measured; all else is as it was.
         """
-        limit = kept["visits"].shape[1]
-        number = kept["number"][rows]
-        step = torch.arange(limit, device=rows.device)
-        valid = step < number[:, None]
-        at = (self.base[rows, None] + step)[valid]
+        kept, roots = kept[rows], self.base[rows]
+        step = torch.arange(kept["node"].shape[1], device=rows.device)
+        valid = step < kept["number"][:, None]
+        at = (roots[:, None] + step)[valid]
         inner = (step > 0).expand_as(valid)[valid]
-        for name in _CARRIED:
-            old = kept[name][rows][valid]
-            if name in ("logits", "raw_value"):
-                getattr(self, name)[at[inner]] = old[inner]
-            else:
-                getattr(self, name)[at] = old
+        raw_value, logits = self.raw_value[roots], self.logits[roots]
+        self.parent[at], self.action[at] = kept["parent"][valid], kept["action"][valid]
+        self.node[at] = kept["node"][valid]
+        self.edge.view(-1, self.slots, 3)[at] = kept["edge"][valid]
+        self.raw_value[roots] = raw_value
+        self.node[roots, 1] = math.inf
+        if self.open_slots is None:  # what will be sampled there is not what broke
+            logits = logits.masked_fill(self.dead[roots], -math.inf)
+        self.logits[roots] = logits
         for key in self._keys:
-            self.states.get(key)[at[inner]] = kept["state"].get(key)[rows][valid][inner]
-        if self.open_slots is not None:
-            self.dead[self.base[rows]] = False  # what will be sampled there is not what broke
-        self.size[rows] = number.clamp_min(1)
-        base, child = self.base[rows, None, None], kept["child"][rows]
-        self.target[at] = torch.where(child >= 0, base + child, base + self.num_nodes)[valid]
-        self.refresh(at, self.statistics(at))
+            self.states.get(key)[at[inner]] = kept["state"].get(key)[valid][inner]
+        self.fresh[rows] = roots + kept["number"].clamp_min(1)
+        child, base = kept["child"], roots[:, None, None]
+        self.target.view(-1, self.slots)[at] = torch.where(child >= 0, base + child, base + self.num_nodes)[valid]
+        self.refresh(torch.cat([self.base, at[inner]]))
 
 
 def _branch(parent: Tensor) -> Tensor:
@@ -362,69 +391,76 @@ def _branch(parent: Tensor) -> Tensor:
         top = higher
 
 
-_CARRIED = (
-    "parent", "visits", "value", "raw_value", "counts", "q", "logits", "reward", "discount", "dead", "action",
-)  # fmt: skip
+def _passed_up(reward: Tensor, discount: Tensor, last: Tensor, least: Tensor | None = None) -> Tensor:
+    """[L + 1, B] what arrives at the nodes of a path whose last one is worth `last` [B].
+
+    A node gets reward + discount * (what arrives at the next one), at least `least`, all [L, B]. Instead of level by
+    level, edges are joined with those behind them, twice as many at a time: log2(L) steps for all levels at once.
+    """
+    step = 1
+    while step < reward.shape[0]:
+        if least is not None:
+            least = torch.maximum(least, torch.addcmul(reward, discount, _ahead(least, step, -BIG)))
+        reward = torch.addcmul(reward, discount, _ahead(reward, step, 0.0))
+        discount = discount * _ahead(discount, step, 1.0)
+        step *= 2
+    found = torch.addcmul(reward, discount, last)
+    return torch.cat([found if least is None else torch.maximum(least, found), last[None]])
+
+
+def _ahead(x: Tensor, step: int, behind: float) -> Tensor:
+    """[L, B] the numbers `step` levels further down, `behind` where there are none."""
+    return F.pad(x[step:], (0, 0, 0, step), value=behind)
 
 
 # ---------------------------------------------------------------------------------------------------------- rules
 
 
-def puct_rule(*, init: float = 1.25, base: float = 19652.0) -> Rule:
-    """Scores of MuZero (Schrittwieser et al., 2020, equation 2): value plus prior, weighed by visits.
+def puct_scores(now: Statistics, init: float = 1.25, base: float = 19652.0) -> Tensor:
+    """[C, X] scores of MuZero (Schrittwieser et al., 2020, equation 2): value plus prior, weighed by visits.
 
     Values are scaled to [0, 1] between the smallest and the greatest of the children's and the node's own; a child that
     was never visited has the smallest.
     """
-    if not (math.isfinite(init) and init > 0 and math.isfinite(base) and base > 0):
-        raise ValueError(f"puct_init is {init} and puct_base is {base}, but both must be above 0")
-
-    def rule(now: Statistics) -> Tensor:
-        visited = now.counts > 0
-        own = now.value[:, None]
-        known = torch.where(visited, now.q, own)
-        low = torch.minimum(known.amin(dim=1, keepdim=True), own)
-        high = torch.maximum(known.amax(dim=1, keepdim=True), own)
-        value = torch.where(visited, now.q - low, 0.0) / (high - low).clamp_min(1e-8)
-        prior = _prior(now)
-        visits = now.visits[:, None]
-        weight = init + torch.log((visits + base + 1.0) / base)
-        return value + weight * prior * visits.sqrt() / (now.counts + 1.0)
-
-    return rule
-
-
-def gumbel_rule(*, value_scale: float = 0.1, visit_offset: float = 50.0) -> Rule:
-    """Scores of Gumbel MuZero below the root (Danihelka et al., 2022, equation 14).
-
-    The improved policy minus each child's share of the visits.
-    """
-
-    def rule(now: Statistics) -> Tensor:
-        improved = _softmax(improved_logits(now, value_scale, visit_offset))
-        return improved - now.counts / (1.0 + now.counts.sum(dim=1, keepdim=True))
-
-    return rule
+    visited = now.counts > 0
+    known = torch.where(visited, now.q, now.value)
+    low, high = torch.minimum(known.amin(dim=0), now.value), torch.maximum(known.amax(dim=0), now.value)
+    value = torch.where(visited, now.q - low, 0.0) / (high - low).clamp_min(1e-8)
+    weight = (init + torch.log((now.visits + base + 1.0) / base)) * now.visits.sqrt()
+    scores = value + torch.softmax(now.logits, dim=0) * weight / (now.counts + 1.0)
+    return scores.masked_fill(now.logits == -math.inf, -math.inf)
 
 
 def improved_logits(now: Statistics, value_scale: float = 0.1, visit_offset: float = 50.0) -> Tensor:
-    """[X, C] prior logits plus sigma(completed q), -inf where a child is not open (equations 8, 10, 11 and 33).
+    """[C, X] prior logits plus sigma(completed q), -inf where a child is not open.
 
-    Children that were never visited have the mixed value: the prior-weighted mean of the visited ones and the model's
-    own value of the node. Completed values are scaled to [0, 1] within a node.
+    Gumbel MuZero (Danihelka et al., 2022), equations 8, 10, 11 and 33. Children that were never visited have the mixed
+    value: the prior-weighted mean of the visited ones and the model's own value of the node. Completed values are
+    scaled to [0, 1] within a node.
     """
-    visited, closed = now.counts > 0, ~now.open
+    visited = now.counts > 0
     tiny = torch.finfo(torch.float32).tiny
-    prior = _prior(now).clamp_min(tiny) * visited
-    weighted = (prior * now.q).sum(dim=1) / prior.sum(dim=1).clamp_min(tiny)
-    total = now.counts.sum(dim=1)
-    mixed = (now.raw_value + total * weighted) / (total + 1.0)
-    completed = torch.where(visited, now.q, mixed[:, None])
-    low = completed.masked_fill(closed, math.inf).amin(dim=1, keepdim=True)
-    high = completed.masked_fill(closed, -math.inf).amax(dim=1, keepdim=True)
-    completed = (completed - low) / (high - low).clamp_min(1e-8)
-    scale = (now.counts.amax(dim=1, keepdim=True) + visit_offset) * value_scale
-    return torch.addcmul(now.logits, scale, completed).masked_fill(closed, -math.inf)
+    prior = now.logits.exp().clamp_min(tiny) * visited
+    weighted = (prior * now.q).sum(dim=0) / prior.sum(dim=0).clamp_min(tiny)
+    total = now.counts.sum(dim=0)
+    mixed = torch.addcmul(now.raw_value, total, weighted) / (total + 1.0)
+    # A child that may not be chosen has a value within the range of the others, so that it does not count.
+    completed = torch.where(visited, now.q, torch.where(now.logits > -math.inf, mixed, weighted))
+    low, high = torch.aminmax(completed, dim=0)
+    scale = (now.counts.amax(dim=0) + visit_offset) / (high - low).clamp_min(1e-8)
+    return torch.addcmul(now.logits, scale, completed - low, value=value_scale)
+
+
+def improved_share(now: Statistics, improved: Tensor) -> Tensor:
+    """[C, X] the improved policy minus each child's share of the visits (equation 14)."""
+    # Above 0 for some child that may be chosen, as the shares add up to less than 1, and 0 for all that may not.
+    return torch.softmax(improved, dim=0) - now.counts / (1.0 + now.counts.sum(dim=0))
+
+
+RULES = {
+    "gumbel": Rule(improved_logits, improved_share),
+    "puct": Rule(puct_scores, lambda now, scores: scores),
+}
 
 
 def considered_visits(num_considered: int, num_simulations: int) -> list[int]:
@@ -444,13 +480,3 @@ def considered_visits(num_considered: int, num_simulations: int) -> list[int]:
             visits[:left] = [v + 1 for v in visits[:left]]
         left = max(2, left // 2)
     return sequence[:num_simulations]
-
-
-def _prior(now: Statistics) -> Tensor:
-    return _softmax(now.logits.masked_fill(~now.open, -math.inf)).nan_to_num(0.0)
-
-
-def _softmax(x: Tensor) -> Tensor:
-    """Over dim 1; torch's own takes several times as long where there are many rows of few numbers."""
-    weights = (x - x.amax(dim=1, keepdim=True)).exp_()
-    return weights.div_(weights.sum(dim=1, keepdim=True))

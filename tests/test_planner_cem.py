@@ -91,6 +91,7 @@ def test_a_row_that_has_settled_is_not_searched_further() -> None:
         ("momentum", 1.0, r"momentum is 1.0.*\[0, 1\)"),
         ("min_sigma", -0.1, "min_sigma is -0.1"),
         ("keep_elites", 64, "keep_elites is 64.*below the 64 candidates"),
+        ("keep_elites", 1.5, "keep_elites is 1.5, but must be a whole number"),
         ("stop_change", -1.0, "stop_change is -1"),
         ("compile", True, "compile anew as they become fewer"),
         ("futures", 0, "futures is 0"),

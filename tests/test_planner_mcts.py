@@ -18,7 +18,7 @@ from wamrl.noise import NoiseKey
 from wamrl.planners import MCTSPlanner, NonFinitePlanError, ReturnScorer, make_mcts
 from wamrl.planners.conformance import plan_once
 from wamrl.planners.toys import BrokenWAM, TabularWAM, ToyWAM, quadratic
-from wamrl.planners.tree import Statistics, Tree, considered_visits, gumbel_rule, improved_logits, puct_rule
+from wamrl.planners.tree import RULES, Statistics, Tree, considered_visits
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "mctx.json").read_text(encoding="utf-8"))
 
@@ -182,7 +182,7 @@ def test_compiled_simulations_grow_the_same_trees(backup: str) -> None:
     for eager, compiled in zip(*trees, strict=True):
         inside = torch.ones_like(eager.parent, dtype=torch.bool)
         inside[eager.trash] = False
-        for name in ("parent", "target", "visits", "counts", "dead"):
+        for name in ("parent", "child", "visits", "counts", "dead"):
             assert torch.equal(getattr(eager, name)[inside], getattr(compiled, name)[inside]), name
         for name in ("value", "q"):
             torch.testing.assert_close(getattr(eager, name)[inside], getattr(compiled, name)[inside])
@@ -266,7 +266,7 @@ def test_a_subtree_goes_on_in_the_next_plan_as_if_the_search_had_not_stopped() -
             for step in range(2):
                 state = model.transition(state, new.action[node, step])
             torch.testing.assert_close(state, new.states["z"][node], atol=1e-5, rtol=1e-5)
-            assert new.visits[node] >= after["tree", "visits"][row, n]
+            assert new.visits[node] >= after["tree", "node"][row, n, 0]
         root_visits = float(new.visits[new.base[row]])
         assert root_visits > 65 if kept else root_visits == 65
     cold, _ = planner.plan(
@@ -435,25 +435,26 @@ def test_models_that_it_cannot_serve_are_refused() -> None:
         make_mcts(chunk=2).initial_state(bandit_tree(), 1)
 
 
-@pytest.mark.parametrize("rule", [gumbel_rule(), puct_rule()])
-def test_a_rule_reads_each_node_alone_and_ignores_the_scale_of_values(rule) -> None:
+@pytest.mark.parametrize("search", RULES)
+def test_a_rule_reads_each_node_alone_and_ignores_the_scale_of_values(search: str) -> None:
+    rule = RULES[search]
     draw = torch.Generator().manual_seed(0)
-    counts = torch.randint(0, 4, (6, 5), generator=draw).float()
+    counts = torch.randint(0, 4, (5, 6), generator=draw).float()
     now = Statistics(
-        visits=1.0 + counts.sum(dim=1),
+        visits=1.0 + counts.sum(dim=0),
         value=torch.randn(6, generator=draw),
         raw_value=torch.randn(6, generator=draw),
         counts=counts,
-        q=torch.randn(6, 5, generator=draw) * (counts > 0),
-        logits=torch.randn(6, 5, generator=draw),
-        open=torch.ones(6, 5, dtype=torch.bool),
+        q=torch.randn(5, 6, generator=draw) * (counts > 0),
+        logits=torch.randn(5, 6, generator=draw).log_softmax(dim=0),
     )
-    whole = rule(now)
+    whole = rule.choose(now, rule.prefer(now))
     for i in range(6):
-        torch.testing.assert_close(rule(Statistics(*(part[i : i + 1] for part in now))), whole[i : i + 1])
+        one = Statistics(*(part[..., i : i + 1] for part in now))
+        torch.testing.assert_close(rule.choose(one, rule.prefer(one)), whole[:, i : i + 1])
     scaled = now._replace(value=now.value * 64, raw_value=now.raw_value * 64, q=now.q * 64)
-    torch.testing.assert_close(rule(scaled), whole)
-    assert improved_logits(now).shape == (6, 5)
+    torch.testing.assert_close(rule.choose(scaled, rule.prefer(scaled)), whole)
+    assert whole.shape == (5, 6)
 
 
 def test_a_branch_that_is_broken_stays_out_of_the_search_also_in_the_next_plan() -> None:
