@@ -504,13 +504,14 @@ class Arrays:
     @staticmethod
     def of(row: Row, count: int) -> Arrays:
         """The arrays for `count` rows like `row`."""
-        flags = {name: ((count,), "u1") for name in ("chosen", "terminated", "truncated", "success", "failed")}
+        flags = {name: ((count, 1), "?") for name in ("terminated", "truncated", "success", "failed")}
         entries: dict[str, tuple[tuple[int, ...], str]] = {
             "state": ((count, row.state_size), "f4"),
             "action": ((count, row.action_size), "f4"),
             "contact": ((count, len(row.build.contacts)), "f4"),
-            "reward": ((count,), "f8"),
+            "reward": ((count, 1), "f4"),
             "seed": ((count,), "i8"),
+            "chosen": ((count,), "?"),
             **flags,
         }
         image = row.image_shape()
@@ -549,28 +550,30 @@ class Group:
     def run(self, command: str) -> None:
         """`command` in every chosen row: "step", "reset" to its seed, or "restore" its snapshot."""
         views = self.views
+        chosen, states, pixels, snapshots = views["chosen"], views["state"], views.get("pixels"), views.get("snapshot")
+        contacts = views["contact"] if views["contact"].shape[1] else None
+        outcomes = [views[name] for name in ("reward", "terminated", "truncated", "success", "failed")]
         for number, row in zip(self.rows, self.members, strict=True):
-            if not views["chosen"][number]:
+            if not chosen[number]:
                 continue
-            reward, terminated, truncated, success, failed = 0.0, False, False, False, False
+            failed = False
             if command == "step":
-                reward, terminated, truncated, success, failed = row.step(views["action"][number])
-            elif command == "reset":
-                failed = not row.reset(int(views["seed"][number]))
-                if failed:
-                    raise RuntimeError(f"'{row.id}' gave NaN at its reset to seed {views['seed'][number]}")
-            else:
-                row.restore(views["snapshot"][number])
-            views["reward"][number], views["failed"][number] = reward, failed
-            views["terminated"][number], views["truncated"][number] = terminated, truncated
-            views["success"][number] = success
-            views["state"][number] = row.state
-            if "pixels" in views:
-                views["pixels"][number] = row.pixels
-            if len(views["contact"][number]):
-                views["contact"][number] = row.contact()
-            if row.saver is not None and not failed:
-                views["snapshot"][number] = row.snapshot()
+                outcome = row.step(views["action"][number])
+                for array, value in zip(outcomes, outcome, strict=True):
+                    array[number, 0] = value
+                failed = outcome[-1]
+            elif command == "restore":
+                assert snapshots is not None
+                row.restore(snapshots[number])
+            elif not row.reset(int(views["seed"][number])):
+                raise RuntimeError(f"'{row.id}' gave NaN at its reset to seed {views['seed'][number]}")
+            states[number] = row.state
+            if pixels is not None:
+                pixels[number] = row.pixels
+            if contacts is not None:
+                contacts[number] = row.contact()
+            if snapshots is not None and not failed:
+                snapshots[number] = row.snapshot()
 
     def close(self) -> None:
         """Close every environment."""

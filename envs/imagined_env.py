@@ -22,7 +22,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torchrl.data import Bounded
 
-from wamrl.envs.base import RowsEnv
+from wamrl.envs.base import RowsEnv, Shown
 from wamrl.interfaces import WAM, Context, State, task_id
 from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
@@ -173,7 +173,7 @@ class ImaginedEnv(RowsEnv):
         return len(self._frames_of[task])
 
     @torch.no_grad()
-    def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> TensorDict:
+    def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> Shown:
         if snapshot is not None:
             shown = self._unpack(rows, snapshot)
         else:
@@ -194,7 +194,7 @@ class ImaginedEnv(RowsEnv):
             shown.set("uncertainty", zero.clone())
         if self._snapshots:
             shown.set("snapshot", self._pack(rows, shown.select(*self.keys)))
-        return shown
+        return dict(shown.items())
 
     def _draw(self, rows: Tensor) -> NoiseKey:
         """The key by which episodes choose their future."""
@@ -216,7 +216,7 @@ class ImaginedEnv(RowsEnv):
         return int(frames[number])
 
     @torch.no_grad()
-    def _advance(self, rows: Tensor, action: Tensor) -> TensorDict:
+    def _advance(self, rows: Tensor, action: Tensor) -> Shown:
         count, everyone = rows.numel(), rows.numel() == self.batch_size[0]
         rows = rows.to(self.device)
         state = self._state if everyone else self._state[rows]
@@ -231,8 +231,9 @@ class ImaginedEnv(RowsEnv):
         finite = ~after["simulator_error"]
         if not bool(finite.all()):
             assert self._rows is not None
-            before = self._rows.select(*self.keys)[rows]
-            after.update(torch.where(finite[:, 0], after.select(*self.keys), before))
+            for key in self.keys:
+                fits = finite.view(-1, *[1] * (after[key].dim() - 1))
+                after[key] = torch.where(fits, after[key], self._rows[key][rows])
             leaf = cast(TensorDict, torch.where(finite[:, 0], leaf, state))
             for key in ("reward", "success_probability", "uncertainty"):
                 if key in after.keys():
@@ -249,7 +250,7 @@ class ImaginedEnv(RowsEnv):
         after.set("truncated", truncated)
         if self._snapshots:
             after.set("snapshot", self._pack(rows, after.select(*self.keys)))
-        return after
+        return dict(after.items())
 
     def _imagine(self, rows: Tensor, state: State, action: Tensor) -> tuple[State, TensorDict]:
         """The states [R] that `rows` reach from `state` [R] by `action` [R, 1, K, A], and what they show there."""

@@ -29,7 +29,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torchrl.data import Bounded, TensorSpec
 
-from wamrl.envs.base import RowsEnv, check_split, in_split, split_distance
+from wamrl.envs.base import RowsEnv, Shown, check_split, in_split, split_distance
 from wamrl.envs.layouts import METAWORLD, METAWORLD_STATE
 from wamrl.envs.rendering import Camera, SceneRenderer, mujoco
 from wamrl.interfaces import PolicyState, task_id
@@ -599,7 +599,7 @@ class MetaWorldEnv(RowsEnv):
     def _start_count(self, task: str) -> int:
         return _DRAWS
 
-    def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> TensorDict:
+    def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> Shown:
         saved = None if snapshot is None else snapshot.cpu().double().numpy()
         for i, row in enumerate(rows.tolist()):
             simulator = self.simulators[row]
@@ -610,9 +610,9 @@ class MetaWorldEnv(RowsEnv):
                 assert saved is not None
                 simulator.restore(saved[i])
             self._see(row)
-        return TensorDict(self._of(rows), batch_size=[len(rows)], device=self.device)
+        return self._of(rows)
 
-    def _advance(self, rows: Tensor, action: Tensor) -> TensorDict:
+    def _advance(self, rows: Tensor, action: Tensor) -> Shown:
         flags = np.zeros((3, len(rows), 1), dtype=bool)
         success, failed, truncated = flags
         reward = np.zeros((len(rows), 1), dtype=np.float32)
@@ -623,7 +623,7 @@ class MetaWorldEnv(RowsEnv):
             truncated[i] = failed[i] or simulator.steps >= self.max_steps
             if not failed[i]:
                 self._see(row)
-        after = {
+        return {
             **self._of(rows),
             "reward": torch.from_numpy(reward),
             "success": torch.from_numpy(success),
@@ -631,7 +631,6 @@ class MetaWorldEnv(RowsEnv):
             "terminated": torch.zeros(len(rows), 1, dtype=torch.bool),
             "truncated": torch.from_numpy(truncated),
         }
-        return TensorDict(after, batch_size=[len(rows)], device=self.device)
 
     def _see(self, row: int) -> None:
         """Note what a simulator shows now."""
@@ -644,7 +643,7 @@ class MetaWorldEnv(RowsEnv):
         if self._snapshots:
             shown["snapshot"][row, : simulator.snapshot_size] = simulator.snapshot()
 
-    def _of(self, rows: Tensor) -> dict[str, Tensor]:
+    def _of(self, rows: Tensor) -> Shown:
         """Copies of what the chosen rows show."""
         at = rows.numpy()
         return {key: torch.from_numpy(value[at]) for key, value in self._shown.items()}

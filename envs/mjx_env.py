@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tensordict import TensorDict
 from torch import Tensor
 
-from wamrl.envs.base import RowsEnv, StartStates, check_split, in_split, split_distance
+from wamrl.envs.base import RowsEnv, Shown, StartStates, check_split, in_split, split_distance
 from wamrl.interfaces import task_id
 from wamrl.naming import unknown_name, whole_number
 
@@ -416,7 +415,7 @@ class MJXEnv(RowsEnv):
     def _start_count(self, task: str) -> int:
         return _STARTS
 
-    def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> TensorDict:
+    def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> Shown:
         # Everything for all rows, whichever are new: another number of rows would be compiled anew.
         count, at = self.batch_size[0], rows.numpy()
         chosen = np.zeros(count, bool)
@@ -443,9 +442,9 @@ class MJXEnv(RowsEnv):
         td["success"] = torch.zeros_like(td["success"])  # it is a flag of a step, and none was taken
         if self._snapshots:
             td["snapshot"] = self._pack(rows)
-        return TensorDict(td, batch_size=[rows.numel()], device=self.device)
+        return td
 
-    def _advance(self, rows: Tensor, action: Tensor) -> TensorDict:
+    def _advance(self, rows: Tensor, action: Tensor) -> Shown:
         count, everyone = self.batch_size[0], rows.numel() == self.batch_size[0]
         rows = rows.to(self.device)
         if everyone:
@@ -475,7 +474,7 @@ class MJXEnv(RowsEnv):
             td["reward"], td["success"] = td["reward"].masked_fill(bad, 0.0), td["success"] & ~bad
         if self._snapshots:
             td["snapshot"] = self._pack(rows)
-        return TensorDict(td, batch_size=[rows.numel()], device=self.device)
+        return td
 
     def _put(self, what: Any) -> Any:
         """On the env's device for good: JAX compiles anew for arrays that only happen to be there."""
