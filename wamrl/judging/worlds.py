@@ -62,6 +62,11 @@ class Imagination(ImaginedEnv):
     ) -> None:
         if keyframe_every is not None and keyframe_every < 1:
             raise ValueError(f"keyframe_every is {keyframe_every}, but must be at least 1, or null")
+        if keyframe_every is not None and keyframe_every % model.spec.frame_stride:
+            raise ValueError(
+                f"keyframe_every is {keyframe_every}, but the model imagines a frame every {model.spec.frame_stride} "
+                "control steps and can be brought back to a decoded one only there; use a multiple"
+            )
         if len(starts) != frames.batch_size[0]:
             raise ValueError(f"there are {len(starts)} starts, but {frames.batch_size[0]} frames; give one for each")
         self.keyframe_every, self._share = keyframe_every, replica / replicas
