@@ -263,7 +263,7 @@ class Program:
         shown = {
             "state": jnp.asarray(self.task.observe(self.host, data), jnp.float32),
             "reward": jnp.asarray(self.task.reward(self.host, data), jnp.float32)[None],
-            "success": jnp.asarray(self.task.success(self.host, data), bool)[None],
+            "success": _byte(self.task.success(self.host, data)),
         }
         if self._pairs:
             one, other = data.contact.geom.T
@@ -286,7 +286,12 @@ class Program:
             finite = finite & jnp.isfinite(shown[key]).all()
         keep = chosen & finite
         after = jax.tree.map(lambda new, old: jnp.where(keep, new, old), after, state)
-        return after, shown, (~finite)[None]
+        return after, shown, _byte(~finite)
+
+
+def _byte(flag: Any) -> Any:
+    """[1] uint8 of a flag: DLPack moves bytes on every version, and torch sees them as bools."""
+    return jnp.asarray(flag, bool).astype(jnp.uint8)[None]
 
 
 def _merge(chosen: Any, new: State, old: State) -> State:
@@ -299,9 +304,7 @@ def _program(task: Task, physics_steps: int) -> Program:
 
 
 def to_torch(array: Any) -> Tensor:
-    """The same memory as a tensor; a tensor of bools is a view of bytes, which DLPack moves on every version."""
-    if array.dtype == jnp.bool_:
-        return torch.from_dlpack(array.view(jnp.uint8)).view(torch.bool)
+    """The same memory as a tensor."""
     return torch.from_dlpack(array)
 
 
@@ -384,6 +387,7 @@ class MJXEnv(RowsEnv):
         self.contact_names = tuple(name for name, _ in task.contacts)
         self._steps = torch.zeros(num_envs, 1, dtype=torch.int64, device=self.device)
         self._proprioception = torch.tensor(task.proprioception, device=self.device)
+        self._everyone = self._put(np.ones(num_envs, bool))
         self._snapshots = snapshots
         self._state, shown = self.program.begin(self._put(np.zeros((num_envs, task.start_size), np.float32)))
         entries: dict[str, Any] = {"state": (shown["state"].shape[1],)}
@@ -447,23 +451,27 @@ class MJXEnv(RowsEnv):
     def _advance(self, rows: Tensor, action: Tensor) -> Shown:
         count, everyone = self.batch_size[0], rows.numel() == self.batch_size[0]
         rows = rows.to(self.device)
-        if everyone:
-            whole, chosen = action, torch.ones(count, dtype=torch.bool, device=self.device)
-        else:
+        whole, chosen = action, self._everyone
+        if not everyone:
             whole = torch.zeros(count, action.shape[1], device=self.device)
-            chosen = torch.zeros(count, dtype=torch.bool, device=self.device)
-            whole[rows], chosen[rows] = action, True
+            whole[rows] = action
+            marked = np.zeros(count, bool)
+            marked[rows.cpu().numpy()] = True
+            chosen = self._put(marked)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # JAX has streams of its own
-        self._state, shown, failed = self.program.advance(self._state, to_jax(whole), to_jax(chosen))
+        self._state, shown, failed = self.program.advance(self._state, to_jax(whole), chosen)
         if self.device.type == "cuda":
             jax.block_until_ready(shown)
         td = self._as_tensors(shown)
-        td["simulator_error"] = to_torch(failed)
-        if not everyone:
-            td = {key: value[rows] for key, value in td.items()}
-        self._steps[rows] += 1
-        td["truncated"] = (self._steps[rows] >= self.max_steps) | td["simulator_error"]
+        td["simulator_error"] = to_torch(failed).view(torch.bool)
+        if everyone:
+            self._steps += 1
+            steps = self._steps
+        else:
+            self._steps[rows] += 1
+            steps, td = self._steps[rows], {key: value[rows] for key, value in td.items()}
+        td["truncated"] = (steps >= self.max_steps) | td["simulator_error"]
         td["terminated"] = torch.zeros_like(td["truncated"])
         bad = td["simulator_error"]
         if bool(bad.any()):
@@ -482,6 +490,7 @@ class MJXEnv(RowsEnv):
 
     def _as_tensors(self, shown: Mapping[str, Any]) -> dict[str, Tensor]:
         td = {key: to_torch(value) for key, value in shown.items()}
+        td["success"] = td["success"].view(torch.bool)
         if len(self._proprioception):
             td["proprioception"] = td["state"][:, self._proprioception]
         return td
