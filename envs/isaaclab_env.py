@@ -47,8 +47,8 @@ class IsaacLabEnv(RowsEnv):
     """B environments of one Isaac Lab task, all of them advanced by one call of the simulator.
 
     Keys of a row, beside those of `RowsEnv`: `state`, the observation group "policy"; and the task's other groups under
-    their own names, images as `pixels` [3, H, W]. `success` is the task's attribute `success` [B], False without it.
-    Actions are given to the task as they are, in [-1, 1].
+    their own names, the first of images as `pixels` [3, H, W]. `success` is the task's attribute `success` [B], False
+    without it. Actions are given to the task as they are, in [-1, 1].
 
     The auto-reset of Isaac Lab is held back, so that the observation of a row that ended is its real last one; rows are
     reset when asked for. `start` is a seed of torch's generator during the reset of that row alone; resets without it
@@ -263,7 +263,8 @@ class IsaacLabEnv(RowsEnv):
                 raise ValueError(f"the observation group '{group}' is not one tensor but has parts ({parts})")
             if value.dim() == 4:
                 channels_last = value.shape[-1] in (1, 3, 4)
-                found["pixels"] = (value.permute(0, 3, 1, 2) if channels_last else value).contiguous().clone()
+                name = group if "pixels" in found else "pixels"
+                found[name] = (value.permute(0, 3, 1, 2) if channels_last else value).contiguous().clone()
             else:
                 found["state" if group == "policy" else group] = value.to(torch.float32, copy=True)
         return found
