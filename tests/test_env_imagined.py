@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import gymnasium
@@ -360,6 +361,13 @@ def test_plan_is_told_that_it_needs_a_simulator(data, tmp_path, monkeypatch, cap
         plan.main(["env=imagined", f"env.data={data}", "split=dev"])
     assert stopped.value.code == 2
     assert "there are no dev starts of a simulator" in capsys.readouterr().err
+
+
+def test_a_missing_sb3_is_answered_with_how_to_get_it(monkeypatch):
+    monkeypatch.delitem(sys.modules, "wamrl.envs.sb3", raising=False)
+    monkeypatch.setitem(sys.modules, "stable_baselines3.common.vec_env", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "wamrl\[sb3\]"'):
+        import wamrl.envs.sb3  # noqa: F401
 
 
 def test_sb3_trains_in_it():
