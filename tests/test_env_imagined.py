@@ -258,6 +258,13 @@ def test_a_model_that_cannot_be_stepped_is_refused_with_what_would_help():
         ImaginedEnv(Drifting(history=2), frames(0.0))
 
 
+def test_a_model_on_another_device_is_refused():
+    model = Drifting()
+    model.weight = torch.nn.Parameter(torch.zeros(1, device="meta"))
+    with pytest.raises(ValueError, match="the model is on meta, but the env on cpu; load the model with device='cpu'"):
+        ImaginedEnv(model, frames(0.0))
+
+
 def test_frames_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"shape \(2,\), but the model reads \(1,\)"):
         ImaginedEnv(Drifting(), observation(torch.zeros(1, 2)))
