@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -309,7 +310,7 @@ class Simulator:
             if names[i] == "right_hand" or model.body_parentid[i] in hand:
                 hand.add(i)
         # Per geom: 1 left pad, 2 right pad, 4 hand (pads included), 8 object, 16 table.
-        self._parts = np.zeros(model.ngeom, dtype=np.int64)
+        self._parts = [0] * model.ngeom
         for geom, body in enumerate(model.geom_bodyid):
             if body in hand:
                 part = 4 | (1 if names[body] == "leftpad" else 0) | (2 if names[body] == "rightpad" else 0)
@@ -376,7 +377,7 @@ class Simulator:
             total += float(reward)
             success = success or info["success"] > 0
         self.steps += 1
-        bad = not (np.isfinite(observation).all() and np.isfinite(total))
+        bad = 0 in np.isfinite(observation).tobytes() or not math.isfinite(total)
         if bad or self._count_warnings() != self._warnings:
             return self.observation, 0.0, False, True
         self.observation = observation
@@ -388,15 +389,12 @@ class Simulator:
 
     def contact(self) -> NDArray[np.bool_]:
         """[C] flags of `CONTACT_NAMES` in the present state."""
-        data = self.raw.data
-        if data.ncon == 0:
-            return np.zeros(len(CONTACT_NAMES), dtype=bool)
-        parts = self._parts[data.contact.geom]
-        one, other = parts[:, 0], parts[:, 1]
-        either = one | other
-        with_object = (either & 8) > 0
-        left, right, hand = (bool((with_object & ((either & bit) > 0)).any()) for bit in (1, 2, 4))
-        table = bool((((either & 4) > 0) & ((either & 16) > 0)).any())
+        left = right = hand = table = False
+        for one, other in self.raw.data.contact.geom.tolist():  # a few, for which numpy takes longer than a loop
+            either = self._parts[one] | self._parts[other]
+            if either & 8:  # the object
+                left, right, hand = left or bool(either & 1), right or bool(either & 2), hand or bool(either & 4)
+            table = table or either & 20 == 20
         return np.array([left, right, hand, table])
 
     # -- saving
