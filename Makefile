@@ -49,9 +49,9 @@ $(ENV_STAMP): $(STAMP)
 
 setup-isaac: $(ISAAC_STAMP) ## make .venv-isaac: real Isaac Lab on a CPU, which cannot share an environment with Meta-World
 
-test-isaac: $(ISAAC_STAMP) ## run the tests of the Isaac Lab environments (a minute; three the first time)
+test-isaac: $(ISAAC_STAMP) ## run the tests of the Isaac Lab environments (two minutes; four the first time)
 	@WARP_CACHE_PATH=$(CURDIR)/$(ISAAC)/warp-cache OMP_NUM_THREADS=1 WAMRL_TEST_NEEDS=isaaclab \
-		$(ISAAC)/bin/python -m pytest -m isaac --timeout 900 tests/test_env_isaaclab.py $(ARGS)
+		$(ISAAC)/bin/python -m pytest -m isaac --timeout 900 tests/test_env_isaaclab.py tests/test_env_contract.py $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -62,10 +62,15 @@ def median_of(a: list[float], b: list[float], how: Callable[[float, float], floa
     return statistics.median(how(x, y) for x, y in zip(a, b, strict=True))
 
 
+def unit_actions(env: Any) -> torch.Tensor:
+    """Fixed actions [B, ...] in [-1, 1]."""
+    return torch.rand(env.action_spec.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
 def stepper(env: Any, steps: int) -> Callable[[], int]:
     """`steps` batched steps with fixed actions; rows that end are reset as collectors do."""
     rows = env.batch_size[0]
-    action = torch.rand(env.action_spec.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    action = unit_actions(env).to(env.device)
     td = env.reset()
 
     def run() -> int:
@@ -188,15 +193,15 @@ def measure_imagined(seconds: float, sizes: tuple[int, ...] = (256, 1024, 4096))
 
 
 def compiled_loop(env: Any, steps: int) -> Callable[[], int]:
-    """`steps` calls of the compiled function of an `MJXEnv`, and nothing else."""
+    """`steps` calls of the compiled function of an `MJXEnv` from where it is, with `stepper`'s actions."""
     import jax
 
-    rows = env.batch_size[0]
-    action, chosen = jax.numpy.zeros((rows, env.model.nu)), jax.numpy.ones(rows, dtype=bool)
-    state = env._state
+    rows, device = env.batch_size[0], env._jax_device
+    action = jax.device_put(unit_actions(env).numpy(), device)
+    chosen = jax.device_put(np.ones(rows, bool), device)
 
     def run() -> int:
-        now, shown = state, None
+        now, shown = env._state, None
         for _ in range(steps):
             now, shown, _ = env.program.advance(now, action, chosen)
         jax.block_until_ready(shown)

@@ -265,7 +265,7 @@ def ablation(result: Mapping[str, Any]) -> str:
 
 
 def adapter(result: Mapping[str, Any]) -> str:
-    """What the Gymnasium adapter adds to a bare loop, per step and environment."""
+    """What the adapters add to a bare loop, per step and environment."""
     metrics = result["metrics"]
     names = [key.split("/")[1] for key in metrics if key.startswith("adapter/") and key.endswith("/ratio")]
     rows = [
@@ -273,6 +273,11 @@ def adapter(result: Mapping[str, Any]) -> str:
         + [f"{metrics[f'adapter/{name}/ratio']:.2f}"]
         for name in names
     ]
+    for place in (key.removesuffix("/ratio") for key in metrics if key.startswith("mjx/") and key.endswith("/ratio")):
+        ours, raw = (1e6 / metrics[f"{place}/{name}"] for name in ("steps_per_s", "raw_steps_per_s"))
+        _, task, device, count = place.split("/")
+        numbers = [f"{raw:.0f}", f"{ours:.0f}", f"{ours - raw:.0f}", f"{metrics[f'{place}/ratio']:.2f}"]
+        rows.append([f"mjx/{task} on {device}, {count} rows", *numbers])
     return _grid(["environment", "bare loop, us", "wamrl, us", "difference, us", "ratio"], rows)
 
 

@@ -5,6 +5,7 @@ Letters: B rows, R chosen rows, A action dims (or [K, A] where a chunk is the ac
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ _STRIPS = {"train": (0.0, 0.4), "dev": (0.5, 0.6), "test": (0.7, 0.9)}  # of one
 _GUARD = 0.1
 _PERIODS = 10
 _Number = TypeVar("_Number", int, NDArray[np.int64])
+Shown = dict[str, Tensor]
+"""What some rows show, key -> [R, ...]: plain, because a TensorDict costs more than all that the keys are made of."""
 
 
 @dataclass(frozen=True)
@@ -102,16 +105,17 @@ class RowsEnv(EnvBase):
         self.start_index = torch.full((num_envs,), -1)
         self.start_round = torch.zeros(num_envs, dtype=torch.int64)
         self._task_ids = torch.tensor([task_id(task) for task in self.row_tasks], device=self.device)
-        self._rows: TensorDict | None = None
+        self._every_row = torch.arange(num_envs)
+        self._rows: Shown | None = None
         self.set_seed(seed)
 
     # -- what a subclass fills in
 
-    def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> TensorDict:
+    def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> Shown:
         """Reset `rows` [R] to `start` [R] or `snapshot` [R, S] (neither: as drawn here); what they show, [R]."""
         raise NotImplementedError
 
-    def _advance(self, rows: Tensor, action: Tensor) -> TensorDict:
+    def _advance(self, rows: Tensor, action: Tensor) -> Shown:
         """One control step of `rows` [R]; what they show, `reward`, `terminated` and `truncated`, [R]."""
         raise NotImplementedError
 
@@ -196,10 +200,7 @@ class RowsEnv(EnvBase):
             self.start_index[rows] = -1 if start is None else start
             fresh = self._begin(rows, start, snapshot)
             no = torch.zeros(rows.numel(), 1, dtype=torch.bool, device=self.device)
-            for key in ("success", "simulator_error", "terminated", "truncated"):
-                if key not in fresh.keys():
-                    fresh.set(key, no)
-            self._keep(rows, fresh)
+            self._keep(rows, {key: no for key in ("success", "simulator_error", "terminated", "truncated")} | fresh)
         return self._given_out()
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -208,42 +209,43 @@ class RowsEnv(EnvBase):
         mask = tensordict.get("_step", None)
         chosen = None if mask is None else mask.reshape(-1).cpu()
         action = checked_action(tensordict["action"], self._action_shape, self.device, chosen)
-        reward = torch.zeros(self.batch_size[0], 1, device=self.device)
-        if chosen is None or bool(chosen.all()):
-            rows = torch.arange(self.batch_size[0])
-        else:
+        everyone = chosen is None or bool(chosen.all())
+        rows = self._every_row
+        if not everyone:
+            assert chosen is not None
             rows = chosen.nonzero()[:, 0]
             action = action[rows.to(action.device)]
         after = self._advance(rows, action)
-        reward[rows.to(reward.device)] = after.pop("reward").to(torch.float32)
+        reward = after.pop("reward").to(self.device, torch.float32)
+        if not everyone:
+            whole = torch.zeros(self.batch_size[0], 1, device=self.device)
+            whole[rows.to(self.device)] = reward
+            reward = whole
         self._keep(rows, after)
-        return self._given_out().set("reward", reward)
+        return self._given_out(reward=reward)
 
-    def _given_out(self) -> TensorDict:
-        """What the rows show, which its receiver may change unless it `gives_views`."""
-        assert self._rows is not None
-        return self._rows.clone(recurse=False) if self.gives_views else _copied(self._rows)
-
-    def _keep(self, rows: Tensor, shown: TensorDict) -> None:
+    def _keep(self, rows: Tensor, shown: Shown) -> None:
         """Put what the chosen rows show into the whole batch."""
-        shown.set("done", shown["terminated"] | shown["truncated"])
-        shown.set("task", self._task_ids[rows.to(self._task_ids.device)])
+        shown["done"] = shown["terminated"] | shown["truncated"]
         if rows.numel() == self.batch_size[0]:
-            self._rows = shown
-        else:
-            assert self._rows is not None
-            whole = _copied(self._rows)
-            whole[rows.to(self._task_ids.device)] = shown.select(*whole.keys())
-            self._rows = whole
+            self._rows = {key: value.to(self.device) for key, value in shown.items()} | {"task": self._task_ids}
+            return
+        assert self._rows is not None
+        at = rows.to(self.device)
+        for key, value in self._rows.items():
+            if key != "task":
+                whole = value.clone()
+                whole[at] = shown[key].to(self.device)
+                self._rows[key] = whole
+
+    def _given_out(self, **more: Tensor) -> TensorDict:
+        """What the rows show, and `more`, for the caller to keep."""
+        assert self._rows is not None
+        kept = self._rows if self.gives_views else {key: value.clone() for key, value in self._rows.items()}
+        return TensorDict({**kept, **more}, batch_size=self.batch_size, device=self.device)
 
 
-def _copied(rows: TensorDict) -> TensorDict:
-    """A copy, bit for bit: TensorDict.clone adds 0, so that -0.0 becomes 0.0, and takes three times as long."""
-    copies = {key: value.clone() for key, value in rows.items()}
-    return TensorDict(copies, batch_size=rows.batch_size, device=rows.device)
-
-
-def asked_snapshot(given: TensorDictBase, shown: TensorDict | None) -> Tensor | None:
+def asked_snapshot(given: TensorDictBase, shown: Shown | None) -> Tensor | None:
     """The `snapshot` [B, S] that a reset is asked to restore, or None.
 
     None too where the request is what the env showed last, `done` and all: that holds a snapshot without asking for it.
@@ -300,9 +302,9 @@ def checked_action(
             f"action is on {action.device}, but this env is on {device}; move it with action.to('{device}'), "
             "or make the env with that device"
         )
-    finite = torch.isfinite(action.detach())
-    if not bool(finite.all()):
-        bad = ~finite.flatten(1).all(1)
+    action = action.detach()
+    if not math.isfinite(float(action.sum())):  # one of them is not, or the sum is too large
+        bad = ~torch.isfinite(action).flatten(1).all(1)
         if chosen is not None:
             bad = bad & chosen.to(bad.device)
         if bool(bad.any()):
@@ -310,7 +312,7 @@ def checked_action(
                 f"action of row(s) {bad.nonzero()[:, 0].tolist()} holds NaN or infinity; "
                 "a simulator may only receive finite numbers"
             )
-    return action.detach().clamp(-1.0, 1.0)
+    return action.clamp(-1.0, 1.0)
 
 
 def instruction(task: str) -> str:

@@ -18,16 +18,23 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tensordict import TensorDict
 from torch import Tensor
 from torchrl.data import Bounded, OneHot, TensorSpec
 
-from wamrl.envs.base import RowsEnv, check_split, seed_start_states, start_seed
+from wamrl.envs.base import RowsEnv, Shown, check_split, seed_start_states, start_seed
 from wamrl.envs.gymnasium_rows import PREFIX, Arrays, Build, Group, Row, SharedMemory, Worker, WorkerDied
 from wamrl.interfaces import Layout
 from wamrl.naming import unknown_name, whole_number
 
 _STARTS = 100_000  # seeds that resets without `start` choose among
+_FLAGS = {
+    "reward": "reward",
+    "terminated": "terminated",
+    "truncated": "truncated",
+    "success": "success",
+    "simulator_error": "failed",
+}
+"""Key -> name of the array, of what a step gives beside the observation."""
 
 
 start_states = seed_start_states
@@ -140,7 +147,7 @@ class GymnasiumEnv(RowsEnv):
         layout = Arrays.of(first, num_envs)
         self._check_alike(first, tasks)
         self.faults = Faults()
-        self._lost = torch.zeros(num_envs, dtype=torch.bool)
+        self._lost = np.zeros(num_envs, bool)  # rows of a process that died, until their next reset
         count = min(os.cpu_count() or 1, num_envs) if workers is None else min(workers, num_envs)
         self._layout = layout
         self._group: Group | None = None
@@ -158,9 +165,11 @@ class GymnasiumEnv(RowsEnv):
             self._workers = [Worker(build, part, layout, self._memory) for part in parts]
             for worker in self._workers:
                 self._expect(worker)
+        observation = self._observation(first)
+        self._observed, self._one_hot = (*observation, *(["snapshot"] if snapshots else [])), first.discrete
         if snapshots:
             self.snapshot_size = layout.entries["snapshot"][0][1]
-        self._declare(self._observation(first), (first.action_size,), action_spec=self._action_spec(first))
+        self._declare(observation, (first.action_size,), action_spec=self._action_spec(first))
 
     def _step_seconds(self, row: Row, task: str) -> float:
         dt = getattr(row.env.unwrapped, "dt", None) if self._asked_dt is None else self._asked_dt
@@ -239,7 +248,7 @@ class GymnasiumEnv(RowsEnv):
 
     # -- running
 
-    def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> TensorDict:
+    def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> Shown:
         at = rows.numpy()
         if start is not None:
             self._views["seed"][at] = start_seed(start.numpy(), self.split)
@@ -248,11 +257,11 @@ class GymnasiumEnv(RowsEnv):
             assert snapshot is not None
             self._views["snapshot"][at] = snapshot.cpu().double().numpy()
             command = "restore"
-        self._lost[rows] = False
-        dead = self._run(command, rows)
+        self._lost[at] = False
+        dead = self._run(command, at)
         if dead:  # nothing was lost that a reset needs: the same again in a new process
-            again = torch.tensor(sorted(row for worker in dead for row in worker.rows if row in set(rows.tolist())))
-            self._restart(dead, idle=rows)
+            again = np.array(sorted(row for worker in dead for row in worker.rows if row in set(rows.tolist())))
+            self._restart(dead, idle=at)
             self._lost[again] = False
             if start is None:
                 assert snapshot is not None
@@ -261,70 +270,54 @@ class GymnasiumEnv(RowsEnv):
                 raise RuntimeError(
                     f"a worker process died twice at a {command} of rows {again.tolist()}; see its output"
                 )
-        return self._shown(rows)
+        return self._shown(at)
 
-    def _advance(self, rows: Tensor, action: Tensor) -> TensorDict:
-        if self._build.ids and isinstance(self.action_spec, OneHot):
+    def _advance(self, rows: Tensor, action: Tensor) -> Shown:
+        at = rows.numpy()
+        if self._one_hot:
             odd = (action.sum(1) != 1) | (action.amax(1) != 1)
             if bool(odd.any()):
                 bad = rows[odd.cpu()].tolist()
                 raise ValueError(f"action of row(s) {bad} is not one-hot: one number has to be 1 and the others 0")
-        gone = self._lost[rows]
-        alive = rows[~gone]
-        self._views["action"][rows.numpy()] = action.cpu().numpy()
-        dead = self._run("step", alive)
-        died: set[int] = set()
+        self._views["action"][at] = action.cpu().numpy()
+        gone = self._lost[at]
+        dead = self._run("step", at[~gone] if gone.any() else at)
         if dead:
-            died = {row for worker in dead for row in worker.rows}
             self._restart(dead)
-        broken = gone | torch.tensor([row in died for row in rows.tolist()], dtype=torch.bool)
-        at = rows.numpy()
-        self.faults.simulator_errors += int(self._views["failed"][at[~broken.numpy()]].sum())
-        after = self._shown(rows)
-        after.set("reward", torch.from_numpy(self._views["reward"][at]).to(self.device, torch.float32)[:, None])
-        for key in ("terminated", "truncated", "success"):
-            after.set(key, self._flag(key, at))
-        after.set("simulator_error", self._flag("failed", at))
-        if bool(broken.any()):
+            gone = self._lost[at]
+        after = self._shown(at)
+        for key, name in _FLAGS.items():
+            after[key] = self._taken(name, at)
+        if after["simulator_error"].any():
+            self.faults.simulator_errors += int(self._views["failed"][at[~gone]].sum())
+        if gone.any():
             assert self._rows is not None
-            lost = broken.to(self.device)
-            before = self._rows[rows.to(self.device)]
-            for key in after.keys():
-                if key in before.keys() and key in self.observation_spec.keys():
-                    shape = (-1,) + (1,) * (after[key].dim() - 1)
-                    after[key] = torch.where(lost.view(shape), before[key], after[key])
-            lost = lost[:, None]
-            after["reward"] = after["reward"].masked_fill(lost, 0.0)
-            for key, value in (
-                ("terminated", False),
-                ("success", False),
-                ("truncated", True),
-                ("simulator_error", True),
-            ):
-                after[key] = after[key].masked_fill(lost, value)
+            lost = torch.from_numpy(gone)
+            for key in self._observed:
+                after[key][lost] = self._rows[key][rows[lost].to(self.device)].cpu()
+            for key in _FLAGS:
+                after[key][lost] = key in ("truncated", "simulator_error")
         return after
 
-    def _shown(self, rows: Tensor) -> TensorDict:
-        views, at = self._views, rows.numpy()
-        state = torch.from_numpy(views["state"][at])
-        shown = {"state": state} if state.shape[1] else {}
+    def _shown(self, at: NDArray[np.int64]) -> Shown:
+        """What the rows at `at` show."""
+        shown = {key: self._taken(key, at) for key in self._observed if key != "proprioception"}
         if self._build.proprioception:
-            shown["proprioception"] = state[:, self._proprioception]
-        for key, name in (("contact", "contact"), ("pixels", "pixels"), ("snapshot", "snapshot")):
-            if key in self.observation_spec.keys():
-                shown[key] = torch.from_numpy(views[name][at])
-        return TensorDict(shown, batch_size=[len(at)], device=self.device)
+            shown["proprioception"] = shown["state"][:, self._proprioception]
+        return shown
 
-    def _flag(self, name: str, at: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(self._views[name][at]).to(self.device, torch.bool)[:, None]
+    def _taken(self, name: str, at: NDArray[np.int64]) -> Tensor:
+        """A copy of what the workers wrote for the rows at `at`."""
+        view = self._views[name]
+        return torch.from_numpy(view.copy() if len(at) == len(view) else view[at])
 
     # -- processes
 
-    def _run(self, command: str, rows: Tensor) -> list[Worker]:
-        """Let the workers do it for `rows`; those that died meanwhile."""
+    def _run(self, command: str, at: NDArray[np.int64]) -> list[Worker]:
+        """Let the workers do it for the rows at `at`; those that died meanwhile."""
         chosen = self._views["chosen"]
-        chosen[:] = 0
-        chosen[rows.numpy()] = 1
+        chosen[:] = False
+        chosen[at] = True
         if self._group is not None:
             self._group.run(command)
             return []
@@ -348,11 +341,11 @@ class GymnasiumEnv(RowsEnv):
             raise error
         return dead
 
-    def _restart(self, dead: Sequence[Worker], *, idle: Tensor | None = None) -> None:
+    def _restart(self, dead: Sequence[Worker], *, idle: NDArray[np.int64] | None = None) -> None:
         """New processes for dead ones, whose rows wait for a reset. idle: rows that were in no episode."""
         running = ~self._lost
         if self._rows is not None:
-            running &= ~self._rows["done"][:, 0].cpu()
+            running &= ~self._rows["done"][:, 0].cpu().numpy()
         if idle is not None:
             running[idle] = False
         self.faults.worker_restarts += len(dead)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import math
 import mmap
 import os
 import pickle
@@ -176,8 +177,10 @@ class Row:
         self.state = np.zeros(self.state_size, np.float32)
         self.pixels: NDArray[np.uint8] | None = None
         self._physics = _mujoco_of(self.env)
+        # MuJoCo resets a state that diverges by itself and only counts it: bad qpos, qvel and qacc.
+        self._warnings = np.zeros(0) if self._physics is None else self._physics[1].warning.number[4:7]
         self._contacts = _contact_geoms(id, self._physics, build.contacts)
-        self._failures = 0
+        self._failures = b""
         self.saver: _Saver | None = None
         if build.snapshots:
             self.reset(0)
@@ -195,7 +198,7 @@ class Row:
         with _quiet():
             observation, _ = self.env.reset(seed=seed)
         self.steps, self.reset_once = 0, True
-        self._failures = self._count_failures()
+        self._failures = self._warnings.tobytes()
         return self._see(observation)
 
     def step(self, action: NDArray[np.float32]) -> tuple[float, bool, bool, bool, bool]:
@@ -212,7 +215,7 @@ class Row:
                 break
         self.steps += 1
         truncated = bool(truncated) or (self.max_steps is not None and self.steps >= self.max_steps)
-        if not np.isfinite(total) or self._count_failures() != self._failures or not self._see(observation):
+        if not math.isfinite(total) or self._warnings.tobytes() != self._failures or not self._see(observation):
             return 0.0, False, True, False, True
         return total, bool(terminated), truncated, success, False
 
@@ -235,7 +238,9 @@ class Row:
             state = np.asarray(spaces.flatten(self._vector, part), dtype=np.float32)
         else:
             state = self.state
-        if not np.isfinite(state).all():
+        if (
+            not math.isfinite(state.dot(state)) and not np.isfinite(state).all()
+        ):  # the square is quick, but may overflow
             return False
         self.state = state
         if self.build.pixels:
@@ -251,10 +256,6 @@ class Row:
             self.reset(0)
         assert self.pixels is not None
         return self.pixels.shape
-
-    def _count_failures(self) -> int:
-        # MuJoCo resets a state that diverges by itself and only counts it: bad qpos, qvel and qacc.
-        return 0 if self._physics is None else int(self._physics[1].warning.number[4:7].sum())
 
     def contact(self) -> NDArray[np.float32]:
         """[C] flags in the order of `Build.contacts`."""
@@ -282,7 +283,7 @@ class Row:
         self.steps = int(snapshot[2])
         self.saver.restore(snapshot[3 + self.state_size :])
         self.state = snapshot[3 : 3 + self.state_size].astype(np.float32)
-        self._failures = self._count_failures()
+        self._failures = self._warnings.tobytes()
         if self.build.pixels and not self._images:
             self.pixels = np.array(self.env.render(), dtype=np.uint8).transpose(2, 0, 1)
 
@@ -504,13 +505,14 @@ class Arrays:
     @staticmethod
     def of(row: Row, count: int) -> Arrays:
         """The arrays for `count` rows like `row`."""
-        flags = {name: ((count,), "u1") for name in ("chosen", "terminated", "truncated", "success", "failed")}
+        flags = {name: ((count, 1), "?") for name in ("terminated", "truncated", "success", "failed")}
         entries: dict[str, tuple[tuple[int, ...], str]] = {
             "state": ((count, row.state_size), "f4"),
             "action": ((count, row.action_size), "f4"),
             "contact": ((count, len(row.build.contacts)), "f4"),
-            "reward": ((count,), "f8"),
+            "reward": ((count, 1), "f4"),
             "seed": ((count,), "i8"),
+            "chosen": ((count,), "?"),
             **flags,
         }
         image = row.image_shape()
@@ -549,28 +551,30 @@ class Group:
     def run(self, command: str) -> None:
         """`command` in every chosen row: "step", "reset" to its seed, or "restore" its snapshot."""
         views = self.views
+        chosen, states, pixels, snapshots = views["chosen"], views["state"], views.get("pixels"), views.get("snapshot")
+        contacts = views["contact"] if views["contact"].shape[1] else None
+        outcomes = [views[name] for name in ("reward", "terminated", "truncated", "success", "failed")]
         for number, row in zip(self.rows, self.members, strict=True):
-            if not views["chosen"][number]:
+            if not chosen[number]:
                 continue
-            reward, terminated, truncated, success, failed = 0.0, False, False, False, False
+            failed = False
             if command == "step":
-                reward, terminated, truncated, success, failed = row.step(views["action"][number])
-            elif command == "reset":
-                failed = not row.reset(int(views["seed"][number]))
-                if failed:
-                    raise RuntimeError(f"'{row.id}' gave NaN at its reset to seed {views['seed'][number]}")
-            else:
-                row.restore(views["snapshot"][number])
-            views["reward"][number], views["failed"][number] = reward, failed
-            views["terminated"][number], views["truncated"][number] = terminated, truncated
-            views["success"][number] = success
-            views["state"][number] = row.state
-            if "pixels" in views:
-                views["pixels"][number] = row.pixels
-            if len(views["contact"][number]):
-                views["contact"][number] = row.contact()
-            if row.saver is not None and not failed:
-                views["snapshot"][number] = row.snapshot()
+                outcome = row.step(views["action"][number])
+                for array, value in zip(outcomes, outcome, strict=True):
+                    array[number, 0] = value
+                failed = outcome[-1]
+            elif command == "restore":
+                assert snapshots is not None
+                row.restore(snapshots[number])
+            elif not row.reset(int(views["seed"][number])):
+                raise RuntimeError(f"'{row.id}' gave NaN at its reset to seed {views['seed'][number]}")
+            states[number] = row.state
+            if pixels is not None:
+                pixels[number] = row.pixels
+            if contacts is not None:
+                contacts[number] = row.contact()
+            if snapshots is not None and not failed:
+                snapshots[number] = row.snapshot()
 
     def close(self) -> None:
         """Close every environment."""

@@ -9,12 +9,20 @@ an episode is the real frame itself.
 `wamrl.envs.vector.RowsVectorEnv` gives it to Gymnasium and `wamrl.envs.sb3.RowsSB3Env` to Stable-Baselines3;
 `gymnasium.make_vec("wamrl.imagined:wamrl/Imagined-v0", wam=..., data=...)` builds all of it from files.
 
-Letters: B rows, R chosen rows, F frames, M futures, K control steps of one action (`chunk`), A action dims.
+A model that imagines a frame every S control steps only (`Spec.frame_stride`) can be stepped in two ways. A `chunk`
+that is a multiple of S goes from frame to frame. A shorter one, which divides S, stays at the frame where the stride
+began until the stride is over: each step imagines all of the stride anew, under the same noise, from the actions taken
+so far, the last of them held in place of those to come, and shows how far that has got by now. The stride's last step,
+for which every action is known, shows exactly what their chunk would have.
+
+Letters: B rows, R chosen rows, F frames, M futures, K control steps of one action (`chunk`), S control steps of the
+model's stride, A action dims.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -22,7 +30,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torchrl.data import Bounded
 
-from wamrl.envs.base import RowsEnv
+from wamrl.envs.base import RowsEnv, Shown
 from wamrl.interfaces import WAM, Context, State, task_id
 from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
@@ -49,7 +57,8 @@ class ImaginedEnv(RowsEnv):
         frames: [F] real observations to start from: the model's keys and `task` (`wamrl.data.start_frames`).
         num_envs: rows B.
         tasks: those to start from; None is all that the frames hold. Start number i of a task is its i-th frame.
-        chunk: control steps K of one action. 1: actions are [B, A]; above it they are [B, K, A].
+        chunk: control steps K of one action. 1: actions are [B, A]; above it they are [B, K, A]. It has to divide the
+            model's stride S, or to be a multiple of it.
         max_steps: control steps of an episode; None is the model's `max_horizon`, for which it is meant.
         uncertainty: whether rows carry it, in a model that has one. False asks the model for one future per row
             (`WAM.follow`), not for all of them.
@@ -62,8 +71,8 @@ class ImaginedEnv(RowsEnv):
         device: where the model is and observations are put.
 
     Raises:
-        ValueError: a model that lacks a query, wants more history than one frame, or imagines in strides that do not
-            divide `chunk`; frames that do not fit it; settings out of range.
+        ValueError: a model that lacks a query, wants more history than one frame, or imagines in strides that `chunk`
+            does not fit; frames that do not fit it; settings out of range.
     """
 
     _share = 0.0  # how far episodes turn on the draw of their future, see `WAM.follow`
@@ -97,10 +106,11 @@ class ImaginedEnv(RowsEnv):
             )
         if spec.action_kind != "continuous":
             raise ValueError(f"the model's actions are {spec.action_kind}, but ImaginedEnv takes continuous ones only")
-        if chunk % spec.frame_stride:
+        stride = spec.frame_stride
+        if chunk % stride and stride % chunk:
             raise ValueError(
-                f"the model imagines a frame every {spec.frame_stride} control steps, so it cannot advance by {chunk}; "
-                f"use chunk={spec.frame_stride} or a multiple, whose actions are taken together"
+                f"the model imagines a frame every {stride} control steps, which chunk={chunk} neither divides nor "
+                f"fills; use chunk={stride} or a multiple, whose actions are taken together, or chunk=1 to step singly"
             )
         if chunk > spec.max_horizon:
             raise ValueError(f"chunk is {chunk}, but the model is meant for at most {spec.max_horizon} control steps")
@@ -130,6 +140,8 @@ class ImaginedEnv(RowsEnv):
         self._uncertainty = uncertainty
         # Rows per call: with one future per row, each network of an ensemble sees a share of them only.
         self._block = _BLOCK * (1 if uncertainty else spec.ensemble_size)
+        # Actions [B, S, A] of the stride that a row is in, those to come held; None where a chunk fills strides.
+        self._known = torch.zeros(num_envs, stride, spec.action_dim, device=self.device) if chunk < stride else None
         self.uncertainty_limit, self.success_threshold = uncertainty_limit, success_threshold
         self.stop_on_success = stop_on_success
         self.control_dt_s, self.action_repeat = spec.control_dt_s, 1
@@ -173,7 +185,7 @@ class ImaginedEnv(RowsEnv):
         return len(self._frames_of[task])
 
     @torch.no_grad()
-    def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> TensorDict:
+    def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> Shown:
         if snapshot is not None:
             shown = self._unpack(rows, snapshot)
         else:
@@ -185,6 +197,8 @@ class ImaginedEnv(RowsEnv):
             mixed = self.start_round.to(self.device)[rows] * 0x9E3779B97F4A7 + start.to(self.device) * 0x9E3779B1
             self._identity[rows] = (self._task_ids[rows] + mixed) % (1 << 62)
             self._steps[rows] = 0
+            if self._known is not None:
+                self._known[rows] = 0.0
             self._future[rows] = (self._draw(rows).uniform(1)[:, 0] + self._share) % 1.0
             self._put(rows, self._encode(frame, rows))
             shown = frame.select(*self.keys)
@@ -194,7 +208,7 @@ class ImaginedEnv(RowsEnv):
             shown.set("uncertainty", zero.clone())
         if self._snapshots:
             shown.set("snapshot", self._pack(rows, shown.select(*self.keys)))
-        return shown
+        return dict(shown.items())
 
     def _draw(self, rows: Tensor) -> NoiseKey:
         """The key by which episodes choose their future."""
@@ -216,11 +230,11 @@ class ImaginedEnv(RowsEnv):
         return int(frames[number])
 
     @torch.no_grad()
-    def _advance(self, rows: Tensor, action: Tensor) -> TensorDict:
+    def _advance(self, rows: Tensor, action: Tensor) -> Shown:
         count, everyone = rows.numel(), rows.numel() == self.batch_size[0]
         rows = rows.to(self.device)
         state = self._state if everyone else self._state[rows]
-        action = action.reshape(count, 1, self.chunk, -1)
+        action = self._filled(rows, action.reshape(count, 1, self.chunk, -1))
         if self.device.type == "cpu" and count > self._block:
             parts = [slice(i, i + self._block) for i in range(0, count, self._block)]
             found = [self._imagine(rows[part], state[part], action[part]) for part in parts]
@@ -231,8 +245,9 @@ class ImaginedEnv(RowsEnv):
         finite = ~after["simulator_error"]
         if not bool(finite.all()):
             assert self._rows is not None
-            before = self._rows.select(*self.keys)[rows]
-            after.update(torch.where(finite[:, 0], after.select(*self.keys), before))
+            for key in self.keys:
+                fits = finite.view(-1, *[1] * (after[key].dim() - 1))
+                after[key] = torch.where(fits, after[key], self._rows[key][rows])
             leaf = cast(TensorDict, torch.where(finite[:, 0], leaf, state))
             for key in ("reward", "success_probability", "uncertainty"):
                 if key in after.keys():
@@ -249,28 +264,58 @@ class ImaginedEnv(RowsEnv):
         after.set("truncated", truncated)
         if self._snapshots:
             after.set("snapshot", self._pack(rows, after.select(*self.keys)))
-        return after
+        return dict(after.items())
+
+    def _within(self, rows: Tensor) -> Tensor:
+        """[R] how many control steps ago the stride began that `rows` are in."""
+        return self._steps[rows] % (1 if self._known is None else self._known.shape[1])
+
+    def _filled(self, rows: Tensor, action: Tensor) -> Tensor:
+        """`action` [R, 1, K, A] with those taken before it in this stride, and its last held to the stride's end."""
+        if self._known is None:
+            return action
+        begun, place = self._within(rows)[:, None], torch.arange(self._known.shape[1], device=self.device)
+        index = (place - begun).clamp(0, self.chunk - 1).unsqueeze(-1).expand(-1, -1, action.shape[-1])
+        later = action[:, 0].gather(1, index)
+        self._known[rows] = torch.where((place < begun).unsqueeze(-1), self._known[rows], later)
+        return self._known[rows].unsqueeze(1)
 
     def _imagine(self, rows: Tensor, state: State, action: Tensor) -> tuple[State, TensorDict]:
-        """The states [R] that `rows` reach from `state` [R] by `action` [R, 1, K, A], and what they show there."""
-        noise = NoiseKey(row=self._identity[rows], step=self._steps[rows], seed=self._seed)
-        imagined = self.model.imagine(state, action, futures=None if self._uncertainty else 1, noise=noise)
+        """What `rows` go on from and show after `action` [R, 1, K or S, A] was imagined from `state` [R]."""
+        begun, part = self._within(rows), self._known is not None
+        noise = NoiseKey(row=self._identity[rows], step=self._steps[rows] - begun, seed=self._seed)
+        imagined = self.model.imagine(
+            state, action, futures=None if self._uncertainty else 1, noise=noise, with_frames=part
+        )
         assert imagined.reward is not None and imagined.success is not None
         futures = imagined.leaf.batch_size[2]
         index = torch.arange(len(rows), device=self.device)
         mine = (self._future[rows] * futures).long().clamp(max=futures - 1)
         leaf = imagined.leaf[:, 0][index, mine]
-        shown = self.model.decode(leaf, self.keys).select(*self.keys)
-        reward = imagined.reward[index, 0, mine]
+        at = begun[:, None] + torch.arange(self.chunk, device=self.device)  # [R, K] of the imagined steps
+
+        def own(head: Tensor) -> Tensor:
+            """[R, K] of a head [R, 1, M, H], in the row's own future."""
+            return head[index, 0, mine].gather(1, at)
+
+        if part:
+            assert imagined.frames is not None
+            frame = imagined.frames[index, 0, mine, at[:, -1]]
+            seen = replace(imagined, frames=frame[:, None, None, None])
+            shown = self.model.decode(seen, self.keys).select(*self.keys)[:, 0, 0, 0]
+            leaf = cast(TensorDict, torch.where(begun + self.chunk == action.shape[2], leaf, state))
+        else:
+            shown = self.model.decode(leaf, self.keys).select(*self.keys)
+        reward = own(imagined.reward)
         over = torch.zeros(len(rows), 1, dtype=torch.bool, device=self.device)
         if imagined.alive is not None:
-            alive = imagined.alive[index, 0, mine] >= 0.5
+            alive = own(imagined.alive) >= 0.5
             reward, over = reward * alive, ~alive.all(1, keepdim=True)
         shown.set("reward", reward.sum(1, keepdim=True))
-        shown.set("success_probability", imagined.success[index, 0, mine].amax(1, keepdim=True))
+        shown.set("success_probability", own(imagined.success).amax(1, keepdim=True))
         if self._carries_uncertainty():
             assert imagined.uncertainty is not None
-            shown.set("uncertainty", imagined.uncertainty[index, 0, mine].amax(1, keepdim=True))
+            shown.set("uncertainty", own(imagined.uncertainty).amax(1, keepdim=True))
         finite = torch.ones_like(over)
         for value in shown.values():
             if value.is_floating_point():
@@ -291,6 +336,7 @@ class ImaginedEnv(RowsEnv):
     def _pack(self, rows: Tensor, shown: TensorDict) -> Tensor:
         rows = rows.to(self.device)
         parts = [self._steps[rows], self._identity[rows], self._future[rows]]
+        parts += [] if self._known is None else [self._known[rows]]
         parts += [self._state[rows].get(key) for key in self._leaves()] + [shown[key] for key in self.keys]
         return torch.cat([_to_double(part) for part in parts], dim=1)
 
@@ -305,6 +351,8 @@ class ImaginedEnv(RowsEnv):
 
         self._steps[rows], self._identity[rows] = take(self._steps), take(self._identity)
         self._future[rows] = take(self._future)
+        if self._known is not None:
+            self._known[rows] = take(self._known)
         state = self._state[rows].clone()
         for key in self._leaves():
             state.set(key, take(self._state.get(key)))

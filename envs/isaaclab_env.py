@@ -19,11 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 from torchrl.data import Bounded, TensorSpec
 
-from wamrl.envs.base import RowsEnv, check_split, seed_start_states, start_seed
+from wamrl.envs.base import RowsEnv, Shown, check_split, seed_start_states, start_seed
 from wamrl.naming import unknown_name, whole_number
 
 PREFIX = "isaaclab/"
@@ -48,8 +47,8 @@ class IsaacLabEnv(RowsEnv):
     """B environments of one Isaac Lab task, all of them advanced by one call of the simulator.
 
     Keys of a row, beside those of `RowsEnv`: `state`, the observation group "policy"; and the task's other groups under
-    their own names, images as `pixels` [3, H, W]. `success` is the task's attribute `success` [B], False without it.
-    Actions are given to the task as they are, in [-1, 1].
+    their own names, the first of images as `pixels` [3, H, W]. `success` is the task's attribute `success` [B], False
+    without it. Actions are given to the task as they are, in [-1, 1].
 
     The auto-reset of Isaac Lab is held back, so that the observation of a row that ended is its real last one; rows are
     reset when asked for. `start` is a seed of torch's generator during the reset of that row alone; resets without it
@@ -183,7 +182,7 @@ class IsaacLabEnv(RowsEnv):
             torch.manual_seed(seed)
             yield
 
-    def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> TensorDict:
+    def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> Shown:
         at = rows.to(self.device)
         if start is not None:
             for row, number in zip(at.int(), start.tolist(), strict=True):
@@ -202,11 +201,9 @@ class IsaacLabEnv(RowsEnv):
             shown = self._named(self._observe())
         if self._snapshots:
             shown["snapshot"] = self._pack()
-        return TensorDict(
-            {key: value[at] for key, value in shown.items()}, batch_size=[rows.numel()], device=self.device
-        )
+        return {key: value[at] for key, value in shown.items()}
 
-    def _advance(self, rows: Tensor, action: Tensor) -> TensorDict:
+    def _advance(self, rows: Tensor, action: Tensor) -> Shown:
         if bool(self._stale[rows].any()):
             bad = rows[self._stale[rows]].tolist()
             raise RuntimeError(f"row(s) {bad} were left out of an earlier step and moved on; reset them first")
@@ -243,7 +240,7 @@ class IsaacLabEnv(RowsEnv):
                 broken = failed.reshape(count, *[1] * (value.dim() - 1))
                 shown[key] = torch.where(broken, self._rows[key], value)
         everything = {**shown, **flags}
-        return TensorDict({k: v[at] for k, v in everything.items()}, batch_size=[rows.numel()], device=self.device)
+        return everything if rows.numel() == count else {key: value[at] for key, value in everything.items()}
 
     @contextlib.contextmanager
     def _no_auto_reset(self) -> Iterator[None]:
@@ -266,7 +263,8 @@ class IsaacLabEnv(RowsEnv):
                 raise ValueError(f"the observation group '{group}' is not one tensor but has parts ({parts})")
             if value.dim() == 4:
                 channels_last = value.shape[-1] in (1, 3, 4)
-                found["pixels"] = (value.permute(0, 3, 1, 2) if channels_last else value).contiguous().clone()
+                name = group if "pixels" in found else "pixels"
+                found[name] = (value.permute(0, 3, 1, 2) if channels_last else value).contiguous().clone()
             else:
                 found["state" if group == "policy" else group] = value.to(torch.float32, copy=True)
         return found

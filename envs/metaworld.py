@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torchrl.data import Bounded, TensorSpec
 
-from wamrl.envs.base import RowsEnv, check_split, in_split, split_distance
+from wamrl.envs.base import RowsEnv, Shown, check_split, in_split, split_distance
 from wamrl.envs.layouts import METAWORLD, METAWORLD_STATE
 from wamrl.envs.rendering import Camera, SceneRenderer, mujoco
 from wamrl.interfaces import PolicyState, task_id
@@ -271,9 +272,6 @@ def _do_nothing(*_: Any, **__: Any) -> None:
     pass
 
 
-# The bits of two geoms together, per flag of CONTACT_NAMES: 1 left pad, 2 right pad, 4 hand (pads included), 8 object,
-# 16 table.
-_TOUCHING = (1 | 8, 2 | 8, 4 | 8, 4 | 16)
 _SCALARS: dict[str, Callable[[Any], Any]] = {"bool": bool, "int": int, "float": float}
 
 
@@ -311,8 +309,8 @@ class Simulator:
         for i in range(model.nbody):
             if names[i] == "right_hand" or model.body_parentid[i] in hand:
                 hand.add(i)
-        # Per geom: see `_TOUCHING`.
-        self._parts = np.zeros(model.ngeom, dtype=np.int64)
+        # Per geom: 1 left pad, 2 right pad, 4 hand (pads included), 8 object, 16 table.
+        self._parts = [0] * model.ngeom
         for geom, body in enumerate(model.geom_bodyid):
             if body in hand:
                 part = 4 | (1 if names[body] == "leftpad" else 0) | (2 if names[body] == "rightpad" else 0)
@@ -379,7 +377,7 @@ class Simulator:
             total += float(reward)
             success = success or info["success"] > 0
         self.steps += 1
-        bad = not (np.isfinite(observation).all() and np.isfinite(total))
+        bad = 0 in np.isfinite(observation).tobytes() or not math.isfinite(total)
         if bad or self._count_warnings() != self._warnings:
             return self.observation, 0.0, False, True
         self.observation = observation
@@ -391,11 +389,13 @@ class Simulator:
 
     def contact(self) -> NDArray[np.bool_]:
         """[C] flags of `CONTACT_NAMES` in the present state."""
-        data = self.raw.data
-        if data.ncon == 0:
-            return np.zeros(len(CONTACT_NAMES), dtype=bool)
-        pairs = {one | other for one, other in self._parts[data.contact.geom].tolist()}
-        return np.array([any(pair & both == both for pair in pairs) for both in _TOUCHING])
+        left = right = hand = table = False
+        for one, other in self.raw.data.contact.geom.tolist():  # a few, for which numpy takes longer than a loop
+            either = self._parts[one] | self._parts[other]
+            if either & 8:  # the object
+                left, right, hand = left or bool(either & 1), right or bool(either & 2), hand or bool(either & 4)
+            table = table or either & 20 == 20
+        return np.array([left, right, hand, table])
 
     # -- saving
 
@@ -597,7 +597,7 @@ class MetaWorldEnv(RowsEnv):
     def _start_count(self, task: str) -> int:
         return _DRAWS
 
-    def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> TensorDict:
+    def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> Shown:
         saved = None if snapshot is None else snapshot.cpu().double().numpy()
         for i, row in enumerate(rows.tolist()):
             simulator = self.simulators[row]
@@ -608,9 +608,9 @@ class MetaWorldEnv(RowsEnv):
                 assert saved is not None
                 simulator.restore(saved[i])
             self._see(row)
-        return TensorDict(self._of(rows), batch_size=[len(rows)], device=self.device)
+        return self._of(rows)
 
-    def _advance(self, rows: Tensor, action: Tensor) -> TensorDict:
+    def _advance(self, rows: Tensor, action: Tensor) -> Shown:
         flags = np.zeros((3, len(rows), 1), dtype=bool)
         success, failed, truncated = flags
         reward = np.zeros((len(rows), 1), dtype=np.float32)
@@ -623,7 +623,7 @@ class MetaWorldEnv(RowsEnv):
         for i, row in enumerate(chosen):
             if not failed[i]:
                 self._see(row)
-        after = {
+        return {
             **self._of(rows),
             "reward": torch.from_numpy(reward),
             "success": torch.from_numpy(success),
@@ -631,7 +631,6 @@ class MetaWorldEnv(RowsEnv):
             "terminated": torch.zeros(len(rows), 1, dtype=torch.bool),
             "truncated": torch.from_numpy(truncated),
         }
-        return TensorDict(after, batch_size=[len(rows)], device=self.device)
 
     def _see(self, row: int) -> None:
         """Note what a simulator shows now."""
@@ -644,7 +643,7 @@ class MetaWorldEnv(RowsEnv):
         if self._snapshots:
             shown["snapshot"][row, : simulator.snapshot_size] = simulator.snapshot()
 
-    def _of(self, rows: Tensor) -> dict[str, Tensor]:
+    def _of(self, rows: Tensor) -> Shown:
         """Copies of what the chosen rows show."""
         at = rows.numpy()
         return {key: torch.from_numpy(value[at]) for key, value in self._shown.items()}

@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tensordict import TensorDict
 from torch import Tensor
 
-from wamrl.envs.base import RowsEnv, StartStates, check_split, in_split, split_distance
+from wamrl.envs.base import RowsEnv, Shown, StartStates, check_split, in_split, split_distance
 from wamrl.interfaces import task_id
 from wamrl.naming import unknown_name, whole_number
 
@@ -264,7 +263,7 @@ class Program:
         shown = {
             "state": jnp.asarray(self.task.observe(self.host, data), jnp.float32),
             "reward": jnp.asarray(self.task.reward(self.host, data), jnp.float32)[None],
-            "success": jnp.asarray(self.task.success(self.host, data), bool)[None],
+            "success": _byte(self.task.success(self.host, data)),
         }
         if self._pairs:
             one, other = data.contact.geom.T
@@ -287,7 +286,12 @@ class Program:
             finite = finite & jnp.isfinite(shown[key]).all()
         keep = chosen & finite
         after = jax.tree.map(lambda new, old: jnp.where(keep, new, old), after, state)
-        return after, shown, (~finite)[None]
+        return after, shown, _byte(~finite)
+
+
+def _byte(flag: Any) -> Any:
+    """[1] uint8 of a flag: DLPack moves bytes on every version, and torch sees them as bools."""
+    return jnp.asarray(flag, bool).astype(jnp.uint8)[None]
 
 
 def _merge(chosen: Any, new: State, old: State) -> State:
@@ -300,9 +304,7 @@ def _program(task: Task, physics_steps: int) -> Program:
 
 
 def to_torch(array: Any) -> Tensor:
-    """The same memory as a tensor; a tensor of bools is a view of bytes, which DLPack moves on every version."""
-    if array.dtype == jnp.bool_:
-        return torch.from_dlpack(array.view(jnp.uint8)).view(torch.bool)
+    """The same memory as a tensor."""
     return torch.from_dlpack(array)
 
 
@@ -385,6 +387,7 @@ class MJXEnv(RowsEnv):
         self.contact_names = tuple(name for name, _ in task.contacts)
         self._steps = torch.zeros(num_envs, 1, dtype=torch.int64, device=self.device)
         self._proprioception = torch.tensor(task.proprioception, device=self.device)
+        self._everyone = self._put(np.ones(num_envs, bool))
         self._snapshots = snapshots
         self._state, shown = self.program.begin(self._put(np.zeros((num_envs, task.start_size), np.float32)))
         entries: dict[str, Any] = {"state": (shown["state"].shape[1],)}
@@ -416,7 +419,7 @@ class MJXEnv(RowsEnv):
     def _start_count(self, task: str) -> int:
         return _STARTS
 
-    def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> TensorDict:
+    def _begin(self, rows: Tensor, start: Tensor | None, snapshot: Tensor | None) -> Shown:
         # Everything for all rows, whichever are new: another number of rows would be compiled anew.
         count, at = self.batch_size[0], rows.numpy()
         chosen = np.zeros(count, bool)
@@ -443,28 +446,32 @@ class MJXEnv(RowsEnv):
         td["success"] = torch.zeros_like(td["success"])  # it is a flag of a step, and none was taken
         if self._snapshots:
             td["snapshot"] = self._pack(rows)
-        return TensorDict(td, batch_size=[rows.numel()], device=self.device)
+        return td
 
-    def _advance(self, rows: Tensor, action: Tensor) -> TensorDict:
+    def _advance(self, rows: Tensor, action: Tensor) -> Shown:
         count, everyone = self.batch_size[0], rows.numel() == self.batch_size[0]
         rows = rows.to(self.device)
-        if everyone:
-            whole, chosen = action, torch.ones(count, dtype=torch.bool, device=self.device)
-        else:
+        whole, chosen = action, self._everyone
+        if not everyone:
             whole = torch.zeros(count, action.shape[1], device=self.device)
-            chosen = torch.zeros(count, dtype=torch.bool, device=self.device)
-            whole[rows], chosen[rows] = action, True
+            whole[rows] = action
+            marked = np.zeros(count, bool)
+            marked[rows.cpu().numpy()] = True
+            chosen = self._put(marked)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # JAX has streams of its own
-        self._state, shown, failed = self.program.advance(self._state, to_jax(whole), to_jax(chosen))
+        self._state, shown, failed = self.program.advance(self._state, to_jax(whole), chosen)
         if self.device.type == "cuda":
             jax.block_until_ready(shown)
         td = self._as_tensors(shown)
-        td["simulator_error"] = to_torch(failed)
-        if not everyone:
-            td = {key: value[rows] for key, value in td.items()}
-        self._steps[rows] += 1
-        td["truncated"] = (self._steps[rows] >= self.max_steps) | td["simulator_error"]
+        td["simulator_error"] = to_torch(failed).view(torch.bool)
+        if everyone:
+            self._steps += 1
+            steps = self._steps
+        else:
+            self._steps[rows] += 1
+            steps, td = self._steps[rows], {key: value[rows] for key, value in td.items()}
+        td["truncated"] = (steps >= self.max_steps) | td["simulator_error"]
         td["terminated"] = torch.zeros_like(td["truncated"])
         bad = td["simulator_error"]
         if bool(bad.any()):
@@ -475,7 +482,7 @@ class MJXEnv(RowsEnv):
             td["reward"], td["success"] = td["reward"].masked_fill(bad, 0.0), td["success"] & ~bad
         if self._snapshots:
             td["snapshot"] = self._pack(rows)
-        return TensorDict(td, batch_size=[rows.numel()], device=self.device)
+        return td
 
     def _put(self, what: Any) -> Any:
         """On the env's device for good: JAX compiles anew for arrays that only happen to be there."""
@@ -483,6 +490,7 @@ class MJXEnv(RowsEnv):
 
     def _as_tensors(self, shown: Mapping[str, Any]) -> dict[str, Tensor]:
         td = {key: to_torch(value) for key, value in shown.items()}
+        td["success"] = td["success"].view(torch.bool)
         if len(self._proprioception):
             td["proprioception"] = td["state"][:, self._proprioception]
         return td

@@ -39,9 +39,8 @@ class AimEnv(RowsEnv):
     def _start_count(self, task: str) -> int:
         return 1000
 
-    def _show(self, rows: Tensor) -> TensorDict:
-        state = torch.cat([self.place[rows], torch.ones(len(rows), 1)], dim=-1)
-        return TensorDict({"state": state}, batch_size=[len(rows)])
+    def _show(self, rows: Tensor) -> dict[str, Tensor]:
+        return {"state": torch.cat([self.place[rows], torch.ones(len(rows), 1)], dim=-1)}
 
     def _begin(self, rows, start, snapshot):
         draw = torch.stack([torch.sin(start * 12.9), torch.cos(start * 78.2)], dim=-1)

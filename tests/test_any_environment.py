@@ -38,7 +38,7 @@ class ReachToy(RowsEnv):
 
     def _begin(self, rows, start, snapshot):
         self.state[rows], self.count[rows] = torch.sin(start[:, None] * torch.arange(1.0, 10.0)), 0
-        return TensorDict({"state": self.state[rows]}, batch_size=[len(rows)])
+        return {"state": self.state[rows]}
 
     def _advance(self, rows, action):
         self.state[rows, :3] += 0.3 * action[:, :3]
@@ -46,8 +46,7 @@ class ReachToy(RowsEnv):
         away = (self.state[rows, :3] - self.state[rows, 6:]).norm(dim=1, keepdim=True)
         over = away < 0.4
         shown = {"state": self.state[rows], "reward": -away, "success": over, "terminated": over}
-        shown |= {"truncated": self.count[rows] >= self.max_steps, "simulator_error": torch.zeros_like(over)}
-        return TensorDict(shown, batch_size=[len(rows)])
+        return shown | {"truncated": self.count[rows] >= self.max_steps, "simulator_error": torch.zeros_like(over)}
 
 
 class UnmarkedToy(ReachToy):

@@ -280,7 +280,8 @@ def test_unknown_ids_are_answered_with_near_ones():
 
 
 @pytest.mark.parametrize(
-    ("package", "extra"), [("gymnasium_robotics", "robotics"), ("ogbench", "ogbench"), ("gym_pusht", "pusht")]
+    ("package", "extra"),
+    [("gymnasium_robotics", "robotics"), ("ogbench", "ogbench"), ("gym_pusht", "pusht"), ("shimmy", "dmcontrol")],
 )
 def test_a_missing_package_is_answered_with_how_to_get_it(monkeypatch, package, extra):
     monkeypatch.setitem(sys.modules, package, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import gymnasium
@@ -251,9 +252,17 @@ def test_a_model_that_cannot_be_stepped_is_refused_with_what_would_help():
         ImaginedEnv(without, frames(0.0))
     with pytest.raises(ValueError, match="use chunk=3"):
         ImaginedEnv(Drifting(frame_stride=3), frames(0.0), chunk=2)
-    ImaginedEnv(Drifting(frame_stride=3), frames(0.0), chunk=3)
+    for chunk in (1, 3, 6):
+        ImaginedEnv(Drifting(frame_stride=3), frames(0.0), chunk=chunk)
     with pytest.raises(ValueError, match="frames of history"):
         ImaginedEnv(Drifting(history=2), frames(0.0))
+
+
+def test_a_model_on_another_device_is_refused():
+    model = Drifting()
+    model.weight = torch.nn.Parameter(torch.zeros(1, device="meta"))
+    with pytest.raises(ValueError, match="the model is on meta, but the env on cpu; load the model with device='cpu'"):
+        ImaginedEnv(model, frames(0.0))
 
 
 def test_frames_that_do_not_fit_are_refused():
@@ -359,6 +368,13 @@ def test_plan_is_told_that_it_needs_a_simulator(data, tmp_path, monkeypatch, cap
         plan.main(["env=imagined", f"env.data={data}", "split=dev"])
     assert stopped.value.code == 2
     assert "there are no dev starts of a simulator" in capsys.readouterr().err
+
+
+def test_a_missing_sb3_is_answered_with_how_to_get_it(monkeypatch):
+    monkeypatch.delitem(sys.modules, "wamrl.envs.sb3", raising=False)
+    monkeypatch.setitem(sys.modules, "stable_baselines3.common.vec_env", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "wamrl\[sb3\]"'):
+        import wamrl.envs.sb3  # noqa: F401
 
 
 def test_sb3_trains_in_it():

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import mujoco
 
+from wamrl.envs import mjx_env
 from wamrl.envs.mjx_env import TASKS, MJXEnv, start_states, to_jax, to_torch
 from wamrl.naming import UnknownNameError
 
@@ -103,7 +104,23 @@ def test_arrays_change_hands_without_a_copy():
     assert tensor.data_ptr() == array.unsafe_buffer_pointer()
     tensor = torch.arange(6.0)
     assert to_jax(tensor).unsafe_buffer_pointer() == tensor.data_ptr()
-    assert to_torch(jnp.array([True, False])).tolist() == [True, False]
+
+
+def test_what_a_step_takes_and_gives_is_the_memory_of_the_compiled_function(cartpole, monkeypatch):
+    seen = {}
+
+    def watched(state, action, chosen, real=cartpole.program.advance):
+        after, shown, failed = real(state, action, chosen)
+        seen.update(shown, action=action, failed=failed)
+        return after, shown, failed
+
+    monkeypatch.setattr(cartpole.program, "advance", watched)
+    action, clamped = torch.zeros(64, 1), []
+    monkeypatch.setattr(mjx_env, "to_jax", lambda tensor: clamped.append(tensor.data_ptr()) or to_jax(tensor))
+    td = cartpole.step(begin(cartpole).set("action", action))["next"]
+    assert clamped == [seen["action"].unsafe_buffer_pointer()]
+    for key, name in (("state", "state"), ("reward", "reward"), ("success", "success"), ("simulator_error", "failed")):
+        assert td[key].data_ptr() == seen[name].unsafe_buffer_pointer(), key
 
 
 def test_a_simulation_that_diverges_ends_its_row_only(cartpole):

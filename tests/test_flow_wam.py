@@ -9,9 +9,11 @@ import functools
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.envs.utils import check_env_specs
 
 from wamrl import checkpoint, cli, interfaces
 from wamrl.control import ModelPolicy
+from wamrl.envs.imagined_env import ImaginedEnv
 from wamrl.envs.layouts import METAWORLD
 from wamrl.interfaces import Budget, Context, task_id
 from wamrl.models.coupling import Coupling
@@ -573,3 +575,74 @@ def test_forward_and_inverse_dynamics_agree_on_a_linear_system():
     # A chunk that knows nothing of the way is off by sqrt(2); one for another row's goal as well.
     assert error(0.3 * inverse.sum(1)) < 0.25
     assert error(0.3 * other.sum(1)) > 1.2
+
+
+# ---- as an environment -------------------------------------------------------------------------------------------
+
+
+def imagining(chunk: int, rows: int = 6, **options) -> ImaginedEnv:
+    model = make("mot_uwm", chunk_length=8, frame_stride=4, max_horizon=16)
+    return ImaginedEnv(model, observations(rows), rows, chunk=chunk, **options)
+
+
+def stepped(env: ImaginedEnv, td: TensorDict, path: torch.Tensor) -> TensorDict:
+    """[T, B] what the rows show under actions [T, B, ...]."""
+    shown = []
+    for action in path:
+        td = env.step(td.clone().set("action", action))["next"]
+        shown.append(td)
+    return torch.stack(shown)
+
+
+def begun(env: ImaginedEnv) -> TensorDict:
+    rows = env.batch_size[0]
+    return env.reset(TensorDict({"start": torch.arange(rows) // 2}, [rows]))  # three starts of each task
+
+
+@pytest.mark.parametrize("uncertainty", [True, False])
+def test_stepping_singly_arrives_where_the_chunk_does(uncertainty: bool) -> None:
+    path = 1.6 * torch.rand(8, 6, 2, generator=torch.Generator().manual_seed(1)) - 0.8
+    one, two, four = (imagining(chunk, uncertainty=uncertainty) for chunk in (1, 2, 4))
+    singly = stepped(one, begun(one), path)
+    by_two = stepped(two, begun(two), path.unflatten(0, (4, 2)).transpose(1, 2))
+    by_four = stepped(four, begun(four), path.unflatten(0, (2, 4)).transpose(1, 2))
+    for key in ("state", "proprioception", "success_probability", *(["uncertainty"] if uncertainty else [])):
+        assert torch.allclose(singly[key][3::4], by_four[key], atol=1e-5), key
+        assert torch.allclose(by_two[key][1::2], by_four[key], atol=1e-5), key
+    assert singly["truncated"].sum() == 0 and one.max_steps == four.max_steps == 16
+    between = singly["state"]
+    assert all(bool((between[i] != between[i + 1]).any(-1).all()) for i in range(7))
+
+
+def test_within_a_stride_later_actions_do_not_matter_and_the_last_one_is_held() -> None:
+    path = 1.6 * torch.rand(4, 6, 2, generator=torch.Generator().manual_seed(1)) - 0.8
+    env, whole = imagining(1), imagining(4)
+    seen = stepped(env, begun(env), path)
+    other = stepped(env, begun(env), torch.cat([path[:2], -path[2:]]))
+    assert torch.equal(seen["state"][:2], other["state"][:2]) and not torch.equal(seen["state"][2], other["state"][2])
+    held = torch.cat([path[:2], path[1:2].expand(2, -1, -1)])
+    first, last = begun(whole), stepped(whole, begun(whole), held.transpose(0, 1).unsqueeze(0))[0]
+    half = first["state"] + 0.5 * (last["state"] - first["state"])  # the substrate's frames are linear in the state
+    assert torch.allclose(seen["state"][1], half, atol=1e-4)
+
+
+def test_rows_in_the_midst_of_a_stride_can_be_reset_left_out_and_restored() -> None:
+    path = 1.6 * torch.rand(6, 6, 2, generator=torch.Generator().manual_seed(2)) - 0.8
+    env = imagining(1, snapshots=True)
+    check_env_specs(env)
+    alone = stepped(env, begun(env), path)
+    td = stepped(env, begun(env), path[:3])[-1]
+    saved, mask = td["snapshot"].clone(), (torch.arange(6) % 2 == 0)[:, None]
+    env.reset()
+    restored = stepped(env, env.reset(TensorDict({"snapshot": saved}, [6])), path[3:])
+    assert torch.equal(restored["state"], alone["state"][3:])
+    td = env.reset(TensorDict({"snapshot": saved}, [6]))
+    request = td.clone().set("_reset", mask).set("start", torch.arange(6) // 2).exclude("snapshot")
+    mixed = stepped(env, env.reset(request).exclude("_reset", "start"), path[3:])
+    assert torch.allclose(mixed["state"][:, 1::2], alone["state"][3:, 1::2], atol=1e-5)
+    again = stepped(env, begun(env), path[3:])
+    assert torch.allclose(mixed["state"][:, ::2], again["state"][:, ::2], atol=1e-5)
+    td = env.reset(TensorDict({"snapshot": saved}, [6]))
+    left = env.step(td.clone().set("action", path[3]).set("_step", ~mask[:, 0]))["next"]
+    assert torch.equal(left["state"][::2], td["state"][::2])
+    assert torch.allclose(left["state"][1::2], alone["state"][3, 1::2], atol=1e-5)

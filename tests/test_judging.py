@@ -229,6 +229,10 @@ def test_keyframes_are_encoded_anew_every_k_steps():
     assert hidden == [1, 0, 1, 0]  # what encoding cannot see is forgotten
     assert model.encoded - before == 3 + 2 * 3
     assert now["x"][0].tolist() == [4.0, 5.0]  # and what it sees goes on
+    model.spec = replace(model.spec, frame_stride=2)
+    _toy(model, keyframe_every=2)
+    with pytest.raises(ValueError, match="keyframe_every is 3, but the model imagines a frame every 2"):
+        _toy(model, keyframe_every=3)
 
 
 def test_the_score_is_the_best_step_less_the_accumulated_uncertainty():

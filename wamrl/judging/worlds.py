@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
 
+from wamrl.envs.base import Shown
 from wamrl.envs.imagined_env import ImaginedEnv
 from wamrl.evaluation import Episode, Recording, Start, StepRecord, run_episodes
 from wamrl.interfaces import WAM, Context, Layout, Policy, PolicyState
@@ -61,6 +62,11 @@ class Imagination(ImaginedEnv):
     ) -> None:
         if keyframe_every is not None and keyframe_every < 1:
             raise ValueError(f"keyframe_every is {keyframe_every}, but must be at least 1, or null")
+        if keyframe_every is not None and keyframe_every % model.spec.frame_stride:
+            raise ValueError(
+                f"keyframe_every is {keyframe_every}, but the model imagines a frame every {model.spec.frame_stride} "
+                "control steps and can be brought back to a decoded one only there; use a multiple"
+            )
         if len(starts) != frames.batch_size[0]:
             raise ValueError(f"there are {len(starts)} starts, but {frames.batch_size[0]} frames; give one for each")
         self.keyframe_every, self._share = keyframe_every, replica / replicas
@@ -79,14 +85,14 @@ class Imagination(ImaginedEnv):
         return found
 
     @torch.no_grad()
-    def _advance(self, rows: Tensor, action: Tensor) -> TensorDict:
+    def _advance(self, rows: Tensor, action: Tensor) -> Shown:
         after = super()._advance(rows, action)
-        after.set("success", torch.zeros_like(after["success"]))
+        after["success"] = torch.zeros_like(after["success"])
         if self.keyframe_every is not None:
             due = (self._steps[rows] % self.keyframe_every == 0).nonzero()[:, 0]
             if due.numel():
-                frame = after[due].select(*self.keys)
-                frame["task"] = self._task_ids[rows[due]]
+                seen = {key: after[key][due] for key in self.keys} | {"task": self._task_ids[rows[due]]}
+                frame = TensorDict(seen, batch_size=[due.numel()])
                 self._put(rows[due], self._encode(frame, rows[due]))
         return after
 
