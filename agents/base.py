@@ -37,7 +37,8 @@ class EpisodeEnv(EnvBase):
     (r + bonus) / (1 - discount), which is what the model's values mean by a success and saves the steps after it.
 
     Keys of a row: the observation keys of `env` that `keys` names and `task`; `success` bool [1], at any control step
-    of the decision; `executed` int64 [1], its control steps; `task_reward` float32 [1], the sum of the task's rewards.
+    of the decision; `executed` int64 [1], its control steps; `task_reward` float32 [1], the sum of the task's rewards;
+    `simulator_error` bool [1], whether the simulator failed in it.
 
     Args:
         env: rows in the layout of wamrl's environments; actions [B, A].
@@ -80,6 +81,7 @@ class EpisodeEnv(EnvBase):
         device = env.device
         entries: dict[str, Any] = {key: env.observation_spec[key].clone() for key in (*self.keys, "task", "success")}
         entries["executed"] = Unbounded((rows, 1), dtype=torch.int64, device=device)
+        entries["simulator_error"] = env.observation_spec["success"].clone()
         entries["task_reward"] = Unbounded((rows, 1), dtype=torch.float32, device=device)
         self.observation_spec = Composite(entries, shape=self.batch_size, device=device)
         shape = (rows, action_dim) if chunk == 1 else (rows, chunk, action_dim)
@@ -101,6 +103,7 @@ class EpisodeEnv(EnvBase):
         out = self._shown.select(*self.keys, "task", "success", "done", "terminated", "truncated").clone()
         out["executed"] = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
         out["task_reward"] = torch.zeros(rows, 1, device=self.device)
+        out["simulator_error"] = torch.zeros(rows, 1, dtype=torch.bool, device=self.device)
         return out
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -111,7 +114,7 @@ class EpisodeEnv(EnvBase):
         live = torch.ones(rows, 1, dtype=torch.bool, device=self.device) if asked is None else asked.reshape(rows, 1)
         reward, plain = torch.zeros(rows, 1, device=self.device), torch.zeros(rows, 1, device=self.device)
         executed = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
-        success, terminated, truncated = (torch.zeros_like(live) for _ in range(3))
+        success, terminated, truncated, failed = (torch.zeros_like(live) for _ in range(4))
         after = self._shown
         for number in range(self.chunk):
             if not bool(live.any()):
@@ -132,12 +135,14 @@ class EpisodeEnv(EnvBase):
             executed += live
             success, terminated = success | won, terminated | over
             truncated = truncated | (after["truncated"] & live & ~over)
+            failed = failed | (after["simulator_error"] & live)
             live = live & ~terminated & ~truncated
         self._shown = after
         out = after.select(*self.keys, "task").clone()
         for key, value in {
             "success": success, "executed": executed, "task_reward": plain, "reward": reward,
             "terminated": terminated, "truncated": truncated, "done": terminated | truncated,
+            "simulator_error": failed,
         }.items():  # fmt: skip
             out[key] = value
         return out

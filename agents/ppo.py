@@ -36,7 +36,7 @@ from wamrl.interfaces import WAM, State
 from wamrl.naming import whole_number
 from wamrl.noise import NoiseKey
 
-TICKS = 1 << 20  # decisions of one iteration, at most
+_TICKS = 1 << 20  # decisions of one iteration, at most
 _KEEP = 4096  # numbers of a state up to which those of a batch are kept for all of its epochs
 
 
@@ -55,7 +55,7 @@ class GaussianActor(TensorDictModuleBase):
 
     def begin(self, seed: int, iteration: int) -> None:
         """Noise of an iteration: of the row, the decision and `seed` alone."""
-        self.seed, self.tick = seed, iteration * TICKS
+        self.seed, self.tick = seed, iteration * _TICKS
 
     def _key(self, rows: int, device: torch.device | None) -> NoiseKey:
         key = NoiseKey.for_rows(rows, seed=self.seed, step=self.tick, device=device or "cpu")

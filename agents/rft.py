@@ -105,7 +105,7 @@ class Planning(Explorer):
         for part in self.planned.nonzero()[:, 0].split(_ROWS):
             if len(part):
                 plan = _plan(self.model, self.planner, tensordict[part], part, self.tick, self.seed)
-                action[part] = plan.actions[:, 0]
+                action[part] = torch.where(plan.searched[:, None], plan.actions[:, 0], action[part])
         tensordict["action"] = action
         return tensordict
 
@@ -164,6 +164,11 @@ class RFT(CollectingLearner):
         if planner_acts and planner is None:
             raise ValueError(
                 f"planner_acts={planner_acts}, but there is no planner; choose one, as agent=expert_iteration does"
+            )
+        if planner_acts and (shuffle_rewards or behaviour_share):
+            raise ValueError(
+                "shuffle_rewards and behaviour_share have no meaning where a planner acts: the null control is "
+                "agent.planner.shuffle_scores=true, the prior's part agent.planner.behaviour_share"
             )
         self.planner, self.planner_acts, self.target = planner, planner_acts, target
         self.refreshes, self.anneal = planner_acts > 0.0, anneal
@@ -318,12 +323,16 @@ class RFT(CollectingLearner):
         flat = batch.reshape(-1)
         if len(flat) > self.max_plans:
             flat = flat[torch.randperm(len(flat), generator=self.updater.generator)[: self.max_plans]]
-        chunks = []
+        chunks, searched = [], []
         for first in range(0, len(flat), _ROWS):
             part = flat[first : first + _ROWS]
             row = torch.arange(first, first + len(part), device=part.device)
-            chunks.append(self._taught(_plan(self.model, self.planner, part, row, self.iteration, self.seed)))
-        label = torch.cat(chunks)[:, : self.length]
+            plan = _plan(self.model, self.planner, part, row, self.iteration, self.seed)
+            chunks.append(self._taught(plan))
+            searched.append(plan.searched)
+        # Where no search was made, the planner knows no better than the policy.
+        found = torch.cat(searched)
+        flat, label = flat[found], torch.cat(chunks)[found, : self.length]
         if label.shape[1] < self.length:
             raise ValueError(
                 f"the planner plans {label.shape[1]} control steps, but the policy is taught chunks of {self.length}; "
@@ -405,4 +414,4 @@ def _starts(kept: TensorDict) -> Tensor:
 
 
 _NOT_OBSERVED = ("next", "collector", "action", "chain", "action_log_prob", "done", "terminated", "truncated",
-                 "success", "executed", "task_reward", "reward")  # fmt: skip
+                 "success", "executed", "task_reward", "reward", "simulator_error")  # fmt: skip

@@ -200,7 +200,8 @@ class RowsEnv(EnvBase):
             self.start_index[rows] = -1 if start is None else start
             fresh = self._begin(rows, start, snapshot)
             no = torch.zeros(rows.numel(), 1, dtype=torch.bool, device=self.device)
-            self._keep(rows, {key: no for key in ("success", "simulator_error", "terminated", "truncated")} | fresh)
+            flags = ("success", "simulator_error", "terminated", "truncated")
+            self._keep(rows, {key: no.clone() for key in flags} | fresh)
         return self._given_out()
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -242,6 +243,7 @@ class RowsEnv(EnvBase):
         """What the rows show, and `more`, for the caller to keep."""
         assert self._rows is not None
         kept = self._rows if self.gives_views else {key: value.clone() for key, value in self._rows.items()}
+        more["task"] = self._task_ids.clone()  # also where views are given: it tells what the rows run, for good
         return TensorDict({**kept, **more}, batch_size=self.batch_size, device=self.device)
 
 
@@ -282,7 +284,7 @@ def checked_action(
     """`action` clamped to [-1, 1].
 
     Args:
-        action: what came, [B, ...]. shape: what the environment takes.
+        action: what came, [B, ...].
         shape: what the environment takes.
         device: where the environment lives.
         chosen: [B] bool rows that will be stepped, None for all; only those have to be finite.

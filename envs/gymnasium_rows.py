@@ -238,9 +238,8 @@ class Row:
             state = np.asarray(spaces.flatten(self._vector, part), dtype=np.float32)
         else:
             state = self.state
-        if (
-            not math.isfinite(state.dot(state)) and not np.isfinite(state).all()
-        ):  # the square is quick, but may overflow
+        # The square is quick, but may overflow.
+        if not math.isfinite(state.dot(state)) and not np.isfinite(state).all():
             return False
         self.state = state
         if self.build.pixels:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tensordict import TensorDict
 
-from tests.agent_toys import SIZES, TASK, AimEnv, FlowToy, Knowing, reference_model, write_dataset
+from tests.agent_toys import OPTIMUM, SIZES, TASK, AimEnv, FlowToy, Knowing, reference_model, write_dataset
 from wamrl import checkpoint, measuring, posttrain, posttraining
 from wamrl.agents.base import LearningDiverged
 from wamrl.agents.flow_ppo import FlowPPO
@@ -21,7 +22,7 @@ from wamrl.agents.rft import RFT
 from wamrl.agents.sb3 import SB3
 from wamrl.data import start_frames
 from wamrl.envs.imagined_env import ImaginedEnv
-from wamrl.interfaces import task_id
+from wamrl.interfaces import Context, task_id
 from wamrl.measuring import Measuring, RealWindows
 from wamrl.naming import RunError
 from wamrl.training import find_state
@@ -97,7 +98,9 @@ def test_what_was_done_in_the_simulator_joins_the_data(tmp_path):
     end[0, 2] = True  # row 0: three steps up to a success, then two; row 1: five steps
     frames = torch.arange(6.0).view(6, 1).expand(2, 6, 3) + 10.0 * torch.arange(2.0).view(2, 1, 1)
     task = torch.full(shape, task_id(TASK))
-    after = {"state": frames[:, 1:], "done": end, "terminated": end, "success": end,
+    failed = torch.zeros(*shape, 1, dtype=torch.bool)
+    failed[1, 4] = True  # the simulator failed in the last step of row 1, which shows nothing
+    after = {"state": frames[:, 1:], "done": end, "terminated": end, "success": end, "simulator_error": failed,
              "task_reward": torch.full((*shape, 1), 0.5)}  # fmt: skip
     batch = TensorDict(
         {"state": frames[:, :-1], "task": task, "action": torch.rand(*shape, 2), "next": TensorDict(after, shape)},
@@ -105,7 +108,7 @@ def test_what_was_done_in_the_simulator_joins_the_data(tmp_path):
     )
     windows.add(batch, model)
     added = windows.training.select(range(before, len(windows.training)))
-    assert added.lengths.tolist() == [3, 2, 5] and windows.training.num_steps == steps + 10
+    assert added.lengths.tolist() == [3, 2, 4] and windows.training.num_steps == steps + 9
     assert [e["success"] for e in added.episodes] == [True, False, False]
     (first,) = added.select([0]).windows(3)
     assert first["observation", "state"][0, :, 0].tolist() == [0, 1, 2, 3]
@@ -133,6 +136,33 @@ def test_expert_iteration_learns_from_a_planner_that_acts_and_teaches(tmp_path, 
         RFT(planner_acts=0.5)
     with pytest.raises(ValueError, match="from 0 to 1"):
         RFT(planner=Knowing(), planner_acts=2.0)
+    with pytest.raises(ValueError, match="shuffle_scores=true"):
+        RFT(planner=Knowing(), planner_acts=0.5, shuffle_rewards=True)
+    with pytest.raises(ValueError, match="world_weight is 0"):
+        learner = RFT(planner=Knowing(), planner_acts=0.5, world_weight=0.0)
+        small(tmp_path / "none", learner=learner, data=write_dataset(tmp_path / "other"), refresh=True)
+
+
+def test_where_a_planner_does_not_search_the_policy_acts_and_nothing_is_taught():
+    class Resting(Knowing):
+        def plan(self, model, state, plan_state, noise, budget):
+            plan, plan_state = super().plan(model, state, plan_state, noise, budget)
+            searched = torch.arange(len(plan.actions)) % 2 == 0
+            return replace(
+                plan, searched=searched, actions=torch.where(searched[:, None, None], plan.actions, 0.9)
+            ), plan_state
+
+    model = reference_model()
+    learner = RFT(planner=Resting(), planner_acts=1.0, noise=(1e-6, 1e-6), world_weight=0.0)
+    learner.bind(model, None, rows=8, seed=0)
+    learner.begin(0)
+    shown = AimEnv(8).reset().select("state", "task")
+    action = learner.actor(shown.clone())["action"]
+    policy = model.gaussian(model.encode(Context.from_observation(shown)))[0].clamp(-1.0, 1.0)
+    torch.testing.assert_close(action[::2], torch.tensor(OPTIMUM).expand(4, 2))
+    torch.testing.assert_close(action[1::2], policy[1::2].detach(), atol=1e-4, rtol=0.0)
+    taught = learner._planned(shown.unsqueeze(0))
+    assert len(taught) == 4 and taught["label"].eq(torch.tensor(OPTIMUM)).all()
     with pytest.raises(ValueError, match="does not have; use wam=reference"):
         RFT(planner=Knowing(), planner_acts=0.5, world_weight=0.0).bind(FlowToy(), None, rows=1, seed=0)
 
@@ -142,7 +172,7 @@ def test_a_refresh_that_cannot_be_is_refused(tmp_path, what):
     options = {"data": write_dataset(tmp_path / "data"), "refresh": True}
     options |= {"data": {"data": None}, "real": {"real": False}, "chunk": {}}[what]
     learner = FlowPPO(chunk=2, world_weight=0.0) if what == "chunk" else None
-    with pytest.raises(ValueError, match="refresh=true adds real roll-outs"):
+    with pytest.raises(ValueError, match="adds real roll-outs"):
         small(tmp_path / "run", learner=learner, **options)
 
 

@@ -63,8 +63,7 @@ class RealWindows:
         self, data: EpisodeDataset, model: WAM, *, batch: int, length: int | None, fraction: float, windows: int
     ) -> None:
         self.data, self.batch, self.length = data, batch, length or window_length(model)
-        self.own, validation = data.split(fraction, seed=0)
-        self.training = self.own
+        self.training, validation = data.split(fraction, seed=0)
         self.added: TensorDict | None = None
         self.scale = {key: value["std"] for key, value in self.training.statistics().items()}
         horizon = min(10, model.spec.max_horizon)
@@ -77,17 +76,18 @@ class RealWindows:
     def add(self, batch: TensorDict, model: WAM) -> None:
         """Join what the policy did in a simulator, batch [B, T] of one control step per decision, to what is drawn.
 
-        Its successes count as worth imitating, and what the model holds for possible is widened to what it saw.
+        All successes count as worth imitating, and what the model holds for possible is widened to what it saw.
         """
-        after = ("done", "terminated", "success", "task_reward", *model.spec.observation)
+        after = ("done", "terminated", "success", "simulator_error", "task_reward", *model.spec.observation)
         kept = batch.select("action", "task", *model.spec.observation, *(("next", key) for key in after)).cpu()
         self.added = kept if self.added is None else torch.cat([self.added, kept])
-        self._join(model)
+        self._join(kept, model)
 
-    def _join(self, model: WAM) -> None:
-        assert self.added is not None
-        fresh = _episodes(self.added, model, self.own.indices)
-        self.training = self.own.joined(fresh)
+    def _join(self, batch: TensorDict, model: WAM) -> None:
+        fresh = _episodes(batch, model, self.training.indices)
+        if fresh is None:
+            return
+        self.training = self.training.joined(fresh)
         widen = getattr(model, "set_extent", None)
         if widen is not None:
             widen(fresh.extent(self.data.statistics()), widen=True)
@@ -100,7 +100,7 @@ class RealWindows:
         """What `state_dict` gave."""
         if state:
             self.added = TensorDict(dict(state), batch_size=state["action"].shape[:2]).unflatten_keys(".")
-            self._join(model)
+            self._join(self.added, model)
 
     @torch.no_grad()
     def error(self, model: WAM) -> float:
@@ -120,14 +120,18 @@ class RealWindows:
         return TensorDict({**frames, "task": self.data._task}, batch_size=[len(at)])
 
 
-def _episodes(batch: TensorDict, model: WAM, indices: Sequence[Mapping[str, Any]]) -> EpisodeDataset:
-    """The episodes in batch [B, T], those that are cut off by its end included; `indices`: of the data they join."""
+def _episodes(batch: TensorDict, model: WAM, indices: Sequence[Mapping[str, Any]]) -> EpisodeDataset | None:
+    """The episodes in batch [B, T], those that are cut off by its end included; None where there is none.
+
+    A step in which the simulator failed shows nothing, and is left out. indices: of the data they join.
+    """
     names = {task_id(task): task for task in model.spec.tasks}
     episodes, infos = [], []
     for row in batch:
         ends = (row["next", "done"][:, 0].nonzero()[:, 0] + 1).tolist()
         for first, end in zip([0, *ends], [*ends, len(row)], strict=True):
-            if first == end:
+            end -= int(first < end and bool(row["next", "simulator_error"][end - 1]))
+            if first >= end:
                 continue
             steps, after = row[first:end], row["next"][first:end]
             success = after["success"][:, 0]
@@ -145,7 +149,7 @@ def _episodes(batch: TensorDict, model: WAM, indices: Sequence[Mapping[str, Any]
             )
             infos.append({"task": names[int(steps["task"][0])], "behaviour": "policy", "split": "train",
                           "steps": end - first, "success": bool(success.any())})  # fmt: skip
-    return EpisodeDataset.from_episodes(episodes, infos, indices)
+    return EpisodeDataset.from_episodes(episodes, infos, indices) if episodes else None
 
 
 @dataclass(frozen=True)

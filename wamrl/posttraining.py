@@ -105,8 +105,9 @@ def posttrain(
     """
     if refresh and (data is None or not real or learner.kind != "collect" or learner.chunk != 1):
         raise ValueError(
-            "refresh=true adds real roll-outs to the episodes that the world model is trained on, so it needs "
-            "data=<dataset>, a simulator as env, and an agent that collects control step by control step"
+            "refresh=true (the default of agent=expert_iteration) adds real roll-outs to the episodes that the world "
+            "model is trained on, so it needs data=<dataset>, a simulator as env, and an agent that collects control "
+            "step by control step"
         )
     windows = None
     if data is not None:
@@ -114,6 +115,8 @@ def posttrain(
                               windows=validation_windows)  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         learner.bind(model, None if windows is None else windows.draw, rows=num_envs, seed=seed)
+        if refresh and not learner.updater.world_weight:  # type: ignore[attr-defined]
+            raise ValueError("refresh=true adds real roll-outs to the world model's loss, but agent.world_weight is 0")
         experience = experience_of(learner, model, env, frames=frames, data=data, rows=num_envs, decisions=decisions,
                                    success_ends=success_ends)  # fmt: skip
         run = _Run(

@@ -536,7 +536,7 @@ def open_loop_errors(
     return errors
 
 
-_STILL = 1e-6  # standard deviations: what moves no further in a window does not move
+_STILL = 1e-3  # standard deviations: what moves no further in a window does not move, and smaller errors are none
 
 
 def _rms_by_feature(difference: Tensor, valid: Tensor) -> Tensor:
