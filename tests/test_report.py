@@ -373,3 +373,12 @@ def test_two_starts_do_not_make_a_method_better(p_value: float, reading: str) ->
     pair = {"first": "planner", "second": "random", "n": 2, "difference": 1.0, "low": 0.07, "high": 1.0}
     pair |= {"only_first": 2, "only_second": 0, "p_value": p_value}
     assert report._pairs({"paired": [pair]})[0][-1] == reading
+
+
+@pytest.mark.parametrize(("bounds", "reading"), [((-3.0, -1.0), "planner is quicker"), ((0.5, 2.0), "policy is quicker"),
+                         ((-1.0, 1.0), "no difference shown"), ((None, None), "no difference shown")])  # fmt: skip
+def test_where_success_tells_nothing_the_steps_may(bounds, reading: str) -> None:
+    pair = {"first": "planner", "second": "policy", "n": 60, "difference": 0.0, "low": -0.05, "high": 0.05}
+    pair |= {"only_first": 1, "only_second": 1, "p_value": 1.0}
+    pair |= {"steps": {"n": 50, "difference": -1.0, "low": bounds[0], "high": bounds[1]}}
+    assert report._pairs({"paired": [pair]})[0][-1] == reading

@@ -534,6 +534,8 @@ def _pairs(results: Mapping[str, Any]) -> list[list[str]]:
         reading = "no difference shown"
         if (p["low"] > 0 or p["high"] < 0) and p["p_value"] < 0.05:
             reading = f"{p['first'] if p['low'] > 0 else p['second']} is better"
+        elif (steps := p.get("steps")) and steps["low"] is not None and not steps["low"] <= 0 <= steps["high"]:
+            reading = f"{p['first'] if steps['high'] < 0 else p['second']} is quicker"
         difference, low, high = (f"{100 * p[k]:+.0f}" for k in ("difference", "low", "high"))
         only = [str(p["only_first"]), str(p["only_second"])]
         rows.append(
