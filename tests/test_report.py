@@ -375,8 +375,15 @@ def test_two_starts_do_not_make_a_method_better(p_value: float, reading: str) ->
     assert report._pairs({"paired": [pair]})[0][-1] == reading
 
 
-@pytest.mark.parametrize(("bounds", "reading"), [((-3.0, -1.0), "planner is quicker"), ((0.5, 2.0), "policy is quicker"),
-                         ((-1.0, 1.0), "no difference shown"), ((None, None), "no difference shown")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("bounds", "reading"),
+    [
+        ((-3.0, -1.0), "planner is quicker"),
+        ((0.5, 2.0), "policy is quicker"),
+        ((-1.0, 1.0), "no difference shown"),
+        ((None, None), "no difference shown"),
+    ],
+)
 def test_where_success_tells_nothing_the_steps_may(bounds, reading: str) -> None:
     pair = {"first": "planner", "second": "policy", "n": 60, "difference": 0.0, "low": -0.05, "high": 0.05}
     pair |= {"only_first": 1, "only_second": 1, "p_value": 1.0}
