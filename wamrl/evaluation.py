@@ -505,13 +505,18 @@ def summarise(episodes: Sequence[Episode]) -> Summary:
     )
 
 
+def _matched(episodes: Iterable[Episode], first: str, second: str) -> list[tuple[Episode, Episode]]:
+    """The episodes of two methods side by side, over the starts that both have with the same seed, in their order."""
+    found = {m: {(e.task, e.start, e.seed): e for e in episodes if e.method == m} for m in (first, second)}
+    return [(found[first][key], found[second][key]) for key in sorted(found[first].keys() & found[second].keys())]
+
+
 def compare(episodes: Sequence[Episode], first: str, second: str) -> Paired | None:
     """`paired` over the starts that both methods finished with the same seed; None when there is no such start."""
-    outcome = {m: {(e.task, e.start, e.seed): e.success for e in episodes if e.method == m} for m in (first, second)}
-    common = sorted(outcome[first].keys() & outcome[second].keys())
-    if not common:
+    both = _matched(episodes, first, second)
+    if not both:
         return None
-    return paired([outcome[first][k] for k in common], [outcome[second][k] for k in common], names=(first, second))
+    return paired([a.success for a, _ in both], [b.success for _, b in both], names=(first, second))
 
 
 @dataclass(frozen=True)
@@ -530,12 +535,8 @@ class Sooner:
 
 def sooner(episodes: Sequence[Episode], first: str, second: str) -> Sooner | None:
     """`Sooner` over the starts that both methods solved with the same seed; None when there is no such start."""
-    steps = {
-        m: {(e.task, e.start, e.seed): e.first_success_step for e in episodes if e.method == m and e.success}
-        for m in (first, second)
-    }
-    common = sorted(steps[first].keys() & steps[second].keys())
-    gaps = [a - b for k in common if (a := steps[first][k]) is not None and (b := steps[second][k]) is not None]
+    both = [(a.first_success_step, b.first_success_step) for a, b in _matched(episodes, first, second)]
+    gaps = [a - b for a, b in both if a is not None and b is not None]
     return Sooner(len(gaps), *_mean_with_interval(np.array(gaps, dtype=float))) if gaps else None
 
 
@@ -568,17 +569,15 @@ class Gain:
 
 def gain(episodes: Sequence[Episode], first: str = "planner", second: str = "policy") -> Gain | None:
     """The gain of `first` over `second`; None when no start has an imagined return from both with the same seed."""
-    rates: dict[str, dict[tuple[str, int, int], tuple[float, float]]] = {first: {}, second: {}}
-    for e in episodes:
-        if e.method in rates and e.imagined_return is not None:
-            rates[e.method][e.task, e.start, e.seed] = (e.imagined_return / e.length, e.episode_return / e.length)
-    common = sorted(rates[first].keys() & rates[second].keys())
-    if not common:
+    promised = [e for e in episodes if e.imagined_return is not None]
+    both = _matched(promised, first, second)
+    if not both:
         return None
-    gains = np.array([np.subtract(rates[first][key], rates[second][key]) for key in common])
+    rates = [[(e.imagined_return / e.length, e.episode_return / e.length) for e in pair] for pair in both]  # type: ignore[operator]
+    gains = np.array([np.subtract(one, other) for one, other in rates])
     difference, low, high = _mean_with_interval(gains[:, 0] - gains[:, 1])
     return Gain(
-        n=len(common),
+        n=len(both),
         imagined=float(gains[:, 0].mean()),
         real=float(gains[:, 1].mean()),
         difference=difference,
