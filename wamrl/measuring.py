@@ -5,6 +5,7 @@ Letters: W windows, B rows.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -90,7 +91,12 @@ class RealWindows:
         self.training = self.training.joined(fresh)
         widen = getattr(model, "set_extent", None)
         if widen is not None:
-            widen(fresh.extent(self.data.statistics()), widen=True)
+            widen(fresh.extent(self._usual), widen=True)
+
+    @functools.cached_property
+    def _usual(self) -> dict[str, dict[str, Tensor]]:
+        """What the data's numbers usually change by, among others; asked for by every iteration that adds some."""
+        return self.data.statistics()
 
     def state_dict(self) -> dict[str, Tensor]:
         """What was added, for a run that is to go on; the data itself is read again."""
