@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.stored import RESULTS, ROOT, Clock, run_stage
+from benchmarks.stored import RESULTS, ROOT, Clock, run_stage, stage_done
 from wamrl.evaluation import wilson
 
 TASKS = ("reach-v3", "push-v3", "pick-place-v3", "door-open-v3")
@@ -73,7 +74,9 @@ def run(seed: int, out: Path, variants: Sequence[str]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for name, command, words in stages(seed, directory, variants):
         call = [sys.executable, "-m", f"wamrl.{command}"]
-        stopped = command != "collect" and name != "sac" and (directory / name / "checkpoints" / "last").is_dir()
+        if name == "sac" and not stage_done(name, [*call, *words], directory):
+            shutil.rmtree(directory / name, ignore_errors=True)  # a stopped one cannot go on, and refuses its directory
+        stopped = command != "collect" and (directory / name / "checkpoints" / "last").is_dir()
         resume = [*call, f"resume={directory / name}"] if stopped else None
         run_stage(name, [*call, *words], directory, resume=resume, label=f"seed {seed}")
 
