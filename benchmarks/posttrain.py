@@ -29,7 +29,7 @@ ENV = f"[{','.join(f'metaworld/{task}' for task in TASKS)}]"
 EPISODES, FIRST_TEST_START = 25, 450  # test starts per task; lower numbers were read before
 
 _REAL = ("env=metaworld/six", f"env.tasks={ENV}", "num_envs=32", "decisions=100")
-_EXPERT_ITERATION = (*_REAL, "agent=expert_iteration", "iterations=5", "evaluate_every=1", "world_batch=128",
+_EXPERT_ITERATION = (*_REAL, "agent=expert_iteration", "iterations=8", "evaluate_every=1", "world_batch=128",
                      "agent.planner.num_candidates=32", "agent.planner.sigma=0.1")  # fmt: skip
 # Imitation alone touches the policy's own weights: without a world loss the simulator half stays exactly what it was.
 _IMITATION = ("agent.learning_rate=5e-4", "agent.world_weight=0")
@@ -45,7 +45,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
             "evaluate_every=1", "agent.updates=600", *_IMITATION),
     "distil_imagined": _IMAGINED,
     "distil_shuffled": (*_IMAGINED, "agent.planner.shuffle_scores=true"),
-    "sac": ("env=metaworld/six", f"env.tasks={ENV}", "num_envs=16", "decisions=1000", "iterations=5",
+    "sac": ("env=metaworld/six", f"env.tasks={ENV}", "num_envs=16", "decisions=2000", "iterations=4",
             "evaluate_every=1", "agent=sb3", "agent.algorithm=sac", "agent.demonstrations=true",
             "+agent.settings.gradient_steps=-1"),
 }  # fmt: skip
