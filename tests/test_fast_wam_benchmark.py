@@ -31,18 +31,24 @@ def test_every_stage_composes(tmp_path, monkeypatch, pixels):
     fast_wam.check(chosen)
     found = fast_wam.stages(chosen, PUSH, 0, Path("out"))
     assert [stage.name for stage in found] == [
-        "collect",
+        "collect_data",
         "collect_held",
+        "collect_play",
         *(["tokenizer"] if pixels else []),
         *(f"train_{variant}" for variant in fast_wam.VARIANTS),
+        "train_mot_uwm_play",
+        "train_reference_play",
     ]
     assert "data.mixture.expert=300" in found[0].overrides
     for stage in found:
         words = list(stage.overrides)
         config = cli.compose(stage.command, cli.rewritten("train", words)[1] if stage.command == "train" else words)
         if stage.name.startswith("train_"):
+            label = stage.name.removeprefix("train_")
             assert config.tokenizer == ("out/tokenizer" if pixels else None)
-            assert config.wam.backbone.layers == 2 and f"wam={stage.name.removeprefix('train_')}" in words
+            assert f"wam={label.removesuffix('_play')}" in words
+            assert config.dataset == (["out/data", "out/play"] if label.endswith("_play") else "out/data")
+            assert label == "reference_play" or config.wam.backbone.layers == 2
 
 
 @pytest.mark.parametrize(
@@ -54,7 +60,8 @@ def test_every_stage_composes(tmp_path, monkeypatch, pixels):
         ("split=train", "use dev or test"),
         ("episodes=100000000", "fast_wam.first_start and episodes whose sum is at most 10000"),
         ("fast_wam.variants=[]", "variants is empty"),
-        ("fast_wam.demonstrations=901", "at most 900"),
+        ("fast_wam.demonstrations=601", "at most 600"),
+        ("fast_wam.simulators=[fast]", "unknown simulator 'fast'"),
         ("{fast_wam.data:rich,fast_wam.demonstrations:5}", "mixture says how many"),
     ],
 )
@@ -98,16 +105,17 @@ def test_a_small_comparison_measures_everything_and_goes_on_where_it_stopped(tmp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fast_wam, "run_stage", in_this_process)
     monkeypatch.setattr(fast_wam, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
-    monkeypatch.setattr(fast_wam, "HELD_OUT", 2)
+    monkeypatch.setattr(fast_wam, "HELD_OUT", {"noisy_expert": 1, "failing": 1, "random": 0})
     words = ["fast_wam", f"fast_wam.tasks=[{REACH}]", "fast_wam.seeds=[0]", "fast_wam.variants=[fast,mot_uwm]",
              "fast_wam.demonstrations=1", "fast_wam.steps=2", "fast_wam.denoising_steps=[1]", "fast_wam.turns=1",
              "fast_wam.train.batch_size=4", "+fast_wam.train.wam.backbone.layers=1", "episodes=1", "num_envs=1",
-             "run_dir=out"]  # fmt: skip
+             "fast_wam.wide={layers:2,width:32,action_width:16}", "run_dir=out"]  # fmt: skip
     bench.main(words)
     results = json.loads(Path("out/results.json").read_text())
     assert results["partial"] is False and results["finished"] == [[REACH, 0]]
     metrics = results["metrics"]
-    for method in ("fast", "fast_k1", "mot_uwm", "mot_uwm_joint", "mot_uwm_future_first", "mot_uwm_planner"):
+    for method in ("fast", "fast_k1", "mot_uwm", "mot_uwm_joint", "mot_uwm_future_first", "mot_uwm_play",
+                   "mot_uwm_play_planner", "reference_play_shuffled"):  # fmt: skip
         assert metrics[f"state/reach-v3/{method}/success"] == metrics[f"state/mean/{method}/success"]
         assert metrics[f"state/reach-v3/{method}/success"]["n"] == 1
     assert metrics["state/reach-v3/mot_uwm/start_outside_success"]["n"] == 1
@@ -115,8 +123,13 @@ def test_a_small_comparison_measures_everything_and_goes_on_where_it_stopped(tmp
     assert metrics["state/fast_uncached/k10/gflop"] > 2 * metrics["state/fast/k10/gflop"]
     assert metrics["state/mot_uwm/k4/operations_over_fast"] == 1.0  # its policy is fast's network
     assert metrics["state/fast/train_peak_rss_mib"] > 50 and metrics["state/fast/act_peak_mib"] > 50
+    assert metrics["state/fast_wide/parameters"] != metrics["state/fast/parameters"]
+    assert metrics["state/fast_uncached_wide/k10/gflop_over_fast"] > 2
     assert metrics["state/reach-v3/mot_uwm/imagined_true_h8"] > 0
-    assert "imagination" in Path("out/report.html").read_text()
+    for model in ("fast", "mot_uwm", "mot_uwm_play", "reference_play"):  # the probe's own error is not of imagination
+        assert metrics[f"state/reach-v3/{model}/imagined_probe_imagined_h8"] > 0
+    assert set(fast_wam.tables(metrics)) == {*fast_wam.PARTS} - {"decoded"}
+    assert "Imagination" in Path("out/report.html").read_text()
     before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.csv")}
     capsys.readouterr()
     bench.main(words)
@@ -124,7 +137,7 @@ def test_a_small_comparison_measures_everything_and_goes_on_where_it_stopped(tmp
     assert json.loads(Path("out/results.json").read_text())["metrics"] == metrics
     # With other settings nothing of the earlier ones is left in the results.
     bench.main([*(w for w in words if "variants" not in w and "denoising" not in w), "fast_wam.variants=[fast]",
-                "fast_wam.denoising_steps=[]", "fast_wam.shifts=[]"])  # fmt: skip
+                "fast_wam.denoising_steps=[]", "fast_wam.shifts=[]", "fast_wam.simulators=[]"])  # fmt: skip
     left = json.loads(Path("out/results.json").read_text())["metrics"]
     assert left["state/mean/fast/success"] == metrics["state/mean/fast/success"]
     assert not [key for key in left if "mot_uwm" in key or "fast_k1" in key or "start_outside" in key]

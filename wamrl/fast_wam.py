@@ -3,9 +3,11 @@
 Per seed and task: demonstrations are collected once, every variant is trained on them by `python -m wamrl.train` with
 the same optimiser steps, and acts closed loop from the same start states, replanning every half chunk: as trained, with
 other numbers of denoising steps, and under declared shifts (`wamrl.properties`) that no training start has. mot_uwm
-acts in all of its ways (policy, joint, future_first) and under a planner, and its imagination is measured with the
-executed actions, with those of other windows, and against persistence. Latency and counted operations are taken by
-turns in one process. What is done is not done again.
+acts in all of its ways (policy, joint, future_first). A model that has seen nothing but successes is no simulator, so
+mot_uwm and the reference WAM are also trained on the demonstrations and on play (`<model>_play`), and a planner acts in
+both, with its scores and with shuffled ones. Imagination is measured on held-out play with the executed actions, with
+those of other windows, and against persistence. Latency and counted operations are taken by turns in one process. What
+is done is not done again.
 """
 
 from __future__ import annotations
@@ -43,23 +45,30 @@ from wamrl.evaluation import (
 )
 from wamrl.files import write_json
 from wamrl.image_quality import decoded_quality
-from wamrl.interfaces import Context, Policy
+from wamrl.interfaces import WAM, Context, Policy
 from wamrl.models.flow import time_grid
 from wamrl.models.flow_wam import FlowWAM
 from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.pages import Section, TableOf, provenance_rows, rate, write_page
 from wamrl.planners.mppi import make_mppi
+from wamrl.probe import probe_errors
 from wamrl.results import peak_rss_mib
 from wamrl.stages import Stage, run_stage
 
 VARIANTS = ("fast", "joint", "idm", "no_cotrain", "mot_uwm")
-WAYS = ("joint", "future_first", "planner")
+WAYS = ("joint", "future_first")
 """How mot_uwm acts beside its policy."""
-DEMONSTRATIONS = {"metaworld/drawer-open-v3": 60, "metaworld/push-v3": 300}
-HELD_OUT, HELD_OUT_START = 10, 900
-"""Episodes that nothing is trained on, and the first of their start states."""
+SIMULATORS, PLAY = ("mot_uwm", "reference"), "_play"
+PLANNERS = {"planner": False, "shuffled": True}
+"""Ways to act by a planner, and whether its scores are shuffled."""
+DEMONSTRATIONS, MOST_DEMONSTRATIONS = 60, {"metaworld/push-v3": 300}
+STEPS, MOST_STEPS = 400, {"metaworld/push-v3": 1000}
+"""Per task and seed, and of the tasks that need more."""
+HELD_OUT, HELD_OUT_START, PLAY_START = {"noisy_expert": 6, "failing": 3, "random": 3}, 900, 600
+"""Episodes of play that nothing is trained on, the first of their start states, and that of play to train on."""
 LATENCY_STEPS = (1, 2, 4, 10)
+WIDE = "_wide"
 
 Say = Callable[[str], None]
 
@@ -75,14 +84,17 @@ def check(settings: Mapping[str, Any]) -> None:
         whole_number("episodes", settings["episodes"], 1),
         ("fast_wam.first_start", "episodes"),
     )
-    if (chosen["demonstrations"] or 0) > HELD_OUT_START:
+    if (chosen["demonstrations"] or 0) > PLAY_START:
         raise ValueError(
-            f"fast_wam.demonstrations is {chosen['demonstrations']}, but from start {HELD_OUT_START} on episodes are "
-            f"held out; choose at most {HELD_OUT_START}"
+            f"fast_wam.demonstrations is {chosen['demonstrations']}, but from start {PLAY_START} on episodes are play "
+            f"or held out; choose at most {PLAY_START}"
         )
     for name in chosen["variants"]:
         if name not in VARIANTS:
             raise unknown_name("variant", str(name), VARIANTS)
+    for name in chosen["simulators"]:
+        if name not in SIMULATORS:
+            raise unknown_name("simulator", str(name), SIMULATORS)
     for shift in chosen["shifts"]:
         if shift not in properties.SHIFTS:
             raise unknown_name("shift", str(shift), properties.SHIFTS)
@@ -102,29 +114,36 @@ def check(settings: Mapping[str, Any]) -> None:
 def stages(settings: Mapping[str, Any], task: str, seed: int, directory: Path) -> list[Stage]:
     """What comes before the closed loop, in order."""
     chosen = settings["fast_wam"]
-    count = chosen["demonstrations"] or DEMONSTRATIONS.get(task, 100)
+    count = chosen["demonstrations"] or MOST_DEMONSTRATIONS.get(task, DEMONSTRATIONS)
+    steps = chosen["steps"] or MOST_STEPS.get(task, STEPS)
     common: tuple[str, ...] = (f"seed={seed}", f"threads={settings['threads']}")
-    found = []
-    for name, first, episodes, data in (
-        ("collect", 0, count, "data"),
-        ("collect_held", HELD_OUT_START, HELD_OUT, "held"),
-    ):
-        mixture = [f"data.mixture.expert={episodes}"] if chosen["data"] == "demonstrations" else []
-        found.append(
-            Stage(name, "collect", (
-                f"env={task}", f"data={chosen['data']}", *mixture, f"path={directory / data}", *common,
-                f"first_start={1000 * seed + first}", "snapshots=false", f"env.pixels={str(chosen['pixels']).lower()}",
-            ))
-        )  # fmt: skip
-    common += (f"data={directory / 'data'}", "tensorboard=false", "validation_fraction=0")
+    expert = [f"data.mixture.expert={count}"] if chosen["data"] == "demonstrations" else []
+    held = [f"data.mixture.{name}={episodes}" for name, episodes in HELD_OUT.items()]
+    collected = [("data", 0, chosen["data"], expert), ("held", HELD_OUT_START, "play", held)]
+    if chosen["simulators"]:
+        collected.append(("play", PLAY_START, "play", []))
+    found = [
+        Stage(f"collect_{name}", "collect", (
+            f"env={task}", f"data={data}", *mixture, f"path={directory / name}", *common,
+            f"first_start={1000 * seed + first}", "snapshots=false", f"env.pixels={str(chosen['pixels']).lower()}",
+        ))
+        for name, first, data, mixture in collected
+    ]  # fmt: skip
+    common += ("tensorboard=false", "validation_fraction=0")
+    seen = f"data={directory / 'data'}"
+    with_play = f"data=[{directory / 'data'},{directory / 'play'}]" if chosen["simulators"] else seen
     reads: tuple[str, ...] = ()
     if chosen["pixels"]:
-        words = ("wam=tokenizer", "observation=[pixels]", *common, *overrides_of(chosen["tokenizer"]))
+        words = ("wam=tokenizer", "observation=[pixels]", with_play, *common, *overrides_of(chosen["tokenizer"]))
         found.append(Stage("tokenizer", "train", words))
-        reads = ("wam/substrate=pixels", "observation=[pixels,proprioception]", f"tokenizer={directory / 'tokenizer'}")
-    for variant in chosen["variants"]:
-        words = (f"wam={variant}", f"steps={chosen['steps']}", *reads, *common, *overrides_of(chosen["train"]))
-        found.append(Stage(f"train_{variant}", "train", words))
+        reads = ("observation=[pixels,proprioception]", f"tokenizer={directory / 'tokenizer'}")
+    trained = [(name, name, seen) for name in chosen["variants"]]
+    trained += [(name + PLAY, name, with_play) for name in chosen["simulators"]]
+    for label, name, data in trained:
+        own = ("wam/substrate=pixels",) if chosen["pixels"] and name in VARIANTS else ()
+        settings_of = overrides_of(chosen["train" if name in VARIANTS else "train_reference"])
+        words = (f"wam={name}", f"steps={steps}", *own, *reads, data, *common, *settings_of)
+        found.append(Stage(f"train_{label}", "train", words))
     return found
 
 
@@ -134,6 +153,7 @@ def runs(chosen: Mapping[str, Any]) -> list[dict[str, Any]]:
     found += [{"variant": v, "shift": shift} for shift in chosen["shifts"] for v in chosen["variants"]]
     if "mot_uwm" in chosen["variants"]:
         found += [{"variant": "mot_uwm", "way": way} for way in WAYS]
+    found += [{"variant": name + PLAY, "way": way} for name in chosen["simulators"] for way in ("policy", *PLANNERS)]
     if "fast" in chosen["variants"]:
         found += [{"variant": "fast", "steps": steps} for steps in chosen["denoising_steps"]]
     return found
@@ -146,7 +166,7 @@ def name_of(variant: str, *, way: str = "policy", steps: int | None = None, shif
 
 
 def load(directory: Path, variant: str, *, policy: str | None = None, steps: int | None = None) -> FlowWAM:
-    """A trained variant, set to act in one of its ways with a number of denoising steps."""
+    """A trained flow-matching model, set to act in one of its ways with a number of denoising steps."""
     model = checkpoint.load(directory / f"train_{variant}")
     assert isinstance(model, FlowWAM)
     model.policy_query = policy or model.policy_query
@@ -171,11 +191,14 @@ def closed_loop(
     starts = [Start(task, first + i) for i in range(settings["episodes"])]
     if path.exists() and [(e.start, e.split) for e in read_episodes(path)] == [(s.index, split) for s in starts]:
         return None
-    model = load(directory, variant, policy=None if way in ("policy", "planner") else way, steps=steps)
+    model: WAM = checkpoint.load(directory / f"train_{variant}")
+    if isinstance(model, FlowWAM):
+        model = load(directory, variant, policy=way if way in WAYS else None, steps=steps)
     replan = max(1, model.spec.chunk_length // 2)
     policy: Policy = ModelPolicy(model, replan_every=replan, seed=seed)
-    if way == "planner":
-        planner = make_mppi(horizon=model.spec.chunk_length, num_candidates=16, sigma=0.1)
+    if way in PLANNERS:
+        words = {"horizon": model.spec.chunk_length, **settings["fast_wam"]["planner"]}
+        planner = make_mppi(**words, shuffle_scores=PLANNERS[way])
         policy = PlannerPolicy(model, planner, replan_every=replan, seed=seed)
     camera = json.loads((directory / "data" / "dataset.json").read_text())["env"]["camera"]
     rows = min(settings["num_envs"], len(starts))
@@ -189,17 +212,35 @@ def closed_loop(
 
 
 @torch.no_grad()
-def imagination(directory: Path, windows: int = 400) -> dict[str, list[float]]:
-    """How wrong the frames that mot_uwm imagines are, by step, on windows of held-out episodes.
+def imagination(directory: Path, variant: str, windows: int = 400) -> dict[str, list[float]]:
+    """How wrong what a model imagines is, by step, on held-out play.
 
-    Root mean squares in standard deviations of what moves: with the executed actions (`true`), with those of another
-    window (`shuffled`), without any (`video`), and of the guess that nothing moves (`persistence`). From pixels also
-    `psnr_db` and `ssim` of the images decoded from `true`, and `psnr_db_persistence`.
+    Root mean squares in standard deviations of the tracks of the state, as a linear read-out of the imagined latents
+    gives them (`wamrl.probe`): `imagined` under the executed actions, or without any by a model that imagines so;
+    `encoded`, of latents of the true frames; `persistence`, of the guess that nothing moves. For mot_uwm also of what
+    moves in its own frames: with the executed actions (`true`), with those of another window (`shuffled`), without any
+    (`video`), and of the guess that nothing moves (`still`). From pixels, where a model with rollouts decodes them,
+    also `psnr_db` and `ssim` of the imagined images, and `psnr_db_persistence`.
     """
-    model = load(directory, "mot_uwm")
-    horizon = model.spec.chunk_length
-    data = EpisodeDataset.open(directory / "held", keys=list(model.spec.observation))
-    batch = data.sample(windows, horizon, torch.Generator().manual_seed(0))
+    model = checkpoint.load(directory / f"train_{variant}")
+    horizon = min(8, model.spec.max_horizon)
+    keys = list(dict.fromkeys([*model.spec.observation, "state"]))
+    draw = torch.Generator().manual_seed(0)
+    fitted = EpisodeDataset.open(directory / "data", keys=keys)
+    batch = EpisodeDataset.open(directory / "held", keys=keys).sample(windows, horizon, draw)
+    scale = fitted.statistics()["state"]["std"].flatten()
+    found = {
+        f"probe_{name}": by_step
+        for name, by_step in probe_errors(model, fitted.sample(1024, 1, draw), batch, "state", scale).items()
+    }
+    if "rollout" in model.spec.provides and "pixels" in model.spec.observation:
+        quality = decoded_quality(model, batch[:128]).get("pixels", {})
+        if "imagined" in quality:
+            for name in ("psnr_db", "ssim"):
+                found[name] = [step[name] for step in quality["imagined"]]
+            found["psnr_db_persistence"] = [step["psnr_db"] for step in quality["persistence"]]
+    if not isinstance(model, FlowWAM) or not {"rollout", "video"} <= model.spec.provides:
+        return found
     frames = [
         model.encode(Context.from_observation(TensorDict({**o.to_dict(), "task": batch["task"]}, [windows])))["z"]
         for o in batch["observation"].unbind(1)
@@ -213,7 +254,6 @@ def imagination(directory: Path, windows: int = 400) -> dict[str, list[float]]:
         square = (guess - truth)[..., moving].square().mean(-1)
         return [float(square[:, h][batch["valid"][:, h]].mean().sqrt()) for h in range(horizon)]
 
-    found = {}
     for name, actions in (
         ("true", batch["action"].unsqueeze(1)),
         ("shuffled", batch["action"].roll(1, 0).unsqueeze(1)),
@@ -221,13 +261,8 @@ def imagination(directory: Path, windows: int = 400) -> dict[str, list[float]]:
     ):
         imagined = model.imagine(state, actions, futures=1, noise=key, with_frames=True)
         assert imagined.frames is not None
-        found[name] = error(imagined.frames[:, 0, 0])
-    found["persistence"] = error(frames[0].unsqueeze(1).expand_as(truth))
-    if "pixels" in model.spec.observation:
-        quality = decoded_quality(model, batch[:128])["pixels"]
-        for name in ("psnr_db", "ssim"):
-            found[name] = [step[name] for step in quality["imagined"]]
-        found["psnr_db_persistence"] = [step["psnr_db"] for step in quality["persistence"]]
+        found[name] = error(imagined.frames[:, 0, 0, :horizon])
+    found["still"] = error(frames[0].unsqueeze(1).expand_as(truth))
     return found
 
 
@@ -274,8 +309,11 @@ def acting_memory(directory: Path, variant: str) -> float:
 
 
 @torch.no_grad()
-def latency(directory: Path, variants: Sequence[str], turns: int) -> dict[str, Any]:
+def latency(directory: Path, variants: Sequence[str], turns: int, wide: Mapping[str, Any]) -> dict[str, Any]:
     """What one row's chunk costs each variant by denoising steps K, all by turns.
+
+    `<variant>_wide` are the same variants with the backbone settings `wide`, where arithmetic outweighs the dispatch of
+    operations as it does in Fast-WAM itself.
 
     `<variant>/k<K>/latency_p50_ms`; `gflop`, as torch counts them, and `operations` that are dispatched; each also over
     fast's of the same K (`..._over_fast`). `fast_uncached` is fast without its cache. `parameters`; `act_peak_mib`, of
@@ -285,19 +323,25 @@ def latency(directory: Path, variants: Sequence[str], turns: int) -> dict[str, A
     metrics: dict[str, Any] = {}
     observation = _one_observation(directory, list(load(directory, variants[0]).spec.observation))
     for variant in variants:
-        model = load(directory, variant)
-        metrics[f"{variant}/parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
             metrics[f"{variant}/act_peak_mib"] = fresh.submit(acting_memory, directory, variant).result()
-        for steps in LATENCY_STEPS:
+        for size, backbone in {"": {}, WIDE: wide}.items():
+            model = load(directory, variant)
+            if size:  # fresh weights: time does not depend on them
+                config = checkpoint.read_metadata(directory / f"train_{variant}").model
+                built = checkpoint.build({**config, "backbone": {**config["backbone"], **backbone}})
+                assert isinstance(built, FlowWAM)
+                model = built.eval()
+            metrics[f"{variant}{size}/parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            for steps in LATENCY_STEPS:
 
-            def call(model: FlowWAM = model, steps: int = steps) -> object:
-                model.action_steps = model.future_steps = steps
-                return model.propose(model.encode(Context.from_observation(observation)), 1, mode="ode")
+                def call(model: FlowWAM = model, steps: int = steps) -> object:
+                    model.action_steps = model.future_steps = steps
+                    return model.propose(model.encode(Context.from_observation(observation)), 1, mode="ode")
 
-            calls[f"{variant}/k{steps}"] = call
-            if variant == "fast":
-                calls[f"fast_uncached/k{steps}"] = functools.partial(uncached, model, observation, steps)
+                calls[f"{variant}{size}/k{steps}"] = call
+                if variant == "fast":
+                    calls[f"fast_uncached{size}/k{steps}"] = functools.partial(uncached, model, observation, steps)
     milliseconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(turns + 3):
         for name, work in calls.items():
@@ -315,9 +359,10 @@ def latency(directory: Path, variants: Sequence[str], turns: int) -> dict[str, A
         metrics[f"{name}/operations"] = operations.count
     for name in calls:
         variant, _, steps_name = name.partition("/")
-        if variant != "fast" and "fast" in variants:
+        fast = "fast" + (WIDE if variant.endswith(WIDE) else "")
+        if variant != fast and "fast" in variants:
             for key in ("latency_p50_ms", "gflop", "operations"):
-                metrics[f"{name}/{key}_over_fast"] = metrics[f"{name}/{key}"] / metrics[f"fast/{steps_name}/{key}"]
+                metrics[f"{name}/{key}_over_fast"] = metrics[f"{name}/{key}"] / metrics[f"{fast}/{steps_name}/{key}"]
     return metrics
 
 
@@ -353,7 +398,7 @@ def measure(
             if costs is None:
                 file = folder / f"latency_{reads}_{'-'.join(chosen['variants'])}_{chosen['turns']}.json"
                 costs = {f"{reads}/{key}": value for key, value in _once(
-                    file, latency, directory, chosen["variants"], chosen["turns"]).items()}  # fmt: skip
+                    file, latency, directory, chosen["variants"], chosen["turns"], chosen["wide"]).items()}  # fmt: skip
             done({**metrics(settings, finished), **costs}, [list(key) for key in finished])
 
 
@@ -381,24 +426,36 @@ def metrics(settings: Mapping[str, Any], finished: Mapping[tuple[str, int], Path
             found[f"{reads}/mean/{method}/{prefix}minus_fast"] = {
                 "mean": gap.difference, "n": len(both), "low": gap.low, "high": gap.high, "p": gap.p_value,
             }  # fmt: skip
-    for variant in chosen["variants"]:
+    for variant in [*chosen["variants"], *(name + PLAY for name in chosen["simulators"])]:
         trained = [json.loads((d / f"train_{variant}" / "results.json").read_text()) for d in finished.values()]
         for key in ("cpu_seconds", "peak_rss_mib"):
             found[f"{reads}/{variant}/train_{key}"] = float(np.median([run[key] for run in trained]))
-    if "mot_uwm" in chosen["variants"]:
+    for variant in [*chosen["variants"], *(name + PLAY for name in chosen["simulators"])]:
+        if variant == "no_cotrain":
+            continue
         for task in tasks:
-            errors = [_once(d / "imagination.json", imagination, d) for (t, _), d in finished.items() if t == task]
+            errors = [
+                _once(d / f"imagination_{variant}.json", imagination, d, variant)
+                for (t, _), d in finished.items() if t == task
+            ]  # fmt: skip
             for name, by_step in errors[0].items():
                 for step in (0, len(by_step) // 2 - 1, len(by_step) - 1):
                     value = float(np.mean([e[name][step] for e in errors]))
-                    found[f"{reads}/{task.rpartition('/')[2]}/mot_uwm/imagined_{name}_h{step + 1}"] = value
+                    found[f"{reads}/{task.rpartition('/')[2]}/{variant}/imagined_{name}_h{step + 1}"] = value
     return found
 
 
 # -------------------------------------------------------------------------------------------------- the page
 
 
-PARTS = ("success", "start_outside", "latency", "cost", "imagination")
+COSTS = ("parameters", "train_cpu_seconds", "train_peak_rss_mib", "act_peak_mib")
+KINDS = {
+    "imagination": ("true", "shuffled", "video", "still"),
+    "probe": ("probe_imagined", "probe_encoded", "probe_persistence"),
+    "decoded": ("psnr_db", "psnr_db_persistence", "ssim"),
+}
+"""Tables of `imagination`, and what each shows of it."""
+PARTS = ("success", "start_outside", "latency", "cost", *KINDS)
 """Tables of a run with the default shifts."""
 
 
@@ -431,8 +488,8 @@ def tables(metrics: Mapping[str, Any]) -> dict[str, TableOf]:
         ]  # fmt: skip
         found[shift] = TableOf(["acts", *places, "minus fast, points"], rows)
     rows = []
-    for name in [v for v in (*variants[:1], "fast_uncached", *variants[1:]) if f"{reads}/{v}/k4/gflop" in metrics]:
-        for steps in (4, 10):
+    for name in (v + size for size in ("", WIDE) for v in (*variants[:1], "fast_uncached", *variants[1:])):
+        for steps in (4, 10) if f"{reads}/{name}/k4/gflop" in metrics else ():
             one = f"{reads}/{name}/k{steps}"
             rows.append(
                 [name, str(steps), f"{metrics[f'{one}/latency_p50_ms']:.1f}"]
@@ -445,16 +502,27 @@ def tables(metrics: Mapping[str, Any]) -> dict[str, TableOf]:
     found["cost"] = TableOf(
         ["variant", "parameters", "training, CPU s", "training, peak MiB", "acting, peak MiB"],
         [
-            [v, f"{metrics[f'{reads}/{v}/parameters']:,}", f"{metrics[f'{reads}/{v}/train_cpu_seconds']:.0f}",
-             f"{metrics[f'{reads}/{v}/train_peak_rss_mib']:.0f}", f"{metrics[f'{reads}/{v}/act_peak_mib']:.0f}"]
-            for v in variants
+            [v, *(f"{metrics[key]:,.0f}" if (key := f"{reads}/{v}/{kind}") in metrics else "" for kind in COSTS)]
+            for v in dict.fromkeys(key.split("/")[1] for key in metrics if key.endswith("/train_cpu_seconds"))
         ],
-    )  # fmt: skip
-    kinds = list(dict.fromkeys(key.split("/")[3] for key in metrics if "/mot_uwm/imagined_" in key))
-    if kinds:
-        rows = [[kind.removeprefix("imagined_"), *(f"{metrics[f'{reads}/{place}/mot_uwm/{kind}']:.3f}"
-                 for place in places if f"{reads}/{place}/mot_uwm/{kind}" in metrics)] for kind in kinds]  # fmt: skip
-        found["imagination"] = TableOf(["error of", *(place for place in places if place != "mean")], rows)
+    )
+    models = list(dict.fromkeys(key.split("/")[2] for key in metrics if "/imagined_" in key))
+    columns = [place for place in places if place != "mean"]
+
+    def by_horizon(model: str, kind: str, digits: int) -> list[str]:
+        cells = []
+        for place in columns:
+            start = f"{reads}/{place}/{model}/imagined_{kind}_h"
+            cells.append(" / ".join(f"{metrics[key]:.{digits}f}" for key in metrics if key.startswith(start)))
+        return cells
+
+    for part, kinds in KINDS.items():
+        table = [
+            (model, kind, by_horizon(model, kind, 1 if "psnr" in kind else 2)) for model in models for kind in kinds
+        ]
+        filled = [[model, kind.removeprefix("probe_"), *cells] for model, kind, cells in table if any(cells)]
+        if filled:
+            found[part] = TableOf(["model", "of", *columns], filled)
     return found
 
 
@@ -466,10 +534,16 @@ WORDS = {
     "success": "Success from the start states of the split, with Wilson 95 % intervals; mean pools tasks and seeds. "
     "Names after the variant: the way it acts, or its number of denoising steps.",
     "latency": "One row, one thread, by turns in one process; encoding included. Counted: operations that torch "
-    "dispatches, and their floating-point operations.",
+    "dispatches, and their floating-point operations. _wide: the same variants with a larger backbone (fast_wam.wide) "
+    "and fresh weights, where arithmetic weighs more than dispatch.",
     "cost": "Equal optimiser steps. Memory is that of the whole process, libraries included.",
-    "imagination": "Root mean square error of mot_uwm's frames on held-out episodes, in standard deviations of what "
-    "moves, with the executed actions (true), those of other windows (shuffled), none (video), and if nothing moved.",
+    "imagination": "Root mean square error of mot_uwm's own frames on held-out play, in standard deviations of what "
+    "moves, 1, 4 and 8 control steps ahead: with the executed actions (true), those of other windows (shuffled), none "
+    "(video), and if nothing moved (still). From pixels this includes the noise of the tokens.",
+    "probe": "Root mean square error of the state read linearly off imagined latents, on the same windows and "
+    "horizons, in standard deviations: under the executed actions (fast, joint and idm imagine without actions), off "
+    "latents of the true frames, which no imagination can beat, and if nothing moved.",
+    "decoded": "Images decoded from imagined frames against the true ones, and those of the guess that nothing moves.",
 }
 
 

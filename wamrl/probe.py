@@ -42,7 +42,8 @@ def probe_errors(
     """How far a linear read-out of `key` is off, on frames imagined under the executed actions.
 
     Args:
-        model: that answers "rollout" and whose states hold their latent in the entry "z".
+        model: that answers "rollout", or "video" for a chunk of H steps, which it then imagines without actions; its
+            states hold their latent in the entry "z".
         fitted: windows [B] of training data, as in `WAM.loss`, which hold `key`; the probe is fitted on their frames.
         windows: held-out windows [B] of H steps.
         key: observation key of vectors.
@@ -52,7 +53,9 @@ def probe_errors(
         Lists of length H of root mean squares: `imagined`; `encoded`, the probe's own error on latents of the true
         frames; `persistence`, of the guess that nothing moves. Steps past an episode's end do not count.
     """
-    model.spec.require("rollout")
+    conditioned = "rollout" in model.spec.provides
+    if not conditioned:
+        model.spec.require("video")
 
     def encode(observation: TensorDict, task: Tensor) -> Tensor:
         return model.encode(Context.from_observation(observation.clone(False).set("task", task)))["z"].float()
@@ -67,7 +70,8 @@ def probe_errors(
     truth = observation[key].flatten(2).float()
     start = model.encode(Context.from_observation(observation[:, 0].clone(False).set("task", windows["task"])))
     noise = NoiseKey.for_rows(len(truth), device=truth.device)
-    imagined = model.imagine(start, windows["action"].unsqueeze(1), noise=noise, with_frames=True)
+    actions = windows["action"].unsqueeze(1) if conditioned else None
+    imagined = model.imagine(start, actions, noise=noise, with_frames=True)
     assert imagined.frames is not None
     later = encode(observation[:, 1:].flatten(0, 1), windows["task"].repeat_interleave(count))
     guesses = {
