@@ -14,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from benchmarks import fast_wam as stored
 from tests.test_flow_wam import make, observations
 from wamrl import bench, cli, fast_wam
+from wamrl.evaluation import read_episodes
 from wamrl.interfaces import Context
 from wamrl.stages import Stage
 
@@ -58,7 +59,7 @@ def test_every_stage_composes(tmp_path, monkeypatch, pixels):
         ("fast_wam.shifts=[start_layot]", "start_layout"),
         ("fast_wam.shifts=[camera]", "read the state"),
         ("split=train", "use dev or test"),
-        ("episodes=100000000", "fast_wam.first_start and episodes whose sum is at most 10000"),
+        ("episodes=100000000", "fast_wam.first_start and \\(the greatest of"),
         ("fast_wam.variants=[]", "variants is empty"),
         ("fast_wam.demonstrations=601", "at most 600"),
         ("fast_wam.simulators=[fast]", "unknown simulator 'fast'"),
@@ -106,13 +107,13 @@ def test_a_small_comparison_measures_everything_and_goes_on_where_it_stopped(tmp
     monkeypatch.setattr(fast_wam, "run_stage", in_this_process)
     monkeypatch.setattr(fast_wam, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
     monkeypatch.setattr(fast_wam, "HELD_OUT", {"noisy_expert": 1, "failing": 1, "random": 0})
-    words = ["fast_wam", f"fast_wam.tasks=[{REACH}]", "fast_wam.seeds=[0]", "fast_wam.variants=[fast,mot_uwm]",
+    words = ["fast_wam", f"fast_wam.tasks=[{REACH}]", "fast_wam.seeds=[2]", "fast_wam.variants=[fast,mot_uwm]",
              "fast_wam.demonstrations=1", "fast_wam.steps=2", "fast_wam.denoising_steps=[1]", "fast_wam.turns=1",
              "fast_wam.train.batch_size=4", "+fast_wam.train.wam.backbone.layers=1", "episodes=1", "num_envs=1",
              "fast_wam.wide={layers:2,width:32,action_width:16}", "run_dir=out"]  # fmt: skip
     bench.main(words)
     results = json.loads(Path("out/results.json").read_text())
-    assert results["partial"] is False and results["finished"] == [[REACH, 0]]
+    assert results["partial"] is False and results["finished"] == [[REACH, 2]]
     metrics = results["metrics"]
     for method in ("fast", "fast_k1", "mot_uwm", "mot_uwm_joint", "mot_uwm_future_first", "mot_uwm_play",
                    "mot_uwm_play_planner", "reference_play_shuffled"):  # fmt: skip
@@ -135,6 +136,12 @@ def test_a_small_comparison_measures_everything_and_goes_on_where_it_stopped(tmp
     bench.main(words)
     assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.csv")} == before
     assert json.loads(Path("out/results.json").read_text())["metrics"] == metrics
+    (path,) = Path("out").rglob("fast.csv")
+    assert [episode.start for episode in read_episodes(path)] == [2]  # no two seeds read the same start
+    # Other settings of the planner are run anew, and nothing else is.
+    bench.main([*words, "fast_wam.planner.num_candidates=4"])
+    changed = {path.stem for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert changed == {f"{model}_play_{way}" for model in fast_wam.SIMULATORS for way in fast_wam.PLANNERS}
     # With other settings nothing of the earlier ones is left in the results.
     bench.main([*(w for w in words if "variants" not in w and "denoising" not in w), "fast_wam.variants=[fast]",
                 "fast_wam.denoising_steps=[]", "fast_wam.shifts=[]", "fast_wam.simulators=[]"])  # fmt: skip

@@ -63,7 +63,7 @@ SIMULATORS, PLAY = ("mot_uwm", "reference"), "_play"
 PLANNERS = {"planner": False, "shuffled": True}
 """Ways to act by a planner, and whether its scores are shuffled."""
 DEMONSTRATIONS, MOST_DEMONSTRATIONS = 60, {"metaworld/push-v3": 300}
-STEPS, MOST_STEPS = 400, {"metaworld/push-v3": 1000}
+STEPS, MOST_STEPS = 400, {"metaworld/push-v3": 700}
 """Per task and seed, and of the tasks that need more."""
 HELD_OUT, HELD_OUT_START, PLAY_START = {"noisy_expert": 6, "failing": 3, "random": 3}, 900, 600
 """Episodes of play that nothing is trained on, the first of their start states, and that of play to train on."""
@@ -79,10 +79,11 @@ def check(settings: Mapping[str, Any]) -> None:
     for name in ("tasks", "seeds", "variants"):
         if not chosen[name]:
             raise ValueError(f"fast_wam.{name} is empty, so that there is nothing to measure; name at least one")
+    last = max(whole_number("fast_wam.seeds", seed, 0) for seed in chosen["seeds"])
     check_starts(
         whole_number("fast_wam.first_start", chosen["first_start"], 0),
-        whole_number("episodes", settings["episodes"], 1),
-        ("fast_wam.first_start", "episodes"),
+        (last + 1) * whole_number("episodes", settings["episodes"], 1),
+        ("fast_wam.first_start", "(the greatest of fast_wam.seeds + 1) * episodes"),
     )
     if (chosen["demonstrations"] or 0) > PLAY_START:
         raise ValueError(
@@ -117,6 +118,7 @@ def stages(settings: Mapping[str, Any], task: str, seed: int, directory: Path) -
     count = chosen["demonstrations"] or MOST_DEMONSTRATIONS.get(task, DEMONSTRATIONS)
     steps = chosen["steps"] or MOST_STEPS.get(task, STEPS)
     common: tuple[str, ...] = (f"seed={seed}", f"threads={settings['threads']}")
+    learning = ("tensorboard=false", "validation_fraction=0", f"device={settings['device']}")
     expert = [f"data.mixture.expert={count}"] if chosen["data"] == "demonstrations" else []
     held = [f"data.mixture.{name}={episodes}" for name, episodes in HELD_OUT.items()]
     collected = [("data", 0, chosen["data"], expert), ("held", HELD_OUT_START, "play", held)]
@@ -129,7 +131,7 @@ def stages(settings: Mapping[str, Any], task: str, seed: int, directory: Path) -
         ))
         for name, first, data, mixture in collected
     ]  # fmt: skip
-    common += ("tensorboard=false", "validation_fraction=0")
+    common += learning
     seen = f"data={directory / 'data'}"
     with_play = f"data=[{directory / 'data'},{directory / 'play'}]" if chosen["simulators"] else seen
     reads: tuple[str, ...] = ()
@@ -165,12 +167,14 @@ def name_of(variant: str, *, way: str = "policy", steps: int | None = None, shif
     return name + ("" if shift == "none" else f"@{shift}")
 
 
-def load(directory: Path, variant: str, *, policy: str | None = None, steps: int | None = None) -> FlowWAM:
-    """A trained flow-matching model, set to act in one of its ways with a number of denoising steps."""
-    model = checkpoint.load(directory / f"train_{variant}")
-    assert isinstance(model, FlowWAM)
-    model.policy_query = policy or model.policy_query
-    model.action_steps = steps or model.action_steps
+def load(
+    directory: Path, variant: str, *, policy: str | None = None, steps: int | None = None, device: str = "cpu"
+) -> WAM:
+    """A trained model; a flow-matching one is set to act in one of its ways with a number of denoising steps."""
+    model = checkpoint.load(directory / f"train_{variant}", device=device)
+    if isinstance(model, FlowWAM):
+        model.policy_query = policy or model.policy_query
+        model.action_steps = steps or model.action_steps
     return model
 
 
@@ -188,12 +192,14 @@ def closed_loop(
     """Episodes of one way to act, in <directory>/<name>.csv; what to say of them, None when they were there."""
     name = name_of(variant, way=way, steps=steps, shift=shift)
     path, split, first = directory / f"{name}.csv", settings["split"], settings["fast_wam"]["first_start"]
+    first += seed * settings["episodes"]
     starts = [Start(task, first + i) for i in range(settings["episodes"])]
-    if path.exists() and [(e.start, e.split) for e in read_episodes(path)] == [(s.index, split) for s in starts]:
+    given = {"split": split, "first_start": first, "episodes": len(starts)}
+    given |= {"planner": dict(settings["fast_wam"]["planner"])} if way in PLANNERS else {}
+    stamp = path.with_suffix(".json")
+    if path.exists() and stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == given:
         return None
-    model: WAM = checkpoint.load(directory / f"train_{variant}")
-    if isinstance(model, FlowWAM):
-        model = load(directory, variant, policy=way if way in WAYS else None, steps=steps)
+    model = load(directory, variant, policy=way if way in WAYS else None, steps=steps, device=settings["device"])
     replan = max(1, model.spec.chunk_length // 2)
     policy: Policy = ModelPolicy(model, replan_every=replan, seed=seed)
     if way in PLANNERS:
@@ -207,7 +213,9 @@ def closed_loop(
     started = time.perf_counter()
     episodes = run_episodes(env, policy, starts, method=name, split=split, seed=seed, max_steps=env.max_steps)
     env.close()
+    stamp.unlink(missing_ok=True)
     write_episodes(path, sorted(episodes, key=lambda episode: episode.start))
+    write_json(stamp, given)
     return f"{name} {sum(e.success for e in episodes)}/{len(episodes)} in {time.perf_counter() - started:.0f} s"
 
 
@@ -219,21 +227,22 @@ def imagination(directory: Path, variant: str, windows: int = 400) -> dict[str, 
     gives them (`wamrl.probe`): `imagined` under the executed actions, or without any by a model that imagines so;
     `encoded`, of latents of the true frames; `persistence`, of the guess that nothing moves. For mot_uwm also of what
     moves in its own frames: with the executed actions (`true`), with those of another window (`shuffled`), without any
-    (`video`), and of the guess that nothing moves (`still`). From pixels, where a model with rollouts decodes them,
-    also `psnr_db` and `ssim` of the imagined images, and `psnr_db_persistence`.
+    (`video`), and of the guess that nothing moves (`still`). From pixels, where the model decodes them, also
+    `psnr_db` and `ssim` of the imagined images, and `psnr_db_persistence`.
     """
     model = checkpoint.load(directory / f"train_{variant}")
     horizon = min(8, model.spec.max_horizon)
     keys = list(dict.fromkeys([*model.spec.observation, "state"]))
     draw = torch.Generator().manual_seed(0)
-    fitted = EpisodeDataset.open(directory / "data", keys=keys)
+    seen = [directory / name for name in ("data", "play") if (directory / name).exists()]
+    fitted = EpisodeDataset.open(seen, keys=keys)
     batch = EpisodeDataset.open(directory / "held", keys=keys).sample(windows, horizon, draw)
     scale = fitted.statistics()["state"]["std"].flatten()
     found = {
         f"probe_{name}": by_step
         for name, by_step in probe_errors(model, fitted.sample(1024, 1, draw), batch, "state", scale).items()
     }
-    if "rollout" in model.spec.provides and "pixels" in model.spec.observation:
+    if "pixels" in model.spec.observation:
         quality = decoded_quality(model, batch[:128]).get("pixels", {})
         if "imagined" in quality:
             for name in ("psnr_db", "ssim"):
@@ -270,12 +279,12 @@ def uncached(model: FlowWAM, observation: TensorDict, steps: int) -> Tensor:
     """A chunk of fast with the present frame run anew in every step: what the cache saves."""
     state = model.encode(Context.from_observation(observation))
     frame, action = ("F", 0), ("A", 0)
-    x = torch.zeros(1, model.spec.chunk_length, model.spec.action_dim)
+    x = state["z"].new_zeros(1, model.spec.chunk_length, model.spec.action_dim)
     times = time_grid(steps)
     for time_, after in zip(times[:-1], times[1:], strict=True):
         contents = {frame: state["z"].unflatten(1, (model.substrate.tokens, model.substrate.width)), action: x}
         velocity, _ = model.denoiser.run(
-            [frame, action], contents, {frame: torch.ones(1, 1), action: torch.full((1, 1), time_)}, state["task"]
+            [frame, action], contents, {frame: x.new_ones(1, 1), action: x.new_full((1, 1), time_)}, state["task"]
         )
         x = x + (after - time_) * velocity[action]
     return x
@@ -309,29 +318,31 @@ def acting_memory(directory: Path, variant: str) -> float:
 
 
 @torch.no_grad()
-def latency(directory: Path, variants: Sequence[str], turns: int, wide: Mapping[str, Any]) -> dict[str, Any]:
+def latency(
+    directory: Path, variants: Sequence[str], turns: int, wide: Mapping[str, Any], device: str
+) -> dict[str, Any]:
     """What one row's chunk costs each variant by denoising steps K, all by turns.
 
     `<variant>_wide` are the same variants with the backbone settings `wide`, where arithmetic outweighs the dispatch of
-    operations as it does in Fast-WAM itself.
+    operations as it does in Fast-WAM itself. `fast_uncached` is fast without its cache.
 
     `<variant>/k<K>/latency_p50_ms`; `gflop`, as torch counts them, and `operations` that are dispatched; each also over
-    fast's of the same K (`..._over_fast`). `fast_uncached` is fast without its cache. `parameters`; `act_peak_mib`, of
-    a fresh process that loads the model and acts.
+    fast's of the same K (`..._over_fast`). `measured_over_predicted` is the first ratio over that of the operations,
+    for `_wide` over that of the floating-point operations. `parameters`; `act_peak_mib`, of a fresh process that loads
+    the model and acts.
     """
     calls: dict[str, Callable[[], object]] = {}
     metrics: dict[str, Any] = {}
-    observation = _one_observation(directory, list(load(directory, variants[0]).spec.observation))
+    observation = _one_observation(directory, list(load(directory, variants[0]).spec.observation)).to(device)
     for variant in variants:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
             metrics[f"{variant}/act_peak_mib"] = fresh.submit(acting_memory, directory, variant).result()
         for size, backbone in {"": {}, WIDE: wide}.items():
-            model = load(directory, variant)
+            model = load(directory, variant, device=device)
             if size:  # fresh weights: time does not depend on them
                 config = checkpoint.read_metadata(directory / f"train_{variant}").model
-                built = checkpoint.build({**config, "backbone": {**config["backbone"], **backbone}})
-                assert isinstance(built, FlowWAM)
-                model = built.eval()
+                model = checkpoint.build({**config, "backbone": {**config["backbone"], **backbone}}).to(device).eval()
+            assert isinstance(model, FlowWAM)
             metrics[f"{variant}{size}/parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
             for steps in LATENCY_STEPS:
 
@@ -347,6 +358,8 @@ def latency(directory: Path, variants: Sequence[str], turns: int, wide: Mapping[
         for name, work in calls.items():
             begun = time.perf_counter()
             work()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize(device)
             if turn >= 3:
                 milliseconds[name].append(1e3 * (time.perf_counter() - begun))
     for name, work in calls.items():
@@ -363,14 +376,18 @@ def latency(directory: Path, variants: Sequence[str], turns: int, wide: Mapping[
         if variant != fast and "fast" in variants:
             for key in ("latency_p50_ms", "gflop", "operations"):
                 metrics[f"{name}/{key}_over_fast"] = metrics[f"{name}/{key}"] / metrics[f"{fast}/{steps_name}/{key}"]
+            predicted = metrics[f"{name}/{'gflop' if variant.endswith(WIDE) else 'operations'}_over_fast"]
+            metrics[f"{name}/measured_over_predicted"] = metrics[f"{name}/latency_p50_ms_over_fast"] / predicted
     return metrics
 
 
-def _once(file: Path, work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """What `work` returns, kept in `file`."""
-    if not file.exists():
-        write_json(file, work(*arguments))
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+def _once(file: Path, work: Callable[..., dict[str, Any]], directory: Path, *arguments: Any) -> dict[str, Any]:
+    """What `work(directory, *arguments)` returns, kept in `file` for these arguments."""
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if stored.get("arguments") != list(arguments):
+        write_json(file, {"arguments": arguments, "found": work(directory, *arguments)})
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    found: dict[str, Any] = stored["found"]
     return found
 
 
@@ -396,9 +413,9 @@ def measure(
                     say(f"{directory.name}: {told}")
             finished[task, seed] = directory
             if costs is None:
-                file = folder / f"latency_{reads}_{'-'.join(chosen['variants'])}_{chosen['turns']}.json"
-                costs = {f"{reads}/{key}": value for key, value in _once(
-                    file, latency, directory, chosen["variants"], chosen["turns"], chosen["wide"]).items()}  # fmt: skip
+                arguments = (chosen["variants"], chosen["turns"], chosen["wide"], settings["device"])
+                found = _once(folder / f"latency_{reads}.json", latency, directory, *arguments)
+                costs = {f"{reads}/{key}": value for key, value in found.items()}
             done({**metrics(settings, finished), **costs}, [list(key) for key in finished])
 
 
@@ -493,11 +510,21 @@ def tables(metrics: Mapping[str, Any]) -> dict[str, TableOf]:
             one = f"{reads}/{name}/k{steps}"
             rows.append(
                 [name, str(steps), f"{metrics[f'{one}/latency_p50_ms']:.1f}"]
-                + [f"{metrics[k]:.2f}" if (k := f"{one}/{part}_over_fast") in metrics else "1"
-                   for part in ("latency_p50_ms", "operations", "gflop")]
+                + [f"{metrics[k]:.2f}" if (k := f"{one}/{part}") in metrics else "1"
+                   for part in ("latency_p50_ms_over_fast", "operations_over_fast", "gflop_over_fast",
+                                "measured_over_predicted")]
             )  # fmt: skip
     found["latency"] = TableOf(
-        ["variant", "denoising steps", "ms per chunk", "over fast", "operations over fast", "GFLOP over fast"], rows
+        [
+            "variant",
+            "denoising steps",
+            "ms per chunk",
+            "over fast",
+            "operations over fast",
+            "GFLOP over fast",
+            "measured over predicted",
+        ],
+        rows,
     )
     found["cost"] = TableOf(
         ["variant", "parameters", "training, CPU s", "training, peak MiB", "acting, peak MiB"],
@@ -535,7 +562,8 @@ WORDS = {
     "Names after the variant: the way it acts, or its number of denoising steps.",
     "latency": "One row, one thread, by turns in one process; encoding included. Counted: operations that torch "
     "dispatches, and their floating-point operations. _wide: the same variants with a larger backbone (fast_wam.wide) "
-    "and fresh weights, where arithmetic weighs more than dispatch.",
+    "and fresh weights, where arithmetic weighs more than dispatch. Predicted: the ratio of operations, for _wide of "
+    "floating-point operations.",
     "cost": "Equal optimiser steps. Memory is that of the whole process, libraries included.",
     "imagination": "Root mean square error of mot_uwm's own frames on held-out play, in standard deviations of what "
     "moves, 1, 4 and 8 control steps ahead: with the executed actions (true), those of other windows (shuffled), none "

@@ -55,8 +55,9 @@ def decoded_quality(model: WAM, windows: TensorDict) -> dict[str, Any]:
 
     Returns, per image key: `encoded`, of the windows' first frames encoded and decoded; for a model that answers
     "rollout" also `imagined`, a list over 1..H of frames imagined under the executed actions (the futures' mean latent
-    decoded), and `persistence`, the same of the guess that the first frame stays. Steps past an episode's end are left
-    out of both: the last frame repeats there.
+    decoded), and `persistence`, the same of the guess that the first frame stays. One that answers "video" alone
+    imagines without actions, if H is its chunk. Steps past an episode's end are left out of both: the last frame
+    repeats there.
     """
     observation, valid = windows["observation"], windows["valid"]
     start = model.encode(Context.from_observation(observation[:, 0].clone().set("task", windows["task"])))
@@ -65,10 +66,11 @@ def decoded_quality(model: WAM, windows: TensorDict) -> dict[str, Any]:
         true = observation[key]
         encoded = model.decode(start, (key,))[key]
         found[key] = {"frames": len(true), "encoded": image_quality(encoded, true[:, 0])}
-        if "rollout" not in model.spec.provides:
+        actions = windows["action"].unsqueeze(1) if "rollout" in model.spec.provides else None
+        if actions is None and not ("video" in model.spec.provides and valid.shape[1] == model.spec.chunk_length):
             continue
         noise = NoiseKey.for_rows(len(true), device=windows["task"].device)
-        imagined = model.imagine(start, windows["action"].unsqueeze(1), noise=noise, with_frames=True)
+        imagined = model.imagine(start, actions, noise=noise, with_frames=True)
         assert imagined.frames is not None
         mean = replace(imagined, frames=imagined.frames.float().mean(2, keepdim=True))
         shown = model.decode(mean, (key,))[key][:, 0, 0]  # [B, H, 3, ...]
