@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from wamrl.models.dit import KINDS
-from wamrl.models.flow import TIMES
 from wamrl.naming import unknown_name
 
 TARGETS = ("label", "executed")
@@ -35,11 +34,11 @@ class Segment:
     ("label", with the executed action of a successful model where there is none), or what was executed.
     weight: of its loss; at 0 it is not trained, and left out of training where nothing trained sees it.
 
-    Noise times in training: drawn by `times`, but 0 (pure noise, where every sampler begins and which `times` hardly
-    visits) with probability `start`, and 1 (clean) with probability `clean`; with probability `absent` no other
-    segment sees it, as if it were not there. `goal`: of a future, the share of its clean draws in which only the last
-    frame is there. same_as: take noise, time and content of that segment. yields_to: where that segment is clean, this
-    one is neither clean nor seen.
+    Noise times in training: logit-normal, but 0 (pure noise, where every sampler begins and which those hardly visit)
+    with probability `start`, and 1 (clean) with probability `clean`; with probability `absent` no other segment sees
+    it, as if it were not there. `goal`: of a future, the share of its clean draws in which only the last frame is
+    there. same_as: take noise, time and content of that segment. yields_to: where that segment is clean, this one is
+    neither clean nor seen.
     """
 
     kind: str
@@ -48,7 +47,6 @@ class Segment:
     copies: int = 1
     target: str = "label"
     weight: float = 1.0
-    times: str = "logit_normal"
     start: float = 0.0
     clean: float = 0.0
     absent: float = 0.0
@@ -260,8 +258,6 @@ def _segment(name: str, settings: Mapping[str, Any]) -> Segment:
         raise unknown_name(f"kind of segment {name}", segment.kind, KINDS)
     if segment.target not in TARGETS:
         raise unknown_name(f"target of segment {name}", segment.target, TARGETS)
-    if segment.times not in TIMES:
-        raise unknown_name(f"times of segment {name}", segment.times, TIMES)
     for key in ("start", "clean", "absent", "goal"):
         if not 0.0 <= getattr(segment, key) <= 1.0:
             raise ValueError(f"{key} of segment {name} is {getattr(segment, key)}, expected a probability")

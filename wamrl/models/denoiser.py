@@ -353,7 +353,7 @@ class Denoiser(nn.Module):
         taken: [B, 1] bool, where the segment that it yields to is clean.
         """
         segment, groups = self.coupling.segments[name], self.groups(name)
-        times = sample_times(segment.times, rows, 1, generator=noise, device=device).expand(-1, groups)
+        times = sample_times(rows, 1, generator=noise, device=device).expand(-1, groups)
         draw = torch.rand(rows, 4, 1, generator=noise, device=device)
         times = torch.where(draw[:, 3] < segment.start, 0.0, times)
         if not (segment.clean or segment.absent) and taken is None:
