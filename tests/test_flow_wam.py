@@ -429,6 +429,9 @@ V = {"kind": "future", "sees": ["F", "V"]}
     ({"F": F, "V": V, "A": A}, {"joint": [{"denoise": ["V", "A"]}]}, "do not see each other"),
     ({"F": F, "V": V, "A": A}, {"policy": [{"denoise": ["V"]}]}, "does not answer it"),
     ({"F": F, "V": V, "A": A}, {"dream": [{"denoise": ["V"]}]}, "query of a coupling 'dream'"),
+    ({"F": F, "A": {"sees": ["F", "A"]}}, {}, "segment A has no kind; give it one of frame, future, action"),
+    ({"F": F, "A": A}, {"policy": [{"given": {}}]}, "a stage of 'policy' has no denoise"),
+    ({"F": F, "A": A}, {"policy": [{"denoise": []}]}, "a stage of 'policy' has no denoise"),
     ({"F": F, "V": V, "A": {**A, "sees": ["F", "V", "A"]}},
      {"future_first": [{"given": {"V": "V"}, "denoise": ["A"]}, {"denoise": ["V"]}]}, "does not answer it"),
 ])  # fmt: skip
@@ -437,12 +440,54 @@ def test_a_contradiction_is_refused_with_a_sentence(segments, queries, sentence)
         Coupling(segments, queries)
 
 
+def shipped(name: str, **changes: dict) -> dict:
+    """A shipped coupling with other settings of its segments; None takes one away."""
+    coupling = copy.deepcopy(composed("wam=mot_uwm", f"wam/coupling={name}")["coupling"])
+    for segment, settings in changes.items():
+        merged = {**coupling["segments"][segment], **settings}
+        coupling["segments"][segment] = {key: value for key, value in merged.items() if value is not None}
+    return coupling
+
+
+PAPER = {"V": {"sees": ["F", "V", "A"]}, "A": {"copies": 1}}
+
+
+@pytest.mark.parametrize(("name", "changes", "sentence"), [
+    ("uwm", {"G": {"clean": 0.0}}, "'rollout' is given G, which is never clean in training.*set clean of G above 0"),
+    ("uwm", {"V": {"clean": 0.0}}, "'inverse' is given V, which is never clean in training.*set clean of V above 0"),
+    ("idm", {"C": {"clean": 0.0}}, "'future_first' is given C, which is never clean.*set clean of C above 0"),
+    ("uwm", {"G": {"absent": 0.0}}, "'video' leaves G out, but V sees it in every sample.*set absent of G above 0"),
+    ("uwm", {"G": {"absent": 0.0, "yields_to": None}}, "'inverse' leaves G out, but V sees it.*absent of G above 0"),
+    ("joint", PAPER, "'video' leaves A out, but V sees it in every sample.*leave the query out"),
+    ("uwm", {"V": {"goal": 0.0}}, "'inverse' is given the last frame of V, .* goal of V is 0; set it between 0 and 1"),
+    ("uwm", {"V": {"goal": 1.0}}, "'future_first' is given all of V, .* goal of V is 1; set it between 0 and 1"),
+    ("uwm", {"I": {"same_as": None}}, "'joint' ties G to I, but in training each has noise and times of its own"),
+    ("uwm", {"I": {"absent": 0.1}}, "I has the noise times of G.*leave start, .* and yields_to out of I"),
+])  # fmt: skip
+def test_a_query_that_training_never_shows_is_refused(name, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Coupling(**shipped(name, **changes))
+
+
+def test_the_joint_variant_of_the_paper_builds_without_the_query_that_it_cannot_answer():
+    coupling = shipped("joint", **PAPER)
+    del coupling["queries"]["video"]
+    model = make("joint", coupling=coupling)
+    assert "video" not in model.spec.provides
+    assert model.propose(encoded(model), 2, mode="ode").actions.shape == (3, 2, 4, 2)
+    Coupling(**shipped("joint", V=PAPER["V"], A={"copies": 1, "absent": 0.1}))  # now it has an answer
+
+
 @pytest.mark.parametrize(("changes", "sentence"), [
     ({"frame_stride": 3}, "divides it"),
     ({"substrate": {"name": "geometrical"}}, "geometric"),
     ({"substrate": {"name": "geometric", "keys": ["pixels"]}}, "reads 'pixels'"),
     ({"substrate": {"name": "geometric", "tracks": {"hand": {"state": [0, 1]}}}}, "in no track"),
     ({"backbone": {"name": "unet"}}, "backbone"),
+    ({"backbone": {"name": "mot", "widht": 32}}, "setting of the backbone 'mot' 'widht'; did you mean 'width'"),
+    ({"backbone": {"name": "dit", "action_width": 32}}, "the backbone 'dit' 'action_width'.*Known: .*heads"),
+    ({"backbone": {"name": "dit", "shortcut": True}}, "setting of the backbone 'dit' 'shortcut'"),
+    ({"coupling": {"segments": {"F": F, "A": A}}}, "has segments and queries, but this one segments"),
     ({"observation": {"pixels": [3, 8, 8]}}, "pixel substrate"),
     ({"policy": "joint"}, "policy of this coupling"),
     ({"coupling": {"segments": {"F": F, "V": V}, "queries": {"video": [{"denoise": ["V"]}]}}}, "could not act"),
