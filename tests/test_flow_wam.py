@@ -112,24 +112,36 @@ def random_contents(model: FlowWAM, names: tuple[str, ...], rows: int = 2):
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
 
-# Who sees whom, row by row, as in the table of the paper; the present frame belongs to each copy of IDM's video.
+# Who sees whom, row by row: Fast-WAM's four as in the table of the paper, where the present frame belongs to each copy
+# of IDM's video, and ours.
 TABLE = {
     "fast": {"F": "F", "V": "FV", "A": "FA"},
     "no_cotrain": {"F": "F", "V": "FV", "A": "FA"},
     "joint": {"F": "F", "V": "FV", "A": "FVA"},
     "idm": {"F": "F", "V": "FV", "C": "FC", "A": "FCA"},
+    "mot_uwm": {"F": "F", "A": "FA", "V": "FVG", "G": "FG", "I": "FVI"},
+}
+# Of the blocks that are not whole: which of 2 frames, after actions 1 and 3, or of 4 actions sees which.
+PARTS = {
+    ("mot_uwm", "V", "V"): [[1, 0], [1, 1]],
+    ("mot_uwm", "V", "G"): [[1, 1, 0, 0], [1, 1, 1, 1]],
+    ("mot_uwm", "G", "G"): [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]],
 }
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_the_mask_is_that_of_the_paper(name):
+def test_the_mask_is_the_stated_one(name):
     model = make(name)
     parts = tuple((segment, 0) for segment in TABLE[name])
     layout = model.coupling.layout(parts, model.denoiser.tokens, model.denoiser.backbone.expert_of)
     for segment, rows in layout.spans.items():
         for other, columns in layout.spans.items():
             block = layout.mask[rows, columns]
-            assert bool(block.all()) == bool(block.any()) == (other[0] in TABLE[name][segment[0]]), (segment, other)
+            whole = [[other[0] in TABLE[name][segment[0]]]]
+            wanted = torch.tensor(PARTS.get((name, segment[0], other[0]), whole)).bool()
+            for dim in (0, 1):  # a frame has several tokens
+                wanted = wanted.repeat_interleave(block.shape[dim] // wanted.shape[dim], dim)
+            assert torch.equal(block, wanted), (segment, other)
 
 
 def test_copies_do_not_see_each_other():
@@ -216,6 +228,105 @@ def test_an_action_changes_no_frame_before_it():
         again = model.imagine(state, later, noise=key, with_frames=True).frames
     assert torch.equal(again[:, :, :, :2], frames[:, :, :, :2])
     assert not torch.allclose(again[:, :, :, 2:], frames[:, :, :, 2:])
+
+
+# ---- noise times -----------------------------------------------------------------------------------------------------
+
+
+class Shown:
+    """What one call of `errors` on many windows shows the network: times, contents and hidden flags of each part."""
+
+    def __init__(self, name: str, rows: int = 20000) -> None:
+        denoiser, generator = make(name).denoiser, torch.Generator().manual_seed(0)
+        coupling = denoiser.coupling
+        self.data = {
+            segment: torch.randn(rows, *denoiser.shape(segment), generator=generator)
+            for segment in coupling.trained()
+            if segment != "F"
+        }
+        for segment, content in self.data.items():
+            if denoiser.kind(segment) == "future":
+                content *= denoiser.moves
+            elif twin := coupling.segments[segment].same_as:
+                self.data[segment] = self.data[twin]
+        self.moving = int(denoiser.moves.sum())
+
+        def run(parts, contents, times, task, *, hidden):
+            self.contents, self.times, self.hidden = contents, times, hidden
+            return {part: torch.zeros_like(contents[part]) for part in parts}, []
+
+        denoiser.run = run
+        present, task = torch.zeros(rows, *denoiser.frame), torch.zeros(rows, dtype=torch.int64)
+        self.errors = denoiser.errors(present, self.data, task, generator)
+
+
+def share(flags: torch.Tensor) -> float:
+    return float(flags.float().mean())
+
+
+def related(x: torch.Tensor, y: torch.Tensor) -> float:
+    return abs(float(torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1]))
+
+
+def near(probability: float):
+    return pytest.approx(probability, abs=0.012)  # four standard errors of a half among 20,000 rows
+
+
+def test_noise_times_are_as_often_pure_clean_and_absent_as_stated():
+    shown = Shown("mot_uwm")
+    action, future, executed = (shown.times[(name, 0)] for name in "AVG")
+    # A: start 0.1, never clean, seen by nobody else.
+    assert share(action == 0.0) == near(0.1) and action.max() < 1.0 and ("A", 0) not in shown.hidden
+    inner = action[action > 0.0].logit()
+    assert float(inner.mean()) == pytest.approx(0.0, abs=0.03) and float(inner.std()) == pytest.approx(1.0, abs=0.03)
+    # V: clean 0.2, of which half are goals, which show their last frame alone; start 0.1 of the others.
+    clean = future[:, -1] == 1.0
+    goal = clean & (future[:, 0] == 0.0)
+    assert share(clean) == near(0.2) and share((future[:, -1] == 0.0)[~clean]) == near(0.1)
+    assert share(goal[clean]) == pytest.approx(0.5, abs=0.03)
+    assert torch.equal(future[~goal, 0], future[~goal, 1])
+    assert torch.equal(shown.hidden[("V", 0)], torch.stack([goal, torch.zeros_like(goal)], dim=1))
+    # G: neither clean nor seen where V is clean; elsewhere clean 0.6 and, apart from that, absent 0.2.
+    free, absent = executed[~clean, 0], shown.hidden[("G", 0)][~clean, 0]
+    assert executed[clean].max() < 1.0 and shown.hidden[("G", 0)][clean].all()
+    assert share(free == 1.0) == near(0.6) and share(free == 0.0) == near(0.4 * 0.1) and share(absent) == near(0.2)
+    assert share(absent[free == 1.0]) == near(0.2)
+
+
+def test_future_and_action_have_times_and_noise_of_their_own():
+    shown = Shown("mot_uwm")
+    future = shown.times[("V", 0)][:, -1]
+    noisy = future < 1.0
+    for part in (("A", 0), ("A", 1), ("G", 0)):
+        action = shown.times[part][:, 0]
+        assert related(action[noisy], future[noisy]) < 0.03, part
+        assert share((action == 0.0)[future == 0.0]) == pytest.approx(share((action == 0.0)[noisy]), abs=0.03), part
+    assert related(shown.times[("A", 0)], shown.times[("A", 1)]) < 0.03
+
+    def noise(name: str, copy: int) -> torch.Tensor:
+        time = shown.times[(name, copy)].unsqueeze(-1)
+        return (shown.contents[(name, copy)] - time * shown.data[name]) / (1.0 - time)
+
+    assert related(noise("A", 0), noise("A", 1)) < 0.03
+    # Those of I are G's, so that V is shown the action which I is taught to denoise.
+    assert torch.equal(shown.times[("I", 0)], shown.times[("G", 0)])
+    assert torch.equal(shown.contents[("I", 0)], shown.contents[("G", 0)])
+
+
+@pytest.mark.parametrize(("name", "parts"), [("mot_uwm", "AAAAVI"), ("idm", "VAAAA")])
+def test_what_is_clean_is_the_data_and_the_target_is_data_minus_noise(name, parts):
+    shown = Shown(name, rows=500)
+    assert sorted(segment for segment, _ in shown.errors) == sorted(parts)
+    for part, (square, times) in shown.errors.items():
+        data, content = shown.data[part[0]], shown.contents[part]
+        time = times.view(*times.shape, *[1] * (data.ndim - times.ndim)).expand_as(data)
+        torch.testing.assert_close(content[time == 1.0], data[time == 1.0])
+        assert related(content[time == 0.0], data[time == 0.0]) < 0.1
+        # The network answered 0, so that the error is the mean square of the target, over the numbers that move.
+        target = ((data - content) / (1.0 - time)).square()
+        numbers = shown.moving if part[0] == "V" else data.shape[-1]
+        sure = (times < 0.99).expand_as(square)
+        torch.testing.assert_close(square[sure], (target.flatten(2).sum(-1) / numbers)[sure], rtol=1e-3, atol=1e-3)
 
 
 # ---- queries ---------------------------------------------------------------------------------------------------------
