@@ -89,6 +89,19 @@ class Windows:
         )
 
 
+def statistics() -> dict[str, dict[str, torch.Tensor]]:
+    """What `set_normalisation` is given of the windows."""
+    frames = Windows().sample(2000, 4, torch.Generator().manual_seed(0))["observation"]
+    return {
+        key: {
+            "mean": value.flatten(0, 1).mean(0),
+            "std": value.flatten(0, 1).std(0),
+            "change": (value[:, 1:] - value[:, :-1]).square().mean((0, 1)).sqrt(),
+        }
+        for key, value in frames.items()
+    }
+
+
 def observations(rows: int, seed: int = 0) -> TensorDict:
     batch = Windows().sample(rows, 1, torch.Generator().manual_seed(seed))
     return TensorDict({**batch["observation"][:, 0].to_dict(), "task": batch["task"]}, batch_size=[rows])
@@ -680,27 +693,29 @@ def test_a_joint_substrate_has_the_tokens_of_all_its_parts():
 # ---- a known answer --------------------------------------------------------------------------------------------------
 
 
-def test_forward_and_inverse_dynamics_agree_on_a_linear_system():
-    """With x' = x + 0.3 a the chunk's sum is the way divided by 0.3, forward and backward."""
+class Taught(Windows):
+    """The same, but what was executed is not what the expert labels: half of the way to the goal, at every step."""
+
+    def sample(self, batch_size: int, length: int, generator: torch.Generator) -> TensorDict:
+        batch = super().sample(batch_size, length, generator)
+        return batch.set("label", self.label(batch["observation", "state"][:, 0]).unsqueeze(1).expand(-1, length, -1))
+
+    @staticmethod
+    def label(state: torch.Tensor) -> torch.Tensor:
+        return (0.5 * (state[:, 4:] - state[:, :2])).clamp(-1, 1)
+
+
+@pytest.fixture(scope="module")
+def linear() -> dict[str, FlowWAM]:
+    """One set of weights, trained on the linear system, as each of its policies."""
     wide = {"name": "dit", "width": 32, "layers": 2, "heads": 2, "head_dim": 16}
     sizes = config("mot_uwm", backbone=wide, action_steps=8, future_steps=8, frame_stride=4)
     segments = sizes["coupling"]["segments"]
     segments["A"]["copies"] = 1
     segments["V"]["clean"], segments["I"]["weight"] = 0.4, 2.0
-    model = checkpoint.build(sizes)
-    assert isinstance(model, FlowWAM)
-    windows, generator = Windows(), torch.Generator().manual_seed(0)
-    frames = windows.sample(2000, 4, generator)["observation"]
-    model.set_normalisation(
-        {
-            key: {
-                "mean": value.flatten(0, 1).mean(0),
-                "std": value.flatten(0, 1).std(0),
-                "change": (value[:, 1:] - value[:, :-1]).square().mean((0, 1)).sqrt(),
-            }
-            for key, value in frames.items()
-        }
-    )
+    models = {policy: checkpoint.build({**sizes, "policy": policy}) for policy in ("policy", "joint", "future_first")}
+    model, windows, generator = models["policy"], Taught(), torch.Generator().manual_seed(0)
+    model.set_normalisation(statistics())
     steps = 500
     optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
@@ -711,26 +726,73 @@ def test_forward_and_inverse_dynamics_agree_on_a_linear_system():
         optimiser.step()
         schedule.step()
         model.update_targets()
-    model.eval()
-    test = windows.sample(200, 4, torch.Generator().manual_seed(9))
-    now = TensorDict({**test["observation"][:, 0].to_dict(), "task": test["task"]}, batch_size=[200])
-    then = TensorDict({**test["observation"][:, 4].to_dict(), "task": test["task"]}, batch_size=[200])
+    for other in models.values():
+        other.load_state_dict(model.state_dict())
+        other.eval()
+    return models
+
+
+def held_out(rows: int = 200) -> tuple[TensorDict, TensorDict, TensorDict]:
+    """Windows that training has not seen, and observations of their first and last frame."""
+    test = Taught().sample(rows, 4, torch.Generator().manual_seed(9))
+    now, then = (
+        TensorDict({**test["observation"][:, step].to_dict(), "task": test["task"]}, batch_size=[rows])
+        for step in (0, 4)
+    )
+    return test, now, then
+
+
+def way(model: FlowWAM, imagined: interfaces.Imagined, now: TensorDict) -> torch.Tensor:
+    """[R, 2] from the present place to the last one of the first imagined future."""
+    return model.decode(imagined)["state"][:, 0, 0, -1, :2] - now["state"][:, :2]
+
+
+def error(guess: torch.Tensor, truth: torch.Tensor) -> float:
+    """Root mean square, in units of the truth's own; sqrt(2) for a guess like the truth that knows nothing of it."""
+    return float((guess - truth).square().mean().sqrt() / truth.square().mean().sqrt())
+
+
+def test_forward_and_inverse_dynamics_agree_on_a_linear_system(linear):
+    """With x' = x + 0.3 a the chunk's sum is the way divided by 0.3, forward and backward."""
+    model, (test, now, then) = linear["policy"], held_out()
     state, goal = (model.encode(Context.from_observation(x)) for x in (now, then))
-    key = NoiseKey.for_rows(200)
-    way = test["observation"]["state"][:, 4, :2] - test["observation"]["state"][:, 0, :2]
+    key, truth = NoiseKey.for_rows(200), then["state"][:, :2] - now["state"][:, :2]
     with torch.no_grad():
         imagined = model.imagine(state, test["action"].unsqueeze(1), futures=1, noise=key, with_frames=True)
-        reached = model.decode(imagined)["state"][:, 0, 0, -1, :2] - test["observation"]["state"][:, 0, :2]
-        inverse = model.propose(state, 1, mode="ode", future=goal, noise=key).actions[:, 0]
-        other = model.propose(state, 1, mode="ode", future=goal[torch.arange(200).roll(1)], noise=key).actions[:, 0]
+        inverse = model.propose(state, 1, mode="ode", future=goal, noise=key).actions
+        other = model.propose(state, 1, mode="ode", future=goal[torch.arange(200).roll(1)], noise=key).actions
+        reached = model.imagine(state, inverse, futures=1, noise=key, with_frames=True)
+    assert error(way(model, imagined, now), truth) < 0.2
+    assert error(0.3 * inverse[:, 0].sum(1), truth) < 0.25
+    assert error(way(model, reached, now), truth) < 0.35
+    assert error(0.3 * other[:, 0].sum(1), truth) > 1.2
 
-    def error(guess: torch.Tensor) -> float:
-        return float((guess - way).square().mean().sqrt() / way.square().mean().sqrt())
 
-    assert error(reached) < 0.2
-    # A chunk that knows nothing of the way is off by sqrt(2); one for another row's goal as well.
-    assert error(0.3 * inverse.sum(1)) < 0.25
-    assert error(0.3 * other.sum(1)) > 1.2
+@pytest.mark.parametrize("policy", ["joint", "future_first"])
+def test_a_policy_that_imagines_shows_what_its_own_actions_do(linear, policy):
+    """Its chunks and futures are spread as those of the data, and each future is that of its chunk."""
+    model, (_, now, then) = linear[policy], held_out()
+    with torch.no_grad():
+        proposal = model.propose(
+            model.encode(Context.from_observation(now)), 1, mode="ode", noise=NoiseKey.for_rows(200)
+        )
+    shown, done = way(model, proposal.imagined, now), 0.3 * proposal.actions[:, 0].sum(1)
+    truth = then["state"][:, :2] - now["state"][:, :2]
+    assert error(shown, done) < 0.4
+    assert error(shown, done.roll(1, 0)) > 1.2
+    for guess in (shown, done):
+        assert float(guess.std() / truth.std()) == pytest.approx(1.0, abs=0.25)
+
+
+def test_the_policy_does_what_the_expert_would_and_not_what_was_done(linear):
+    """The label is a function of the state, so the policy has no spread; executed actions know nothing of it."""
+    model, (test, now, _) = linear["policy"], held_out()
+    with torch.no_grad():
+        state, key = model.encode(Context.from_observation(now)), NoiseKey.for_rows(200)
+        actions = model.propose(state, 2, mode="ode", noise=key).actions
+    label = Taught.label(now["state"])[:, None, None].expand_as(actions)
+    assert error(actions, label) < 0.2
+    assert error(test["action"], label[:, 0]) > 1.0
 
 
 # ---- as an environment -------------------------------------------------------------------------------------------
