@@ -1,4 +1,4 @@
-"""The promises of the flow-matching WAMs: masks, caches, causality, queries, and combinations that build and train."""
+"""The promises of the flow-matching WAMs: masks, caches, causality, noise times, queries, and known answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from tensordict import TensorDict
 from torchrl.envs.utils import check_env_specs
 
 from wamrl import checkpoint, cli, interfaces
-from wamrl.control import ModelPolicy
 from wamrl.envs.imagined_env import ImaginedEnv
 from wamrl.envs.layouts import METAWORLD
 from wamrl.interfaces import Budget, Context, task_id
@@ -89,6 +88,19 @@ class Windows:
         )
 
 
+def statistics() -> dict[str, dict[str, torch.Tensor]]:
+    """What `set_normalisation` is given of the windows."""
+    frames = Windows().sample(2000, 4, torch.Generator().manual_seed(0))["observation"]
+    return {
+        key: {
+            "mean": value.flatten(0, 1).mean(0),
+            "std": value.flatten(0, 1).std(0),
+            "change": (value[:, 1:] - value[:, :-1]).square().mean((0, 1)).sqrt(),
+        }
+        for key, value in frames.items()
+    }
+
+
 def observations(rows: int, seed: int = 0) -> TensorDict:
     batch = Windows().sample(rows, 1, torch.Generator().manual_seed(seed))
     return TensorDict({**batch["observation"][:, 0].to_dict(), "task": batch["task"]}, batch_size=[rows])
@@ -112,24 +124,36 @@ def random_contents(model: FlowWAM, names: tuple[str, ...], rows: int = 2):
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
 
-# Who sees whom, row by row, as in the table of the paper; the present frame belongs to each copy of IDM's video.
+# Who sees whom, row by row: Fast-WAM's four as in the table of the paper, where the present frame belongs to each copy
+# of IDM's video, and ours.
 TABLE = {
     "fast": {"F": "F", "V": "FV", "A": "FA"},
     "no_cotrain": {"F": "F", "V": "FV", "A": "FA"},
     "joint": {"F": "F", "V": "FV", "A": "FVA"},
     "idm": {"F": "F", "V": "FV", "C": "FC", "A": "FCA"},
+    "mot_uwm": {"F": "F", "A": "FA", "V": "FVG", "G": "FG", "I": "FVI"},
+}
+# Of the blocks that are not whole: which of 2 frames, after actions 1 and 3, or of 4 actions sees which.
+PARTS = {
+    ("mot_uwm", "V", "V"): [[1, 0], [1, 1]],
+    ("mot_uwm", "V", "G"): [[1, 1, 0, 0], [1, 1, 1, 1]],
+    ("mot_uwm", "G", "G"): [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]],
 }
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_the_mask_is_that_of_the_paper(name):
+def test_the_mask_is_the_stated_one(name):
     model = make(name)
     parts = tuple((segment, 0) for segment in TABLE[name])
     layout = model.coupling.layout(parts, model.denoiser.tokens, model.denoiser.backbone.expert_of)
     for segment, rows in layout.spans.items():
         for other, columns in layout.spans.items():
             block = layout.mask[rows, columns]
-            assert bool(block.all()) == bool(block.any()) == (other[0] in TABLE[name][segment[0]]), (segment, other)
+            whole = [[other[0] in TABLE[name][segment[0]]]]
+            wanted = torch.tensor(PARTS.get((name, segment[0], other[0]), whole)).bool()
+            for dim in (0, 1):  # a frame has several tokens
+                wanted = wanted.repeat_interleave(block.shape[dim] // wanted.shape[dim], dim)
+            assert torch.equal(block, wanted), (segment, other)
 
 
 def test_copies_do_not_see_each_other():
@@ -216,6 +240,105 @@ def test_an_action_changes_no_frame_before_it():
         again = model.imagine(state, later, noise=key, with_frames=True).frames
     assert torch.equal(again[:, :, :, :2], frames[:, :, :, :2])
     assert not torch.allclose(again[:, :, :, 2:], frames[:, :, :, 2:])
+
+
+# ---- noise times -----------------------------------------------------------------------------------------------------
+
+
+class Shown:
+    """What one call of `errors` on many windows shows the network: times, contents and hidden flags of each part."""
+
+    def __init__(self, name: str, rows: int = 20000) -> None:
+        denoiser, generator = make(name).denoiser, torch.Generator().manual_seed(0)
+        coupling = denoiser.coupling
+        self.data = {
+            segment: torch.randn(rows, *denoiser.shape(segment), generator=generator)
+            for segment in coupling.trained()
+            if segment != "F"
+        }
+        for segment, content in self.data.items():
+            if denoiser.kind(segment) == "future":
+                content *= denoiser.moves
+            elif twin := coupling.segments[segment].same_as:
+                self.data[segment] = self.data[twin]
+        self.moving = int(denoiser.moves.sum())
+
+        def run(parts, contents, times, task, *, hidden):
+            self.contents, self.times, self.hidden = contents, times, hidden
+            return {part: torch.zeros_like(contents[part]) for part in parts}, []
+
+        denoiser.run = run
+        present, task = torch.zeros(rows, *denoiser.frame), torch.zeros(rows, dtype=torch.int64)
+        self.errors = denoiser.errors(present, self.data, task, generator)
+
+
+def share(flags: torch.Tensor) -> float:
+    return float(flags.float().mean())
+
+
+def related(x: torch.Tensor, y: torch.Tensor) -> float:
+    return abs(float(torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1]))
+
+
+def near(probability: float):
+    return pytest.approx(probability, abs=0.012)  # four standard errors of a half among 20,000 rows
+
+
+def test_noise_times_are_as_often_pure_clean_and_absent_as_stated():
+    shown = Shown("mot_uwm")
+    action, future, executed = (shown.times[(name, 0)] for name in "AVG")
+    # A: start 0.1, never clean, seen by nobody else.
+    assert share(action == 0.0) == near(0.1) and action.max() < 1.0 and ("A", 0) not in shown.hidden
+    inner = action[action > 0.0].logit()
+    assert float(inner.mean()) == pytest.approx(0.0, abs=0.03) and float(inner.std()) == pytest.approx(1.0, abs=0.03)
+    # V: clean 0.2, of which half are goals, which show their last frame alone; start 0.1 of the others.
+    clean = future[:, -1] == 1.0
+    goal = clean & (future[:, 0] == 0.0)
+    assert share(clean) == near(0.2) and share((future[:, -1] == 0.0)[~clean]) == near(0.1)
+    assert share(goal[clean]) == pytest.approx(0.5, abs=0.03)
+    assert torch.equal(future[~goal, 0], future[~goal, 1])
+    assert torch.equal(shown.hidden[("V", 0)], torch.stack([goal, torch.zeros_like(goal)], dim=1))
+    # G: neither clean nor seen where V is clean; elsewhere clean 0.6 and, apart from that, absent 0.2.
+    free, absent = executed[~clean, 0], shown.hidden[("G", 0)][~clean, 0]
+    assert executed[clean].max() < 1.0 and shown.hidden[("G", 0)][clean].all()
+    assert share(free == 1.0) == near(0.6) and share(free == 0.0) == near(0.4 * 0.1) and share(absent) == near(0.2)
+    assert share(absent[free == 1.0]) == near(0.2)
+
+
+def test_future_and_action_have_times_and_noise_of_their_own():
+    shown = Shown("mot_uwm")
+    future = shown.times[("V", 0)][:, -1]
+    noisy = future < 1.0
+    for part in (("A", 0), ("A", 1), ("G", 0)):
+        action = shown.times[part][:, 0]
+        assert related(action[noisy], future[noisy]) < 0.03, part
+        assert share((action == 0.0)[future == 0.0]) == pytest.approx(share((action == 0.0)[noisy]), abs=0.03), part
+    assert related(shown.times[("A", 0)], shown.times[("A", 1)]) < 0.03
+
+    def noise(name: str, copy: int) -> torch.Tensor:
+        time = shown.times[(name, copy)].unsqueeze(-1)
+        return (shown.contents[(name, copy)] - time * shown.data[name]) / (1.0 - time)
+
+    assert related(noise("A", 0), noise("A", 1)) < 0.03
+    # Those of I are G's, so that V is shown the action which I is taught to denoise.
+    assert torch.equal(shown.times[("I", 0)], shown.times[("G", 0)])
+    assert torch.equal(shown.contents[("I", 0)], shown.contents[("G", 0)])
+
+
+@pytest.mark.parametrize(("name", "parts"), [("mot_uwm", "AAAAVI"), ("idm", "VAAAA")])
+def test_what_is_clean_is_the_data_and_the_target_is_data_minus_noise(name, parts):
+    shown = Shown(name, rows=500)
+    assert sorted(segment for segment, _ in shown.errors) == sorted(parts)
+    for part, (square, times) in shown.errors.items():
+        data, content = shown.data[part[0]], shown.contents[part]
+        time = times.view(*times.shape, *[1] * (data.ndim - times.ndim)).expand_as(data)
+        torch.testing.assert_close(content[time == 1.0], data[time == 1.0])
+        assert related(content[time == 0.0], data[time == 0.0]) < 0.1
+        # The network answered 0, so that the error is the mean square of the target, over the numbers that move.
+        target = ((data - content) / (1.0 - time)).square()
+        numbers = shown.moving if part[0] == "V" else data.shape[-1]
+        sure = (times < 0.99).expand_as(square)
+        torch.testing.assert_close(square[sure], (target.flatten(2).sum(-1) / numbers)[sure], rtol=1e-3, atol=1e-3)
 
 
 # ---- queries ---------------------------------------------------------------------------------------------------------
@@ -325,47 +448,7 @@ def test_every_planner_plans_in_mot_uwm_and_refuses_fast(name):
         planner.initial_state(make("fast"), 3)
 
 
-# ---- combinations ----------------------------------------------------------------------------------------------------
-
-SUBSTRATES = {
-    "tracks": {"name": "geometric", "tracks": {"point": {"state": [0, 1, 2, 3], "proprioception": [0, 1]},
-                                              "goal": {"state": [4, 5]}}},
-    "keys": {"name": "geometric"},
-    "joint": [{"name": "geometric", "keys": ["state"]}, {"name": "geometric", "keys": ["proprioception"]}],
-}  # fmt: skip
-COMBINATIONS = [
-    *[("tracks", "mot", name, "chunked") for name in VARIANTS],
-    *[("keys", "dit", name, "single_step") for name in VARIANTS],
-    *[("joint", "mot", name, "open_loop") for name in VARIANTS],
-]
-
-
-@pytest.mark.parametrize(("substrate", "backbone", "name", "deployment"), COMBINATIONS)
-def test_a_combination_builds_trains_imagines_proposes_and_acts(substrate, backbone, name, deployment):
-    sizes = SIZES if backbone == "mot" else {"name": "dit", "width": 16, "layers": 2, "heads": 2, "head_dim": 8}
-    model = checkpoint.build(config(name, substrate=SUBSTRATES[substrate], backbone=sizes))
-    assert isinstance(model, FlowWAM)
-    batch = Windows().sample(64, 4, torch.Generator().manual_seed(0))
-    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
-    history = []
-    for _ in range(12):
-        losses = model.loss(batch, noise=torch.Generator().manual_seed(1))
-        optimiser.zero_grad()
-        losses["loss"].backward()
-        optimiser.step()
-        model.update_targets()
-        history.append(float(losses["loss"].detach()))
-    assert history[-1] < history[0]
-    idle = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    if name != "no_cotrain":
-        assert not idle
-    state = encoded(model)
-    if "rollout" in model.spec.provides:
-        assert model.imagine(state, torch.zeros(3, 2, 4, 2)).success.shape == (3, 2, 2, 4)
-    replan = {"chunked": 2, "single_step": 1, "open_loop": 4}[deployment]
-    policy = ModelPolicy(model, replan_every=replan)
-    action, carried = policy.act(observations(3), policy.initial_state(3), torch.ones(3, dtype=torch.bool))
-    assert action.shape == (3, 2) and int(carried["used"][0]) == 1
+# ---- combinations; those that are trained are in test_combinations -------------------------------------------------
 
 
 @pytest.mark.parametrize("backbone", ["mot", "dit"])
@@ -429,6 +512,9 @@ V = {"kind": "future", "sees": ["F", "V"]}
     ({"F": F, "V": V, "A": A}, {"joint": [{"denoise": ["V", "A"]}]}, "do not see each other"),
     ({"F": F, "V": V, "A": A}, {"policy": [{"denoise": ["V"]}]}, "does not answer it"),
     ({"F": F, "V": V, "A": A}, {"dream": [{"denoise": ["V"]}]}, "query of a coupling 'dream'"),
+    ({"F": F, "A": {"sees": ["F", "A"]}}, {}, "segment A has no kind; give it one of frame, future, action"),
+    ({"F": F, "A": A}, {"policy": [{"given": {}}]}, "a stage of 'policy' has no denoise"),
+    ({"F": F, "A": A}, {"policy": [{"denoise": []}]}, "a stage of 'policy' has no denoise"),
     ({"F": F, "V": V, "A": {**A, "sees": ["F", "V", "A"]}},
      {"future_first": [{"given": {"V": "V"}, "denoise": ["A"]}, {"denoise": ["V"]}]}, "does not answer it"),
 ])  # fmt: skip
@@ -437,12 +523,54 @@ def test_a_contradiction_is_refused_with_a_sentence(segments, queries, sentence)
         Coupling(segments, queries)
 
 
+def shipped(name: str, **changes: dict) -> dict:
+    """A shipped coupling with other settings of its segments; None takes one away."""
+    coupling = copy.deepcopy(composed("wam=mot_uwm", f"wam/coupling={name}")["coupling"])
+    for segment, settings in changes.items():
+        merged = {**coupling["segments"][segment], **settings}
+        coupling["segments"][segment] = {key: value for key, value in merged.items() if value is not None}
+    return coupling
+
+
+PAPER = {"V": {"sees": ["F", "V", "A"]}, "A": {"copies": 1}}
+
+
+@pytest.mark.parametrize(("name", "changes", "sentence"), [
+    ("uwm", {"G": {"clean": 0.0}}, "'rollout' is given G, which is never clean in training.*set clean of G above 0"),
+    ("uwm", {"V": {"clean": 0.0}}, "'inverse' is given V, which is never clean in training.*set clean of V above 0"),
+    ("idm", {"C": {"clean": 0.0}}, "'future_first' is given C, which is never clean.*set clean of C above 0"),
+    ("uwm", {"G": {"absent": 0.0}}, "'video' leaves G out, but V sees it in every sample.*set absent of G above 0"),
+    ("uwm", {"G": {"absent": 0.0, "yields_to": None}}, "'inverse' leaves G out, but V sees it.*absent of G above 0"),
+    ("joint", PAPER, "'video' leaves A out, but V sees it in every sample.*leave the query out"),
+    ("uwm", {"V": {"goal": 0.0}}, "'inverse' is given the last frame of V, .* goal of V is 0; set it between 0 and 1"),
+    ("uwm", {"V": {"goal": 1.0}}, "'future_first' is given all of V, .* goal of V is 1; set it between 0 and 1"),
+    ("uwm", {"I": {"same_as": None}}, "'joint' ties G to I, but in training each has noise and times of its own"),
+    ("uwm", {"I": {"absent": 0.1}}, "I has the noise times of G.*leave start, .* and yields_to out of I"),
+])  # fmt: skip
+def test_a_query_that_training_never_shows_is_refused(name, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Coupling(**shipped(name, **changes))
+
+
+def test_the_joint_variant_of_the_paper_builds_without_the_query_that_it_cannot_answer():
+    coupling = shipped("joint", **PAPER)
+    del coupling["queries"]["video"]
+    model = make("joint", coupling=coupling)
+    assert "video" not in model.spec.provides
+    assert model.propose(encoded(model), 2, mode="ode").actions.shape == (3, 2, 4, 2)
+    Coupling(**shipped("joint", V=PAPER["V"], A={"copies": 1, "absent": 0.1}))  # now it has an answer
+
+
 @pytest.mark.parametrize(("changes", "sentence"), [
     ({"frame_stride": 3}, "divides it"),
     ({"substrate": {"name": "geometrical"}}, "geometric"),
     ({"substrate": {"name": "geometric", "keys": ["pixels"]}}, "reads 'pixels'"),
     ({"substrate": {"name": "geometric", "tracks": {"hand": {"state": [0, 1]}}}}, "in no track"),
     ({"backbone": {"name": "unet"}}, "backbone"),
+    ({"backbone": {"name": "mot", "widht": 32}}, "setting of the backbone 'mot' 'widht'; did you mean 'width'"),
+    ({"backbone": {"name": "dit", "action_width": 32}}, "the backbone 'dit' 'action_width'.*Known: .*heads"),
+    ({"backbone": {"name": "dit", "shortcut": True}}, "setting of the backbone 'dit' 'shortcut'"),
+    ({"coupling": {"segments": {"F": F, "A": A}}}, "has segments and queries, but this one segments"),
     ({"observation": {"pixels": [3, 8, 8]}}, "pixel substrate"),
     ({"policy": "joint"}, "policy of this coupling"),
     ({"coupling": {"segments": {"F": F, "V": V}, "queries": {"video": [{"denoise": ["V"]}]}}}, "could not act"),
@@ -513,7 +641,7 @@ def test_the_geometric_substrate_decodes_what_it_encoded():
 
 
 def test_a_joint_substrate_has_the_tokens_of_all_its_parts():
-    whole = make_substrate(SUBSTRATES["joint"], OBSERVATION)
+    whole = make_substrate([{"name": "geometric", "keys": [key]} for key in OBSERVATION], OBSERVATION)
     frames = TensorDict({"state": torch.randn(4, 6), "proprioception": torch.randn(4, 2)}, batch_size=[4])
     tokens = whole.encode(frames)
     assert tokens.shape == (4, 2, 6) and whole.describe() == "geometric and geometric"
@@ -524,27 +652,29 @@ def test_a_joint_substrate_has_the_tokens_of_all_its_parts():
 # ---- a known answer --------------------------------------------------------------------------------------------------
 
 
-def test_forward_and_inverse_dynamics_agree_on_a_linear_system():
-    """With x' = x + 0.3 a the chunk's sum is the way divided by 0.3, forward and backward."""
+class Taught(Windows):
+    """The same, but what was executed is not what the expert labels: half of the way to the goal, at every step."""
+
+    def sample(self, batch_size: int, length: int, generator: torch.Generator) -> TensorDict:
+        batch = super().sample(batch_size, length, generator)
+        return batch.set("label", self.label(batch["observation", "state"][:, 0]).unsqueeze(1).expand(-1, length, -1))
+
+    @staticmethod
+    def label(state: torch.Tensor) -> torch.Tensor:
+        return (0.5 * (state[:, 4:] - state[:, :2])).clamp(-1, 1)
+
+
+@pytest.fixture(scope="module")
+def linear() -> dict[str, FlowWAM]:
+    """One set of weights, trained on the linear system, as each of its policies."""
     wide = {"name": "dit", "width": 32, "layers": 2, "heads": 2, "head_dim": 16}
     sizes = config("mot_uwm", backbone=wide, action_steps=8, future_steps=8, frame_stride=4)
     segments = sizes["coupling"]["segments"]
     segments["A"]["copies"] = 1
     segments["V"]["clean"], segments["I"]["weight"] = 0.4, 2.0
-    model = checkpoint.build(sizes)
-    assert isinstance(model, FlowWAM)
-    windows, generator = Windows(), torch.Generator().manual_seed(0)
-    frames = windows.sample(2000, 4, generator)["observation"]
-    model.set_normalisation(
-        {
-            key: {
-                "mean": value.flatten(0, 1).mean(0),
-                "std": value.flatten(0, 1).std(0),
-                "change": (value[:, 1:] - value[:, :-1]).square().mean((0, 1)).sqrt(),
-            }
-            for key, value in frames.items()
-        }
-    )
+    models = {policy: checkpoint.build({**sizes, "policy": policy}) for policy in ("policy", "joint", "future_first")}
+    model, windows, generator = models["policy"], Taught(), torch.Generator().manual_seed(0)
+    model.set_normalisation(statistics())
     steps = 500
     optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
@@ -555,26 +685,73 @@ def test_forward_and_inverse_dynamics_agree_on_a_linear_system():
         optimiser.step()
         schedule.step()
         model.update_targets()
-    model.eval()
-    test = windows.sample(200, 4, torch.Generator().manual_seed(9))
-    now = TensorDict({**test["observation"][:, 0].to_dict(), "task": test["task"]}, batch_size=[200])
-    then = TensorDict({**test["observation"][:, 4].to_dict(), "task": test["task"]}, batch_size=[200])
+    for other in models.values():
+        other.load_state_dict(model.state_dict())
+        other.eval()
+    return models
+
+
+def held_out(rows: int = 200) -> tuple[TensorDict, TensorDict, TensorDict]:
+    """Windows that training has not seen, and observations of their first and last frame."""
+    test = Taught().sample(rows, 4, torch.Generator().manual_seed(9))
+    now, then = (
+        TensorDict({**test["observation"][:, step].to_dict(), "task": test["task"]}, batch_size=[rows])
+        for step in (0, 4)
+    )
+    return test, now, then
+
+
+def way(model: FlowWAM, imagined: interfaces.Imagined, now: TensorDict) -> torch.Tensor:
+    """[R, 2] from the present place to the last one of the first imagined future."""
+    return model.decode(imagined)["state"][:, 0, 0, -1, :2] - now["state"][:, :2]
+
+
+def error(guess: torch.Tensor, truth: torch.Tensor) -> float:
+    """Root mean square, in units of the truth's own; sqrt(2) for a guess like the truth that knows nothing of it."""
+    return float((guess - truth).square().mean().sqrt() / truth.square().mean().sqrt())
+
+
+def test_forward_and_inverse_dynamics_agree_on_a_linear_system(linear):
+    """With x' = x + 0.3 a the chunk's sum is the way divided by 0.3, forward and backward."""
+    model, (test, now, then) = linear["policy"], held_out()
     state, goal = (model.encode(Context.from_observation(x)) for x in (now, then))
-    key = NoiseKey.for_rows(200)
-    way = test["observation"]["state"][:, 4, :2] - test["observation"]["state"][:, 0, :2]
+    key, truth = NoiseKey.for_rows(200), then["state"][:, :2] - now["state"][:, :2]
     with torch.no_grad():
         imagined = model.imagine(state, test["action"].unsqueeze(1), futures=1, noise=key, with_frames=True)
-        reached = model.decode(imagined)["state"][:, 0, 0, -1, :2] - test["observation"]["state"][:, 0, :2]
-        inverse = model.propose(state, 1, mode="ode", future=goal, noise=key).actions[:, 0]
-        other = model.propose(state, 1, mode="ode", future=goal[torch.arange(200).roll(1)], noise=key).actions[:, 0]
+        inverse = model.propose(state, 1, mode="ode", future=goal, noise=key).actions
+        other = model.propose(state, 1, mode="ode", future=goal[torch.arange(200).roll(1)], noise=key).actions
+        reached = model.imagine(state, inverse, futures=1, noise=key, with_frames=True)
+    assert error(way(model, imagined, now), truth) < 0.2
+    assert error(0.3 * inverse[:, 0].sum(1), truth) < 0.25
+    assert error(way(model, reached, now), truth) < 0.35
+    assert error(0.3 * other[:, 0].sum(1), truth) > 1.2
 
-    def error(guess: torch.Tensor) -> float:
-        return float((guess - way).square().mean().sqrt() / way.square().mean().sqrt())
 
-    assert error(reached) < 0.2
-    # A chunk that knows nothing of the way is off by sqrt(2); one for another row's goal as well.
-    assert error(0.3 * inverse.sum(1)) < 0.25
-    assert error(0.3 * other.sum(1)) > 1.2
+@pytest.mark.parametrize("policy", ["joint", "future_first"])
+def test_a_policy_that_imagines_shows_what_its_own_actions_do(linear, policy):
+    """Its chunks and futures are spread as those of the data, and each future is that of its chunk."""
+    model, (_, now, then) = linear[policy], held_out()
+    with torch.no_grad():
+        proposal = model.propose(
+            model.encode(Context.from_observation(now)), 1, mode="ode", noise=NoiseKey.for_rows(200)
+        )
+    shown, done = way(model, proposal.imagined, now), 0.3 * proposal.actions[:, 0].sum(1)
+    truth = then["state"][:, :2] - now["state"][:, :2]
+    assert error(shown, done) < 0.4
+    assert error(shown, done.roll(1, 0)) > 1.2
+    for guess in (shown, done):
+        assert float(guess.std() / truth.std()) == pytest.approx(1.0, abs=0.25)
+
+
+def test_the_policy_does_what_the_expert_would_and_not_what_was_done(linear):
+    """The label is a function of the state, so the policy has no spread; executed actions know nothing of it."""
+    model, (test, now, _) = linear["policy"], held_out()
+    with torch.no_grad():
+        state, key = model.encode(Context.from_observation(now)), NoiseKey.for_rows(200)
+        actions = model.propose(state, 2, mode="ode", noise=key).actions
+    label = Taught.label(now["state"])[:, None, None].expand_as(actions)
+    assert error(actions, label) < 0.2
+    assert error(test["action"], label[:, 0]) > 1.0
 
 
 # ---- as an environment -------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ are given and which are denoised. `Coupling` refuses what contradicts itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from wamrl.models.dit import KINDS
-from wamrl.models.flow import TIMES
 from wamrl.naming import unknown_name
 
 TARGETS = ("label", "executed")
@@ -23,6 +22,7 @@ QUERIES = ("policy", "joint", "future_first", "video", "rollout", "inverse")
 """policy: p(a|c). joint: p(s,a|c) in lock step. future_first: p(s|c), then p(a|s,c). video: p(s|c).
 rollout: p(s|c,a). inverse: p(a|s,c)."""
 POLICIES = ("policy", "joint", "future_first")
+SHARES = ("start", "clean", "absent", "goal")
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Segment:
     ("label", with the executed action of a successful model where there is none), or what was executed.
     weight: of its loss; at 0 it is not trained, and left out of training where nothing trained sees it.
 
-    Noise times in training: drawn by `times`, but 0 (pure noise, where every sampler begins and which `times` hardly
-    visits) with probability `start`, and 1 (clean) with probability `clean`; with probability `absent` no other
-    segment sees it, as if it were not there. `goal`: of a future, the share of its clean draws in which only the last
-    frame is there. same_as: take noise, time and content of that segment. yields_to: where that segment is clean, this
-    one is neither clean nor seen.
+    Noise times in training: logit-normal, but 0 (pure noise, where every sampler begins and which those hardly visit)
+    with probability `start`, and 1 (clean) with probability `clean`; with probability `absent` no other segment sees
+    it, as if it were not there. `goal`: of a future, the share of its clean draws in which only the last frame is
+    there. same_as: take noise, time and content of that segment. yields_to: where that segment is clean, this one is
+    neither clean nor seen.
     """
 
     kind: str
@@ -48,7 +48,6 @@ class Segment:
     copies: int = 1
     target: str = "label"
     weight: float = 1.0
-    times: str = "logit_normal"
     start: float = 0.0
     clean: float = 0.0
     absent: float = 0.0
@@ -91,7 +90,7 @@ class Coupling:
     segments: name -> fields of `Segment`. queries: name -> a list of stages, each with the fields of `Stage`.
 
     Raises:
-        ValueError: for a mask, times or queries that contradict each other.
+        ValueError: for a mask, times or queries that contradict each other, and for queries that training never shows.
     """
 
     def __init__(
@@ -188,7 +187,11 @@ class Coupling:
                 raise unknown_name(f"segment that {name} is the same as", segment.same_as, self.segments)
             if (twin.kind, twin.target, twin.copies) != (segment.kind, segment.target, segment.copies):
                 raise ValueError(f"{name} is the same as {segment.same_as}, but differs in kind, target or copies")
-
+            if segment.yields_to or twin.same_as or any(getattr(segment, key) for key in SHARES):
+                raise ValueError(
+                    f"{name} has the noise times of {segment.same_as}, which must have times of its own; leave "
+                    f"{', '.join(SHARES)} and yields_to out of {name}, nothing would read them"
+                )
         if segment.yields_to is not None:
             first = self.segments.get(segment.yields_to)
             if first is None:
@@ -248,6 +251,55 @@ class Coupling:
             )
         if name == "joint" and not any(self.sees(a, b) for a in stages[0].denoise for b in stages[0].denoise if a != b):
             raise ValueError("the query 'joint' denoises segments that do not see each other; that is no joint sample")
+        self._check_shown(name, stages)
+
+    def _check_shown(self, query: str, stages: Sequence[Stage]) -> None:
+        """Refuse what no sample of training shows: a segment that is always noisy, or never without another one."""
+        present = {"F"}
+        for stage in stages:
+            for given in stage.given:
+                if given != "F":
+                    self._check_given(query, given)
+                present.add(given)
+                self._check_seen(query, given, present, clean=True)
+            for name, other in stage.tied.items():
+                if self._timed(name) != self._timed(other):
+                    raise ValueError(
+                        f"the query '{query}' ties {name} to {other}, but in training each has noise and times of its "
+                        f"own; set same_as of {name} to {other}, or that of {other} to {name}"
+                    )
+            for name in (*stage.denoise, *stage.tied):
+                self._check_seen(query, name, present.union(stage.denoise, stage.tied), clean=False)
+
+    def _check_given(self, query: str, name: str) -> None:
+        timed = self._timed(name)
+        segment = self.segments[timed]
+        if segment.clean <= 0:
+            raise ValueError(
+                f"the query '{query}' is given {name}, which is never clean in training, so that nothing taught the "
+                f"others to read it; set clean of {timed} above 0 or leave the query out"
+            )
+        if segment.kind == "future" and (segment.goal <= 0 if query == "inverse" else segment.goal >= 1):
+            wanted, shown = ("the last frame of", "whole") if query == "inverse" else ("all of", "its last frame alone")
+            raise ValueError(
+                f"the query '{query}' is given {wanted} {name}, but where it is clean training shows it {shown}, as "
+                f"goal of {timed} is {segment.goal:g}; set it between 0 and 1 or leave the query out"
+            )
+
+    def _check_seen(self, query: str, name: str, present: Collection[str], *, clean: bool) -> None:
+        for other in self.segments[name].sees:
+            segment = self.segments[other]
+            if other in present or segment.absent > 0 or (clean and segment.yields_to == self._timed(name)):
+                continue
+            raise ValueError(
+                f"the query '{query}' leaves {other} out, but {name} sees it in every sample of training, so that "
+                f"nothing taught {name} to do without; set absent of {other} above 0, give or denoise {other} in the "
+                "same stage, or leave the query out"
+            )
+
+    def _timed(self, name: str) -> str:
+        """The segment whose noise times `name` has."""
+        return self.segments[name].same_as or name
 
 
 def _segment(name: str, settings: Mapping[str, Any]) -> Segment:
@@ -255,14 +307,14 @@ def _segment(name: str, settings: Mapping[str, Any]) -> Segment:
     for key in settings:
         if key not in known:
             raise unknown_name(f"setting of segment {name}", str(key), known)
+    if "kind" not in settings:
+        raise ValueError(f"segment {name} has no kind; give it one of {', '.join(KINDS)}")
     segment = Segment(**{**settings, "sees": tuple(settings.get("sees", ()))})
     if segment.kind not in KINDS:
         raise unknown_name(f"kind of segment {name}", segment.kind, KINDS)
     if segment.target not in TARGETS:
         raise unknown_name(f"target of segment {name}", segment.target, TARGETS)
-    if segment.times not in TIMES:
-        raise unknown_name(f"times of segment {name}", segment.times, TIMES)
-    for key in ("start", "clean", "absent", "goal"):
+    for key in SHARES:
         if not 0.0 <= getattr(segment, key) <= 1.0:
             raise ValueError(f"{key} of segment {name} is {getattr(segment, key)}, expected a probability")
     if segment.goal and segment.kind != "future":
@@ -277,4 +329,6 @@ def _stage(query: str, settings: Mapping[str, Any]) -> Stage:
     for key in settings:
         if key not in known:
             raise unknown_name(f"setting of a stage of '{query}'", str(key), known)
+    if not settings.get("denoise"):
+        raise ValueError(f"a stage of '{query}' has no denoise; name the segments that it samples, as in denoise: [A]")
     return Stage(tuple(settings["denoise"]), dict(settings.get("given", {})), dict(settings.get("tied", {})))

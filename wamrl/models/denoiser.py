@@ -10,6 +10,7 @@ frame, D numbers per token, K denoising steps, S tokens, P cached tokens.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class Denoiser(nn.Module):
 
     coupling: its masks, times and segments. backbone: `name` ("dit" or "mot") and its sizes. frame: (L, D). frames: J.
     frame_stride: control steps between frames. action: (H, A). tasks: how many. shortcut: whether the backbone is told
-    how far in time a velocity is to lead.
+    how far in time a velocity is to lead. Raises ValueError for an unknown backbone, or sizes that it does not take.
 
     Contents of a segment are a frame [X, L, D], a future [X, J, L, D] or a chunk [X, H, A]; its noise times [X, G] have
     J groups for a future and one otherwise. `moves` [L, D] bool says which numbers of a future frame are generated.
@@ -96,6 +97,10 @@ class Denoiser(nn.Module):
         name = str(settings.pop("name", ""))
         if name not in BACKBONES:
             raise unknown_name("backbone", name, BACKBONES)
+        known = set(inspect.signature(BACKBONES[name]).parameters) - {"shortcut"}
+        for key in settings:
+            if key not in known:
+                raise unknown_name(f"setting of the backbone '{name}'", str(key), known)
         self.coupling, self.shortcut = coupling, shortcut
         self.frame, self.frames, self.action = frame, frames, action
         self.backbone = BACKBONES[name](**settings, shortcut=shortcut)
@@ -353,7 +358,7 @@ class Denoiser(nn.Module):
         taken: [B, 1] bool, where the segment that it yields to is clean.
         """
         segment, groups = self.coupling.segments[name], self.groups(name)
-        times = sample_times(segment.times, rows, 1, generator=noise, device=device).expand(-1, groups)
+        times = sample_times(rows, 1, generator=noise, device=device).expand(-1, groups)
         draw = torch.rand(rows, 4, 1, generator=noise, device=device)
         times = torch.where(draw[:, 3] < segment.start, 0.0, times)
         if not (segment.clean or segment.absent) and taken is None:

@@ -98,6 +98,11 @@ class FlowWAM(WAM):
             )
         for name, value in (("futures", futures), ("action_steps", action_steps), ("future_steps", future_steps)):
             whole_number(name, value, 1)
+        if set(coupling) != {"segments", "queries"}:
+            raise ValueError(
+                f"a coupling has segments and queries, but this one {', '.join(map(str, coupling)) or 'nothing'}; see "
+                "configs/wam/coupling"
+            )
         self.coupling = Coupling(**coupling)
         queries = self.coupling.queries
         answered = [name for name in POLICIES if name in queries]
