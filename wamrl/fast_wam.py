@@ -167,9 +167,8 @@ def name_of(variant: str, *, way: str = "policy", steps: int | None = None, shif
 
 def load(directory: Path, variant: str, *, policy: str | None = None, steps: int | None = None) -> FlowWAM:
     """A trained flow-matching model, set to act in one of its ways with a number of denoising steps."""
-    model = checkpoint.load(directory / f"train_{variant}")
+    model = checkpoint.load(directory / f"train_{variant}", policy=policy)
     assert isinstance(model, FlowWAM)
-    model.policy_query = policy or model.policy_query
     model.action_steps = steps or model.action_steps
     return model
 
