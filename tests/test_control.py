@@ -357,7 +357,7 @@ def test_controllers_refuse_models_and_settings_that_they_cannot_serve() -> None
     with pytest.raises(ValueError, match="does not answer 'observe'.*Use .*wam=reference"):
         InteractivePolicy(integrator(), small())
     with pytest.raises(ValueError, match="does not answer 'decode'"):
-        AdaptivePolicy(integrator(leave_out=("decode",)), small())
+        AdaptivePolicy(integrator(leave_out=("decode",)), small(), compare="observation")
     with pytest.raises(ValueError, match="replan_every is 1, so that every step has a plan of its own"):
         AdaptivePolicy(integrator(), small(), replan_every=1)
     for threshold in (-1.0, math.nan, math.inf, True):

@@ -195,6 +195,7 @@ def test_a_calibrated_threshold_can_be_used_again_with_the_same_judge(wam, tmp_p
         (["contact_veto=-1"], "contact_veto is -1"),
         (["policies=[expert,random,six]", "env=metaworld/hammer-v3"], "hammer"),
         (["policies=[expert,random,expret]"], "expret"),
+        (["wam.policy=joint"], "the WAM that judges does not act"),
     ],
 )
 def test_mistakes_are_one_message(wam, capsys, words, reason):

@@ -318,6 +318,7 @@ def test_imagined_episodes_beyond_the_horizon_have_to_be_asked_for(push, capsys)
              "env.max_steps=9", "agent=rft", "agent.world_weight=0", "agent.updates=1", "iterations=1"]  # fmt: skip
     save(push / "model.safetensors", reference_model(), 0)
     assert "beyond_horizon=true" in said(capsys, *words)
+    assert "has one way to act" in said(capsys, *words, "wam.policy=joint")
     posttrain.main([*words, "beyond_horizon=true", "run_dir=run"])
     assert json.loads(Path("run/results.json").read_text())["real_steps"] == 0
 

@@ -161,6 +161,17 @@ def test_training_goes_on_from_a_checkpoint_with_its_normalisation(data):
     assert checkpoint.read_metadata("second").provenance["initial"] == checkpoint.read_metadata("first").content_sha256
 
 
+def test_training_goes_on_in_another_way_to_act_and_the_checkpoint_keeps_it(data):
+    settings = [word for word in FAST if not word.startswith("wam.")] + ["length=4", "validation_horizon=4"]
+    small = ["wam.backbone.layers=1", "wam.chunk_length=4", "wam.frame_stride=2"]
+    main([f"data={data}", *settings, "wam=mot_uwm", *small, "run_dir=first"])
+    main([f"data={data}", *settings, "wam=first", "wam.policy=joint", "run_dir=second"])
+    first, second = checkpoint.load("first"), checkpoint.load("second")
+    assert (first.policy_query, second.policy_query) == ("policy", "joint")
+    assert first.spec.provides - second.spec.provides == {"log_prob"}
+    assert checkpoint.load("second", policy="policy").spec == first.spec
+
+
 def test_training_goes_on_from_a_checkpoint_of_before_layouts_told_of_earlier_readings(data, monkeypatch):
     index = json.loads((data / "dataset.json").read_text())
     layout = {"places": {"state": {"hand": [0, 3]}}, "tracks": {}, "earlier": {"state": [[0, 3], [1, 4]]}}

@@ -131,7 +131,11 @@ def save(
 
 
 def load(
-    name: str | os.PathLike[str], *, device: torch.device | str = "cpu", model_class: type[WAM] | str | None = None
+    name: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    model_class: type[WAM] | str | None = None,
+    policy: str | None = None,
 ) -> WAM:
     """The WAM of a checkpoint, in float32 and evaluation mode.
 
@@ -140,9 +144,12 @@ def load(
         device: where the model goes.
         model_class: for a model outside wamrl, its class, or the dotted name to import it by. A checkpoint alone
             never decides what gets imported.
+        policy: of a model with several ways to act, such as `wam=mot_uwm`, the one that it is to act by; None is the
+            one that it was trained with.
 
     Raises:
         FileNotFoundError: no such checkpoint; the message names the nearest.
+        ValueError: a policy that the model does not have.
         CheckpointError: truncated, tampered, pickled, of a newer format, for another class, or with tensors that
             do not fit the model.
     """
@@ -177,6 +184,12 @@ def load(
         raise CheckpointError(f"{path}: '{broken[0]}' holds NaN or infinity")
     # load_state_dict copies into the model's own tensors, which turns half-precision storage into float32.
     model.load_state_dict(tensors)
+    if policy is not None:
+        if not hasattr(model, "policy_query"):
+            raise ValueError(
+                f"policy={policy}: {path} holds a {type(model).__name__}, which has one way to act; leave policy out"
+            )
+        model.policy_query = policy  # type: ignore[assignment]
     return model.to(device).eval()
 
 

@@ -366,7 +366,8 @@ class AdaptivePolicy(PlannerPolicy):
     evaluations: of one plan and row, this extra chunk included.
     log: early counts the rows that did not wait for the end of their chunk.
 
-    Raises ValueError for a model without "decode" (whose imagination has no frames), or a budget too small.
+    Raises ValueError for a model without "rollout", or without "decode" where observations are compared, and for a
+    budget too small.
     """
 
     def __init__(
@@ -385,7 +386,7 @@ class AdaptivePolicy(PlannerPolicy):
             raise ValueError(f"controller.threshold is {threshold!r}, but must be a finite number of at least 0")
         if compare not in COMPARISONS:
             raise unknown_name("compare", str(compare), COMPARISONS)
-        model.spec.require("rollout", "decode")
+        model.spec.require("rollout", *(["decode"] if compare == "observation" else []))
         super().__init__(model, planner, replan_every=replan_every, evaluations=evaluations, **options)
         if self.replan_every < 2:
             raise ValueError(
@@ -430,7 +431,11 @@ class AdaptivePolicy(PlannerPolicy):
         chunk = plan.actions[:, None, : self.replan_every - 1]
         imagined = self.model.imagine(state, chunk, noise=key.fold(4), with_frames=True)
         if self.compare == "latent":
-            assert imagined.frames is not None
+            if imagined.frames is None:
+                raise ValueError(
+                    f"{type(self.model).__name__}.imagine(..., with_frames=True) gave no frames, with which latents "
+                    "could be compared; let it give Imagined.frames, or use controller=chunked"
+                )
             frames = imagined.frames
         else:
             frames = _flat(self.model.decode(imagined), self.model.spec.observation)

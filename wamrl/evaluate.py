@@ -116,6 +116,11 @@ def _identity(bench: Bench) -> dict[str, Any]:
 
 def _prepare(settings: dict[str, Any]) -> Bench:
     """Build everything once, so that a mistake is an error before any work."""
+    if settings["wam"].get("policy") is not None:
+        raise ValueError(
+            f"wam.policy={settings['wam']['policy']}: the WAM that judges does not act; say how a model acts among the "
+            "policies, as in {kind: checkpoint, checkpoint: <run>, policy: joint}"
+        )
     metadata = checkpoint.read_metadata(settings["wam"]["checkpoint"])
     model = load_model(settings)
     model.spec.require("rollout", "reward", "success", "decode")

@@ -171,9 +171,8 @@ def load(
     directory: Path, variant: str, *, policy: str | None = None, steps: int | None = None, device: str = "cpu"
 ) -> WAM:
     """A trained model; a flow-matching one is set to act in one of its ways with a number of denoising steps."""
-    model = checkpoint.load(directory / f"train_{variant}", device=device)
+    model = checkpoint.load(directory / f"train_{variant}", device=device, policy=policy)
     if isinstance(model, FlowWAM):
-        model.policy_query = policy or model.policy_query
         model.action_steps = steps or model.action_steps
     return model
 

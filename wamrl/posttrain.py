@@ -74,10 +74,12 @@ def _command(config: DictConfig, run_dir: Path) -> None:
     imagined = settings["env"]["_target_"] == IMAGINED
     simulator = settings.get("simulator") or (None if imagined else settings["env"])
     if "_target_" not in settings["wam"]:
-        name = settings["wam"]["checkpoint"]
+        name, own = settings["wam"]["checkpoint"], {k: settings["wam"].get(k) for k in ("model_class", "policy")}
         stored = checkpoint.read_metadata(name)
-        model = checkpoint.load(name, device=device, model_class=settings["wam"].get("model_class"))
+        model = checkpoint.load(name, device=device, **own)
         sizes, start = stored.model, stored.content_sha256
+        if own["policy"] is not None:
+            sizes = {**sizes, "policy": own["policy"]}
         normalisation = stored.normalisation
     else:
         if simulator is None:

@@ -42,6 +42,7 @@ def train(
     control_dt_s: float | None = None,
     device: str = "cpu",
     model_class: type[WAM] | str | None = None,
+    policy: str | None = None,
     tokenizer: str | Path | None = None,
     probe: str | None = None,
     config: Mapping[str, Any] | None = None,
@@ -61,6 +62,7 @@ def train(
         control_dt_s: seconds per control step; None is what the dataset says.
         device: where to train.
         model_class: of a checkpoint whose model lies outside wamrl, see `checkpoint.load`.
+        policy: of a checkpoint's model, the way to act that it goes on with, see `checkpoint.load`.
         tokenizer: checkpoint of a trained tokenizer, or directory of an autoencoder of diffusers, through which a model
             of images reads them; its weights become part of the model's. A model's checkpoint has its own already.
         probe: an observation key of the data, of which a linear read-out of imagined latents is judged, as
@@ -85,6 +87,8 @@ def train(
     if earlier is not None:
         tasks, observation = tasks or earlier.spec.tasks, observation or list(earlier.spec.observation)
     sizes = wam if isinstance(wam, Mapping) else checkpoint.read_metadata(wam).model
+    if policy is not None:
+        sizes = {**sizes, "policy": policy}
     facts = _facts(dataset, tasks, observation, control_dt_s)
     if earlier is not None:  # a checkpoint's model that was made without a layout, or a part of it, stays as it is
         if "layout" not in sizes:
@@ -110,7 +114,7 @@ def train(
         model.set_normalisation(statistics)  # type: ignore[operator]
     else:
         _check_same(wam, sizes, model_config)
-        model = checkpoint.load(wam, model_class=model_class)
+        model = checkpoint.load(wam, model_class=model_class, policy=policy)
     if hasattr(model, "set_extent"):
         model.set_extent(training.extent(statistics), widen=earlier is not None)  # type: ignore[operator]
     pictures = validation if image_keys(model) else None
@@ -229,6 +233,7 @@ def _command(config: DictConfig, run_dir: Path) -> None:
         validation_fraction=settings["validation_fraction"],
         device=device,
         model_class=settings["wam"].get("model_class"),
+        policy=settings["wam"].get("policy"),
         tokenizer=settings["tokenizer"],
         probe=settings["probe"],
         config=settings,

@@ -233,7 +233,9 @@ def load_model(settings: Mapping[str, Any]) -> WAM:
             f"wam= names a kind of model to train ({wam['_target_'].rsplit('.', 1)[-1]}), but this command needs "
             "trained weights: wam=<shipped name, .safetensors file or run directory>; python -m wamrl.train makes them"
         )
-    return checkpoint.load(wam["checkpoint"], device=settings["device"], model_class=wam.get("model_class"))
+    # Runs that were stopped before there was a setting `policy` go on without.
+    own = {key: wam.get(key) for key in ("model_class", "policy")}
+    return checkpoint.load(wam["checkpoint"], device=settings["device"], **own)
 
 
 def make_env(

@@ -33,8 +33,8 @@ from wamrl.noise import NoiseKey
 SETTINGS = {
     "expert": {"noise", "correlation"},
     "random": set(),
-    "checkpoint": {"checkpoint", "mode", "noise", "correlation"},
-    "planner": {"checkpoint", "planner", "controller"},
+    "checkpoint": {"checkpoint", "policy", "mode", "noise", "correlation"},
+    "planner": {"checkpoint", "policy", "planner", "controller"},
     "sb3": {"path", "algorithm", "trust", "observation", "noise", "correlation"},
     "callable": {"target", "arguments", "noise", "correlation"},
 }
@@ -147,7 +147,7 @@ def _entrant(given: dict[str, Any], around: Surroundings) -> Entrant:
         metadata = checkpoint.read_metadata(name)
         content, provenance = metadata.content_sha256, metadata.provenance
         _check_fits(name, metadata.spec.action_dim, metadata.spec.tasks, around)
-        model = checkpoint.load(name, device=around.device)
+        model = checkpoint.load(name, device=around.device, policy=given.get("policy"))
         default = Path(name).stem if kind == "checkpoint" else f"planner:{Path(name).stem}"
         if kind == "checkpoint":
             policy = ModelPolicy(model, mode=str(given.get("mode", "ode")), seed=around.seed)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ class FlowWAM(WAM):
     chunk_length: H. frame_stride: control steps between predicted frames. max_horizon: the longest imagination; beyond
     H it goes on from its last frame. futures: M sampled per candidate; their disagreement is the uncertainty.
     action_steps, future_steps: K of the samplers. sde_scale: of the policy's SDE, see `wamrl.models.flow.sde_step`.
-    policy: which query `propose` answers with: "policy", "joint" or "future_first"; None is the coupling's first.
+    policy: which query `propose` answers with: "policy", "joint" or "future_first"; None is the coupling's first. The
+    attribute `policy_query` is the same, and can be set at any time.
     shortcut: above 0, the share of a batch that teaches the policy to take long steps at once (Frans et al., 2024,
     arXiv:2410.12557), for 1 or 2 action_steps.
     discount, reward_scale, success_bonus, expectile, values, target_rate: as in the reference WAM.
@@ -108,22 +110,12 @@ class FlowWAM(WAM):
         answered = [name for name in POLICIES if name in queries]
         if not answered:
             raise ValueError(f"the coupling answers none of {', '.join(POLICIES)}, so that it could not act")
-        self.policy_query = policy or answered[0]
-        if self.policy_query not in answered:
-            raise unknown_name("policy of this coupling", self.policy_query, answered)
+        acting = policy or answered[0]
         places = Layout.of(layout, observation)
         self.substrate = make_substrate(substrate, observation, places)
         if not 0.0 <= shortcut <= 1.0:
             raise ValueError(f"shortcut is {shortcut}, expected a share of the batch from 0 to 1")
-        if shortcut and not self._is_chain(queries[self.policy_query]):
-            raise ValueError(
-                f"shortcut={shortcut} teaches a policy that denoises the action alone to do so in long steps, but "
-                f"'{self.policy_query}' denoises a future too; set shortcut=0"
-            )
         self.shortcut = shortcut
-        self.acting = next(
-            name for name in queries[self.policy_query][-1].denoise if self.coupling.segments[name].kind == "action"
-        )
         frames, frame = chunk_length // frame_stride, (self.substrate.tokens, self.substrate.width)
         self.denoiser = Denoiser(
             self.coupling,
@@ -139,8 +131,6 @@ class FlowWAM(WAM):
         provides |= {"policy", "value", "observe", "goal"} | {
             q for q in ("rollout", "inverse", "video") if q in queries
         }
-        if self._is_chain(queries[self.policy_query]):
-            provides.add("log_prob")
         if {"rollout", "video", "joint", "future_first"} & set(queries):
             provides |= {"reward", "success"} | ({"uncertainty"} if futures > 1 else set())
         self.spec = Spec(
@@ -155,7 +145,7 @@ class FlowWAM(WAM):
             anatomy=Anatomy(
                 self.substrate.describe(),
                 ANATOMY[str(backbone["name"])],
-                "action-conditioned rollout and joint generation" if "rollout" in queries else self.policy_query,
+                "action-conditioned rollout and joint generation" if "rollout" in queries else acting,
                 "chunked",
             ),
             frame_stride=frame_stride,
@@ -163,6 +153,7 @@ class FlowWAM(WAM):
             success_bonus=success_bonus,
             layout=places,
         )
+        self.policy_query = acting
         self.action_steps, self.future_steps, self.sde_scale = action_steps, future_steps, sde_scale
         self.target_rate = target_rate
         self.value_unit = (reward_scale + success_bonus) / (1.0 - discount)
@@ -185,6 +176,40 @@ class FlowWAM(WAM):
             unit=self.value_unit,
             expectile=expectile,
         )
+
+    # ---- ways to act ---------------------------------------------------------------------------------------------
+
+    @property
+    def policy_query(self) -> str:
+        """The query that `propose` answers with. Setting it to another of the coupling's policies adapts `spec`.
+
+        Raises:
+            ValueError: for a query that the coupling does not answer, or that the shortcuts were not taught to.
+        """
+        return self._policy_query
+
+    @policy_query.setter
+    def policy_query(self, query: str) -> None:
+        queries = self.coupling.queries
+        answered = [name for name in POLICIES if name in queries]
+        if query not in answered:
+            raise unknown_name("policy of this coupling", str(query), answered)
+        chain = self._is_chain(queries[query])
+        if self.shortcut and not chain:
+            raise ValueError(
+                f"shortcut={self.shortcut} teaches a policy that denoises the action alone to do so in long steps, but "
+                f"'{query}' denoises a future too; train with shortcut=0 to act by it"
+            )
+        self._policy_query = query
+        anatomy = self.spec.anatomy if "rollout" in queries else replace(self.spec.anatomy, coupling=query)
+        provides = self.spec.provides - {"log_prob"} | ({"log_prob"} if chain else set())
+        self.spec = replace(self.spec, provides=provides, anatomy=anatomy)
+
+    @property
+    def acting(self) -> str:
+        """The action segment that the policy denoises."""
+        names = self.coupling.queries[self.policy_query][-1].denoise
+        return next(name for name in names if self.denoiser.kind(name) == "action")
 
     # ---- borders -------------------------------------------------------------------------------------------------
 
