@@ -304,20 +304,25 @@ class Updater:
         self.rates = [float(group["lr"]) for group in groups]
         self.optimiser = torch.optim.Adam(groups, fused=True)
         self.skipped = self.streak = 0
+        self.device = next(model.parameters()).device
+        # What to learn from is chosen on the CPU, as data is; the model draws its noise where it is. On a CPU both are
+        # one and the same stream.
         self.generator = torch.Generator()
+        self.noise = self.generator if self.device.type == "cpu" else torch.Generator(device=self.device)
 
     def begin(self, seed: int, iteration: int) -> None:
         """Seed what is drawn in an iteration."""
-        self.generator.manual_seed(seed * 1_000_003 + iteration)
+        for generator in (self.generator, self.noise):
+            generator.manual_seed(seed * 1_000_003 + iteration)
 
     def world_loss(self) -> Tensor:
         """`WAM.loss` of fresh real windows, times its weight; zero when that is zero."""
         if not self.world_weight:
             return torch.zeros(())
         assert self.world is not None
-        batch = self.world(self.generator).to(next(self.model.parameters()).device)
+        batch = self.world(self.generator).to(self.device)
         with loss_weights(self.model, **self.weights):
-            return self.world_weight * self.model.loss(batch, noise=self.generator)["loss"]
+            return self.world_weight * self.model.loss(batch, noise=self.noise)["loss"]
 
     def step(self, loss: Tensor) -> bool:
         """Minimise `loss`; False when the step was left out."""

@@ -15,7 +15,7 @@ from torchrl.envs import check_env_specs
 from torchrl.objectives.value import GAE
 
 from tests.agent_toys import OPTIMUM, STEPS, TASK, AimEnv, FlowToy, Knowing, reference_model
-from tests.test_flow_wam import VARIANTS
+from tests.test_flow_wam import VARIANTS, Windows
 from tests.test_flow_wam import make as flow_model
 from tests.test_flow_wam import observations as flow_observations
 from wamrl.agents.base import EpisodeEnv, LearningDiverged, Updater, loss_weights, value_unit
@@ -343,6 +343,25 @@ def test_a_flow_policy_that_acts_on_a_future_is_shown_the_one_that_came():
     )
     with pytest.raises(ValueError, match="was not executed, has none; use agent.planner=null"):
         RFT(planner=Knowing(), world_weight=0.0).bind(model, None, rows=1, seed=0)
+
+
+def test_a_model_draws_its_noise_by_the_generator_of_its_own_device_and_what_is_kept_lies_on_the_cpu():
+    model, taken = flow_model("fast"), []
+    loss = model.loss
+    model.loss = lambda batch, noise=None: taken.append(noise) or loss(batch, noise=noise)
+    learner = RFT(world_weight=0.1, updates=2, batch=4)
+    learner.bind(model, lambda order: Windows().sample(4, 4, order), rows=1, seed=0)
+    updater = learner.updater
+    # On a CPU it is the one that everything else is drawn by; on another device that one could not be used.
+    assert updater.noise is updater.generator and updater.noise.device == next(model.parameters()).device
+    updater.noise = torch.Generator()
+    learner.begin(0)
+    batch = trajectories(4, flow_observations(4))
+    for name, value in (("reward", 0.0), ("task_reward", 0.0), ("executed", 1)):
+        batch["next", name] = torch.full((4, 3, 1), value)
+    learner.learn(batch)
+    assert len(taken) == 4 and all(noise is updater.noise for noise in taken)
+    assert learner.kept is not None and learner.kept.device == torch.device("cpu")
 
 
 def test_a_frame_is_kept_once_however_many_windows_read_it():

@@ -12,19 +12,21 @@ import torch
 from safetensors.torch import load_file
 from tensordict import TensorDict
 
-from tests.agent_toys import OPTIMUM, SIZES, TASK, AimEnv, FlowToy, Knowing, reference_model, write_dataset
+from tests.agent_toys import OPTIMUM, SIZES, TASK, AimEnv, FlowToy, Knowing, flow_model, reference_model, write_dataset
 from wamrl import checkpoint, measuring, posttrain, posttraining
 from wamrl.agents.base import LearningDiverged
 from wamrl.agents.flow_ppo import FlowPPO
 from wamrl.agents.latent import Latent
 from wamrl.agents.ppo import PPO
 from wamrl.agents.rft import RFT
+from wamrl.agents.sac import SAC
 from wamrl.agents.sb3 import SB3
 from wamrl.data import start_frames
 from wamrl.envs.imagined_env import ImaginedEnv
 from wamrl.interfaces import Context, task_id
 from wamrl.measuring import Measuring, RealWindows
 from wamrl.naming import RunError
+from wamrl.planners.best_of_n import make_best_of_n
 from wamrl.training import find_state
 
 CONFIG = {"wam": {"_target_": "wamrl.models.joint_embedding.JointEmbeddingWAM", **SIZES}}
@@ -41,7 +43,7 @@ def small(run_dir: Path, *, model=None, iterations=4, learner=None, env=None, da
     options = {"measuring": MEASURING, "decisions": 6, "save_every": 2, "quiet": True, "validation_windows": 8,
                "validation_fraction": 0.25, "world_batch": 8, "world_length": 2, **options}  # fmt: skip
     env = None if options.pop("no_env", False) else env or AimEnv(16, succeeds=True)
-    return posttraining.posttrain(model, learner, env, run_dir=run_dir, save_model=save,
+    return posttraining.posttrain(model, learner, env, run_dir=run_dir, save_model=options.pop("save_model", save),
                                iterations=iterations, data=data, **options)  # fmt: skip
 
 
@@ -198,6 +200,33 @@ def test_it_trains_in_imagination_without_real_steps(tmp_path):
                   learner=PPO(world_weight=0.1, kl_reference=0.1))  # fmt: skip
     assert found["real_steps"] == 0
     assert "imagined_gain_minus_real_gain" in found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("agent", ["ppo", "flow_ppo", "rft", "rft_flow", "expert_iteration", "sac", "latent"])
+def test_it_trains_and_resumes_on_a_gpu(tmp_path, agent):
+    make = {
+        "ppo": lambda: PPO(world_weight=0.1, kl_reference=0.1, minibatch=48),
+        "flow_ppo": lambda: FlowPPO(chunk=2, world_weight=0.1, minibatch=24),
+        "rft": lambda: RFT(world_weight=0.1, updates=2, batch=8, noise=(0.3, 0.5)),
+        "rft_flow": lambda: RFT(world_weight=0.1, updates=2, batch=8),
+        "expert_iteration": lambda: RFT(world_weight=0.1, updates=2, batch=8, planner_acts=0.5, planner=make_best_of_n(
+            num_candidates=4, horizon=4)),
+        "sac": lambda: SAC(world_weight=0.1, updates=2, batch=8, warmup=16, width=8),
+        "latent": lambda: Latent(horizon=4, updates=2),
+    }[agent]  # fmt: skip
+    data, options = write_dataset(tmp_path / "data"), {}
+    if agent == "latent":
+        options = {"frames": start_frames(tmp_path / "data").to("cuda"), "real": False, "no_env": True}
+    how = Measuring(
+        simulator=lambda split, rows: AimEnv(rows, split=split, succeeds=True, device="cuda"), episodes=4, rows=4
+    )
+    for iterations in (2, 4):
+        model = (flow_model() if "flow" in agent else reference_model()).to("cuda")
+        options["env"] = AimEnv(16, succeeds=True, device="cuda")
+        found = small(tmp_path / "run", model=model, learner=make(), data=data, iterations=iterations, measuring=how,
+                      world_length=4, save_model=lambda *_: None, **options)  # fmt: skip
+    assert found["iterations"] == 4 and found["skipped_steps"] == 0
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "sac"])
