@@ -125,11 +125,11 @@ class RFT(CollectingLearner):
     the planner collects, and its successes are imitated. target: of teaching, "plan" is the chosen chunk, "mean" the
     candidates' mean by the planner's weights. noise: least and greatest standard deviation of an action while a
     Gaussian policy collects. behaviour_share: of the rows that collect by the behaviour prior instead, see `Explorer`.
-    buffer: windows that are kept on the CPU, the newest. batch: windows per step. updates: steps per iteration. length: L; None is
-    1 for a policy that decides in every control step, otherwise the model's chunk. max_plans: states per iteration that
-    the planner is asked to teach. anneal: whether the learning rates fall along half a cosine in every iteration, which
-    then ends with settled weights. shuffle_rewards: the null control, which deals out at random which trajectories
-    worked. The others: `wamrl.agents.base.Updater`.
+    buffer: windows that are kept on the CPU, the newest. batch: windows per step. updates: steps per iteration. length:
+    L; None is 1 for a policy that decides in every control step, otherwise the model's chunk. max_plans: states per
+    iteration that the planner is asked to teach. anneal: whether the learning rates fall along half a cosine in every
+    iteration, which then ends with settled weights. shuffle_rewards: the null control, which deals out at random which
+    trajectories worked. The others: `wamrl.agents.base.Updater`.
     """
 
     name = "rft"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from tensordict import TensorDict
 
 from tests.agent_toys import OPTIMUM, SIZES, TASK, AimEnv, FlowToy, Knowing, flow_model, reference_model, write_dataset
+from tests.test_files import limited
 from wamrl import checkpoint, measuring, posttrain, posttraining
 from wamrl.agents.base import LearningDiverged
 from wamrl.agents.flow_ppo import FlowPPO
@@ -285,24 +285,16 @@ def test_rewards_that_stay_nan_stop_it_with_the_last_good_checkpoint(tmp_path):
     assert all(torch.equal(kept[name], tensor) for name, tensor in reference_model().state_dict().items())
 
 
-def test_a_full_disk_stops_it_and_nothing_is_lost(tmp_path, monkeypatch):
-    from wamrl import training
-
-    write, calls = training.write_state, 0
-
-    def full(*given):
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(*given)
-
-    monkeypatch.setattr(posttraining, "write_state", full)
-    with pytest.raises(RunError, match="the disk is full"):
+def test_a_full_disk_stops_it_and_nothing_is_lost(tmp_path):
+    small(tmp_path, iterations=2)
+    size = (find_state(tmp_path / "checkpoints") / "state.safetensors").stat().st_size
+    with pytest.raises(RunError, match="the disk is full.*last whole state is kept in"), limited(size // 2):
         small(tmp_path)
     assert checkpoint.load(tmp_path) is not None
-    monkeypatch.undo()
+    assert json.loads((find_state(tmp_path / "checkpoints") / "state.json").read_text())["iteration"] == 2
     assert small(tmp_path)["iterations"] == 4
+    with pytest.raises(RunError, match="the disk is full.*no state had been saved yet"), limited(size // 2):
+        small(tmp_path / "new")
 
 
 def test_the_state_of_another_run_is_refused(tmp_path):

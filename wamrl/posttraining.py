@@ -322,11 +322,11 @@ def _decay(before: float | None, after: float | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _disk(folder: Path) -> Iterator[None]:
-    """A full disk stops the run with a message that says what is kept."""
+    """A full disk, or a quota or limit that is reached, stops the run with a message that says what is kept."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         found = find_state(folder)
         kept = f"the last whole state is kept in {found}" if found else "no state had been saved yet"
