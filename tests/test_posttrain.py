@@ -50,6 +50,11 @@ def small(run_dir: Path, *, model=None, iterations=4, learner=None, env=None, da
 def test_it_measures_before_and_after_and_keeps_a_checkpoint(tmp_path):
     results = small(tmp_path, iterations=20)
     assert results["after"]["real"]["success"] == 1.0 > results["before"]["real"]["success"]
+    raised = results["return_gain"]
+    assert raised["n"] == 8 and raised["low"] <= raised["difference"] <= raised["high"]
+    change = results["after"]["real"]["episode_return"] - results["before"]["real"]["episode_return"]
+    assert raised["difference"] == pytest.approx(change)
+    assert f"return gained: {raised['difference']:+.2f} (" in posttrain.summary(results)
     assert results["gain"]["n"] == 8 and results["real_steps"] > 0 and results["split"] == "dev"
     assert [point["iteration"] for point in results["curve"]] == [0, 20]
     model = checkpoint.load(tmp_path)
@@ -176,6 +181,12 @@ def test_a_refresh_that_cannot_be_is_refused(tmp_path, what):
     learner = FlowPPO(chunk=2, world_weight=0.0) if what == "chunk" else None
     with pytest.raises(ValueError, match="adds real roll-outs"):
         small(tmp_path / "run", learner=learner, **options)
+
+
+def test_a_return_that_is_clearly_up_shows_where_nothing_succeeds(tmp_path):
+    how = Measuring(simulator=lambda split, rows: AimEnv(rows, split=split), episodes=8, rows=4)
+    results = small(tmp_path, iterations=10, measuring=how, env=AimEnv(16))
+    assert results["gain"]["difference"] == 0.0 and results["return_gain"]["low"] > 0.1
 
 
 def test_a_world_model_that_decays_is_said_loudly(tmp_path):

@@ -256,6 +256,10 @@ def summary(results: Mapping[str, Any]) -> str:
     if "gain" in results:
         gain = results["gain"]
         lines.append(f"gain: {gain['difference']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})")
+    if "return_gain" in results:
+        gain = results["return_gain"]
+        interval = "" if gain["low"] is None else f" ({gain['low']:+.2f} to {gain['high']:+.2f})"
+        lines.append(f"return gained: {gain['difference']:+.2f}{interval}")
     if "imagined_gain" in results:
         lines.append(f"imagined gain {results['imagined_gain']:+.3f}, minus the real one "
                      f"{results['imagined_gain_minus_real_gain']:+.3f}")  # fmt: skip
