@@ -221,6 +221,10 @@ def test_balance_does_not_succeed_before_its_end(asset_root):
     wanted = ((state[..., 2].abs() < 0.2) & (state[..., 3].abs() < 1.0) & (state[..., 0].abs() < 1.0)).all(0)
     made.close()
     assert not path["success"][:-1].any() and torch.equal(path["success"][-1, :, 0], wanted)
+    made = IsaacLabEnv("isaaclab/Wamrl-Balance", 4, asset_root=asset_root, max_steps=250)
+    length = made.raw.max_episode_length
+    made.close()
+    assert length == 250  # 250 / 60 s over 1 / 60 s is a little more in floating point
 
 
 @isaac

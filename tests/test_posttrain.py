@@ -338,6 +338,12 @@ def test_what_cannot_work_is_refused_before_anything_is_done(push, capsys):
     assert "no real windows" in said(capsys, "wam=six", "episodes=0")
     assert "begins at real frames" in said(capsys, "env=imagined", "wam=six", "episodes=0")
     assert "did you mean" in said(capsys, "agent=pppo")
+    for env in ("env=imagined", "env=metaworld/push-v3"):
+        assert "are num_envs=8" in said(capsys, env, "env.num_envs=8", "wam=six", "episodes=0")
+    assert "Set wam=six" in said(capsys, "env=imagined", "env.wam=six", "data=data", "episodes=0")
+    Path("conf/env").mkdir(parents=True)
+    Path("conf/env/aim.yaml").write_text("_target_: tests.agent_toys.AimEnv\nnum_envs: 8\n")
+    assert "take it out and set num_envs=8" in said(capsys, "--config-dir", "conf", "env=aim", "wam=six", "episodes=0")
     assert "takes the first 10,000 of a split at most" in said(capsys, "wam=six", "episodes=100000000")
     assert "meant for 1 to 10" in said(capsys, "agent=flow_ppo", "agent.chunk=20", "wam=six", "episodes=0",
                                          "agent.world_weight=0")  # fmt: skip
