@@ -166,6 +166,22 @@ def test_the_advantages_are_those_worked_by_hand():
     assert batch["advantage"].flatten().tolist() == pytest.approx([first, last])
 
 
+def test_a_chunk_that_is_cut_short_by_time_bootstraps_from_where_it_ended():
+    # Six steps in chunks of four: the second is cut after two. The critic says 0.5 everywhere; discount 0.9, lambda 0.5.
+    model, learner = FlowToy(chunk=4), FlowPPO(chunk=4, world_weight=0.0, gae_lambda=0.5)
+    torch.nn.init.constant_(model.critic[-1].bias, 0.5)
+    learner.bind(model, None, rows=3, seed=0)
+    learner.begin(0)
+    env = wrapped(model, learner, 3)
+    batch = env.rollout(2, learner.actor)
+    assert batch["next", "executed"][..., 0].tolist() == [[4, 2]] * 3 and batch["next", "truncated"][:, 1].all()
+    learner._values(batch)
+    first, last = batch["next", "reward"][..., 0].unbind(1)
+    last = last + 0.9**2 * 0.5 - 0.5
+    first = first + 0.9**4 * 0.5 - 0.5 + 0.9**4 * 0.5 * last
+    torch.testing.assert_close(batch["advantage"][..., 0], torch.stack([first, last], dim=1))
+
+
 # ---- learning
 
 
