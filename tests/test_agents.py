@@ -167,7 +167,7 @@ def test_the_advantages_are_those_worked_by_hand():
 
 
 def test_a_chunk_that_is_cut_short_by_time_bootstraps_from_where_it_ended():
-    # Six steps in chunks of four: the second is cut after two. The critic says 0.5 everywhere; discount 0.9, lambda 0.5.
+    # Six steps in chunks of four: the second is cut after two. The critic says 0.5; discount 0.9, lambda 0.5.
     model, learner = FlowToy(chunk=4), FlowPPO(chunk=4, world_weight=0.0, gae_lambda=0.5)
     torch.nn.init.constant_(model.critic[-1].bias, 0.5)
     learner.bind(model, None, rows=3, seed=0)
