@@ -294,9 +294,9 @@ class Updater:
         chosen = getattr(model, "policy_parameters", lambda: None)()
         if chosen is None and (world_weight or train_all) and world_learning_rate != learning_rate:
             raise ValueError(
-                f"world_learning_rate is {world_learning_rate:g} and learning_rate {learning_rate:g}, but no weights of "
-                f"this model ({model.spec.anatomy.backbone}) are its policy's alone, so that all of them learn at one "
-                f"rate; set agent.world_learning_rate={learning_rate:g}, or choose a model whose actions have an "
+                f"world_learning_rate is {world_learning_rate:g} and learning_rate {learning_rate:g}, but no weights "
+                f"of this model ({model.spec.anatomy.backbone}) are its policy's alone, so that all of them learn at "
+                f"one rate; set agent.world_learning_rate={learning_rate:g}, or choose a model whose actions have an "
                 "expert of their own, such as wam/backbone=mot"
             )
         policy = trained if chosen is None else list(chosen)

@@ -63,34 +63,63 @@ def test_it_measures_before_and_after_and_keeps_a_checkpoint(tmp_path):
     assert len(rows) == 21 and "real_steps" in rows[0]
 
 
-@pytest.mark.parametrize("with_data, refresh", [(False, False), (True, False), (True, True)])
-def test_a_killed_run_resumes_bit_for_bit(tmp_path, monkeypatch, with_data, refresh):
-    data = write_dataset(tmp_path / "data") if with_data else None
-    settings = {"world_weight": 0.1 if with_data else 0.0, "learning_rate": 3e-3, "minibatch": 48, "kl_reference": 0.1}
+def _expert_iteration() -> RFT:
+    planner = make_best_of_n(num_candidates=4, horizon=4)
+    return RFT(planner=planner, planner_acts=0.5, learning_rate=1e-2, updates=3, batch=8, anneal=True)
 
-    def run(folder, **options):
-        return small(tmp_path / folder, learner=PPO(**settings), data=data, refresh=refresh, **options)
+
+RESUMED = {
+    "ppo": lambda: PPO(world_weight=0.0, learning_rate=3e-3, minibatch=48, kl_reference=0.1),
+    "ppo with data": lambda: PPO(world_weight=0.1, learning_rate=3e-3, minibatch=48, kl_reference=0.1),
+    "ppo with refresh": lambda: PPO(world_weight=0.1, learning_rate=3e-3, minibatch=48, kl_reference=0.1),
+    "flow_ppo": lambda: FlowPPO(chunk=2, world_weight=0.1, learning_rate=1e-3, minibatch=24, epochs=2),
+    "rft": lambda: RFT(world_weight=0.1, learning_rate=1e-2, updates=3, batch=8, noise=(0.3, 0.5)),
+    "rft of a flow model": lambda: RFT(world_weight=0.1, learning_rate=1e-2, updates=2, batch=8),
+    "expert_iteration": _expert_iteration,
+    "sac": lambda: SAC(world_weight=0.1, learning_rate=3e-3, updates=3, batch=16, warmup=64, width=8, critic_only=1),
+    "latent": lambda: Latent(learning_rate=1e-3, horizon=4, updates=2),
+}
+
+
+@pytest.mark.parametrize("agent", RESUMED)
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, monkeypatch, agent):
+    data = None if agent == "ppo" else write_dataset(tmp_path / "data")
+    make = flow_model if "flow" in agent else reference_model
+    options = {"data": data, "refresh": agent in ("ppo with refresh", "expert_iteration"), "world_length": 4,
+               "measuring": Measuring(simulator=MEASURING.simulator, episodes=2, rows=2)}  # fmt: skip
+    if agent == "latent":
+        options |= {"frames": start_frames(tmp_path / "data"), "real": False, "no_env": True}
+
+    def run(folder):
+        # What a process does beside has drawn from the global generator, another number of times in each of them.
+        torch.rand(7 if folder == "whole" else 3)
+        return small(tmp_path / folder, model=make(), learner=RESUMED[agent](), save_model=lambda *_: None, **options)
 
     run("whole")
 
     class Killed(BaseException):
         pass
 
-    learn = PPO.learn
+    kind = type(RESUMED[agent]())
+    learn = kind.learn
 
     def dies(self, batch):
         if self.iteration == 3:
             raise Killed
         return learn(self, batch)
 
-    monkeypatch.setattr(PPO, "learn", dies)
+    monkeypatch.setattr(kind, "learn", dies)
     with pytest.raises(Killed):
         run("parts")
     monkeypatch.undo()
     assert json.loads((find_state(tmp_path / "parts" / "checkpoints") / "state.json").read_text())["iteration"] == 2
     run("parts")
-    whole, parts = (load_file(tmp_path / name / "checkpoints" / "model.safetensors") for name in ("whole", "parts"))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    whole, parts = (
+        load_file(find_state(tmp_path / name / "checkpoints") / "state.safetensors") for name in ("whole", "parts")
+    )
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    begun = make().state_dict()
+    assert any(not torch.equal(whole[f"model.{name}"], x) for name, x in begun.items())
     logs = [(tmp_path / name / "log.csv").read_text() for name in ("whole", "parts")]
     assert logs[0] == logs[1]
 
