@@ -62,9 +62,7 @@ def _refuse_unheeded(given: Sequence[str]) -> None:
         if name in ("env.num_envs", "simulator.num_envs"):
             raise ValueError(f"{name}={value} would go unheeded: the rows that a learner acts in are num_envs={value}")
         if name == "env.wam" and "env=imagined" in given:
-            raise ValueError(
-                f"env.wam={value} would go unheeded: what is improved is what imagines. Set wam={value}"
-            )
+            raise ValueError(f"env.wam={value} would go unheeded: what is improved is what imagines. Set wam={value}")
 
 
 @cli.command(
