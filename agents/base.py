@@ -255,7 +255,7 @@ class Updater:
         world: where real windows come from, or None.
         modules: the learner's own.
         learning_rate: of the policy, the critic and the learner's own modules.
-        world_learning_rate: of everything else in the model.
+        world_learning_rate: of everything else in the model; the same where no weights are its policy's alone.
         world_weight: of `WAM.loss` in the objective; 0 leaves it out, and the world model's weights alone.
         imitation_weight: of the imitation of the data's labels inside `WAM.loss`, where the model can tell it apart.
         keep_values: whether the values inside `WAM.loss` keep their weight; a learner whose critic they are trains them
@@ -291,38 +291,54 @@ class Updater:
         self.clip_norm, self.limit = clip_norm, limit
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # A model says which weights are its policy's and critic's alone; else all of them are trained alike.
-        chosen = getattr(model, "policy_parameters", None)
-        policy = list(chosen()) if chosen is not None else trained
+        chosen = getattr(model, "policy_parameters", lambda: None)()
+        if chosen is None and (world_weight or train_all) and world_learning_rate != learning_rate:
+            raise ValueError(
+                f"world_learning_rate is {world_learning_rate:g} and learning_rate {learning_rate:g}, but no weights "
+                f"of this model ({model.spec.anatomy.backbone}) are its policy's alone, so that all of them learn at "
+                f"one rate; set agent.world_learning_rate={learning_rate:g}, or choose a model whose actions have an "
+                "expert of their own, such as wam/backbone=mot"
+            )
+        policy = trained if chosen is None else list(chosen)
         self.policy = policy
         held = {id(parameter) for parameter in policy}
         rest = [parameter for parameter in trained if id(parameter) not in held]
         own = [parameter for module in modules for parameter in module.parameters() if id(parameter) not in held]
         groups: list[dict[str, Any]] = [{"params": [*policy, *own], "lr": learning_rate}]
-        if rest and (world_weight or train_all):
+        joins = bool(world_weight or train_all)
+        if rest and joins:
             groups.append({"params": rest, "lr": world_learning_rate})
+        self.left_alone = [] if joins else rest
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.rates = [float(group["lr"]) for group in groups]
         self.optimiser = torch.optim.Adam(groups, fused=True)
         self.skipped = self.streak = 0
+        self.device = next(model.parameters()).device
+        # What to learn from is chosen on the CPU, as data is; the model draws its noise where it is. On a CPU both are
+        # one and the same stream.
         self.generator = torch.Generator()
+        self.noise = self.generator if self.device.type == "cpu" else torch.Generator(device=self.device)
 
     def begin(self, seed: int, iteration: int) -> None:
         """Seed what is drawn in an iteration."""
-        self.generator.manual_seed(seed * 1_000_003 + iteration)
+        for generator in (self.generator, self.noise):
+            generator.manual_seed(seed * 1_000_003 + iteration)
 
     def world_loss(self) -> Tensor:
         """`WAM.loss` of fresh real windows, times its weight; zero when that is zero."""
         if not self.world_weight:
             return torch.zeros(())
         assert self.world is not None
-        batch = self.world(self.generator).to(next(self.model.parameters()).device)
+        batch = self.world(self.generator).to(self.device)
         with loss_weights(self.model, **self.weights):
-            return self.world_weight * self.model.loss(batch, noise=self.generator)["loss"]
+            return self.world_weight * self.model.loss(batch, noise=self.noise)["loss"]
 
     def step(self, loss: Tensor) -> bool:
         """Minimise `loss`; False when the step was left out."""
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        for parameter in self.left_alone:
+            parameter.grad = None  # nobody reads it, and it would add up
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         if not math.isfinite(float(loss.detach() + norm)):
             self.optimiser.zero_grad(set_to_none=True)

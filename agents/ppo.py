@@ -251,7 +251,9 @@ class PPO(CollectingLearner):
         ends[:, -1] = True
         ahead = value.roll(-1, dims=1)
         ahead[ends] = value_of(after.select(*keys)[ends])[0]
-        after["state_value"] = ahead
+        # The advantages fade it by a whole decision; one that was cut short lies fewer control steps away.
+        short = (self.chunk - after["executed"]) * ~after["terminated"]
+        after["state_value"] = ahead * self.model.spec.discount ** -short.to(ahead.dtype)
         self.gae(batch)
         size = sum(x[0].numel() for x in states.values(include_nested=True, leaves_only=True))
         return None if self.train_encoder or size > _KEEP else states

@@ -125,11 +125,11 @@ class RFT(CollectingLearner):
     the planner collects, and its successes are imitated. target: of teaching, "plan" is the chosen chunk, "mean" the
     candidates' mean by the planner's weights. noise: least and greatest standard deviation of an action while a
     Gaussian policy collects. behaviour_share: of the rows that collect by the behaviour prior instead, see `Explorer`.
-    buffer: windows that are kept, the newest. batch: windows per step. updates: steps per iteration. length: L; None is
-    1 for a policy that decides in every control step, otherwise the model's chunk. max_plans: states per iteration that
-    the planner is asked to teach. anneal: whether the learning rates fall along half a cosine in every iteration, which
-    then ends with settled weights. shuffle_rewards: the null control, which deals out at random which trajectories
-    worked. The others: `wamrl.agents.base.Updater`.
+    buffer: windows that are kept on the CPU, the newest. batch: windows per step. updates: steps per iteration. length:
+    L; None is 1 for a policy that decides in every control step, otherwise the model's chunk. max_plans: states per
+    iteration that the planner is asked to teach. anneal: whether the learning rates fall along half a cosine in every
+    iteration, which then ends with settled weights. shuffle_rewards: the null control, which deals out at random which
+    trajectories worked. The others: `wamrl.agents.base.Updater`.
     """
 
     name = "rft"
@@ -273,7 +273,7 @@ class RFT(CollectingLearner):
             if self.anneal:
                 self.updater.scale(_LEAST_RATE + (1.0 - _LEAST_RATE) * 0.5 * (1.0 + math.cos(math.pi * number / steps)))
             at = starts[torch.randint(len(starts), (self._batch_size(),), generator=generator)]
-            loss = self._imitation(self.kept, at, generator)
+            loss = self._imitation(self.kept, at, self.updater.noise)
             world = self.updater.world_loss()
             self.updater.step(loss + world)
             total, total_world = total + float(loss.detach()), total_world + float(world.detach())
@@ -284,7 +284,9 @@ class RFT(CollectingLearner):
         """Loss of the policy on the windows of what is taught, `kept` [K], that begin `at` [W]."""
         own = getattr(self.model, "imitation", None)
         if own is not None and self.length == 1:  # that part of `WAM.loss` alone; it moves no encoder
-            return own(encode(self.model, kept["observation"][at]), kept["label"][at, 0]).mean()
+            device = self.updater.device
+            shown, label = kept["observation"][at].to(device), kept["label"][at, 0].to(device)
+            return own(encode(self.model, shown), label).mean()
         # What is imagined or repeated teaches nothing but the policy.
         alone = {name: float(name == "policy") for name in cast(Any, self.model).loss_weights}
         with loss_weights(self.model, **alone):
@@ -315,7 +317,7 @@ class RFT(CollectingLearner):
                 if bool(success[row, end]):
                     parts.append(_steps(batch[row, first : end + 1], self.length, self.followed))
                 first = end + 1
-        return torch.cat(parts) if parts else None
+        return torch.cat(parts).cpu() if parts else None
 
     def _planned(self, batch: TensorDict) -> TensorDict:
         """States [K] of the batch with the planner's chunk as the label."""
@@ -332,7 +334,7 @@ class RFT(CollectingLearner):
             searched.append(plan.searched)
         # Where no search was made, the planner knows no better than the policy.
         found = torch.cat(searched)
-        flat, label = flat[found], torch.cat(chunks)[found, : self.length]
+        flat, label = flat[found].cpu(), torch.cat(chunks)[found, : self.length].cpu()
         if label.shape[1] < self.length:
             raise ValueError(
                 f"the planner plans {label.shape[1]} control steps, but the policy is taught chunks of {self.length}; "
@@ -376,7 +378,7 @@ class RFT(CollectingLearner):
                 "imitate": no[:, 0],
             },
             batch_size=[rows],
-        ).to(next(self.model.parameters()).device)
+        ).to(self.updater.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         found = self.updater.state_dict()
@@ -405,7 +407,8 @@ def _steps(trajectory: TensorDict, length: int, followed: bool) -> TensorDict:
         observation = torch.cat([observation, trajectory["next"][-1:].select(*keys)])
     at = torch.arange(len(observation))[:, None] + torch.arange(length)
     label = trajectory["action"][at.clamp(max=steps - 1)]
-    return TensorDict({"observation": observation, "label": label, "valid": at < steps}, batch_size=[len(at)])
+    valid = (at < steps).to(label.device)
+    return TensorDict({"observation": observation, "label": label, "valid": valid}, batch_size=[len(at)])
 
 
 def _starts(kept: TensorDict) -> Tensor:

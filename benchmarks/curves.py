@@ -9,7 +9,7 @@ from wamrl.report import Figure, beside
 
 SHEETS = (
     ("in the simulator", "control steps in the simulator",
-     {"expert_iteration": "planner", "expert_iteration_shuffled": "shuffled", "rft": "policy", "sac": "oracle"}),
+     {"expert_iteration": "planner", "expert_iteration_shuffled": "shuffled", "rft": "policy", "sb3_sac": "oracle"}),
     ("in imagination alone", "iterations", {"distil_imagined": "planner", "distil_shuffled": "shuffled"}),
 )  # fmt: skip
 """Title, horizontal axis, and variant -> colour."""

@@ -45,9 +45,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
             "evaluate_every=1", "agent.updates=600", *_IMITATION),
     "distil_imagined": _IMAGINED,
     "distil_shuffled": (*_IMAGINED, "agent.planner.shuffle_scores=true"),
-    "sac": ("env=metaworld/six", f"env.tasks={ENV}", "num_envs=16", "decisions=2000", "iterations=4",
-            "evaluate_every=1", "agent=sb3", "agent.algorithm=sac", "agent.demonstrations=true",
-            "+agent.settings.gradient_steps=-1"),
+    "sb3_sac": ("env=metaworld/six", f"env.tasks={ENV}", "num_envs=16", "decisions=2000", "iterations=4",
+                "evaluate_every=1", "agent=sb3", "agent.algorithm=sac", "agent.demonstrations=true",
+                "+agent.settings.gradient_steps=-1"),
 }  # fmt: skip
 
 
@@ -73,31 +73,46 @@ def run(seed: int, out: Path, variants: Sequence[str]) -> None:
     directory = out / f"seed{seed}"
     directory.mkdir(parents=True, exist_ok=True)
     for name, command, words in stages(seed, directory, variants):
-        call = [sys.executable, "-m", f"wamrl.{command}"]
-        if name == "sac" and not stage_done(name, [*call, *words], directory):
+        call = _call(command)
+        if name == "sb3_sac" and not stage_done(name, [*call, *words], directory):
             shutil.rmtree(directory / name, ignore_errors=True)  # a stopped one cannot go on, and refuses its directory
         stopped = command != "collect" and (directory / name / "checkpoints" / "last").is_dir()
         resume = [*call, f"resume={directory / name}"] if stopped else None
         run_stage(name, [*call, *words], directory, resume=resume, label=f"seed {seed}")
 
 
-def finished(out: Path, seeds: Sequence[int], name: str) -> dict[int, dict[str, Any]]:
-    """Seed -> results.json of the seeds that have finished a variant."""
-    places = {seed: out / f"seed{seed}" for seed in seeds}
+def _call(command: str) -> list[str]:
+    return [sys.executable, "-m", f"wamrl.{command}"]
+
+
+def finished(out: Path, seeds: Sequence[int]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Variant -> seed -> results.json, of the seeds that have finished a variant.
+
+    Raises:
+        ValueError: one was run with other settings than those of `VARIANTS`.
+    """
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for name in VARIANTS:
+        for seed in seeds:
+            directory = out / f"seed{seed}"
+            *_, (_, command, words) = stages(seed, directory, [name])
+            if stage_done(name, [*_call(command), *words], directory):
+                found.setdefault(name, {})[seed] = json.loads((directory / name / "results.json").read_text())
+    return found
+
+
+def config_of(out: Path, variants: Sequence[str]) -> dict[str, str]:
+    """What was run for `variants`, by stage, as a user would type it for seed 0."""
     return {
-        seed: json.loads((place / name / "results.json").read_text())
-        for seed, place in places.items()
-        if (place / f"{name}.done").exists()
+        name: " ".join(("python", "-m", f"wamrl.{command}", *words)).replace(str(out), "<out>")
+        for name, command, words in stages(0, out / "seed0", variants)
     }
 
 
-def collect_metrics(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """Flat metrics over the finished seeds of every variant."""
+def collect_metrics(finished: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Flat metrics over the finished seeds of every variant, as `finished` gives them."""
     metrics: dict[str, Any] = {}
-    for name in VARIANTS:
-        runs = finished(out, seeds, name)
-        if not runs:
-            continue
+    for name, runs in finished.items():
         for moment in ("before", "after"):
             pooled: dict[str, list[tuple[int, int]]] = {"mean": []}
             for results in runs.values():
@@ -147,17 +162,15 @@ def main() -> None:
     if not arguments.report:
         for seed in arguments.seeds:
             run(seed, arguments.out, arguments.variants)
-    metrics = collect_metrics(arguments.out, arguments.seeds)
-    if not metrics:
+    found = finished(arguments.out, arguments.seeds)
+    if not found:
         parser.error(f"no variant is finished in {arguments.out}; run without --report first")
-    config = {
-        name: " ".join(("python", "-m", f"wamrl.{command}", *words)).replace(str(arguments.out), "<out>")
-        for name, command, words in stages(0, arguments.out / "seed0", list(VARIANTS))
-    }
-    seeds = [seed for seed in arguments.seeds if (arguments.out / f"seed{seed}" / "weak.done").exists()]
+    metrics = collect_metrics(found)
+    seeds = sorted({seed for runs in found.values() for seed in runs})
     clock.store(
-        RESULTS / "posttrain.json", config=config, metrics=metrics, arguments=" ".join(sys.argv[1:]), seeds=seeds
-    )
+        RESULTS / "posttrain.json", config=config_of(arguments.out, list(found)), metrics=metrics,
+        arguments=" ".join(sys.argv[1:]), seeds=seeds,
+    )  # fmt: skip
     for key, value in metrics.items():
         if isinstance(value, Mapping) and "/mean/" in key:
             print(f"{key:45s} {value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}] n={value['n']}")

@@ -114,7 +114,8 @@ class IsaacLabEnv(RowsEnv):
             cfg = parse_env_cfg(id, device=str(self.device), num_envs=num_envs, overrides=list(overrides))
         cfg.seed = seed
         if max_steps is not None:
-            cfg.episode_length_s = max_steps * cfg.sim.dt * cfg.decimation
+            # A little less: Isaac Lab rounds up, so that 250 steps of 1/60 s were 251.
+            cfg.episode_length_s = (max_steps - 0.01) * cfg.sim.dt * cfg.decimation
         self._stack = contextlib.ExitStack()
         self.raw: Any = None
         _open.append(self)

@@ -25,7 +25,8 @@ from isaaclab_newton.renderers import NewtonWarpRendererCfg
 from torch import Tensor
 
 ASSETS = Path(__file__).parent / "assets"
-_UPRIGHT_RAD, _SLOW = 0.2, 1.0
+_UPRIGHT_RAD, _SLOW, _MIDDLE = 0.2, 1.0, 1.0
+_HELD_S = 1.0  # of the end of an episode of Balance
 
 
 def _physics(contacts: int) -> Any:
@@ -84,9 +85,11 @@ class BalanceCfg(DirectRLEnvCfg):
 class Balance(DirectRLEnv):
     """State [B, 4]: cart, its speed, angle of the pole (upright: 0), its speed. Action: the force on the cart.
 
-    The reward is in [0, 1] per step: upright and near the middle. Success: within 0.2 rad of upright, slower than
-    1 rad/s, at most a metre from the middle. An episode terminates when the pole leans by more than a radian, or the
-    cart leaves 3 m.
+    The reward is in [0, 1] per step: upright and near the middle. Success, in an episode's last step: throughout its
+    last second (all of it, if it is shorter) the pole was within 0.2 rad of upright and slower than 1 rad/s, the cart
+    less than a metre from the middle. So no episode ends early by success, and its return is that of all of its steps.
+    An episode terminates when the pole leans by more than a radian, or the cart leaves 3 m. A state that is restored
+    does not tell what was before it, which then counts as held.
     """
 
     cfg: BalanceCfg
@@ -97,6 +100,8 @@ class Balance(DirectRLEnv):
         self._cart = torch.tensor(self._robot.find_joints("slider_to_cart")[0], device=self.device)
         self._pole = torch.tensor(self._robot.find_joints("cart_to_pole")[0], device=self.device)
         self.success = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
+        # The step of the episode at which it was last not balanced.
+        self._lost = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
 
     def _pre_physics_step(self, actions: Tensor) -> None:
         self._force = self.cfg.force_n * actions
@@ -114,9 +119,13 @@ class Balance(DirectRLEnv):
 
     def _get_dones(self) -> tuple[Tensor, Tensor]:
         cart, _, angle, turn = (part[:, 0] for part in self._parts())
-        self.success = (angle.abs() < _UPRIGHT_RAD) & (turn.abs() < _SLOW) & (cart.abs() < 1.0)
+        balanced = (angle.abs() < _UPRIGHT_RAD) & (turn.abs() < _SLOW) & (cart.abs() < _MIDDLE)
+        self._lost = torch.where(balanced, self._lost, self.episode_length_buf)
+        last = self.episode_length_buf >= self.max_episode_length
+        held = min(round(_HELD_S / self.step_dt), self.max_episode_length)
+        self.success = last & (self.episode_length_buf - self._lost >= held)
         over = (angle.abs() > 1.0) | (cart.abs() > 3.0)
-        return over, self.episode_length_buf >= self.max_episode_length
+        return over, last
 
     def _get_rewards(self) -> Tensor:
         cart, _, angle, _ = (part[:, 0] for part in self._parts())
@@ -124,6 +133,7 @@ class Balance(DirectRLEnv):
 
     def _reset_idx(self, env_ids: Any) -> None:
         super()._reset_idx(env_ids)
+        self._lost[env_ids] = 0
         count, robot = len(env_ids), self._robot
         place, speed = robot.data.default_joint_pos.torch[env_ids], robot.data.default_joint_vel.torch[env_ids]
         place = place + _uniform(-0.3, 0.3, count, 2, device=self.device)

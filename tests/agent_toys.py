@@ -9,9 +9,11 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from wamrl import checkpoint, cli
 from wamrl.data import EpisodeDataset, EpisodeWriter, episode_tensordict
 from wamrl.envs.base import RowsEnv, seed_start_states
 from wamrl.interfaces import WAM, Anatomy, Context, Plan, Proposal, Spec, State
+from wamrl.models.flow_wam import FlowWAM
 from wamrl.models.joint_embedding import JointEmbeddingWAM
 from wamrl.noise import NoiseKey
 
@@ -48,7 +50,7 @@ class AimEnv(RowsEnv):
         return self._show(rows)
 
     def _advance(self, rows, action):
-        self.taken += 1
+        self.taken, action = self.taken + 1, action.cpu()
         self.place[rows] = (self.place[rows] + 0.1 * action).clamp(-1, 1)
         self.count[rows] += 1
         away = (action - torch.tensor(OPTIMUM)).square().sum(-1, keepdim=True)
@@ -76,6 +78,30 @@ def reference_model(seed: int = 0, **sizes) -> JointEmbeddingWAM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return JointEmbeddingWAM(**{**SIZES, **sizes})
+
+
+FLOW_SIZES = {
+    "observation": {"state": [3]}, "action_dim": 2, "tasks": [TASK], "control_dt_s": 0.05, "chunk_length": 4,
+    "frame_stride": 2, "head_width": 16, "action_steps": 3, "discount": 0.9, "reward_scale": 1.0, "success_bonus": 0.0,
+}  # fmt: skip
+
+
+def flow_config(*, backbone: str = "mot") -> dict:
+    """Of wam=fast at a size for tests."""
+    sizes = {"mot": {"width": 24, "action_width": 16}, "dit": {"width": 24}}[backbone]
+    config = cli.plain(cli.compose("train", ["wam=fast"]).wam)
+    return {**config, **FLOW_SIZES, "backbone": {"name": backbone, **sizes, "layers": 2, "heads": 2, "head_dim": 8}}
+
+
+def flow_model(seed: int = 0, **options) -> FlowWAM:
+    """A real Fast-WAM for the task, whose zero-initialised layers are not quite zero."""
+    model = checkpoint.build(flow_config(**options), seed=seed)
+    assert isinstance(model, FlowWAM)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
 
 
 class FlowToy(WAM):

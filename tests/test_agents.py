@@ -14,8 +14,9 @@ from torchrl.collectors import Collector
 from torchrl.envs import check_env_specs
 from torchrl.objectives.value import GAE
 
-from tests.agent_toys import OPTIMUM, STEPS, TASK, AimEnv, FlowToy, Knowing, reference_model
-from tests.test_flow_wam import VARIANTS
+from tests.agent_toys import OPTIMUM, STEPS, TASK, AimEnv, FlowToy, Knowing, reference_model, write_dataset
+from tests.agent_toys import flow_model as aim_flow_model
+from tests.test_flow_wam import VARIANTS, Windows
 from tests.test_flow_wam import make as flow_model
 from tests.test_flow_wam import observations as flow_observations
 from wamrl.agents.base import EpisodeEnv, LearningDiverged, Updater, loss_weights, value_unit
@@ -25,6 +26,7 @@ from wamrl.agents.ppo import PPO, GaussianActor
 from wamrl.agents.rft import RFT, Explorer, _starts
 from wamrl.agents.sac import SAC
 from wamrl.interfaces import Context, Proposal, task_id
+from wamrl.measuring import RealWindows
 from wamrl.noise import NoiseKey
 
 
@@ -96,7 +98,9 @@ def test_rows_that_ended_begin_anew_and_the_others_go_on():
     lambda: GaussianActor(reference_model(), noise=(0.05, 0.5)),
     lambda: ChainActor(reference_model(), chunk=2, horizon=3),
     lambda: ChainActor(FlowToy(), chunk=2, horizon=2),
-], ids=["gaussian", "gaussian chunk", "flow"])  # fmt: skip
+    lambda: ChainActor(aim_flow_model(), chunk=2, horizon=2),
+    lambda: ChainActor(aim_flow_model(backbone="dit"), chunk=4, horizon=4),
+], ids=["gaussian", "gaussian chunk", "flow", "wam=fast", "wam=fast, dit"])  # fmt: skip
 def test_replayed_log_probs_give_a_ratio_of_one(make):
     actor = make()
     shown = actor(observations(16))
@@ -160,6 +164,22 @@ def test_the_advantages_are_those_worked_by_hand():
     last = 2.0 - 1.0  # an end is worth nothing more, whatever the critic says of it
     first = (1.0 + 0.9 * 1.0 - 0.5) + 0.9 * 0.5 * last
     assert batch["advantage"].flatten().tolist() == pytest.approx([first, last])
+
+
+def test_a_chunk_that_is_cut_short_by_time_bootstraps_from_where_it_ended():
+    # Six steps in chunks of four: the second is cut after two. The critic says 0.5; discount 0.9, lambda 0.5.
+    model, learner = FlowToy(chunk=4), FlowPPO(chunk=4, world_weight=0.0, gae_lambda=0.5)
+    torch.nn.init.constant_(model.critic[-1].bias, 0.5)
+    learner.bind(model, None, rows=3, seed=0)
+    learner.begin(0)
+    env = wrapped(model, learner, 3)
+    batch = env.rollout(2, learner.actor)
+    assert batch["next", "executed"][..., 0].tolist() == [[4, 2]] * 3 and batch["next", "truncated"][:, 1].all()
+    learner._values(batch)
+    first, last = batch["next", "reward"][..., 0].unbind(1)
+    last = last + 0.9**2 * 0.5 - 0.5
+    first = first + 0.9**4 * 0.5 - 0.5 + 0.9**4 * 0.5 * last
+    torch.testing.assert_close(batch["advantage"][..., 0], torch.stack([first, last], dim=1))
 
 
 # ---- learning
@@ -228,6 +248,71 @@ def test_flow_ppo_learns_a_gaussian_policy_as_well():
     model = reference_model()
     found = train(model, FlowPPO(chunk=2, **FAST, kl_limit=0.3, minibatch=96), 40)
     assert found[-1]["reward"] > found[0]["reward"] + 0.1
+
+
+def batch_of(model, learner, rows: int = 64) -> TensorDict:
+    env = wrapped(model, learner, rows)
+    collector = Collector(env, learner.actor, frames_per_batch=rows * (STEPS // learner.chunk), total_frames=-1,
+                          trust_policy=True, auto_register_policy_transforms=False)  # fmt: skip
+    found = next(iter(collector)).clone()
+    collector.shutdown()
+    return found
+
+
+def test_flow_ppo_moves_a_real_flow_model_towards_what_was_better():
+    model = aim_flow_model()
+    learner = FlowPPO(chunk=2, world_weight=0.0, learning_rate=1e-3, minibatch=64, epochs=8, kl_limit=1.0,
+                      critic_warmup=0)  # fmt: skip
+    learner.bind(model, None, rows=64, seed=0)
+    learner.begin(0)
+    batch = batch_of(model, learner)
+    flat = batch.reshape(-1)
+    with torch.no_grad():
+        ratio = (learner.actor.get_dist(flat).log_prob(flat["chain"]) - flat["action_log_prob"]).exp()
+    assert (ratio - 1.0).abs().max() < 1e-5
+    trunk = {name: p.clone() for name, p in model.named_parameters() if id(p) not in map(id, learner.updater.policy)}
+    learner.learn(batch)
+    with torch.no_grad():
+        change = (learner.actor.get_dist(flat).log_prob(flat["chain"]) - flat["action_log_prob"]).sum(-1)
+    advantage = batch["advantage"].reshape(-1)
+    assert change.abs().max() > 0.01
+    assert torch.corrcoef(torch.stack([change, advantage]))[0, 1] > 0.2
+    # Without a world loss everything but the expert of actions and the values stays as it was.
+    names = {name.split(".")[1] for name in trunk}
+    assert {"embed_frame", "embed_future", "to_future", "backbone", "outcomes"} <= names
+    assert not {"embed_action", "to_action", "values"} & names
+    assert all(torch.equal(p, model.get_parameter(name)) for name, p in trunk.items())
+    assert all(model.get_parameter(name).grad is None for name in trunk)
+
+
+def test_the_trunk_of_a_flow_model_learns_at_a_rate_of_its_own_or_that_is_refused():
+    model = aim_flow_model()
+    updater = Updater(model, lambda order: None, learning_rate=1e-3, world_learning_rate=1e-5, world_weight=0.1,
+                      imitation_weight=0.0)  # fmt: skip
+    groups = [{id(p) for p in group["params"]} for group in updater.optimiser.param_groups]
+    experts = model.denoiser.backbone.experts
+    assert updater.rates == [1e-3, 1e-5]
+    assert {id(p) for p in experts[1].parameters()} <= groups[0] and {id(p) for p in experts[0].parameters()} <= groups[
+        1
+    ]
+    assert groups[0] | groups[1] == {id(p) for p in model.parameters() if p.requires_grad} and not groups[0] & groups[1]
+    shared = aim_flow_model(backbone="dit")
+    with pytest.raises(ValueError, match="set agent.world_learning_rate=0.001, or choose .* wam/backbone=mot"):
+        FlowPPO(chunk=2, learning_rate=1e-3).bind(shared, lambda order: None, rows=4, seed=0)
+    same = FlowPPO(chunk=2, learning_rate=1e-3, world_learning_rate=1e-3)
+    same.bind(shared, lambda order: None, rows=4, seed=0)
+    assert len(same.updater.optimiser.param_groups) == 1
+    FlowPPO(chunk=2, world_weight=0.0).bind(shared, None, rows=4, seed=0)
+
+
+def test_flow_ppo_keeps_what_a_real_flow_model_knows_of_the_world(tmp_path):
+    model = aim_flow_model()
+    windows = RealWindows(write_dataset(tmp_path), model, batch=32, length=4, fraction=0.25, windows=64)
+    learner = FlowPPO(chunk=2, learning_rate=1e-3, world_learning_rate=1e-3, minibatch=96, train_encoder=True)
+    before = windows.error(model)
+    found = train(model, learner, 3, world=windows.draw)
+    # The world model's loss is in the objective, so that the trunk, which the policy's gradients reach, still learns.
+    assert found[-1]["loss_world"] > 0.0 and windows.error(model) < before
 
 
 def test_rft_imitates_what_worked():
@@ -343,6 +428,25 @@ def test_a_flow_policy_that_acts_on_a_future_is_shown_the_one_that_came():
     )
     with pytest.raises(ValueError, match="was not executed, has none; use agent.planner=null"):
         RFT(planner=Knowing(), world_weight=0.0).bind(model, None, rows=1, seed=0)
+
+
+def test_a_model_draws_its_noise_by_the_generator_of_its_own_device_and_what_is_kept_lies_on_the_cpu():
+    model, taken = flow_model("fast"), []
+    loss = model.loss
+    model.loss = lambda batch, noise=None: taken.append(noise) or loss(batch, noise=noise)
+    learner = RFT(world_weight=0.1, updates=2, batch=4)
+    learner.bind(model, lambda order: Windows().sample(4, 4, order), rows=1, seed=0)
+    updater = learner.updater
+    # On a CPU it is the one that everything else is drawn by; on another device that one could not be used.
+    assert updater.noise is updater.generator and updater.noise.device == next(model.parameters()).device
+    updater.noise = torch.Generator()
+    learner.begin(0)
+    batch = trajectories(4, flow_observations(4))
+    for name, value in (("reward", 0.0), ("task_reward", 0.0), ("executed", 1)):
+        batch["next", name] = torch.full((4, 3, 1), value)
+    learner.learn(batch)
+    assert len(taken) == 4 and all(noise is updater.noise for noise in taken)
+    assert learner.kept is not None and learner.kept.device == torch.device("cpu")
 
 
 def test_a_frame_is_kept_once_however_many_windows_read_it():

@@ -5,13 +5,17 @@ What needs no Isaac Lab runs always.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -55,6 +59,51 @@ def follow(env: IsaacLabEnv, td: TensorDict, steps: int, level: float = 0.5) -> 
 
 
 # ------------------------------------------------------------------------------------------------ without Isaac Lab
+
+
+def balanced_until_the_end(task: Any, length: int, off: set[int]) -> list[bool]:
+    """Success in every step of an episode of `Balance` that is not balanced in the steps `off`, from 1 on."""
+    found = []
+    for step in range(1, length + 1):
+        zero = torch.zeros(1, 1)
+        task._parts = lambda zero=zero, step=step: (zero, zero, zero + (0.3 if step in off else 0.1), zero)
+        task.episode_length_buf = torch.tensor([step])
+        over, last = task._get_dones()
+        assert not over.any() and bool(last) == (step == length)
+        found.append(bool(task.success))
+    return found
+
+
+@pytest.mark.skipif(HERE, reason="Isaac Lab is installed here")
+def test_balance_succeeds_at_the_end_of_an_episode_whose_last_second_was_balanced(monkeypatch):
+    # The task's own arithmetic, on stand-ins for the modules that it is made of.
+    class Base:
+        pass
+
+    names = ("isaaclab", "isaaclab.sim", "isaaclab.actuators", "isaaclab.assets", "isaaclab.envs", "isaaclab.scene",
+             "isaaclab.sensors", "isaaclab.utils", "isaaclab_newton", "isaaclab_newton.physics",
+             "isaaclab_newton.renderers")  # fmt: skip
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    for kind in ("DirectRLEnv", "DirectRLEnvCfg"):
+        setattr(sys.modules["isaaclab.envs"], kind, Base)
+    sys.modules["isaaclab.scene"].InteractiveSceneCfg = type("Scene", (), {"__init__": lambda self, **_: None})
+    sys.modules["isaaclab.utils"].configclass = lambda cls: cls
+    monkeypatch.setattr(gymnasium, "register", lambda *given, **options: None)
+    module = importlib.import_module("wamrl.envs.isaaclab_tasks")
+    del sys.modules["wamrl.envs.isaaclab_tasks"]
+    for length, off, wanted in (
+        (100, set(), True),
+        (100, {1, 40}, True),  # 60 steps of 1/60 s were balanced since
+        (100, {41}, False),
+        (100, {100}, False),
+        (20, set(), True),
+        (20, {1}, False),  # an episode that is shorter than a second has to be balanced throughout
+    ):
+        task = object.__new__(module.Balance)
+        task.step_dt, task.max_episode_length = 1 / 60, length
+        task._lost = torch.zeros(1, dtype=torch.int64)
+        assert balanced_until_the_end(task, length, off) == [False] * (length - 1) + [wanted], (length, off)
 
 
 @pytest.mark.skipif(HERE, reason="Isaac Lab is installed here")
@@ -161,6 +210,21 @@ def test_making_one_leaves_the_global_generators_alone(asset_root):
 def test_unknown_ids_are_answered_with_near_ones(asset_root):
     with pytest.raises(UnknownNameError, match="did you mean 'isaaclab/Isaac-Cartpole-Direct'"):
         IsaacLabEnv("isaaclab/Isaac-Cartpole-Directt", asset_root=asset_root)
+
+
+@isaac
+@needs_isaac
+def test_balance_does_not_succeed_before_its_end(asset_root):
+    made = IsaacLabEnv("isaaclab/Wamrl-Balance", 4, asset_root=asset_root, max_steps=10)
+    path = follow(made, made.reset(starts(0, 1, 2, 3)), 10, level=0.0)
+    state = path["state"]  # cart, its speed, angle, its speed
+    wanted = ((state[..., 2].abs() < 0.2) & (state[..., 3].abs() < 1.0) & (state[..., 0].abs() < 1.0)).all(0)
+    made.close()
+    assert not path["success"][:-1].any() and torch.equal(path["success"][-1, :, 0], wanted)
+    made = IsaacLabEnv("isaaclab/Wamrl-Balance", 4, asset_root=asset_root, max_steps=250)
+    length = made.raw.max_episode_length
+    made.close()
+    assert length == 250  # 250 / 60 s over 1 / 60 s is a little more in floating point
 
 
 @isaac

@@ -21,6 +21,7 @@ from wamrl.evaluation import (
     imagined_return,
     mcnemar,
     paired,
+    paired_return,
     percentiles,
     protocol_hash,
     read_episodes,
@@ -323,3 +324,17 @@ def test_an_action_that_is_not_finite_is_refused():
 def test_a_task_without_a_row_is_refused():
     with pytest.raises(ValueError, match="no row of the environment runs"):
         _run(2, _Random(), [Start("metaworld/door-open-v3", 0)])
+
+
+def test_the_interval_of_paired_returns_is_that_of_their_differences():
+    second = [float(x) for x in range(40)]  # starts differ far more than the methods do
+    found = paired_return([x + 1.0 + 0.1 * (-1) ** i for i, x in enumerate(second)], second, names=("a", "b"))
+    assert (found.first, found.second, found.n) == ("a", "b", 40) and found.difference == pytest.approx(1.0)
+    # The mean of 40 draws of 0.9 or 1.1: 1 +- 1.96 * 0.1 / sqrt(40).
+    assert found.low == pytest.approx(1.0 - 0.031, abs=0.004) and found.high == pytest.approx(1.0 + 0.031, abs=0.004)
+    assert found == paired_return([x + 1.0 + 0.1 * (-1) ** i for i, x in enumerate(second)], second, names=("a", "b"))
+    few = paired_return([1.0, 2.0], [0.0, 0.0])
+    assert few.difference == 1.5 and few.low is None and few.high is None
+    for wrong in ([], [1.0, 2.0]):
+        with pytest.raises(ValueError, match="needs the same starts"):
+            paired_return(wrong, [0.0] * 3 if wrong else [])

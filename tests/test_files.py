@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
+import torch
+from safetensors import safe_open
 
-from wamrl.files import atomic_path, write_json, write_text
+from wamrl.files import atomic_path, write_json, write_tensors, write_text
+
+
+@contextmanager
+def limited(size: int) -> Iterator[None]:
+    """A real limit on the bytes of a file, which stands in for a disk that is full."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def names(folder) -> list[str]:
@@ -74,3 +91,14 @@ def test_permissions_follow_the_umask(tmp_path):
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o640
+
+
+def test_tensors_come_back_and_a_full_disk_is_told_by_its_errno(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"x": torch.arange(3)}, metadata={"a": "b"})
+    with safe_open(path, framework="pt") as file:
+        assert file.get_tensor("x").tolist() == [0, 1, 2] and file.metadata() == {"a": "b"}
+    with pytest.raises(OSError) as stopped, limited(1000):
+        write_tensors(path, {"x": torch.zeros(1000)})
+    assert stopped.value.errno == errno.EFBIG and str(path) in str(stopped.value)
+    assert names(tmp_path) == ["x.safetensors"] and path.stat().st_size < 1000

@@ -32,6 +32,14 @@ def test_every_command_of_a_round_composes(number, tmp_path, monkeypatch):
             assert config.simulator.max_steps == 80 and config.env._target_ == "wamrl.imagined.make"
 
 
+def test_a_learner_that_leaves_the_model_as_it_was_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        loop.main(["learner=sb3", "run_dir=run"])
+    assert "choose another one, such as learner=distil" in capsys.readouterr().err
+    assert not Path("run/loop.json").exists()
+
+
 def test_rounds_take_starts_that_no_earlier_one_has_used():
     first = {}
     for number in range(4):

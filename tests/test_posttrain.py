@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,19 +11,22 @@ import torch
 from safetensors.torch import load_file
 from tensordict import TensorDict
 
-from tests.agent_toys import OPTIMUM, SIZES, TASK, AimEnv, FlowToy, Knowing, reference_model, write_dataset
+from tests.agent_toys import OPTIMUM, SIZES, TASK, AimEnv, FlowToy, Knowing, flow_model, reference_model, write_dataset
+from tests.test_files import limited
 from wamrl import checkpoint, measuring, posttrain, posttraining
 from wamrl.agents.base import LearningDiverged
 from wamrl.agents.flow_ppo import FlowPPO
 from wamrl.agents.latent import Latent
 from wamrl.agents.ppo import PPO
 from wamrl.agents.rft import RFT
+from wamrl.agents.sac import SAC
 from wamrl.agents.sb3 import SB3
 from wamrl.data import start_frames
 from wamrl.envs.imagined_env import ImaginedEnv
 from wamrl.interfaces import Context, task_id
 from wamrl.measuring import Measuring, RealWindows
 from wamrl.naming import RunError
+from wamrl.planners.best_of_n import make_best_of_n
 from wamrl.training import find_state
 
 CONFIG = {"wam": {"_target_": "wamrl.models.joint_embedding.JointEmbeddingWAM", **SIZES}}
@@ -41,13 +43,18 @@ def small(run_dir: Path, *, model=None, iterations=4, learner=None, env=None, da
     options = {"measuring": MEASURING, "decisions": 6, "save_every": 2, "quiet": True, "validation_windows": 8,
                "validation_fraction": 0.25, "world_batch": 8, "world_length": 2, **options}  # fmt: skip
     env = None if options.pop("no_env", False) else env or AimEnv(16, succeeds=True)
-    return posttraining.posttrain(model, learner, env, run_dir=run_dir, save_model=save,
+    return posttraining.posttrain(model, learner, env, run_dir=run_dir, save_model=options.pop("save_model", save),
                                iterations=iterations, data=data, **options)  # fmt: skip
 
 
 def test_it_measures_before_and_after_and_keeps_a_checkpoint(tmp_path):
     results = small(tmp_path, iterations=20)
     assert results["after"]["real"]["success"] == 1.0 > results["before"]["real"]["success"]
+    raised = results["return_gain"]
+    assert raised["n"] == 8 and raised["low"] <= raised["difference"] <= raised["high"]
+    change = results["after"]["real"]["episode_return"] - results["before"]["real"]["episode_return"]
+    assert raised["difference"] == pytest.approx(change)
+    assert f"return gained: {raised['difference']:+.2f} (" in posttrain.summary(results)
     assert results["gain"]["n"] == 8 and results["real_steps"] > 0 and results["split"] == "dev"
     assert [point["iteration"] for point in results["curve"]] == [0, 20]
     model = checkpoint.load(tmp_path)
@@ -56,34 +63,63 @@ def test_it_measures_before_and_after_and_keeps_a_checkpoint(tmp_path):
     assert len(rows) == 21 and "real_steps" in rows[0]
 
 
-@pytest.mark.parametrize("with_data, refresh", [(False, False), (True, False), (True, True)])
-def test_a_killed_run_resumes_bit_for_bit(tmp_path, monkeypatch, with_data, refresh):
-    data = write_dataset(tmp_path / "data") if with_data else None
-    settings = {"world_weight": 0.1 if with_data else 0.0, "learning_rate": 3e-3, "minibatch": 48, "kl_reference": 0.1}
+def _expert_iteration() -> RFT:
+    planner = make_best_of_n(num_candidates=4, horizon=4)
+    return RFT(planner=planner, planner_acts=0.5, learning_rate=1e-2, updates=3, batch=8, anneal=True)
 
-    def run(folder, **options):
-        return small(tmp_path / folder, learner=PPO(**settings), data=data, refresh=refresh, **options)
+
+RESUMED = {
+    "ppo": lambda: PPO(world_weight=0.0, learning_rate=3e-3, minibatch=48, kl_reference=0.1),
+    "ppo with data": lambda: PPO(world_weight=0.1, learning_rate=3e-3, minibatch=48, kl_reference=0.1),
+    "ppo with refresh": lambda: PPO(world_weight=0.1, learning_rate=3e-3, minibatch=48, kl_reference=0.1),
+    "flow_ppo": lambda: FlowPPO(chunk=2, world_weight=0.1, learning_rate=1e-3, minibatch=24, epochs=2),
+    "rft": lambda: RFT(world_weight=0.1, learning_rate=1e-2, updates=3, batch=8, noise=(0.3, 0.5)),
+    "rft of a flow model": lambda: RFT(world_weight=0.1, learning_rate=1e-2, updates=2, batch=8),
+    "expert_iteration": _expert_iteration,
+    "sac": lambda: SAC(world_weight=0.1, learning_rate=3e-3, updates=3, batch=16, warmup=64, width=8, critic_only=1),
+    "latent": lambda: Latent(learning_rate=1e-3, horizon=4, updates=2),
+}
+
+
+@pytest.mark.parametrize("agent", RESUMED)
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, monkeypatch, agent):
+    data = None if agent == "ppo" else write_dataset(tmp_path / "data")
+    make = flow_model if "flow" in agent else reference_model
+    options = {"data": data, "refresh": agent in ("ppo with refresh", "expert_iteration"), "world_length": 4,
+               "measuring": Measuring(simulator=MEASURING.simulator, episodes=2, rows=2)}  # fmt: skip
+    if agent == "latent":
+        options |= {"frames": start_frames(tmp_path / "data"), "real": False, "no_env": True}
+
+    def run(folder):
+        # What a process does beside has drawn from the global generator, another number of times in each of them.
+        torch.rand(7 if folder == "whole" else 3)
+        return small(tmp_path / folder, model=make(), learner=RESUMED[agent](), save_model=lambda *_: None, **options)
 
     run("whole")
 
     class Killed(BaseException):
         pass
 
-    learn = PPO.learn
+    kind = type(RESUMED[agent]())
+    learn = kind.learn
 
     def dies(self, batch):
         if self.iteration == 3:
             raise Killed
         return learn(self, batch)
 
-    monkeypatch.setattr(PPO, "learn", dies)
+    monkeypatch.setattr(kind, "learn", dies)
     with pytest.raises(Killed):
         run("parts")
     monkeypatch.undo()
     assert json.loads((find_state(tmp_path / "parts" / "checkpoints") / "state.json").read_text())["iteration"] == 2
     run("parts")
-    whole, parts = (load_file(tmp_path / name / "checkpoints" / "model.safetensors") for name in ("whole", "parts"))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    whole, parts = (
+        load_file(find_state(tmp_path / name / "checkpoints") / "state.safetensors") for name in ("whole", "parts")
+    )
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    begun = make().state_dict()
+    assert any(not torch.equal(whole[f"model.{name}"], x) for name, x in begun.items())
     logs = [(tmp_path / name / "log.csv").read_text() for name in ("whole", "parts")]
     assert logs[0] == logs[1]
 
@@ -176,6 +212,12 @@ def test_a_refresh_that_cannot_be_is_refused(tmp_path, what):
         small(tmp_path / "run", learner=learner, **options)
 
 
+def test_a_return_that_is_clearly_up_shows_where_nothing_succeeds(tmp_path):
+    how = Measuring(simulator=lambda split, rows: AimEnv(rows, split=split), episodes=8, rows=4)
+    results = small(tmp_path, iterations=10, measuring=how, env=AimEnv(16))
+    assert results["gain"]["difference"] == 0.0 and results["return_gain"]["low"] > 0.1
+
+
 def test_a_world_model_that_decays_is_said_loudly(tmp_path):
     data = write_dataset(tmp_path / "data")
     kept = small(tmp_path / "kept", data=data, learner=PPO(world_weight=0.1))
@@ -198,6 +240,33 @@ def test_it_trains_in_imagination_without_real_steps(tmp_path):
                   learner=PPO(world_weight=0.1, kl_reference=0.1))  # fmt: skip
     assert found["real_steps"] == 0
     assert "imagined_gain_minus_real_gain" in found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("agent", ["ppo", "flow_ppo", "rft", "rft_flow", "expert_iteration", "sac", "latent"])
+def test_it_trains_and_resumes_on_a_gpu(tmp_path, agent):
+    make = {
+        "ppo": lambda: PPO(world_weight=0.1, kl_reference=0.1, minibatch=48),
+        "flow_ppo": lambda: FlowPPO(chunk=2, world_weight=0.1, minibatch=24),
+        "rft": lambda: RFT(world_weight=0.1, updates=2, batch=8, noise=(0.3, 0.5)),
+        "rft_flow": lambda: RFT(world_weight=0.1, updates=2, batch=8),
+        "expert_iteration": lambda: RFT(world_weight=0.1, updates=2, batch=8, planner_acts=0.5, planner=make_best_of_n(
+            num_candidates=4, horizon=4)),
+        "sac": lambda: SAC(world_weight=0.1, updates=2, batch=8, warmup=16, width=8),
+        "latent": lambda: Latent(horizon=4, updates=2),
+    }[agent]  # fmt: skip
+    data, options = write_dataset(tmp_path / "data"), {}
+    if agent == "latent":
+        options = {"frames": start_frames(tmp_path / "data").to("cuda"), "real": False, "no_env": True}
+    how = Measuring(
+        simulator=lambda split, rows: AimEnv(rows, split=split, succeeds=True, device="cuda"), episodes=4, rows=4
+    )
+    for iterations in (2, 4):
+        model = (flow_model() if "flow" in agent else reference_model()).to("cuda")
+        options["env"] = AimEnv(16, succeeds=True, device="cuda")
+        found = small(tmp_path / "run", model=model, learner=make(), data=data, iterations=iterations, measuring=how,
+                      world_length=4, save_model=lambda *_: None, **options)  # fmt: skip
+    assert found["iterations"] == 4 and found["skipped_steps"] == 0
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "sac"])
@@ -256,24 +325,16 @@ def test_rewards_that_stay_nan_stop_it_with_the_last_good_checkpoint(tmp_path):
     assert all(torch.equal(kept[name], tensor) for name, tensor in reference_model().state_dict().items())
 
 
-def test_a_full_disk_stops_it_and_nothing_is_lost(tmp_path, monkeypatch):
-    from wamrl import training
-
-    write, calls = training.write_state, 0
-
-    def full(*given):
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(*given)
-
-    monkeypatch.setattr(posttraining, "write_state", full)
-    with pytest.raises(RunError, match="the disk is full"):
+def test_a_full_disk_stops_it_and_nothing_is_lost(tmp_path):
+    small(tmp_path, iterations=2)
+    size = (find_state(tmp_path / "checkpoints") / "state.safetensors").stat().st_size
+    with pytest.raises(RunError, match="the disk is full.*last whole state is kept in"), limited(size // 2):
         small(tmp_path)
     assert checkpoint.load(tmp_path) is not None
-    monkeypatch.undo()
+    assert json.loads((find_state(tmp_path / "checkpoints") / "state.json").read_text())["iteration"] == 2
     assert small(tmp_path)["iterations"] == 4
+    with pytest.raises(RunError, match="the disk is full.*no state had been saved yet"), limited(size // 2):
+        small(tmp_path / "new")
 
 
 def test_the_state_of_another_run_is_refused(tmp_path):
@@ -306,6 +367,12 @@ def test_what_cannot_work_is_refused_before_anything_is_done(push, capsys):
     assert "no real windows" in said(capsys, "wam=six", "episodes=0")
     assert "begins at real frames" in said(capsys, "env=imagined", "wam=six", "episodes=0")
     assert "did you mean" in said(capsys, "agent=pppo")
+    for env in ("env=imagined", "env=metaworld/push-v3"):
+        assert "are num_envs=8" in said(capsys, env, "env.num_envs=8", "wam=six", "episodes=0")
+    assert "Set wam=six" in said(capsys, "env=imagined", "env.wam=six", "data=data", "episodes=0")
+    Path("conf/env").mkdir(parents=True)
+    Path("conf/env/aim.yaml").write_text("_target_: tests.agent_toys.AimEnv\nnum_envs: 8\n")
+    assert "take it out and set num_envs=8" in said(capsys, "--config-dir", "conf", "env=aim", "wam=six", "episodes=0")
     assert "takes the first 10,000 of a split at most" in said(capsys, "wam=six", "episodes=100000000")
     assert "meant for 1 to 10" in said(capsys, "agent=flow_ppo", "agent.chunk=20", "wam=six", "episodes=0",
                                          "agent.world_weight=0")  # fmt: skip

@@ -24,12 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tensordict import TensorDict
 from torch import Tensor
 
 from wamrl.envs.layouts import unstated
-from wamrl.files import atomic_path
+from wamrl.files import write_tensors
 from wamrl.interfaces import WAM, Anatomy, Layout, Policy, PolicyState, Spec, task_id
 from wamrl.naming import near_checkpoints, unknown_name
 from wamrl.provenance import versions
@@ -91,6 +90,7 @@ def save(
 
     Raises:
         ValueError: weights that are not finite, a config without `wam._target_`, an unknown dtype.
+        OSError: the file cannot be written; errno ENOSPC for a full disk.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -125,8 +125,7 @@ def save(
     # Keys keep their order: a model may lay out its features in the order of its observation keys.
     header = {key: json.dumps(value, allow_nan=False) for key, value in entries.items()}
     header["content_sha256"] = json.dumps(_content_hash(header, tensors))
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
+    write_tensors(path, tensors, metadata=header)
     return path
 
 

@@ -148,6 +148,11 @@ def main(config: DictConfig, run_dir: Path) -> None:
     for name, least in (("rounds", 1), ("episodes", 1), ("first_episodes", 0), ("first_start", 0), ("budget", 1),
                         ("evaluation_episodes", 1)):  # fmt: skip
         whole_number(name, settings[name], least)
+    if settings["learner"] == "sb3":
+        raise ValueError(
+            "learner=sb3 trains networks of its own and leaves the World Action Model as it was, so that no round "
+            "could build on it; choose another one, such as learner=distil, latent or ppo"
+        )
     kept = {name: value for name, value in settings.items() if name not in _FREE}
     record = run_dir / "loop.json"
     if record.exists() and json.loads(record.read_text(encoding="utf-8")) != kept:

@@ -14,6 +14,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from wamrl.agents.base import loss_weights
 from wamrl.data import EpisodeDataset, episode_tensordict
 from wamrl.envs.base import RowsEnv
 from wamrl.envs.imagined_env import ImaginedEnv
@@ -110,14 +111,19 @@ class RealWindows:
 
     @torch.no_grad()
     def error(self, model: WAM) -> float:
-        """Of open-loop prediction, in standard deviations of the data, over the horizon; else the validation loss."""
+        """Of open-loop prediction, in standard deviations of the data, over the horizon.
+
+        Of a model that does not roll out actions, the validation loss without the policy's and the values' parts, which
+        are to move away from the data.
+        """
         device = next(model.parameters()).device
         windows = self.held_out.to(device)
         if {"rollout", "decode"} <= set(model.spec.provides):
             errors = open_loop_errors(model, windows, scale=self.scale).get("state_error")
             if errors is not None:
                 return sum(errors) / len(errors)
-        return float(model.loss(windows, noise=torch.Generator(device=device).manual_seed(3))["loss"])
+        with loss_weights(model, policy=0.0, value=0.0):
+            return float(model.loss(windows, noise=torch.Generator(device=device).manual_seed(3))["loss"])
 
     def first_frames(self, model: WAM) -> TensorDict:
         """The first frame of every episode, as `model` observes it."""

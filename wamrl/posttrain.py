@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; see `python -m wamrl.posttrain --help`."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        _refuse_unheeded(given)
         folder, given = cli.rewritten("posttrain", given)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -52,6 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # The settings of a refused resume are not those of the run.
             write_text(folder / "config.yaml", settings)
         raise
+
+
+def _refuse_unheeded(given: Sequence[str]) -> None:
+    """Raise ValueError for settings of env that another one stands in for."""
+    for word in given:
+        name, _, value = word.lstrip("+").partition("=")
+        if name in ("env.num_envs", "simulator.num_envs"):
+            raise ValueError(f"{name}={value} would go unheeded: the rows that a learner acts in are num_envs={value}")
+        if name == "env.wam" and "env=imagined" in given:
+            raise ValueError(f"env.wam={value} would go unheeded: what is improved is what imagines. Set wam={value}")
 
 
 @cli.command(
@@ -160,6 +171,13 @@ def _check(settings: Mapping[str, Any]) -> None:
             "evaluate=test: choosing settings on the test starts would spoil them for the report. Use evaluate=dev, "
             "and final_report=true once, for the numbers that are published"
         )
+    for place in ("env", "simulator"):
+        env = settings.get(place) or {}
+        if "num_envs" in env and env["_target_"] != IMAGINED:
+            raise ValueError(
+                f"{place}.num_envs is {env['num_envs']}, which would go unheeded: take it out and set "
+                f"num_envs={env['num_envs']}, the rows that a learner acts in"
+            )
     if settings["env"].get("split") not in (None, "train"):
         raise ValueError(f"env.split is {settings['env']['split']}, but learners see train start states only")
 
@@ -258,6 +276,10 @@ def summary(results: Mapping[str, Any]) -> str:
     if "gain" in results:
         gain = results["gain"]
         lines.append(f"gain: {gain['difference']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})")
+    if "return_gain" in results:
+        gain = results["return_gain"]
+        interval = "" if gain["low"] is None else f" ({gain['low']:+.2f} to {gain['high']:+.2f})"
+        lines.append(f"return gained: {gain['difference']:+.2f}{interval}")
     if "imagined_gain" in results:
         lines.append(f"imagined gain {results['imagined_gain']:+.3f}, minus the real one "
                      f"{results['imagined_gain_minus_real_gain']:+.3f}")  # fmt: skip

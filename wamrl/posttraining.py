@@ -25,7 +25,7 @@ from wamrl.agents.base import Learner
 from wamrl.control import ModelPolicy
 from wamrl.data import EpisodeDataset
 from wamrl.envs.base import RowsEnv
-from wamrl.evaluation import paired, write_episodes
+from wamrl.evaluation import paired, paired_return, write_episodes
 from wamrl.experience import Experience, MakeEnv, experience_of
 from wamrl.files import write_json
 from wamrl.interfaces import WAM
@@ -151,6 +151,7 @@ class _Run:
         self.iteration, self.steps, self.seconds = 0, 0, 0.0
         self.before: dict[str, Any] = {}
         self.before_real: list[bool] = []
+        self.before_returns: list[float] = []
         self.curve: list[dict[str, Any]] = []
         self.metrics: dict[str, float] = {}
 
@@ -171,6 +172,7 @@ class _Run:
         if not self._restore():
             found = self._measure()
             self.before, self.before_real = found.plain(), [e.success for e in found.real]
+            self.before_returns = [e.episode_return for e in found.real]
             self.curve = [self._point(self.before)]
             self._save()
         before, started = self.seconds, time.perf_counter()
@@ -252,6 +254,7 @@ class _Run:
             "seconds": self.seconds,
             "before": self.before,
             "before_real": self.before_real,
+            "before_returns": self.before_returns,
             "curve": self.curve,
             "identity": self.identity,
         }
@@ -279,6 +282,7 @@ class _Run:
             self.windows.load_state_dict(parts["windows"], self.model)
         self.iteration, self.steps, self.seconds = facts["iteration"], facts["real_steps"], facts["seconds"]
         self.before, self.before_real, self.curve = facts["before"], facts["before_real"], facts["curve"]
+        self.before_returns = facts.get("before_returns", [])  # states of earlier versions have none
         return True
 
     def _results(self, after: Measurement, reason: str) -> dict[str, Any]:
@@ -302,6 +306,11 @@ class _Run:
         if after.real and len(self.before_real) == len(after.real):
             pair = paired([e.success for e in after.real], self.before_real, names=("after", "before"))
             results["gain"] = asdict(pair)
+            if len(self.before_returns) == len(after.real):
+                returns = paired_return(
+                    [e.episode_return for e in after.real], self.before_returns, names=("after", "before")
+                )
+                results["return_gain"] = asdict(returns)
             if after.imagined is not None and self.before.get("imagined_success") is not None:
                 gained = after.imagined - self.before["imagined_success"]
                 results["imagined_gain"] = gained
@@ -322,11 +331,11 @@ def _decay(before: float | None, after: float | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _disk(folder: Path) -> Iterator[None]:
-    """A full disk stops the run with a message that says what is kept."""
+    """A full disk, or a quota or limit that is reached, stops the run with a message that says what is kept."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         found = find_state(folder)
         kept = f"the last whole state is kept in {found}" if found else "no state had been saved yet"

@@ -26,12 +26,12 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tensordict import TensorDict
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from wamrl.files import atomic_path, write_json
+from wamrl.files import atomic_path, write_json, write_tensors
 from wamrl.interfaces import WAM, Context
 from wamrl.naming import RunError, whole_number
 from wamrl.noise import NoiseKey
@@ -563,8 +563,7 @@ def write_state(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
     whole = {}
     for name, tensor in tensors.items():
         whole[name] = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-    with atomic_path(new / "state.safetensors") as temporary:
-        save_file(whole, temporary)
+    write_tensors(new / "state.safetensors", whole)
     write_json(new / "state.json", facts)
     if last.exists():
         shutil.rmtree(old, ignore_errors=True)

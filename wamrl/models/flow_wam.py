@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Layout, Proposal, Spec, State, task_id
 from wamrl.models.coupling import POLICIES, Coupling, Stage
@@ -462,6 +462,17 @@ class FlowWAM(WAM):
             log_prob=logs,
             imagined=imagined,
         )
+
+    def policy_parameters(self) -> list[nn.Parameter] | None:
+        """Of the expert of actions, with their embedding and output, and of the values; the trunk is all the rest.
+
+        None where actions share their expert with frames and futures, so that no weight is the policy's alone.
+        """
+        net, expert = self.denoiser, self.denoiser.backbone.expert_of
+        if expert["action"] in (expert["frame"], expert["future"]):
+            return None
+        parts = (net.backbone.experts[expert["action"]], net.embed_action, net.to_action, self.heads.values)
+        return [net.action_time, *(parameter for part in parts for parameter in part.parameters())]
 
     @property
     def policy_sees_present_alone(self) -> bool:

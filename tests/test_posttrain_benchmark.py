@@ -1,0 +1,46 @@
+"""What the benchmark of post-training stores: the finished variants alone, with the settings they were run with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import posttrain
+
+
+def done(out: Path, name: str, seed: int, *, changed: str = "") -> None:
+    """What a finished stage leaves behind."""
+    directory = out / f"seed{seed}"
+    *_, (_, command, words) = posttrain.stages(seed, directory, [name])
+    (directory / name).mkdir(parents=True)
+    rate = {"success": 0.5, "successes": 2, "n": 4}
+    real = {"real": rate, "real_by_task": {"metaworld/push-v3": rate}}
+    results = {
+        "before": real, "after": real, "curve": [{"iteration": 0, "real_steps": 0, **real}], "real_steps": 10,
+        "gain": {"difference": 0.0, "n": 4, "low": -0.5, "high": 0.5}, "world": {"growth": 0.0}, "seconds": 1.0,
+    }  # fmt: skip
+    (directory / name / "results.json").write_text(json.dumps(results))
+    call = [*posttrain._call(command), *words, *([changed] if changed else [])]
+    (directory / f"{name}.done").write_text(json.dumps({"command": call}))
+
+
+def test_the_config_is_that_of_the_finished_variants(tmp_path):
+    done(tmp_path, "rft", 0)
+    done(tmp_path, "rft", 2)
+    done(tmp_path, "sb3_sac", 1)
+    found = posttrain.finished(tmp_path, [0, 1, 2])
+    assert {name: list(runs) for name, runs in found.items()} == {"rft": [0, 2], "sb3_sac": [1]}
+    config = posttrain.config_of(tmp_path, list(found))
+    assert list(config) == ["collect", "weak", "rft", "sb3_sac"]
+    assert "agent=sb3 agent.algorithm=sac" in config["sb3_sac"] and str(tmp_path) not in str(config)
+    metrics = posttrain.collect_metrics(found)
+    assert metrics["rft/seeds"] == 2 and metrics["rft/push-v3/after/success"]["n"] == 8
+    assert {name.partition("/")[0] for name in metrics} == {"rft", "sb3_sac"}
+
+
+def test_a_variant_that_was_run_with_other_settings_is_refused(tmp_path):
+    done(tmp_path, "rft", 0, changed="agent.updates=1")
+    with pytest.raises(ValueError, match="is of another command"):
+        posttrain.finished(tmp_path, [0])
