@@ -427,3 +427,6 @@ def test_the_command_learns_in_metaworld_and_resumes(push, capsys):
     posttrain.main(["resume=run", "iterations=2"])
     results = json.loads(Path("run/results.json").read_text())
     assert results["iterations"] == 2 and results["real_steps"] == 32
+    # Evaluation refuses starts that a policy was trained on, so that its checkpoint has to say all of them.
+    known = [checkpoint.read_metadata(name).provenance["data"] for name in ("six", "run")]
+    assert known[1][: len(known[0])] == known[0] and known[1][-1]["split"] == "train" and len(known[1]) > len(known[0])

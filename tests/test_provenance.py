@@ -60,3 +60,9 @@ def test_a_package_installed_below_another_repository_reports_no_commit(tmp_path
 def test_outside_of_any_repository_there_is_no_commit(tmp_path):
     place_module(tmp_path)
     assert commit_seen_from(tmp_path) == "None"
+
+
+def test_what_a_model_was_trained_on_adds_up_each_once_and_without_paths():
+    one, two = {"split": "train", "seed": 0}, {"split": "train", "seed": 1}
+    assert provenance.data_of({"data": [one]}, {**one, "path": "anywhere"}, two) == [one, two]
+    assert provenance.data_of(None, one) == [one] and provenance.data_of({"data": "made by hand"}, two) == [two]

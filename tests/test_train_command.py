@@ -158,7 +158,12 @@ def test_training_goes_on_from_a_checkpoint_with_its_normalisation(data):
     first, second = checkpoint.load("first"), checkpoint.load("second")
     assert torch.equal(first.mean, second.mean) and first.spec == second.spec
     assert not torch.equal(first.encoder[0].weight, second.encoder[0].weight)
-    assert checkpoint.read_metadata("second").provenance["initial"] == checkpoint.read_metadata("first").content_sha256
+    provenance = [checkpoint.read_metadata(name).provenance for name in ("first", "second")]
+    assert provenance[1]["initial"] == checkpoint.read_metadata("first").content_sha256
+    # What the first one saw counts too, also if the second one's data leaves it out; and nothing counts twice.
+    assert provenance[1]["data"][0] == provenance[0]["data"][0]
+    main(["data=data/more", "wam=first", "run_dir=third", *settings])
+    assert checkpoint.read_metadata("third").provenance["data"] == provenance[1]["data"]
 
 
 def test_training_goes_on_in_another_way_to_act_and_the_checkpoint_keeps_it(data):

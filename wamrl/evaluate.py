@@ -185,6 +185,7 @@ def _prepare(settings: dict[str, Any]) -> Bench:
             "Collect some with data=rich, or data.mixture.failing=<episodes>, and train again."
         )
     silent = [e.name for e in entrants if e.kind in ("sb3", "callable")]
+    silent += [e.name for e in entrants if e.provenance is not None and not worlds.training_splits(e.provenance)]
     if silent:
         bench.warnings.append(
             f"{', '.join(silent)} cannot say which start states {'it was' if len(silent) == 1 else 'they were'} made "

@@ -30,6 +30,7 @@ from wamrl.interfaces import WAM, Layout
 from wamrl.measuring import Measuring
 from wamrl.naming import unknown_name, whole_number
 from wamrl.posttraining import DECAY, posttrain
+from wamrl.provenance import data_of
 
 IMAGINED = "wamrl.imagined.make"
 
@@ -88,7 +89,7 @@ def _command(config: DictConfig, run_dir: Path) -> None:
         name, own = settings["wam"]["checkpoint"], {k: settings["wam"].get(k) for k in ("model_class", "policy")}
         stored = checkpoint.read_metadata(name)
         model = checkpoint.load(name, device=device, **own)
-        sizes, start = stored.model, stored.content_sha256
+        sizes, start, earlier = stored.model, stored.content_sha256, stored.provenance
         if own["policy"] is not None:
             sizes = {**sizes, "policy": own["policy"]}
         normalisation = stored.normalisation
@@ -96,7 +97,7 @@ def _command(config: DictConfig, run_dir: Path) -> None:
         if simulator is None:
             raise ValueError("a model made anew learns nothing from its own imagination; choose a simulator for env")
         model, sizes, normalisation = _fresh(settings, simulator, device)
-        start = None
+        start = earlier = None
     learner: Learner = instantiate(settings["agent"], _convert_="all")
     data = None
     if settings["dataset"] is not None:
@@ -124,8 +125,18 @@ def _command(config: DictConfig, run_dir: Path) -> None:
         seed=settings["seed"],
     )
     stored_config = {**settings, "wam": sizes}
-    provenance = {"seed": settings["seed"], "initial": start, "agent": settings["agent"], "device": device}
     real = not imagined and learner.kind != "imagine"
+    seen = [
+        *(data.indices if data is not None else []),
+        *([{"split": "train", "env": settings["env"]}] if real else []),
+    ]
+    provenance = {
+        "seed": settings["seed"],
+        "data": data_of(earlier, *seen),
+        "initial": start,
+        "agent": settings["agent"],
+        "device": device,
+    }
     refresh = settings["refresh"]
     results = posttrain(
         model,

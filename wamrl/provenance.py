@@ -6,9 +6,11 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("wamrl", "torch", "tensordict", "torchrl", "numpy", "gymnasium", "mujoco", "metaworld")
 
@@ -57,4 +59,18 @@ def versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {"python": platform.python_version()}
     found |= {package: version(package) for package in PACKAGES}
     found["commit"] = git_commit()
+    return found
+
+
+def data_of(earlier: Mapping[str, Any] | None, *indices: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a model was trained on: the data of the checkpoint that it began from, then these, each once.
+
+    earlier: that checkpoint's provenance. indices: of datasets, of which all but their paths are kept.
+    """
+    before = (earlier or {}).get("data")
+    found: list[dict[str, Any]] = []
+    for index in [*(before if isinstance(before, Sequence) and not isinstance(before, str) else []), *indices]:
+        kept = {key: value for key, value in index.items() if key != "path"}
+        if kept not in found:
+            found.append(kept)
     return found

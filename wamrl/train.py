@@ -21,7 +21,7 @@ from wamrl.models.foundation import advice, load_foundation
 from wamrl.models.images import ImageSubstrate, check_image_shape
 from wamrl.models.tokenizer import Tokenizer
 from wamrl.probe import probe_errors
-from wamrl.provenance import versions
+from wamrl.provenance import data_of, versions
 from wamrl.results import peak_rss_mib
 from wamrl.training import TrainingOptions, TrainingResult, fit
 
@@ -136,7 +136,7 @@ def train(
     stored = {**(config or {}), "wam": model_config}
     provenance: dict[str, Any] = {
         "seed": options.seed,
-        "data": [{key: value for key, value in index.items() if key != "path"} for index in dataset.indices],
+        "data": data_of(earlier.provenance if earlier else None, *dataset.indices),
         "episodes": len(training),
         "steps_of_data": training.num_steps,
         "initial": start,

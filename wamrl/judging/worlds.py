@@ -338,7 +338,7 @@ def failures_in_training(provenance: Mapping[str, Any]) -> str:
     mixtures = [plan["mixture"] for plan in plans if plan.get("mixture")]
     if not mixtures:
         return "unknown"
-    return "some" if any(m.get("failing", 0) + m.get("random", 0) > 0 for m in mixtures) else "none"
+    return "some" if any(m.get(name, 0) for m in mixtures for name in ("failing", "near_miss", "random")) else "none"
 
 
 def training_splits(provenance: Mapping[str, Any] | None) -> set[str]:
