@@ -34,7 +34,7 @@ from wamrl.cli import command, plain
 from wamrl.evaluation import check_starts, protocol_hash, write_episodes
 from wamrl.files import write_text
 from wamrl.naming import unknown_name, whole_number
-from wamrl.report import METHODS, gain_words, short
+from wamrl.report import METHODS, gain_words, late_words, short
 from wamrl.results import Run, plan_times
 from wamrl.workers import (
     load_model,
@@ -348,6 +348,8 @@ def _print_table(results: Mapping[str, Any], console: Console) -> None:
         "ms/plan: one environment, median. evals: model evaluations per plan"
         + (f", one per {results['steps_per_plan']:.2f} steps." if results["steps_per_plan"] else ".")
     )
+    if late := late_words(results):
+        console.print(late)
     if "mean" in results["gain"]:
         console.print(gain_words(results["gain"]["mean"]))
 
