@@ -23,7 +23,7 @@ from torch import Tensor
 from wamrl.interfaces import WAM, Budget, Gate, Imagined, Plan, PlanState, Proposal, Proposer, Scorer, State
 from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
-from wamrl.planners.gates import Always, ask, device_of, fresh_memory, gate_cost, memory_after
+from wamrl.planners.gates import Always, ask, check_search_cost, device_of, fresh_memory, gate_cost, memory_after
 from wamrl.planners.proposers import coloured_noise, join_imagined, match_sigma
 from wamrl.planners.scorers import asked_of, permutation
 from wamrl.provenance import has_cpp_compiler
@@ -144,9 +144,17 @@ class ShootingPlanner:
             raise ValueError(f"this planner searches continuous actions, but the model's are {model.spec.action_kind}")
         match_sigma(self.sigma, model.spec.action_dim)
 
-    def check_budget(self, model: WAM, budget: Budget) -> None:
-        """ValueError when `budget` does not allow one candidate in `model`, as `plan` would raise it."""
-        self._fit(model, budget)
+    def check_budget(self, model: WAM, budget: Budget, beside: int = 0) -> None:
+        """ValueError when `budget` does not allow one candidate in `model`, as `plan` would raise it.
+
+        Also when that of the gate never allows a search, with the `beside` evaluations of an outer planner.
+        """
+        num, iterations, _ = self._fit(model, budget)
+        check_search_cost(self.gate, self._cost(model, num, iterations) + beside)
+
+    def _cost(self, model: WAM, num: int, iterations: int) -> int:
+        """Evaluations of a search, per row."""
+        return num * iterations * (self.futures or model.spec.ensemble_size) * self.horizon
 
     def initial_state(self, model: WAM, rows: int) -> PlanState:
         """Fresh plan state: `mean` [B, H, A] of the last plan, `warm` [B], `shift` [B] executed steps, `plans` [B]."""
@@ -189,8 +197,7 @@ class ShootingPlanner:
             searched = torch.ones(rows, dtype=torch.bool, device=noise.row.device)
             found = self._search(clock, state, plan_state, noise, limits)
         else:
-            cost = num * iterations * (self.futures or model.spec.ensemble_size) * self.horizon
-            searched = ask(self.gate, cast(WAM, clock), state, plan_state, cost)
+            searched = ask(self.gate, cast(WAM, clock), state, plan_state, self._cost(model, num, iterations))
             found = self._search_some(clock, state, plan_state, noise, limits, searched)
             found.evaluations += gated
         carried: dict[str, Tensor | TensorDict] = {

@@ -380,6 +380,8 @@ def test_a_deadline_stops_the_iterations_but_not_the_first() -> None:
         ("temperature", -1.0, "temperature is -1"),
         ("temperature", math.nan, "temperature is nan"),
         ("num_elites", 0, "num_elites is 0"),
+        ("num_elites", 1.5, "num_elites is 1.5, but must be a whole number"),
+        ("num_elites", True, "num_elites is True, but must be a whole number"),
         ("sigma", 0.0, "sigma is 0"),
         ("sigma", [0.1, -0.1], "sigma is"),
         ("sigma", "abc", "sigma is .abc.*a number above 0"),

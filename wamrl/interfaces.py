@@ -273,9 +273,13 @@ class Proposal:
 
 
 class WAM(torch.nn.Module):
-    """A World Action Model. Subclasses implement the queries that their `spec.provides` lists."""
+    """A World Action Model. Subclasses implement the queries that their `spec.provides` lists.
+
+    differentiable: whether what is imagined depends on the actions through operations that have gradients.
+    """
 
     spec: Spec
+    differentiable: bool = True
 
     def encode(self, context: Context) -> State:
         """State [B] of the context. Called once per plan."""
