@@ -44,6 +44,8 @@ class Subject:
     exhaustive: its candidates are all actions that there are, so that no seed changes them.
     local: it searches near the policy only, so that a best plan far from it is approached but not found: the checks of
     known best plans then ask that it does better than the policy.
+    whole_chunks: the checks that execute plans do not plan anew in every step, but once a chunk is used up; for
+    planners that go on from a plan where exactly its chunk was executed.
     """
 
     make: Callable[[int], Planner]
@@ -52,6 +54,7 @@ class Subject:
     scale_free: bool = True
     exhaustive: bool = False
     local: bool = False
+    whole_chunks: bool = False
 
 
 Check = Callable[[Subject], None]
@@ -96,21 +99,31 @@ def linear_system() -> tuple[ToyWAM, Tensor]:
 
 
 def execute(
-    planner: Planner, model: ToyWAM, z: Tensor, steps: int, *, every: int = 1, noise: NoiseKey | None = None
+    planner: Planner,
+    model: ToyWAM,
+    z: Tensor,
+    steps: int,
+    *,
+    whole_chunks: bool = False,
+    noise: NoiseKey | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Receding horizon in the model itself: actions [B, steps, A] and rewards [B, steps], replanning `every` steps."""
+    """Receding horizon in the model itself: actions [B, steps, A] and rewards [B, steps].
+
+    Plans anew in every step, or with `whole_chunks` when the chunk is used up.
+    """
     rows = z.shape[0]
     noise = noise or NoiseKey.for_rows(rows)
     plan_state = planner.initial_state(model, rows)
     actions, rewards = [], []
-    chunk = torch.empty(0)
+    chunk, used = torch.empty(rows, 0), 0
     for step in range(steps):
-        if step % every == 0:
+        if used == chunk.shape[1] or not whole_chunks:
             now = NoiseKey(row=noise.row, step=noise.step + step, seed=noise.seed)
+            if step:
+                plan_state["shift"] = torch.full_like(plan_state["shift"], used)
             plan, plan_state = planner.plan(model, model.state(z), plan_state, now, Budget())
-            chunk = plan.actions
-            plan_state["shift"] = torch.full_like(plan_state["shift"], every)
-        action = chunk[:, step % every]
+            chunk, used = plan.actions, 0
+        action, used = chunk[:, used], used + 1
         new = model.transition(z, action)
         rewards.append(model.reward_of(z, action, new))
         actions.append(action)
@@ -160,23 +173,28 @@ def it_comes_near_the_riccati_solution(subject: Subject) -> None:
 
     optimal = ((z @ best) * z).sum(dim=1)
     policy = cost(model.propose(model.state(z), 1, mode="ode", horizon=6).actions[:, 0])
-    reached = cost(execute(subject.make(6), model, z, 6)[0])
+    reached = cost(execute(subject.make(6), model, z, 6, whole_chunks=subject.whole_chunks)[0])
     assert bool((reached >= optimal - 1e-5).all()), "no plan can cost less than the Riccati solution"
     lost, lost_by_policy = (float((c / optimal - 1.0).mean()) for c in (reached, policy))
     assert lost_by_policy > 0.2, "the policy is too good to tell planners from it"
-    gap = lost_by_policy if subject.local else subject.gap
+    gap = 0.95 * lost_by_policy if subject.local else subject.gap
     assert lost <= gap, f"{lost:.1%} of the optimal cost was lost, {gap:.0%} are allowed"
 
 
 def it_leaves_the_trap_that_catches_the_greedy(subject: Subject) -> None:
-    """In `maze`, the best first step pays 1; the way to 20 per step pays nothing at first."""
+    """In `maze`, the best first step pays 1; the way to 20 per step pays nothing at first.
+
+    A local planner, which gets nowhere near either, ends where it is worth more than where it began.
+    """
     model, z = maze(), torch.zeros(4, 2)
     grid = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, 9)] * 2, indexing="ij"), dim=-1).view(1, -1, 1, 2)
     greedy = _reward(model.imagine(model.state(z[:1]), grid))[0, :, 0]
     assert bool((grid[0, greedy == greedy.max(), 0, 1] < 0).all()), "the trap is none"
-    _, rewards = execute(subject.make(5), model, z, 7)
+    actions, rewards = execute(subject.make(5), model, z, 7, whole_chunks=subject.whole_chunks)
     if subject.local:  # the policy stays where it is, for nothing
-        assert bool((rewards.sum(dim=1) >= 0.0).all()), f"rewards {rewards.sum(dim=1).tolist()}, the policy has 0"
+        end = model.imagine(model.state(z), actions[:, None]).leaf["z"][:, 0, 0]
+        gain = rewards.sum(dim=1) + model.value_of(end) - model.value_of(z)
+        assert bool((gain > 1e-4).all()), f"return and value rose by {gain.tolist()}, the policy's stay as they are"
         return
     assert bool((rewards.amax(dim=1) == 20.0).all()), f"rewards reached: {rewards.amax(dim=1).tolist()}, best is 20"
 
@@ -201,18 +219,26 @@ def actions_stay_inside_the_bounds(subject: Subject) -> None:
     plan, _ = plan_once(subject.make(2), quadratic(torch.tensor([7.0, -7.0]), discount=0.9), torch.zeros(4, 1))
     for actions in (plan.actions, plan.candidates):
         assert float(actions.abs().max()) <= 1.0, f"an action of {float(actions.abs().max())} is outside of [-1, 1]"
-    assert bool((plan.actions[..., 0] > 0).all() and (plan.actions[..., 1] < 0).all())
+    actions = plan.actions.mean(dim=1) if subject.local else plan.actions  # a local one leans that way on the whole
+    assert bool((actions[..., 0] > 0).all() and (actions[..., 1] < 0).all()), f"{actions} points away from the best"
 
 
 def the_evaluation_budget_is_hard(subject: Subject) -> None:
-    """Never more evaluations than allowed, counted per ensemble member; too few for a plan is an error."""
+    """Never more evaluations than allowed, counted per ensemble member; too few for a plan is an error.
+
+    The model counts along: what a plan says that it took is at least what it asked of the model.
+    """
     planner = subject.make(2)
     for members in (1, 3):
         model = peak(members=members)
         for evaluations in (2 * members, 17, 50, 333):
+            before = model.counts["transitions"]
             plan, _ = plan_once(planner, model, torch.zeros(2, 1), budget=Budget(evaluations=evaluations))
+            asked = model.counts["transitions"] - before
             assert int(plan.evaluations.max()) <= evaluations, f"{int(plan.evaluations.max())} > {evaluations}"
             assert int(plan.evaluations.min()) > 0
+            told = int(plan.evaluations.sum())
+            assert asked <= told, f"the model was asked for {asked} transitions, but the plan tells of {told}"
     try:
         plan_once(planner, peak(members=3), torch.zeros(1, 1), budget=Budget(evaluations=2))
     except ValueError as error:
@@ -222,32 +248,36 @@ def the_evaluation_budget_is_hard(subject: Subject) -> None:
 
 
 def a_deadline_is_met(subject: Subject) -> None:
-    """A model that takes 2 ms per call; the plan ends by its deadline, but for a stall of the machine, and is a plan.
+    """A model so slow that a whole plan takes longer; it ends by its deadline all the same, and is a plan.
 
-    The median of five plans counts, and 30 ms of it are forgiven.
+    The least that a planner does, when its deadline is over at once, has to be less than a whole plan; the deadline
+    that is measured lies in the middle between both. The median of three plans counts, 80 ms of it are forgiven.
     """
+    each_s = 0.0
 
     class Slow(ToyWAM):
-        def roll(self, *arguments, **options):
-            time.sleep(0.002)
-            return super().roll(*arguments, **options)
+        def roll(self, state, num, act, horizon):
+            time.sleep(each_s * num * horizon)
+            return super().roll(state, num, act, horizon)
 
     model = peak()
     model.__class__ = Slow
-    planner = subject.make(2)
+    planner = subject.make(4)
     z = torch.zeros(2, 1)
-    began = time.perf_counter()
     whole, _ = plan_once(planner, model, z)
-    full = time.perf_counter() - began
-    deadline = max(0.02, full / 3)
+    most = model.counts["transitions"]
+    tight, _ = plan_once(planner, model, z, budget=Budget(deadline_s=1e-9))
+    least = model.counts["transitions"] - most
+    assert least <= 0.9 * most, f"{least} of the {most} transitions of a whole plan were imagined after the deadline"
+    each_s = 0.8 * z.shape[0] / most
+    deadline = 0.4 * (1.0 + least / most)
     times = []
-    for _ in range(5):
+    for _ in range(3):
         began = time.perf_counter()
         some, _ = plan_once(planner, model, z, budget=Budget(deadline_s=deadline))
         times.append(time.perf_counter() - began)
-    taken = sorted(times)[2]
-    assert taken < deadline + 0.03, f"a deadline of {deadline:.3f} s was met after {taken:.3f} s only"
-    tight, _ = plan_once(planner, model, z, budget=Budget(deadline_s=1e-9))
+    taken = sorted(times)[1]
+    assert taken < deadline + 0.08, f"a deadline of {deadline:.3f} s was met after {taken:.3f} s only"
     for plan in (some, tight):
         assert bool(plan.actions.isfinite().all()) and int(plan.evaluations.min()) > 0
     assert int(tight.evaluations.max()) <= int(some.evaluations.min()) <= int(whole.evaluations.max())
@@ -284,7 +314,7 @@ def a_model_that_is_broken_everywhere_is_an_error(subject: Subject) -> None:
 
 def steps_after_an_episodes_end_do_not_count(subject: Subject) -> None:
     """Going fast ends the episode, after which the model dreams of 100s that nobody can have."""
-    _, rewards = execute(subject.make(3), MortalWAM(), torch.zeros(4, 1), 3)
+    _, rewards = execute(subject.make(3), MortalWAM(), torch.zeros(4, 1), 3, whole_chunks=subject.whole_chunks)
     assert float(rewards.max()) <= 1.0, "the planner ran into the end of the episode for what the model said lay behind"
 
 
@@ -327,14 +357,15 @@ def the_same_key_gives_the_same_plan(subject: Subject) -> None:
 
 
 def batched_equals_looped(subject: Subject) -> None:
-    """Three control steps of five episodes at once and one by one, warm starts included."""
+    """Control steps of five episodes at once and one by one, warm starts included."""
     model, _ = linear_system()
     z = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)) * 0.5
     noise = NoiseKey(row=torch.tensor([4, 9, 2, 7, 11]), step=torch.tensor([0, 3, 8, 1, 0]))
-    together, _ = execute(subject.make(4), model, z, 3, noise=noise)
+    steps = 6 if subject.whole_chunks else 3
+    together, _ = execute(subject.make(4), model, z, steps, whole_chunks=subject.whole_chunks, noise=noise)
     for i in range(5):
         row = torch.tensor([i])
-        alone, _ = execute(subject.make(4), model, z[row], 3, noise=noise[row])
+        alone, _ = execute(subject.make(4), model, z[row], steps, whole_chunks=subject.whole_chunks, noise=noise[row])
         torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=0.0)
 
 

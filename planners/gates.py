@@ -190,17 +190,21 @@ class BudgetGate:
         zeros = torch.zeros(rows, dtype=torch.int64, device=device_of(model))
         return TensorDict({"spent": zeros, "steps": zeros.clone()}, batch_size=[rows])
 
+    def check_cost(self, cost: int) -> None:
+        """ValueError where a search that may take `cost` evaluations would not even fit at the start of an episode."""
+        if self.per_episode is not None and cost > self.per_episode:
+            raise ValueError(
+                f"gate.per_episode is {self.per_episode}, but one search takes up to {cost} evaluations, so that none "
+                "would take place; allow more, or make the search smaller"
+            )
+
     def __call__(self, model: WAM, state: State, plan_state: PlanState) -> Tensor:
         """[B] True where the search still fits; ValueError where not even the first of an episode would."""
         cost, (spent, steps) = plan_state["search_cost"], self._past(plan_state)
         if self.per_second is not None:
             # Compared after a division: a float32 cannot hold the product of a large rate and a long episode exactly.
             return (spent.double() / self.per_second) <= steps.double() * model.spec.control_dt_s + 1e-9
-        if int(cost.max()) > (self.per_episode or 0):
-            raise ValueError(
-                f"gate.per_episode is {self.per_episode}, but one search takes up to {int(cost.max())} evaluations, so "
-                "that none would take place; allow more, or make the search smaller"
-            )
+        self.check_cost(int(cost.max()))
         return spent + cost <= self.per_episode
 
     def remember(self, model: WAM, state: State, plan_state: PlanState, plan: Plan) -> TensorDict:
@@ -234,6 +238,12 @@ def ask(gate: Gate, model: WAM, state: State, plan_state: PlanState, cost: int) 
     plan_state = plan_state.copy()
     plan_state["search_cost"] = plan_state.get("search_cost", torch.zeros_like(plan_state["shift"])) + cost
     return gate(model, state, plan_state)
+
+
+def check_search_cost(gate: Gate, cost: int) -> None:
+    """ValueError where `gate` has a budget that never allows a search of `cost` evaluations per row."""
+    if hasattr(gate, "check_cost"):
+        gate.check_cost(cost)
 
 
 def gate_cost(gate: Gate, model: WAM, horizon: int) -> int:

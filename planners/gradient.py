@@ -70,12 +70,15 @@ class GradientPlanner:
         return self.start.horizon
 
     def initial_state(self, model: WAM, rows: int) -> PlanState:
-        """That of the search; ValueError when `model` does not answer what it asks."""
+        """That of the search; ValueError when `model` does not answer what it asks, or has no gradients to climb."""
+        if not model.differentiable:
+            raise _no_gradient(model)
         return self.start.initial_state(model, rows)
 
     def check_budget(self, model: WAM, budget: Budget) -> None:
-        """ValueError when `budget` does not allow the search one candidate in `model`."""
-        self.start.check_budget(model, budget)
+        """ValueError when `budget` does not allow the search one candidate in `model`, or the gate's never a plan."""
+        steps, first, climb = self._split(model, budget)
+        self.start.check_budget(model, Budget(first, budget.deadline_s), beside=climb)
 
     def plan(
         self, model: WAM, state: State, plan_state: PlanState, noise: NoiseKey, budget: Budget
@@ -87,15 +90,11 @@ class GradientPlanner:
         Raises ValueError when the score does not depend on the actions through differentiable operations.
         """
         started = time.perf_counter()
-        forward = self.num_starts * (self.start.futures or model.spec.ensemble_size) * self.horizon
-        foreseen = foresight_steps(self.start.gate, self.horizon) * model.spec.ensemble_size
-        steps, first = self.steps, budget.evaluations
-        if budget.evaluations is not None:
-            steps = min(steps, (budget.evaluations // 2 - forward - foreseen) // (2 * forward))
-            first = budget.evaluations - forward * (2 * steps + 1) - foreseen if steps > 0 else budget.evaluations
+        forward, foreseen = self._forward(model), self._foreseen(model)
+        steps, first, climb = self._split(model, budget)
         deadline = None if budget.deadline_s is None else budget.deadline_s / 2
         asked = plan_state.copy()
-        asked["search_cost"] = torch.full_like(asked["shift"], max(0, forward * (2 * steps + 1)) if steps > 0 else 0)
+        asked["search_cost"] = torch.full_like(asked["shift"], climb)
         plan, next_state = self.start.plan(model, state, asked, noise.fold(0), Budget(first, deadline))
         rows = (plan.searched & plan.value.isfinite()).nonzero()[:, 0]
         if rows.numel() == 0 or steps < 1:
@@ -115,6 +114,25 @@ class GradientPlanner:
         for name, memory in memory_after(self.start.gate, model, state, plan_state, plan).items():
             next_state[name] = memory
         return plan, next_state
+
+    def _forward(self, model: WAM) -> int:
+        """Evaluations of one pass of all starts."""
+        return self.num_starts * (self.start.futures or model.spec.ensemble_size) * self.horizon
+
+    def _foreseen(self, model: WAM) -> int:
+        """Evaluations of the gate's look at the climbed chunk."""
+        return foresight_steps(self.start.gate, self.horizon) * model.spec.ensemble_size
+
+    def _split(self, model: WAM, budget: Budget) -> tuple[int, int | None, int]:
+        """Gradient steps that the budget allows, evaluations that are left for the search, and those of the climb."""
+        forward, foreseen = self._forward(model), self._foreseen(model)
+        steps = self.steps
+        if budget.evaluations is not None:
+            steps = min(steps, (budget.evaluations // 2 - forward - foreseen) // (2 * forward))
+        if steps < 1:
+            return steps, budget.evaluations, 0
+        climb = forward * (2 * steps + 1)
+        return steps, None if budget.evaluations is None else budget.evaluations - climb - foreseen, climb
 
     def _climb(
         self, model: WAM, state: State, plan: Plan, rows: Tensor, noise: NoiseKey, steps: int, ends: float | None
@@ -174,13 +192,17 @@ class GradientPlanner:
             if score_only:
                 return scores, torch.zeros_like(actions)
             if not scores.requires_grad:
-                raise ValueError(
-                    f"planner=gradient climbs the gradient of the score, but {type(model).__name__} gives none "
-                    "(a simulator, or a model that detaches); use planner=cem there"
-                )
+                raise _no_gradient(model)
             total = scores.where(scores.isfinite(), 0.0).sum()
         (gradient,) = torch.autograd.grad(total, leaf)
         return scores.detach(), gradient.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _no_gradient(model: WAM) -> ValueError:
+    return ValueError(
+        f"planner=gradient climbs the gradient of the score, but {type(model).__name__} gives none "
+        "(a simulator, or a model that detaches); use planner=cem there"
+    )
 
 
 def make_gradient(

@@ -25,7 +25,7 @@ from torch import Tensor
 from wamrl.interfaces import WAM, Budget, Context, Gate, Imagined, Plan, PlanState, Proposal, State
 from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
-from wamrl.planners.gates import Always, ask, device_of, fresh_memory, gate_cost, memory_after
+from wamrl.planners.gates import Always, ask, check_search_cost, device_of, fresh_memory, gate_cost, memory_after
 from wamrl.planners.proposers import check_sigma, coloured_noise, match_sigma, noise_basis
 from wamrl.planners.scorers import ReturnScorer, asked_of
 from wamrl.planners.shooting import (
@@ -172,8 +172,9 @@ class MCTSPlanner:
             match_sigma(self.sigma, spec.action_dim)
 
     def check_budget(self, model: WAM, budget: Budget) -> None:
-        """ValueError when `budget` does not allow one simulation in `model`, as `plan` would raise it."""
-        self._fit(model, budget)
+        """ValueError when `budget` does not allow one simulation in `model`, or that of the gate never a search."""
+        simulations, _ = self._fit(model, budget)
+        check_search_cost(self.gate, simulations * model.spec.ensemble_size * self.chunk)
 
     def initial_state(self, model: WAM, rows: int) -> PlanState:
         """Fresh plan state: `warm` [B], `shift` [B] executed steps, `plans` [B], with `reuse` the subtree that is kept.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wamrl.interfaces import Gate
-from wamrl.naming import unknown_name
+from wamrl.naming import unknown_name, whole_number
 from wamrl.planners.gates import Always, Uncertainty
 from wamrl.planners.proposers import NoiseProposer, PolicyProposer, check_sigma
 from wamrl.planners.scorers import ReturnScorer, check_comparable
@@ -35,8 +35,8 @@ def mppi_refit(*, temperature: float = 0.5, standardise: bool = True, num_elites
     """
     if not math.isfinite(temperature) or temperature <= 0:
         raise ValueError(f"planner.temperature is {temperature}, but must be above 0; 0.5 is usual")
-    if num_elites is not None and num_elites < 1:
-        raise ValueError(f"planner.num_elites is {num_elites}, but must be at least 1, or null for all candidates")
+    if num_elites is not None:
+        whole_number("planner.num_elites", num_elites, 1)
 
     def refit(actions: Tensor, scores: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weights = mppi_weights(scores, temperature, standardise, num_elites)

@@ -23,8 +23,8 @@ from torch import Tensor
 from wamrl.interfaces import WAM, Budget, Gate, Imagined, Plan, PlanState, Proposal, Proposer, Scorer, State
 from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
-from wamrl.planners.gates import Always, ask, device_of, fresh_memory, gate_cost, memory_after
-from wamrl.planners.proposers import coloured_noise, match_sigma
+from wamrl.planners.gates import Always, ask, check_search_cost, device_of, fresh_memory, gate_cost, memory_after
+from wamrl.planners.proposers import coloured_noise, join_imagined, match_sigma
 from wamrl.planners.scorers import asked_of, permutation
 from wamrl.provenance import has_cpp_compiler
 
@@ -34,6 +34,10 @@ NOISE_BLOCK = 8
 """Iterations whose noise is drawn at once: fewer small calls, while a deadline can still stop a long search early."""
 MOST_GRAPHS = 64
 """Graphs that a compiled function may come to, in place of torch's eight."""
+BLOCK_GROWTH = 4
+"""A block has at most that many times the candidates of the one before: what few took says little of very many."""
+KEPT_BACK = 0.05
+"""Share of a deadline that is left for what follows the search."""
 
 
 class Refit(Protocol):
@@ -140,9 +144,17 @@ class ShootingPlanner:
             raise ValueError(f"this planner searches continuous actions, but the model's are {model.spec.action_kind}")
         match_sigma(self.sigma, model.spec.action_dim)
 
-    def check_budget(self, model: WAM, budget: Budget) -> None:
-        """ValueError when `budget` does not allow one candidate in `model`, as `plan` would raise it."""
-        self._fit(model, budget)
+    def check_budget(self, model: WAM, budget: Budget, beside: int = 0) -> None:
+        """ValueError when `budget` does not allow one candidate in `model`, as `plan` would raise it.
+
+        Also when that of the gate never allows a search, with the `beside` evaluations of an outer planner.
+        """
+        num, iterations, _ = self._fit(model, budget)
+        check_search_cost(self.gate, self._cost(model, num, iterations) + beside)
+
+    def _cost(self, model: WAM, num: int, iterations: int) -> int:
+        """Evaluations of a search, per row."""
+        return num * iterations * (self.futures or model.spec.ensemble_size) * self.horizon
 
     def initial_state(self, model: WAM, rows: int) -> PlanState:
         """Fresh plan state: `mean` [B, H, A] of the last plan, `warm` [B], `shift` [B] executed steps, `plans` [B]."""
@@ -167,9 +179,11 @@ class ShootingPlanner:
         """Search every row of `state` [B] that the gate lets through; the others follow the policy.
 
         budget.evaluations is hard: candidates become fewer, down to `min_candidates`, then iterations, then candidates
-        again; ValueError when not even one fits. budget.deadline_s: no iteration starts that would end after it (judged
-        by the slowest so far); the first one always runs. The plan state returned has `shift` 1: one step is expected
-        to be executed.
+        again; ValueError when not even one fits. budget.deadline_s: candidates are imagined in blocks, and none starts
+        that would end after it (judged by those so far); the first `min_candidates`, the policy's own chunk among them,
+        always are. The rest of an iteration that it stops repeat candidate 0, with a score of -inf and no weight. Each
+        block draws noise of its own. Compiled iterations stay whole. The plan state returned has `shift` 1: one step is
+        expected to be executed.
         `Plan.seconds`: "imagine" is the time inside the model, "search" the rest; a compiled iteration counts as
         the former as a whole.
         """
@@ -183,8 +197,7 @@ class ShootingPlanner:
             searched = torch.ones(rows, dtype=torch.bool, device=noise.row.device)
             found = self._search(clock, state, plan_state, noise, limits)
         else:
-            cost = num * iterations * (self.futures or model.spec.ensemble_size) * self.horizon
-            searched = ask(self.gate, cast(WAM, clock), state, plan_state, cost)
+            searched = ask(self.gate, cast(WAM, clock), state, plan_state, self._cost(model, num, iterations))
             found = self._search_some(clock, state, plan_state, noise, limits, searched)
             found.evaluations += gated
         carried: dict[str, Tensor | TensorDict] = {
@@ -229,38 +242,45 @@ class ShootingPlanner:
         self, clock: ModelClock, state: State, plan_state: PlanState, noise: NoiseKey, limits: _Limits
     ) -> _Found:
         """Search every row of `state`."""
-        model = cast(WAM, clock)
-        proposal = self.proposer(model, state, plan_state, limits.num_candidates, noise.fold(0))
+        model, looked = cast(WAM, clock), limits.num_candidates
+        pace = None if limits.deadline_s is None else _Pace(limits.started + (1.0 - KEPT_BACK) * limits.deadline_s)
         sigma = self.sigma.to(noise.row.device)
         order, key = self._order(noise, 0, limits.num_candidates), noise.fold(1).fold(0)
-        # Actions are bounded, so a candidate's sum is finite exactly if all of its actions are.
-        broken = ~proposal.actions.sum(dim=(2, 3)).isfinite()
-        actions = proposal.actions.clamp(-1.0, 1.0)
-        if broken.any():
-            actions.nan_to_num_()
         evaluate = self._evaluator(clock)
-        if proposal.imagined is None:
-            now, failed, spent = evaluate(state, actions, broken, sigma, key, order)
+        if pace is not None:
+            propose = partial(self._propose_block, model, state, plan_state, noise)
+            now, failed, spent = self._in_blocks(model, state, propose, looked, sigma, order, pace)
+            looked = pace.looked
         else:
-            self._check_futures(proposal.imagined)
-            scores = self.scorer(model, state, proposal.imagined)
-            now, failed = self._refit(actions, scores, broken, sigma, order)
-            spent = proposal.imagined.evaluations
+            proposal = self.proposer(model, state, plan_state, limits.num_candidates, noise.fold(0))
+            actions, broken = _cleaned(proposal.actions)
+            if proposal.imagined is None:
+                now, failed, spent = evaluate(state, actions, broken, sigma, key, order)
+            else:
+                self._check_futures(proposal.imagined)
+                scores = self.scorer(model, state, proposal.imagined)
+                now, failed = self._refit(actions, scores, broken, sigma, order)
+                spent = proposal.imagined.evaluations
         any_failed = bool(failed.any())
         if any_failed:
-            report_failure(failed, limits.num_candidates, self.on_failure)
+            report_failure(failed, looked, self.on_failure)
         best = _best(now) if self.choose == "best" else None
         settled: list[tuple[Tensor, _Found]] = []
         rows = None  # the rows that go on, once some have settled
         if limits.iterations > 1:
-            basis, action_dim = self.basis.to(noise.row.device), actions.shape[-1]
+            basis, action_dim = self.basis.to(noise.row.device), now.actions.shape[-1]
             keep = min(self.keep_elites, limits.num_candidates - 1)
-            broken = torch.zeros_like(broken)
+            broken = torch.zeros_like(now.scores, dtype=torch.bool)
             slowest = time.perf_counter() - limits.started
             for i in range(1, limits.iterations):
                 begun = time.perf_counter()
-                if limits.deadline_s is not None and begun - limits.started + slowest > limits.deadline_s:
-                    break
+                if pace is not None:
+                    if looked < limits.num_candidates:
+                        break  # the last iteration was stopped already
+                    if self.compile and begun + slowest > pace.ends:
+                        break
+                    if not self.compile and not pace.more(0, min(self.min_candidates, looked)):
+                        break
                 block, within = divmod(i - 1, NOISE_BLOCK)
                 if within == 0:
                     ahead = min(NOISE_BLOCK, limits.iterations - i)
@@ -272,7 +292,13 @@ class ShootingPlanner:
                 actions = (offsets[:, within] * spread).add_(now.mean[:, None])
                 if keep:
                     actions[:, 1 : 1 + keep] = _elites(now.actions, now.scores, keep)
-                then, dead, cost = evaluate(state, actions.clamp_(-1.0, 1.0), broken, now.sigma, key, order)
+                actions.clamp_(-1.0, 1.0)
+                if pace is None or self.compile:
+                    then, dead, cost = evaluate(state, actions, broken, now.sigma, key, order)
+                else:
+                    imagine = partial(self._imagine_block, model, state, actions, broken, key)
+                    then, dead, cost = self._in_blocks(model, state, imagine, looked, now.sigma, order, pace)
+                    looked = pace.looked
                 before, now = now.mean, _where(dead, now, then) if dead.any() else then
                 spent += cost
                 if best is not None:
@@ -299,6 +325,91 @@ class ShootingPlanner:
             if self.choose == "best":
                 found.mean = found.actions
         return found
+
+    def _propose_block(
+        self, model: WAM, state: State, plan_state: PlanState, noise: NoiseKey, block: int, first: int, num: int
+    ) -> tuple[Tensor, Tensor, Imagined]:
+        """`num` candidates of the proposer [R, num, H, A], which of them [R, num] are broken, and their futures."""
+        drawn, key = noise.fold(0), noise.fold(1).fold(0)
+        if block:
+            drawn, key = drawn.fold(block), key.fold(block)
+        proposal = self.proposer(model, state, plan_state, num, drawn)
+        actions, broken = _cleaned(proposal.actions)
+        if proposal.imagined is None:
+            return actions, broken, model.imagine(state, actions, futures=self.futures, noise=key)
+        self._check_futures(proposal.imagined)
+        return actions, broken, proposal.imagined
+
+    def _imagine_block(
+        self, model: WAM, state: State, actions: Tensor, broken: Tensor, key: NoiseKey, block: int, first: int, num: int
+    ) -> tuple[Tensor, Tensor, Imagined]:
+        """The candidates `first` to `first + num` of `actions`, which of them are broken, and their futures."""
+        part = slice(first, first + num)
+        key = key.fold(block) if block else key
+        imagined = model.imagine(state, actions[:, part], futures=self.futures, noise=key)
+        return actions[:, part], broken[:, part], imagined
+
+    def _in_blocks(
+        self,
+        model: WAM,
+        state: State,
+        look: Callable[[int, int, int], tuple[Tensor, Tensor, Imagined]],
+        num: int,
+        sigma: Tensor,
+        order: Tensor | None,
+        pace: _Pace,
+    ) -> tuple[_Iterate, Tensor, int]:
+        """An iteration of at most `num` candidates, of which those are looked at for which there is time.
+
+        look: block, first candidate, candidates -> actions, broken, futures. Returns what `_evaluate` does, and leaves
+        in `pace.looked` how many it were.
+        """
+        judge = partial(self._judge, model, state, sigma, order, num)
+        pace.looked = min(self.min_candidates, num)
+        begun = time.perf_counter()
+        actions, broken, imagined = look(0, 0, pace.looked)
+        then = time.perf_counter()
+        pace.imagined(pace.looked, then - begun)
+        # The first block is judged by itself, and again with those that follow, to know how long that takes.
+        found = judge(actions, broken, imagined)
+        pace.judged(pace.looked, time.perf_counter() - then)
+        block = 0
+        while more := pace.more(pace.looked, num - pace.looked):
+            begun, block = time.perf_counter(), block + 1
+            further, unusable, futures = look(block, pace.looked, more)
+            actions, broken = torch.cat([actions, further], dim=1), torch.cat([broken, unusable], dim=1)
+            imagined = join_imagined(imagined, futures)
+            pace.imagined(more, time.perf_counter() - begun)
+            pace.looked += more
+        if block:
+            found = judge(actions, broken, imagined)
+        return *found, imagined.evaluations
+
+    def _judge(
+        self,
+        model: WAM,
+        state: State,
+        sigma: Tensor,
+        order: Tensor | None,
+        num: int,
+        actions: Tensor,
+        broken: Tensor,
+        imagined: Imagined,
+    ) -> tuple[_Iterate, Tensor]:
+        """`_refit` of the candidates [R, L, H, A] that were looked at, filled up to `num`."""
+        rows, looked = actions.shape[:2]
+        if order is not None and looked < num:  # the null control permutes what there is: still one permutation per row
+            order = order[order < looked].view(rows, looked)
+        now, dead = self._refit(actions, self.scorer(model, state, imagined), broken, sigma, order)
+        _wait(now.scores)
+        if looked == num:
+            return now, dead
+        rest = now.scores.new_full((rows, num - looked), -math.inf)
+        return now._replace(
+            actions=torch.cat([actions, actions[:, :1].expand(-1, num - looked, -1, -1)], dim=1),
+            scores=torch.cat([now.scores, rest], dim=1),
+            weights=torch.cat([now.weights, torch.zeros_like(rest)], dim=1),
+        ), dead
 
     def _found(self, now: _Iterate, best: tuple[Tensor, Tensor] | None, spent: int) -> _Found:
         """What the last iteration, and the best candidate where that is chosen, come to."""
@@ -427,6 +538,42 @@ class _Limits:
     deadline_s: float | None
 
 
+class _Pace:
+    """How many candidates there is still time for until `ends` (of `time.perf_counter`), judged by those before.
+
+    looked: how many candidates the latest iteration has looked at.
+    """
+
+    def __init__(self, ends: float) -> None:
+        self.ends, self.looked = ends, 0
+        self._least: tuple[int, float] | None = None  # candidates and seconds of the smallest block
+        self._latest, self._judging = (1, 0.0), (1, 0.0)
+
+    def imagined(self, num: int, seconds: float) -> None:
+        """Note that imagining `num` candidates took `seconds`."""
+        self._latest = num, seconds
+        if self._least is None or num <= self._least[0]:
+            self._least = num, max(seconds, 0.0 if self._least is None else self._least[1])
+
+    def judged(self, num: int, seconds: float) -> None:
+        """Note that scoring `num` candidates and refitting took `seconds`."""
+        self._judging = num, seconds
+
+    def more(self, looked: int, wanted: int) -> int:
+        """Candidates of the next block, at most `wanted`, that can be judged in time with the `looked` before; or 0."""
+        if wanted < 1 or self._least is None:
+            return 0
+        (least, base), (latest, seconds), (judged, judging) = self._least, self._latest, self._judging
+        each, judge_each = seconds / latest, judging / judged
+        most = min(wanted, BLOCK_GROWTH * latest)
+        # Fewer than the smallest block take as long as it did: what a call costs, however few it is about.
+        left = self.ends - time.perf_counter() - base - judge_each * (looked + min(least, most))
+        if left < 0.0:
+            return 0
+        beyond = left / (each + judge_each) if each + judge_each > 0 else math.inf
+        return int(min(most, least + beyond))
+
+
 class _Iterate(NamedTuple):
     """One iteration: candidates [R, N, H, A], scores [R, N], the refitted mean, sigma and weights."""
 
@@ -552,6 +699,22 @@ def check_deadline(budget: Budget) -> None:
 def count_plans(plan_state: PlanState) -> Tensor:
     """[B] plans that each row has had in its episode, this one included."""
     return plan_state["plans"] * plan_state["warm"] + 1
+
+
+def _cleaned(actions: Tensor) -> tuple[Tensor, Tensor]:
+    """Candidates [R, N, H, A] as finite actions inside the bounds, and which of them [R, N] were not finite."""
+    # Actions are bounded, so a candidate's sum is finite exactly if all of its actions are.
+    broken = ~actions.sum(dim=(2, 3)).isfinite()
+    actions = actions.clamp(-1.0, 1.0)
+    if broken.any():
+        actions.nan_to_num_()
+    return actions, broken
+
+
+def _wait(result: Tensor) -> None:
+    """Until `result` is there: a GPU computes behind its caller's back, which would make a fast clock."""
+    if result.is_cuda:
+        torch.cuda.synchronize(result.device)
 
 
 def _joined(parts: list[tuple[Tensor, _Found]]) -> _Found:

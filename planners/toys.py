@@ -23,7 +23,7 @@ class ToyWAM(WAM):
 
     The latent is the observation `state` [D]; the policy is `gain` z, clamped, with `mode="sde"` plus noise of standard
     deviation `spread` where it is given `noise`; the behaviour prior, where there is one, is its opposite.
-    counts: calls per query.
+    counts: calls per query, and of `transitions` those of all rows, candidates and members together.
     """
 
     gain: Tensor
@@ -62,7 +62,7 @@ class ToyWAM(WAM):
         )
         self.transition, self.reward_of, self.value_of, self.spread = transition, reward, value, spread
         self.register_buffer("gain", torch.zeros(action_dim, state_dim) if gain is None else gain)
-        self.counts = {"encode": 0, "imagine": 0, "propose": 0, "value": 0}
+        self.counts = {"encode": 0, "imagine": 0, "propose": 0, "value": 0, "transitions": 0}
 
     def encode(self, context: Context) -> State:
         """The last frame's state is the latent."""
@@ -88,6 +88,7 @@ class ToyWAM(WAM):
             frames.append(new)
             z = new
         members = self.spec.ensemble_size
+        self.counts["transitions"] += z.shape[0] * num * members * horizon
         reward = torch.stack(rewards, dim=-1)[:, :, None].expand(-1, -1, members, -1)
         frames_RNMHD = torch.stack(frames, dim=2)[:, :, None].expand(-1, -1, members, -1, -1)
         leaf = TensorDict({"z": frames_RNMHD[..., -1, :]}, batch_size=reward.shape[:3])

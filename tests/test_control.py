@@ -18,6 +18,8 @@ from wamrl.control import AdaptivePolicy, InteractivePolicy, ModelPolicy, Planne
 from wamrl.interfaces import Context, Plan, Policy, PolicyState, State
 from wamrl.planners import ShootingPlanner, make_gradient, make_mcts, make_mppi
 from wamrl.planners.toys import TASKS, ToyWAM, observation, quadratic
+from wamrl.report import late_words
+from wamrl.results import plan_times
 
 CONFIGS = resources.files("wamrl.configs")
 TARGET = torch.tensor([0.3, -0.6])
@@ -450,6 +452,20 @@ def test_other_constructor_errors() -> None:
         PlannerPolicy(integrator(), small(), evaluations=0)
     with pytest.raises(ValueError, match="deadline_s is -1"):
         PlannerPolicy(integrator(), small(), deadline_s=-1.0)
+
+
+def test_plans_that_miss_their_deadline_are_counted() -> None:
+    policy = PlannerPolicy(integrator(), small(), deadline_s=1e-6)
+    drive(policy, [torch.zeros(1, 1)] * 3)
+    assert [entry["late"] for entry in policy.log] == [1, 1, 1]
+    assert plan_times(policy.log, 1)["late"] == 3
+    for deadline_s in (None, 100.0):
+        policy = PlannerPolicy(integrator(), small(), deadline_s=deadline_s)
+        drive(policy, [torch.zeros(1, 1)] * 3)
+        assert plan_times(policy.log, 1)["late"] == 0
+    results = {"timing": {"single": {"late": 1, "plans": 9}}, "config": {"controller": {"deadline_s": 0.02}}}
+    assert late_words(results) == "1 of 9 single plans took longer than the deadline of 20 ms."
+    assert late_words(results | {"config": {"controller": {"deadline_s": None}}}) == ""
 
 
 @pytest.mark.parametrize(

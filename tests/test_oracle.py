@@ -10,7 +10,7 @@ from wamrl.interfaces import Budget, Context
 from wamrl.models.joint_embedding import JointEmbeddingWAM
 from wamrl.noise import NoiseKey
 from wamrl.oracle import OracleWAM
-from wamrl.planners.mppi import make_mppi
+from wamrl.planners import make_cem, make_gradient, make_mppi
 
 metaworld = pytest.importorskip("wamrl.envs.metaworld")
 
@@ -122,6 +122,12 @@ def test_the_oracle_plans_among_the_candidates_of_its_model(pushing):
         candidates.append(plan.candidates)
     assert torch.equal(*candidates)
     assert "behaviour" in oracle.spec.provides
+
+
+def test_the_oracle_has_no_gradients_to_climb(pushing):
+    oracle, _ = pushing
+    with pytest.raises(ValueError, match="OracleWAM gives none.*use planner=cem"):
+        make_gradient(start=make_cem(horizon=2)).initial_state(oracle, 1)
 
 
 def test_the_oracle_says_what_it_is_not(pushing):

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -22,6 +23,7 @@ from wamrl.envs.layouts import METAWORLD
 from wamrl.evaluation import read_episodes
 from wamrl.models.joint_embedding import JointEmbeddingWAM
 from wamrl.plan import main
+from wamrl.planners import GoalScorer
 
 pytest.importorskip("metaworld")
 
@@ -92,6 +94,57 @@ def test_a_model_that_only_acts_runs_without_a_planner(tmp_path, capsys):
     main(_arguments(str(path), "methods=[policy,random]", "video=false"))
     assert set(_results()["summary"]) == {"policy", "random"}
     assert "wam=mot_uwm" in _refused(capsys, _arguments(str(path), "methods=[planner,policy]"))
+
+
+GOAL = ["planner=cem", "scorer@planner.scorer=goal", "planner.num_elites=2", "planner.iterations=2", "video=false"]
+
+
+@pytest.mark.parametrize("controller", ["chunked", "adaptive", "interactive"])
+def test_a_planner_is_shown_where_the_expert_ends(wam, controller, monkeypatch):
+    seen: dict[int, set[bytes]] = {}
+    score = GoalScorer.__call__
+
+    def watched(self, model, state, imagined):
+        for goal in state["goal"]:
+            seen.setdefault(len(state), set()).add(goal.numpy().tobytes())
+        return score(self, model, state, imagined)
+
+    monkeypatch.setattr(GoalScorer, "__call__", watched)
+    quick = ["goal=expert", "methods=[planner,expert]", f"controller={controller}", "controller.deadline_s=1e-6"]
+    main(_arguments(wam, *GOAL, *quick, "env.max_steps=60"))
+    results = _results()
+    assert results["protocol"]["goal"] == "expert"
+    assert results["summary"]["expert"]["mean"]["successes"] == 2  # so that the goals are successes
+    (goals,) = (goals for rows, goals in seen.items() if rows == 2)
+    assert len(goals) == 2 and seen[1] - goals  # one per start; the timing pass has one of its own
+    assert results["timing"]["single"]["late"] == 3 and results["metrics"]["plan/batched/late"] == 1.0
+
+
+def test_a_goal_from_a_file_is_part_of_the_protocol(wam):
+    hashes = []
+    for number in (0.0, 1.0):
+        np.savez("goal.npz", state=np.full(39, number))
+        main(_arguments(wam, *GOAL, "goal=goal.npz", "methods=[planner]", "latency_plans=0", "episodes=1"))
+        hashes.append(_results()["protocol_hash"])
+    main(_arguments(wam, "methods=[policy]", "latency_plans=0", "episodes=1", "video=false"))
+    assert len({*hashes, _results()["protocol_hash"]}) == 3
+
+
+def test_goals_that_cannot_be_served_are_refused_at_once(wam, capsys):
+    np.savez("other.npz", images=np.zeros(3))
+    np.savez("short.npz", state=np.zeros(3))
+    Path("text.npz").write_text("no arrays")
+    for words, told in {
+        ("goal=expert",): "does not read it; set planner=cem scorer@planner.scorer=goal",
+        (*GOAL,): "scores by the distance to a goal, but there is none; set goal=expert",
+        (*GOAL, "goal=none.npz"): "there is no such file",
+        (*GOAL, "goal=other.npz"): "has images, but the model reads 'state'",
+        (*GOAL, "goal=short.npz"): "has shape [3], but one observation has [39]",
+        (*GOAL, "goal=text.npz"): "is no npz file of numbers",
+        (*GOAL, "goal=3"): "goal is 3, but must be expert",
+        (*GOAL, "goal=expert", "oracle=true"): "does not answer 'goal'",
+    }.items():
+        assert told in " ".join(_refused(capsys, _arguments(wam, *words)).split())
 
 
 def test_the_policy_executes_as_much_of_a_chunk_as_the_controller_when_asked_to(wam):

@@ -7,10 +7,13 @@ import time
 
 import pytest
 import torch
+from hydra.utils import instantiate
 
-from wamrl.interfaces import WAM, Imagined, Proposal
+from wamrl import cli
+from wamrl.interfaces import WAM, Budget, Imagined, Proposal
 from wamrl.planners import make_best_of_n, make_cem, make_gradient, make_mcts, make_mppi
-from wamrl.planners.conformance import CHECKS, Subject
+from wamrl.planners.conformance import CHECKS, Subject, execute, linear_system
+from wamrl.planners.tree import Tree
 
 WIDE = {"num_candidates": 256, "sigma": 0.6}
 
@@ -82,6 +85,24 @@ class DiscreteSearch:
         return dataclasses.replace(plan, actions=plan.actions @ table, candidates=plan.candidates @ table), after
 
 
+def shipped(name: str, **options) -> Subject:
+    """The settings of `configs/planner/<name>.yaml` at another horizon, which search near the policy."""
+    settings = cli.compose("plan", [f"planner={name}"]).planner
+
+    def make(horizon: int):
+        if name == "mcts":
+            return instantiate(settings, chunk=min(2, horizon), depth=-(-horizon // 2))
+        if name == "gradient":
+            return instantiate(settings, start={"horizon": horizon})
+        return instantiate(settings, horizon=min(horizon, 4) if name == "best_of_n" else horizon)
+
+    return Subject(make, local=True, **options)
+
+
+def reusing(horizon: int):
+    return mcts(horizon, search="puct", reuse=True)
+
+
 SUBJECTS = {
     "mppi": Subject(
         lambda horizon: make_mppi(
@@ -101,13 +122,13 @@ SUBJECTS = {
     "gradient": Subject(
         lambda horizon: make_gradient(start=cem(horizon), steps=10, num_starts=4, learning_rate=0.02), regret=0.005
     ),
-    "mppi as shipped": Subject(lambda horizon: make_mppi(horizon=horizon), local=True),
     "best_of_n": Subject(
         lambda horizon: make_best_of_n(horizon=min(horizon, 4), num_candidates=1024), regret=0.06, gap=0.2
     ),
     "mcts, discrete": Subject(DiscreteSearch, exhaustive=True, local=True),
     "mcts, gumbel": Subject(mcts, regret=0.12, gap=0.2),
-    "mcts, puct, with reuse": Subject(lambda horizon: mcts(horizon, search="puct", reuse=True), regret=0.12, gap=0.2),
+    "mcts, puct, with reuse": Subject(reusing, regret=0.12, gap=0.2, whole_chunks=True),
+    **{f"{name} as shipped": shipped(name) for name in ("mppi", "cem", "icem", "best_of_n", "gradient", "mcts")},
 }  # fmt: skip
 
 
@@ -115,6 +136,14 @@ SUBJECTS = {
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_every_planner_conforms(name: str, check) -> None:
     check(SUBJECTS[name])
+
+
+def test_the_checks_of_a_tree_with_reuse_do_reuse(monkeypatch) -> None:
+    grafted = []
+    graft = Tree.graft
+    monkeypatch.setattr(Tree, "graft", lambda tree, kept, rows: grafted.append(len(rows)) or graft(tree, kept, rows))
+    execute(reusing(4), linear_system()[0], torch.zeros(3, 2), 6, whole_chunks=True)
+    assert grafted == [3, 3]  # of three plans, the first has nothing to go on from
 
 
 def breaking(change):
@@ -148,10 +177,60 @@ def encoded(plan, model, state, noise, budget):
     return plan
 
 
+class Around:
+    """CEM, to be broken by a subclass."""
+
+    def __init__(self, horizon: int) -> None:
+        self.inner = cem(horizon)
+
+    def initial_state(self, model, rows):
+        return self.inner.initial_state(model, rows)
+
+    def plan(self, model, state, plan_state, noise, budget):
+        return self.inner.plan(model, state, plan_state, noise, budget)
+
+
+class ForgetsTheDeadline(Around):
+    def plan(self, model, state, plan_state, noise, budget):
+        if budget.deadline_s is not None and budget.deadline_s <= 0:
+            raise ValueError("a deadline has to be above 0")
+        return super().plan(model, state, plan_state, noise, Budget(budget.evaluations))
+
+
+class TellsOfHalf(Around):
+    """Spends the whole budget twice, and tells of it once."""
+
+    def plan(self, model, state, plan_state, noise, budget):
+        super().plan(model, state, plan_state, noise, budget)
+        return super().plan(model, state, plan_state, noise, budget)
+
+
+class KeepsItsNeighboursTree(Around):
+    """A tree that goes on from the subtree of another row; where no chunk is executed as a whole, nobody sees it."""
+
+    def __init__(self, horizon: int) -> None:
+        self.inner = mcts(horizon, search="puct", reuse=True, reuse_tolerance=9.0)
+
+    def plan(self, model, state, plan_state, noise, budget):
+        plan, after = super().plan(model, state, plan_state, noise, budget)
+        after["tree"] = after["tree"][torch.arange(len(after) - 1, -1, -1)]
+        return plan, after
+
+
+class Idles(Around):
+    """The policy of most toys: it does nothing, in plans that are well-formed otherwise."""
+
+    def plan(self, model, state, plan_state, noise, budget):
+        own = model.propose(state, 1, mode="ode", horizon=self.inner.horizon).actions[:, 0]
+        plan, after = super().plan(model, state, plan_state, noise, budget)
+        return dataclasses.replace(plan, actions=own), after
+
+
 def seeded(plan, *_):
     return dataclasses.replace(plan, actions=(plan.actions + 0.01 * torch.rand_like(plan.actions)).clamp(-1, 1))
 
 
+LOCAL = Subject(Idles, local=True)
 DEFECTS = {
     "a_plan_has_the_shapes_of_the_contract": replaced(weights=lambda p: p.weights * 2),
     "it_finds_the_peak_of_a_quadratic": replaced(actions=lambda p: p.actions * 0.5),
@@ -183,7 +262,28 @@ DEFECTS = {
 }
 
 
+# Of the same checks, for what each promises beside that, and for planners that search near the policy only.
+FURTHER_DEFECTS = [
+    ("a_deadline_is_met", Subject(ForgetsTheDeadline)),
+    ("the_evaluation_budget_is_hard", Subject(TellsOfHalf)),
+    ("batched_equals_looped", Subject(KeepsItsNeighboursTree, whole_chunks=True)),
+    ("it_finds_the_peak_of_a_quadratic", LOCAL),
+    ("it_comes_near_the_riccati_solution", LOCAL),
+    ("it_leaves_the_trap_that_catches_the_greedy", LOCAL),
+    ("more_budget_is_never_worse_on_average", LOCAL),
+    ("nan_and_infinity_never_reach_an_action", LOCAL),
+    ("the_zero_of_the_rewards_does_not_matter", LOCAL),
+]
+
+
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_a_planner_that_breaks_the_promise_is_caught(check) -> None:
     with pytest.raises(AssertionError):
         check(DEFECTS[check.__name__])
+
+
+@pytest.mark.parametrize(("name", "subject"), FURTHER_DEFECTS)
+def test_other_ways_to_break_a_promise_are_caught(name: str, subject: Subject) -> None:
+    (check,) = (check for check in CHECKS if check.__name__ == name)
+    with pytest.raises(AssertionError):
+        check(subject)

@@ -10,6 +10,7 @@ import torch
 import yaml
 from tensordict import TensorDict
 
+from wamrl.control import PlannerPolicy
 from wamrl.interfaces import Budget, Imagined, Proposal
 from wamrl.noise import NoiseKey
 from wamrl.planners import NonFinitePlanError, ReturnScorer, make_best_of_n, make_cem, make_gradient, make_mcts
@@ -75,6 +76,9 @@ def test_a_model_without_gradients_is_refused() -> None:
     model.__class__ = Detached
     with pytest.raises(ValueError, match="Detached gives none.*planner=cem"):
         plan_once(make_gradient(start=make_cem(horizon=2)), model, torch.zeros(1, 1))
+    model.differentiable = False  # one that says so is refused before the first plan
+    with pytest.raises(ValueError, match="Detached gives none.*planner=cem"):
+        PlannerPolicy(model, make_gradient(start=make_cem(horizon=2)))
 
 
 def test_shuffled_gradients_lose() -> None:

@@ -6,6 +6,7 @@ import inspect
 import math
 import random
 import shutil
+import time
 from dataclasses import replace
 from importlib import resources
 
@@ -16,9 +17,10 @@ from tensordict import TensorDict
 
 from wamrl.interfaces import WAM, Budget, Imagined, Plan, Planner, PlanState
 from wamrl.noise import NoiseKey
-from wamrl.planners import NonFinitePlanError, ShootingPlanner, make_mppi
+from wamrl.planners import NonFinitePlanError, ShootingPlanner, make_cem, make_mppi
 from wamrl.planners.mppi import mppi_weights
 from wamrl.planners.scorers import ReturnScorer
+from wamrl.planners.shooting import _Pace
 from wamrl.planners.toys import (
     BrokenWAM,
     MortalWAM,
@@ -297,11 +299,70 @@ def test_the_evaluation_budget_is_hard(budget: int, members: int, num: int, iter
     assert spare < 2 * members * iterations
 
 
+class SlowWAM(ToyWAM):
+    """A quadratic that takes 0.1 ms per transition of a candidate."""
+
+    def roll(self, state, num, act, horizon):
+        time.sleep(1e-4 * num * horizon)
+        return super().roll(state, num, act, horizon)
+
+
+def slow(**options: object) -> ToyWAM:
+    model = quadratic(TARGET, **options)
+    model.__class__ = SlowWAM
+    return model
+
+
+@pytest.mark.parametrize("proposal", ["policy", "noise"])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_deadline_stops_an_iteration_within(proposal: str, shuffle: bool) -> None:
+    planner = make_mppi(horizon=4, num_candidates=512, sigma=0.5, proposal=proposal, shuffle_scores=shuffle)
+    found, state = plan(planner, slow(), torch.zeros(2, 1), budget=Budget(deadline_s=0.05))  # all take 0.2 s
+    looked = found.evaluations // 4
+    assert 8 < int(looked[0]) == int(looked[1]) < 512 * 0.4
+    assert found.candidates.shape == (2, 512, 4, 2) and found.scores.shape == found.weights.shape == (2, 512)
+    assert found.scores.isfinite().sum(dim=1).tolist() == looked.tolist()
+    assert bool((found.weights[:, int(looked[0]) :] == 0).all())
+    torch.testing.assert_close(found.weights.sum(dim=1), torch.ones(2))
+    assert bool((state["warm"]).all())
+    if not shuffle:
+        assert torch.equal(found.value, found.scores.amax(dim=1))
+        assert bool((found.actions.clamp(-1, 1) - TARGET).square().mean(dim=(1, 2)).lt(TARGET.square().mean()).all())
+
+
+def test_a_refinement_is_stopped_within_as_well() -> None:
+    planner = searching(horizon=4, num_candidates=128, iterations=8)  # each takes 0.05 s
+    found, _ = plan(planner, slow(), torch.zeros(1, 1), budget=Budget(deadline_s=0.13))
+    looked = int(found.evaluations) // 4
+    assert 128 < looked < 8 * 128 and looked % 128
+    assert int(found.scores.isfinite().sum()) == looked % 128
+
+
+def test_a_deadline_that_allows_everything_stops_nothing() -> None:
+    for planner in (searching(), make_mppi(horizon=3), make_cem(horizon=3, keep_elites=4)):
+        found, _ = plan(planner, quadratic(TARGET), torch.zeros(2, 1), budget=Budget(deadline_s=100.0))
+        whole, _ = plan(planner, quadratic(TARGET), torch.zeros(2, 1))
+        assert torch.equal(found.evaluations, whole.evaluations) and bool(found.scores.isfinite().all())
+        gap = [(p.actions - TARGET).square().mean() for p in (found, whole)]
+        assert gap[0] < 2 * gap[1] + 0.01
+
+
+def test_what_fits_before_a_deadline_is_judged_by_what_came_before() -> None:
+    pace = _Pace(time.perf_counter() + 1.0)
+    assert pace.more(0, 8) == 0  # nothing is known yet
+    pace.imagined(10, 0.01)
+    assert pace.more(10, 5) == 5 and pace.more(10, 1000) == 40  # at most four times as many
+    pace.imagined(40, 0.5)
+    assert 30 <= pace.more(50, 1000) <= 89  # the rate of the latest, beyond the first ones' 10 ms
+    pace.judged(10, 0.2)
+    assert pace.more(50, 1000) == 0  # judging 60 would take 1.2 s
+
+
 def test_a_deadline_stops_the_iterations_but_not_the_first() -> None:
     model = quadratic(TARGET)
     planner = searching(iterations=100_000, horizon=3, num_candidates=16)
     short, _ = plan(planner, model, torch.zeros(1, 1), budget=Budget(deadline_s=1e-9))
-    assert short.evaluations.item() == 16 * 3
+    assert short.evaluations.item() == 8 * 3  # planner.min_candidates
     some, _ = plan(planner, model, torch.zeros(1, 1), budget=Budget(deadline_s=0.3))
     assert 16 * 3 < some.evaluations.item() < 100_000 * 16 * 3
     assert sum(some.seconds.values()) < 1.0  # the slack is for a busy machine
@@ -319,6 +380,8 @@ def test_a_deadline_stops_the_iterations_but_not_the_first() -> None:
         ("temperature", -1.0, "temperature is -1"),
         ("temperature", math.nan, "temperature is nan"),
         ("num_elites", 0, "num_elites is 0"),
+        ("num_elites", 1.5, "num_elites is 1.5, but must be a whole number"),
+        ("num_elites", True, "num_elites is True, but must be a whole number"),
         ("sigma", 0.0, "sigma is 0"),
         ("sigma", [0.1, -0.1], "sigma is"),
         ("sigma", "abc", "sigma is .abc.*a number above 0"),

@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from tensordict import TensorDict
 
 from wamrl import cli
+from wamrl.control import PlannerPolicy
 from wamrl.interfaces import Budget, Context, Gate, Imagined, Scorer, State
 from wamrl.noise import NoiseKey
 from wamrl.planners import (
@@ -436,6 +437,9 @@ def test_a_budget_per_episode_is_spent_by_its_first_plans_and_never_exceeded(kin
     assert searched == [True] * 3 + [False] * 3 and sum(spent) == 3 * one
     with pytest.raises(ValueError, match=f"per_episode is {one - 1}, but one search takes up to {one} evaluations"):
         spending(BudgetGate(per_episode=one - 1, per_second=None), kind, 1)
+    with pytest.raises(ValueError, match=f"per_episode is {one - 1}, but one search takes up to {one} evaluations"):
+        PlannerPolicy(moving(), remembering(BudgetGate(per_episode=one - 1, per_second=None))[kind])
+    PlannerPolicy(moving(), remembering(BudgetGate(per_episode=one, per_second=None))[kind])
 
 
 @pytest.mark.parametrize("kind", ["cem", "gradient", "mcts"])

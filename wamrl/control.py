@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +43,10 @@ COMPARISONS = ("latent", "observation")
 
 OnPlan = Callable[[Tensor, State, Plan], None]
 """Called after every plan with the rows [R] of the batch that were planned, their encoded state [R] and the plan."""
+
+
+Goals = Callable[[Tensor], TensorDict]
+"""The goal observations [R], the keys that the model reads, of the rows whose identities `row` [R] int64 are given."""
 
 
 class ObservationChecker:
@@ -220,11 +225,15 @@ class PlannerPolicy(_ChunkPolicy):
 
     replan_every: K control steps per plan: 1 for a single-step controller, None for an open-loop one, which executes
     the whole chunk. evaluations, deadline_s: the budget of one plan (see `wamrl.interfaces.Budget`). seed: of the
-    planner's noise. on_plan: called after every plan.
+    planner's noise. on_plan: called after every plan. goal: what each row's observation shall look like; models that
+    answer "goal" encode it with the observation.
+
+    Raises ValueError for a goal that no scorer reads, or a scorer that reads a goal where there is none.
 
     log: one dict per plan, of the latest `LOG_LENGTH`: encode_s (all since the plan before), imagine_s, search_s,
     plan_s (their sum; seconds for all rows together), evaluations (of all rows together), rows (how many were planned),
-    searched (how many the gate let through), early (how many were planned before their chunk was used up).
+    searched (how many the gate let through), early (how many were planned before their chunk was used up), late (1
+    where the planner took longer than `deadline_s`, else 0).
     plans: how many there were in all.
     last_plan, last_state, last_rows: the latest plan, the encoded state it started from, and the rows of the batch.
     """
@@ -239,6 +248,7 @@ class PlannerPolicy(_ChunkPolicy):
         deadline_s: float | None = None,
         seed: int = 0,
         on_plan: OnPlan | None = None,
+        goal: Goals | None = None,
     ) -> None:
         horizon = getattr(planner, "horizon", model.spec.max_horizon)
         super().__init__(model, replan_every=replan_every, seed=seed, longest=horizon)
@@ -246,6 +256,8 @@ class PlannerPolicy(_ChunkPolicy):
             whole_number("evaluations", evaluations, 1)
         if deadline_s is not None and not deadline_s > 0:
             raise ValueError(f"deadline_s is {deadline_s}, but must be above 0 seconds, or null")
+        _check_goal(model, planner, goal)
+        self.goal = goal
         planner.initial_state(model, 1)  # refuses a model that does not answer what the planner asks
         self.planner = planner
         self._set_budget(Budget(evaluations=evaluations, deadline_s=deadline_s))
@@ -284,6 +296,7 @@ class PlannerPolicy(_ChunkPolicy):
         if "shift" in plan_state.keys():
             plan_state["shift"] = policy_state["used"][index]
         plan, next_state = self.planner.plan(self.model, state, plan_state, key, self.budget)
+        late = self.budget.deadline_s is not None and time.perf_counter() - encoded > self.budget.deadline_s
         evaluations = int(plan.evaluations.sum()) + self._remember(policy_state, index, state, plan, key)
         planned = time.perf_counter()
         policy_state["plan"] = _placed(policy_state["plan"], index, next_state)
@@ -299,6 +312,7 @@ class PlannerPolicy(_ChunkPolicy):
                 "rows": int(index.numel()),
                 "searched": int(plan.searched.sum()),
                 "early": int(early.sum()),
+                "late": int(late),
             }
         )
         del self.log[:-LOG_LENGTH]
@@ -310,7 +324,20 @@ class PlannerPolicy(_ChunkPolicy):
 
     def _state(self, observation: TensorDict, policy_state: PolicyState, index: Tensor) -> State:
         """The model's state [R] of the rows `index`, whose observations [R] are given."""
-        return self.model.encode(Context.from_observation(observation))
+        return self._encode(observation, policy_state["row"][index])
+
+    def _encode(self, observation: TensorDict, row: Tensor) -> State:
+        """The model's state [R] of `observation` [R], and of the goals of the rows of identity `row` [R]."""
+        goal = None if self.goal is None else self.goal(row).to(row.device)
+        return self.model.encode(Context.from_observation(observation, goal))
+
+    def _blank(self, rows: int) -> State:
+        """What the model's state consists of, [B]; never to act on."""
+        context = Context.blank(self.model.spec, rows, self._device())
+        if self.goal is not None:
+            context = replace(context, goal=context.observation[:, -1])
+        with torch.no_grad():
+            return self.model.encode(context)
 
     def _remember(self, policy_state: PolicyState, index: Tensor, state: State, plan: Plan, key: NoiseKey) -> int:
         """Note in `policy_state` what is wanted of the plan at later steps; model evaluations that it took."""
@@ -334,8 +361,7 @@ class InteractivePolicy(PlannerPolicy):
     def initial_state(self, rows: int) -> PolicyState:
         """Fresh policy state; the model's own is its entry `state`, and `action` [B, A] was executed last."""
         policy_state = super().initial_state(rows)
-        with torch.no_grad():
-            policy_state["state"] = self.model.encode(Context.blank(self.model.spec, rows, self._device()))
+        policy_state["state"] = self._blank(rows)
         policy_state["action"] = torch.zeros(rows, self.model.spec.action_dim, device=self._device())
         return policy_state
 
@@ -346,7 +372,14 @@ class InteractivePolicy(PlannerPolicy):
         return action, policy_state
 
     def _attend(self, observation: TensorDict, policy_state: PolicyState, fresh: Tensor) -> Tensor:
-        policy_state["state"] = self.model.observe(policy_state["state"], policy_state["action"], observation, fresh)
+        before = policy_state["state"]
+        state = self.model.observe(before, policy_state["action"], observation, fresh)
+        if self.goal is not None:  # stays that of the episode
+            goal = before["goal"].clone()
+            if fresh.any():
+                goal[fresh] = self._encode(observation[fresh], policy_state["row"][fresh])["goal"]
+            state = state.copy().set("goal", goal)
+        policy_state["state"] = state
         return torch.zeros_like(fresh)
 
     def _state(self, observation: TensorDict, policy_state: PolicyState, index: Tensor) -> State:
@@ -407,8 +440,7 @@ class AdaptivePolicy(PlannerPolicy):
     def initial_state(self, rows: int) -> PolicyState:
         """Fresh policy state; `foreseen` [B, K - 1, D] are the frames expected after each step but the last one."""
         policy_state = super().initial_state(rows)
-        with torch.no_grad():
-            state = self.model.encode(Context.blank(self.model.spec, rows, self._device()))
+        state = self._blank(rows)
         if self.latent not in state.keys():
             present = ", ".join(sorted(map(str, state.keys())))
             raise ValueError(f"controller.latent is '{self.latent}', but this model's state has {present}")
@@ -418,7 +450,7 @@ class AdaptivePolicy(PlannerPolicy):
         return policy_state
 
     def _attend(self, observation: TensorDict, policy_state: PolicyState, fresh: Tensor) -> Tensor:
-        policy_state["state"] = self.model.encode(Context.from_observation(observation))
+        policy_state["state"] = self._encode(observation, policy_state["row"])
         seen = self._seen(policy_state["state"], observation)
         step = (policy_state["used"] - 1).clamp(0, self.replan_every - 2)
         foreseen = policy_state["foreseen"][torch.arange(step.shape[0], device=step.device), step]
@@ -466,6 +498,24 @@ class RandomPolicy:
         policy_state = policy_state.copy()
         policy_state["step"] = step + 1
         return key.uniform(self.action_dim) * 2.0 - 1.0, policy_state
+
+
+def _check_goal(model: WAM, planner: Planner, goal: Goals | None) -> None:
+    """ValueError where `goal` is given and not read, or read and not given, or where the model does not encode it."""
+    scorer = getattr(getattr(planner, "start", planner), "scorer", None)
+    reads = "goal" in getattr(scorer, "needs", ())
+    if reads or goal is not None:
+        model.spec.require("goal")
+    if reads and goal is None:
+        raise ValueError(
+            f"{type(scorer).__name__} scores by the distance to a goal, but there is none; set goal=expert or "
+            "goal=<npz>, or take another scorer@planner.scorer"
+        )
+    if goal is not None and not reads:
+        raise ValueError(
+            f"a goal is given, but {type(scorer).__name__ if scorer else type(planner).__name__} does not read it; "
+            "set planner=cem scorer@planner.scorer=goal, or goal=null"
+        )
 
 
 def _placed(whole: Any, index: Tensor, rows: Any) -> Any:

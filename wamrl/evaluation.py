@@ -643,13 +643,15 @@ def protocol_hash(
     max_steps: int,
     action_repeat: int,
     versions: Mapping[str, str],
+    goal: str | None = None,
 ) -> str:
     """16 hex digits over everything that makes two success rates comparable.
 
     starts: task -> {"split": ..., "indices": [...], "rand_vec": [[...], ...]}: the numbers themselves, not their seed,
     so that a changed generator of start states changes the hash. versions: of the simulator and of its tasks.
+    goal: where the planner is told what the end looks like, of which nothing is said otherwise.
     """
-    protocol = {
+    protocol: dict[str, Any] = {
         "starts": {
             task: {
                 "split": str(entry["split"]),
@@ -663,6 +665,8 @@ def protocol_hash(
         "action_repeat": int(action_repeat),
         "versions": {str(k): str(v) for k, v in versions.items()},
     }
+    if goal is not None:
+        protocol["goal"] = goal
     return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -47,7 +47,7 @@ _ANSWERS = {
     ),
     "reference": (
         "rollout", "policy", "behaviour", "log_prob", "value", "success_value", "decode", "observe", "reward",
-        "success", "uncertainty",
+        "success", "uncertainty", "goal",
     ),
 }  # fmt: skip
 
@@ -207,8 +207,8 @@ class Context:
     goal: TensorDict | None = None
 
     @staticmethod
-    def from_observation(observation: TensorDict) -> Context:
-        """A context of one frame: `observation` has batch [B] and a `task` key [B]."""
+    def from_observation(observation: TensorDict, goal: TensorDict | None = None) -> Context:
+        """A context of one frame: `observation` has batch [B] and a `task` key [B]; goal: see `Context`."""
         if "task" not in observation.keys():
             raise ValueError(
                 f"the observation lacks 'task'; it has {', '.join(map(str, observation.keys()))}. Environments give "
@@ -222,6 +222,7 @@ class Context:
             past_actions=torch.empty(rows, 0, 0, device=device),
             valid=torch.ones(rows, 1, dtype=torch.bool, device=device),
             task=observation["task"],
+            goal=goal,
         )
 
     @staticmethod
@@ -273,9 +274,13 @@ class Proposal:
 
 
 class WAM(torch.nn.Module):
-    """A World Action Model. Subclasses implement the queries that their `spec.provides` lists."""
+    """A World Action Model. Subclasses implement the queries that their `spec.provides` lists.
+
+    differentiable: whether what is imagined depends on the actions through operations that have gradients.
+    """
 
     spec: Spec
+    differentiable: bool = True
 
     def encode(self, context: Context) -> State:
         """State [B] of the context. Called once per plan."""

@@ -31,6 +31,8 @@ class OracleWAM(WAM):
     hold the observation key `snapshot` [S] (float64) beside the model's own keys.
     """
 
+    differentiable = False
+
     def __init__(self, model: WAM, simulator: EnvBase) -> None:
         super().__init__()
         if tuple(simulator.batch_size) != (1,):

@@ -33,8 +33,9 @@ from wamrl import checkpoint, provenance
 from wamrl.cli import command, plain
 from wamrl.evaluation import check_starts, protocol_hash, write_episodes
 from wamrl.files import write_text
+from wamrl.goals import EXPERT, described, one_goal, read_goal
 from wamrl.naming import unknown_name, whole_number
-from wamrl.report import METHODS, gain_words, short
+from wamrl.report import METHODS, gain_words, late_words, short
 from wamrl.results import Run, plan_times
 from wamrl.workers import (
     load_model,
@@ -126,6 +127,8 @@ def _settings(given: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any], Pat
             raise unknown_name("method", str(method), METHODS)
     given["methods"] = [m for m in METHODS if m in methods or (m == "oracle" and given["oracle"])]
     given["oracle"] = "oracle" in given["methods"]
+    if given["goal"] is not None and not isinstance(given["goal"], str):
+        raise ValueError(f"goal is {given['goal']!r}, but must be expert, the path of an npz file, or null")
     if given["split"] not in ("test", "dev", "train"):
         raise unknown_name("split", str(given["split"]), ("test", "dev", "train"))
     if given["split"] == "train" and not given["debug"]:
@@ -184,6 +187,12 @@ def _prepare(settings: dict[str, Any], directory: Path, started: datetime, earli
     model = load_model(settings)
     _check_camera(metadata, env)
     checkpoint.check_environment(model.spec, env)
+    if settings["goal"] == EXPERT and not hasattr(module_of(env), "ExpertPolicy"):
+        raise ValueError(
+            f"goal=expert, but {module_of(env).__name__} has no ExpertPolicy; give goal=<npz>, or goal=null"
+        )
+    if settings["goal"] not in (None, EXPERT):
+        read_goal(settings["goal"], model.spec.observation)
     if {"planner", "shuffled"} & set(settings["methods"]):
         planner_policy(settings, model).initial_state(1)  # asks the planner whether the model answers what it needs
     if settings["oracle"]:
@@ -208,6 +217,7 @@ def _prepare(settings: dict[str, Any], directory: Path, started: datetime, earli
         max_steps=env.max_steps,
         action_repeat=env.action_repeat,
         versions={k: str(versions.get(k)) for k in ("mujoco", "metaworld")},
+        goal=described(settings["goal"]),
     )
     run = Run(
         settings=settings,
@@ -229,6 +239,7 @@ def _prepare(settings: dict[str, Any], directory: Path, started: datetime, earli
             "max_steps": env.max_steps,
             "action_repeat": env.action_repeat,
             "control_dt_s": env.control_dt_s,
+            "goal": settings["goal"],
             "min_distance": min(s.min_distance for s in states.values()),
             "methods": {m: METHODS[m] for m in settings["methods"]},
         },
@@ -297,11 +308,13 @@ def _time_single_plans(run: Run, console: Console) -> None:
     if count == 0 or not run.observations or "planner" not in run.methods:
         return
     model = load_model(run.settings)
-    policy = planner_policy(run.settings, model)
     rows = [
         TensorDict({k: torch.as_tensor(v)[None] for k, v in o.items()}, batch_size=[1], device=run.settings["device"])
         for o in run.observations
     ]
+    # Any goal costs the same.
+    goals = None if run.settings["goal"] is None else one_goal(rows[0].select(*model.spec.observation))
+    policy = planner_policy(run.settings, model, goals=goals)
     warm_up = 5
     with console.status("timing single plans"):
         for i in range(count + warm_up):
@@ -348,6 +361,8 @@ def _print_table(results: Mapping[str, Any], console: Console) -> None:
         "ms/plan: one environment, median. evals: model evaluations per plan"
         + (f", one per {results['steps_per_plan']:.2f} steps." if results["steps_per_plan"] else ".")
     )
+    if late := late_words(results):
+        console.print(late)
     if "mean" in results["gain"]:
         console.print(gain_words(results["gain"]["mean"]))
 

@@ -605,6 +605,15 @@ def _numbers(results: Mapping[str, Any]) -> tuple[list[list[str]], list[int]]:
     return rows, bold
 
 
+def late_words(results: Mapping[str, Any]) -> str:
+    """How many plans ended after their deadline, of each setting that was timed; "" where there is no deadline."""
+    deadline_s = results["config"].get("controller", {}).get("deadline_s")
+    counts = [f"{t['late']} of {t['plans']} {name} plans" for name, t in results["timing"].items() if "late" in t]
+    if deadline_s is None or not counts:
+        return ""
+    return f"{', '.join(counts)} took longer than the deadline of {1000 * deadline_s:g} ms."
+
+
 def _timing(timing: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     rows = []
     for name, t in timing.items():
@@ -751,6 +760,7 @@ def write_report(
         gains=_gains(results),
         videos=_videos(run_dir, results["videos"]),
         timing=_timing(results["timing"]),
+        late=late_words(results),
         numbers=numbers,
         bold=bold,
         tags=_TAGS,

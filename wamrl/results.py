@@ -229,6 +229,8 @@ def _metrics(results: Mapping[str, Any]) -> dict[str, Any]:
         for part in ("encode", "imagine", "search", "total"):
             for q, value in timing[f"{part}_ms"].items():
                 metrics[f"plan/{setting}/{part}_{q}_ms"] = value
+        if "late" in timing and results["config"]["controller"].get("deadline_s") is not None:
+            metrics[f"plan/{setting}/late"] = timing["late"] / timing["plans"]
     if results["evaluations_per_plan"] is not None:
         metrics["plan/evaluations_per_plan"] = results["evaluations_per_plan"]
         metrics["plan/steps_per_plan"] = results["steps_per_plan"]
@@ -237,10 +239,11 @@ def _metrics(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plan_times(log: Sequence[Mapping[str, Any]], threads: int) -> dict[str, Any]:
-    """Percentiles of the milliseconds per call of the planner; one call plans `rows` environments."""
+    """Percentiles of the milliseconds per call of the planner, which plans `rows` environments; how many were late."""
     parts = {"encode": "encode_s", "imagine": "imagine_s", "search": "search_s", "total": "plan_s"}
     timing: dict[str, Any] = {f"{p}_ms": percentiles([1000 * entry[k] for entry in log]) for p, k in parts.items()}
-    return timing | {"plans": len(log), "threads": threads, "mean_rows": float(np.mean([e["rows"] for e in log]))}
+    timing |= {"plans": len(log), "threads": threads, "mean_rows": float(np.mean([e["rows"] for e in log]))}
+    return timing | {"late": sum(e.get("late", 0) for e in log)}  # stopped runs of earlier versions do not say
 
 
 def peak_rss_mib() -> float:

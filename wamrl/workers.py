@@ -21,9 +21,10 @@ import torch
 from hydra.utils import instantiate
 
 from wamrl import checkpoint
-from wamrl.control import ModelPolicy, PlannerPolicy, RandomPolicy
+from wamrl.control import Goals, ModelPolicy, PlannerPolicy, RandomPolicy
 from wamrl.evaluation import Episode, Recording, Start, StepRecord, fidelity, imagined_return, run_episodes
 from wamrl.film import Film
+from wamrl.goals import EXPERT, expert_goals, goals_by_row, not_yet, one_goal, read_goal
 from wamrl.interfaces import WAM, Policy
 from wamrl.oracle import OracleWAM
 from wamrl.results import Run, peak_rss_mib
@@ -65,6 +66,7 @@ class Worker:
         self.settings, self.directory, self.emit = settings, directory, emit
         self.model = load_model(settings)
         self._envs: dict[tuple[str, int, bool], Any] = {}
+        self._goals: dict[int, Any] = {}
 
     @functools.cached_property
     def _every(self) -> int:
@@ -118,12 +120,26 @@ class Worker:
             **options,
         )
 
+    def _goals_of(self, env: Any, starts: Sequence[Start]) -> Goals | None:
+        """What the planner is told of the end of these episodes; `goal=expert` has the expert run them first."""
+        goal = self.settings.get("goal")
+        if goal != EXPERT:
+            return None if goal is None else one_goal(read_goal(goal, self.model.spec.observation))
+        missing = [start for start in starts if start.row not in self._goals]
+        if missing:
+            expert = module_of(env).ExpertPolicy(list(env.tasks))
+            options = {"split": self.settings["split"], "seed": self.settings["seed"]}
+            self._goals |= expert_goals(env, expert, missing, tuple(self.model.spec.observation), **options)
+        return goals_by_row(self._goals)
+
     def _run_method(self, job: Job, method: str, starts: Sequence[Start]) -> None:
         env = self._env(job.task, min(self.settings["num_envs"], max(len(s) for _, s in job.starts)))
         if method == "planner":
             self._run_planner(env, job, starts)
         elif method == "shuffled":
-            self._episodes(env, planner_policy(self.settings, self.model, shuffle=True), method, starts)
+            goals = self._goals_of(env, starts)
+            policy: Policy = planner_policy(self.settings, self.model, shuffle=True, goals=goals)
+            self._episodes(env, policy, method, starts)
         elif method == "policy":
             memory = Recording()
             every = self.settings["policy_replan_every"]
@@ -136,7 +152,7 @@ class Worker:
             self._episodes(env, module_of(env).ExpertPolicy(list(env.tasks)), method, starts)
 
     def _run_planner(self, env: Any, job: Job, starts: Sequence[Start]) -> None:
-        policy = planner_policy(self.settings, self.model)
+        policy = planner_policy(self.settings, self.model, goals=self._goals_of(env, starts))
         film = Film(policy, env, job.film, self.settings["video"]) if job.film else None
         memory = Recording()
 
@@ -269,12 +285,22 @@ def oracle_policy(settings: Mapping[str, Any], model: WAM, task: str) -> Planner
 
 
 def planner_policy(
-    settings: Mapping[str, Any], model: WAM, *, shuffle: bool = False, evaluations: int | None = None
+    settings: Mapping[str, Any],
+    model: WAM,
+    *,
+    shuffle: bool = False,
+    evaluations: int | None = None,
+    goals: Goals | None = None,
 ) -> PlannerPolicy:
-    """The controller around the planner. shuffle: its scores mean nothing; evaluations: the budget of a plan."""
+    """The controller around the planner. shuffle: its scores mean nothing; evaluations: the budget of a plan.
+
+    goals: of the episodes, where the setting `goal` says that there are some; without them the policy cannot act.
+    """
     planner = instantiate(settings["planner"], **({"shuffle_scores": True} if shuffle else {}))
     options: dict[str, Any] = {"seed": settings["seed"]}
     if evaluations is not None:
         options["evaluations"] = evaluations
+    if settings.get("goal") is not None:
+        options["goal"] = not_yet if goals is None else goals
     controller = instantiate(settings["controller"], **options)
     return controller(model, planner)

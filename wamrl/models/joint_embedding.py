@@ -153,6 +153,7 @@ class JointEmbeddingWAM(WAM):
                     "reward",
                     "success",
                     "uncertainty",
+                    "goal",
                 }
             ),  # fmt: skip
             anatomy=Anatomy("feature", "joint-embedding", "action-conditioned rollout", "chunked"),
@@ -326,11 +327,16 @@ class JointEmbeddingWAM(WAM):
     # ---- queries -------------------------------------------------------------------------------------------------
 
     def encode(self, context: Context) -> State:
-        frame = context.observation[:, -1]
-        x = self._flatten(frame)
         task = self.task_index(context.task)
-        z = self._latent(self.encoder, x, self._tokens(frame), self.task_embedding(task))
-        return TensorDict({"z": z, "task": task}, batch_size=x.shape[:1])
+        embedded = self.task_embedding(task)
+
+        def latent(frame: TensorDict) -> Tensor:
+            return self._latent(self.encoder, self._flatten(frame), self._tokens(frame), embedded)
+
+        state = TensorDict({"z": latent(context.observation[:, -1]), "task": task}, batch_size=task.shape)
+        if context.goal is not None:
+            state["goal"] = latent(context.goal)
+        return state
 
     def follow(self, state: State, noise: NoiseKey, *, share: float = 0.0) -> State:
         """Each row's own member of the ensemble in the entry `member` [R] (TS-infinity of Chua et al., 2018)."""
