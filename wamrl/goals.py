@@ -29,7 +29,7 @@ def one_goal(observation: TensorDict) -> Goals:
 
 def goals_by_row(goals: Mapping[int, TensorDict]) -> Goals:
     """Each row's own of the `goals`, which are observations without a batch by `Start.row`."""
-    return lambda rows: torch.stack([goals[row] for row in rows.tolist()])  # type: ignore[return-value]
+    return lambda rows: torch.stack([goals[row] for row in rows.tolist()])
 
 
 def read_goal(path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> TensorDict:
