@@ -606,6 +606,29 @@ def test_shortcuts_teach_one_step_what_two_do():
         checkpoint.build(config("joint", shortcut=0.5))
 
 
+def test_only_the_policy_is_told_how_long_its_steps_are():
+    model = checkpoint.build(config("mot_uwm", shortcut=0.5)).eval()
+    assert isinstance(model, FlowWAM)
+    with torch.no_grad():
+        for parameter in model.denoiser.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    state, key = encoded(model, 3), NoiseKey.for_rows(3)
+    actions = torch.zeros(3, 2, model.spec.chunk_length, model.spec.action_dim)
+
+    def answers() -> list[torch.Tensor]:
+        with torch.no_grad():
+            future = model.imagine(state, actions, noise=key, with_frames=True).frames
+            video = model.imagine(state, None, noise=key, with_frames=True).frames
+            inverse = model.propose(state, 1, mode="ode", future=encoded(model, 3)).actions
+            return [future, video, inverse, model.propose(state, 1, mode="ode", noise=key).actions]
+
+    told = answers()
+    model.denoiser.shortcut = False
+    plain = answers()
+    # Futures and inverse dynamics never learned anything but the flow's own steps.
+    assert [torch.equal(a, b) for a, b in zip(told, plain, strict=True)] == [True, True, True, False]
+
+
 def test_short_windows_and_missing_noise_are_refused():
     model = make("fast")
     with pytest.raises(ValueError, match="lacks 'proprioception', which this model reads; it has state"):

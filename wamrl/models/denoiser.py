@@ -284,9 +284,19 @@ class Denoiser(nn.Module):
         return x * self.moves if self.kind(name) == "future" else x
 
     def sample(
-        self, prefix: Prefix, stage: Stage, starts: Mapping[str, Tensor], task: Tensor, steps: int
+        self,
+        prefix: Prefix,
+        stage: Stage,
+        starts: Mapping[str, Tensor],
+        task: Tensor,
+        steps: int,
+        *,
+        leap: bool = False,
     ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
-        """Samples of the segments of `stage` by the ODE, in lock step, and their paths."""
+        """Samples of the segments of `stage` by the ODE, in lock step, and their paths.
+
+        leap: whether this stage was taught shortcuts, so that it is told how long its steps are.
+        """
         names = list(starts)
         shapes = [starts[name].shape[1:] for name in names]
         sizes = [math.prod(shape) for shape in shapes]
@@ -296,7 +306,7 @@ class Denoiser(nn.Module):
             return {n: part.unflatten(1, shape) for n, part, shape in zip(names, parts, shapes, strict=True)}
 
         def velocity(x: Tensor, time: float) -> Tensor:
-            stride = x.new_full((len(x),), 1.0 / steps) if self.shortcut else None
+            stride = x.new_full((len(x),), 1.0 / steps) if leap and self.shortcut else None
             found = self.velocity(prefix, stage, unpack(x), x.new_full((len(x),), time), task, stride)
             return torch.cat([found[name].flatten(1) for name in names], dim=1)
 

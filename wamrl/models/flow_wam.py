@@ -441,7 +441,8 @@ class FlowWAM(WAM):
                 chain, times, logs = sampled.points, sampled.times, sampled.log_prob.unflatten(0, (rows, num))
             else:
                 budget = self.action_steps if action is not None else self.future_steps
-                samples, paths = self.denoiser.sample(prefix, stage, starts, task, budget)
+                leap = query == self.policy_query  # shortcuts are taught to the policy alone
+                samples, paths = self.denoiser.sample(prefix, stage, starts, task, budget, leap=leap)
                 known |= samples
                 if action is not None:
                     chain = paths[action]
