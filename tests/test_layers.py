@@ -19,10 +19,10 @@ LAYERS = {
     **dict.fromkeys(("envs", "planners", "agents"), 2),
     **dict.fromkeys(("data", "checkpoint", "training", "evaluation", "report", "control", "oracle", "video"), 3),
     **dict.fromkeys(("image_quality", "probe"), 3),
-    # cli: what the commands share; film, results: parts of plan; measuring, experience, posttraining: of posttrain
+    # cli: what the commands share; film, results, goals: parts of plan; measuring, experience, posttraining: of posttrain
     # imagined: environments from checkpoint and data; stages: commands one after the other, for loop and fast_wam
     **dict.fromkeys(("cli", "film", "results", "imagined", "pages", "budget", "properties", "stages", "behaviours"), 4),
-    **dict.fromkeys(("measuring", "experience"), 4),
+    **dict.fromkeys(("measuring", "experience", "goals"), 4),
     **dict.fromkeys(("workers", "judging", "posttraining", "fast_wam"), 5),
     **dict.fromkeys(("collect", "train", "plan", "posttrain", "evaluate", "loop", "bench"), 6),
     "configs": 6,
