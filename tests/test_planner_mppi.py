@@ -515,7 +515,7 @@ def test_policy_candidates_cost_one_pass_and_candidate_zero_is_the_policy() -> N
     )
     z = torch.tensor([[0.5], [-1.0]])
     found, _ = plan(make_mppi(horizon=5, num_candidates=16), model, z)
-    assert model.counts == {"encode": 0, "imagine": 0, "propose": 1, "value": 1}
+    assert model.counts == {"encode": 0, "imagine": 0, "propose": 1, "value": 1, "transitions": 160}
     assert torch.allclose(found.candidates[:, 0], model.propose(model.state(z), 1).actions[:, 0])
 
 
