@@ -181,7 +181,7 @@ def test_a_flow_matching_model_reads_images_with_any_backbone_and_coupling(data,
     own = checkpoint.load(tokenizer).substrate  # type: ignore[attr-defined]
     assert model.substrate.parts[0].fingerprint() == own.fingerprint()  # type: ignore[union-attr, operator]
     found = json.loads(Path("flow/results.json").read_text())["validation"]
-    assert ("imagined" in found["images"]["pixels"]) == (coupling == "uwm")
+    assert len(found["images"]["pixels"]["imagined"]) == len(found["images"]["pixels"]["persistence"]) > 0
     with torch.no_grad():
         state = model.encode(context())
         proposal = model.propose(state, 2, mode="ode", noise=NoiseKey.for_rows(3))
