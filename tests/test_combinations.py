@@ -205,6 +205,6 @@ def test_a_combination_builds_trains_imagines_proposes_and_acts(substrate, backb
 
 def test_a_deployment_that_a_model_cannot_serve_is_refused():
     with pytest.raises(ValueError, match="does not answer 'decode'"):
-        controller(build("feature", "mot", "uwm"), "adaptive")
+        controller(build("feature", "mot", "uwm"), "adaptive", compare="observation")
     with pytest.raises(ValueError, match="does not answer 'rollout'.*wam=mot_uwm"):
         PlannerPolicy(build("pixel", "mot", "idm"), make_mppi(horizon=CHUNK))
