@@ -233,13 +233,13 @@ def imagination(directory: Path, variant: str, windows: int = 400) -> dict[str, 
     horizon = min(8, model.spec.max_horizon)
     keys = list(dict.fromkeys([*model.spec.observation, "state"]))
     draw = torch.Generator().manual_seed(0)
-    seen = [directory / name for name in ("data", "play") if (directory / name).exists()]
+    seen = directory / ("play" if (directory / "play").exists() else "data")  # like what the read-out is asked of
     fitted = EpisodeDataset.open(seen, keys=keys)
     batch = EpisodeDataset.open(directory / "held", keys=keys).sample(windows, horizon, draw)
     scale = fitted.statistics()["state"]["std"].flatten()
     found = {
         f"probe_{name}": by_step
-        for name, by_step in probe_errors(model, fitted.sample(1024, 1, draw), batch, "state", scale).items()
+        for name, by_step in probe_errors(model, fitted.sample(4096, 1, draw), batch, "state", scale).items()
     }
     if "pixels" in model.spec.observation:
         quality = decoded_quality(model, batch[:128]).get("pixels", {})
