@@ -219,7 +219,7 @@ def closed_loop(
 
 
 @torch.no_grad()
-def imagination(directory: Path, variant: str, windows: int = 400) -> dict[str, list[float]]:
+def imagination(directory: Path, variant: str, windows: int = 256) -> dict[str, list[float]]:
     """How wrong what a model imagines is, by step, on held-out play.
 
     Root mean squares in standard deviations of the tracks of the state, as a linear read-out of the imagined latents
@@ -239,7 +239,7 @@ def imagination(directory: Path, variant: str, windows: int = 400) -> dict[str, 
     scale = fitted.statistics()["state"]["std"].flatten()
     found = {
         f"probe_{name}": by_step
-        for name, by_step in probe_errors(model, fitted.sample(4096, 1, draw), batch, "state", scale).items()
+        for name, by_step in probe_errors(model, fitted.sample(2048, 1, draw), batch, "state", scale).items()
     }
     if "pixels" in model.spec.observation:
         quality = decoded_quality(model, batch[:128]).get("pixels", {})
