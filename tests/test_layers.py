@@ -19,7 +19,7 @@ LAYERS = {
     **dict.fromkeys(("envs", "planners", "agents"), 2),
     **dict.fromkeys(("data", "checkpoint", "training", "evaluation", "report", "control", "oracle", "video"), 3),
     **dict.fromkeys(("image_quality", "probe"), 3),
-    # cli: what the commands share; film, results, goals: parts of plan; measuring, experience, posttraining: of posttrain
+    # cli: what commands share; film, results, goals: parts of plan; measuring, experience, posttraining: of posttrain
     # imagined: environments from checkpoint and data; stages: commands one after the other, for loop and fast_wam
     **dict.fromkeys(("cli", "film", "results", "imagined", "pages", "budget", "properties", "stages", "behaviours"), 4),
     **dict.fromkeys(("measuring", "experience", "goals"), 4),

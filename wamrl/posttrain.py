@@ -97,7 +97,7 @@ def _command(config: DictConfig, run_dir: Path) -> None:
         if simulator is None:
             raise ValueError("a model made anew learns nothing from its own imagination; choose a simulator for env")
         model, sizes, normalisation = _fresh(settings, simulator, device)
-        start = earlier = None
+        start, earlier = None, None
     learner: Learner = instantiate(settings["agent"], _convert_="all")
     data = None
     if settings["dataset"] is not None:
