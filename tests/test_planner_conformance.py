@@ -146,18 +146,25 @@ def test_the_checks_of_a_tree_with_reuse_do_reuse(monkeypatch) -> None:
     assert grafted == [3, 3]  # of three plans, the first has nothing to go on from
 
 
+class Around:
+    """CEM, to be broken by a subclass."""
+
+    def __init__(self, horizon: int) -> None:
+        self.inner = cem(horizon)
+
+    def initial_state(self, model, rows):
+        return self.inner.initial_state(model, rows)
+
+    def plan(self, model, state, plan_state, noise, budget):
+        return self.inner.plan(model, state, plan_state, noise, budget)
+
+
 def breaking(change):
     """CEM, whose plans are spoilt by `change(plan, state, plan_state, noise, budget) -> plan`."""
 
-    class Breaking:
-        def __init__(self, horizon: int) -> None:
-            self.inner = cem(horizon)
-
-        def initial_state(self, model, rows):
-            return self.inner.initial_state(model, rows)
-
+    class Breaking(Around):
         def plan(self, model, state, plan_state, noise, budget):
-            plan, after = self.inner.plan(model, state, plan_state, noise, budget)
+            plan, after = super().plan(model, state, plan_state, noise, budget)
             return change(plan, model, state, noise, budget), after
 
     return Subject(Breaking)
@@ -175,19 +182,6 @@ def slept(plan, *_):
 def encoded(plan, model, state, noise, budget):
     model.counts["encode"] += 1
     return plan
-
-
-class Around:
-    """CEM, to be broken by a subclass."""
-
-    def __init__(self, horizon: int) -> None:
-        self.inner = cem(horizon)
-
-    def initial_state(self, model, rows):
-        return self.inner.initial_state(model, rows)
-
-    def plan(self, model, state, plan_state, noise, budget):
-        return self.inner.plan(model, state, plan_state, noise, budget)
 
 
 class ForgetsTheDeadline(Around):

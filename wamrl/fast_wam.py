@@ -118,7 +118,6 @@ def stages(settings: Mapping[str, Any], task: str, seed: int, directory: Path) -
     count = chosen["demonstrations"] or MOST_DEMONSTRATIONS.get(task, DEMONSTRATIONS)
     steps = chosen["steps"] or MOST_STEPS.get(task, STEPS)
     common: tuple[str, ...] = (f"seed={seed}", f"threads={settings['threads']}")
-    learning = ("tensorboard=false", "validation_fraction=0", f"device={settings['device']}")
     expert = [f"data.mixture.expert={count}"] if chosen["data"] == "demonstrations" else []
     held = [f"data.mixture.{name}={episodes}" for name, episodes in HELD_OUT.items()]
     collected = [("data", 0, chosen["data"], expert), ("held", HELD_OUT_START, "play", held)]
@@ -131,7 +130,7 @@ def stages(settings: Mapping[str, Any], task: str, seed: int, directory: Path) -
         ))
         for name, first, data, mixture in collected
     ]  # fmt: skip
-    common += learning
+    common += ("tensorboard=false", "validation_fraction=0", f"device={settings['device']}")
     seen = f"data={directory / 'data'}"
     with_play = f"data=[{directory / 'data'},{directory / 'play'}]" if chosen["simulators"] else seen
     reads: tuple[str, ...] = ()
@@ -442,12 +441,13 @@ def metrics(settings: Mapping[str, Any], finished: Mapping[tuple[str, int], Path
             found[f"{reads}/mean/{method}/{prefix}minus_fast"] = {
                 "mean": gap.difference, "n": len(both), "low": gap.low, "high": gap.high, "p": gap.p_value,
             }  # fmt: skip
-    for variant in [*chosen["variants"], *(name + PLAY for name in chosen["simulators"])]:
+    models = [*chosen["variants"], *(name + PLAY for name in chosen["simulators"])]
+    for variant in models:
         trained = [json.loads((d / f"train_{variant}" / "results.json").read_text()) for d in finished.values()]
         for key in ("cpu_seconds", "peak_rss_mib"):
             found[f"{reads}/{variant}/train_{key}"] = float(np.median([run[key] for run in trained]))
-    for variant in [*chosen["variants"], *(name + PLAY for name in chosen["simulators"])]:
-        if variant == "no_cotrain":
+    for variant in models:
+        if variant == "no_cotrain":  # learns no future
             continue
         for task in tasks:
             errors = [
