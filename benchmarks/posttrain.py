@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.stored import RESULTS, ROOT, Clock, run_stage, stage_done
 from wamrl.evaluation import wilson
 
-TASKS = ("reach-v3", "push-v3", "pick-place-v3", "door-open-v3")
+TASKS = ("reach-v3", "push-v3", "pick-place-v3", "coffee-push-v3")
 ENV = f"[{','.join(f'metaworld/{task}' for task in TASKS)}]"
 EPISODES, FIRST_TEST_START = 25, 500  # test starts per task; lower numbers were read before
 
