@@ -4,6 +4,8 @@
     python -m benchmarks.posttrain --seeds 0 --variants expert_iteration
     python -m benchmarks.posttrain --report                       # store what is finished, whole seeds of a variant
 
+What is stored of variants that are not finished here stays, where it was run by the same commands.
+
 The weak policy is the reference model taught by three labelled demonstrations per task and 42 other episodes, for 4000
 steps. Every stage is one of the commands that users run, in a directory of its own under `--out`; a stage that is done
 is not done again, and a stopped one goes on. Settings were chosen on dev starts with seed 0; success is on test starts.
@@ -18,11 +20,12 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.stored import RESULTS, ROOT, Clock, run_stage, stage_done
-from wamrl.evaluation import wilson
+from wamrl.evaluation import paired, wilson
 
 TASKS = ("reach-v3", "push-v3", "pick-place-v3", "coffee-push-v3")
 ENV = f"[{','.join(f'metaworld/{task}' for task in TASKS)}]"
@@ -101,6 +104,15 @@ def finished(out: Path, seeds: Sequence[int]) -> dict[str, dict[int, dict[str, A
     return found
 
 
+def commits(out: Path, found: Mapping[str, Mapping[int, Any]]) -> dict[str, str]:
+    """The commits that the finished variants ran at."""
+    ran = {
+        name: {json.loads((out / f"seed{seed}" / f"{name}.done").read_text())["versions"]["commit"] for seed in runs}
+        for name, runs in found.items()
+    }
+    return {name: ", ".join(sorted(map(str, those))) for name, those in ran.items()}
+
+
 def config_of(out: Path, variants: Sequence[str]) -> dict[str, str]:
     """What was run for `variants`, by stage, as a user would type it for seed 0."""
     return {
@@ -123,10 +135,10 @@ def collect_metrics(finished: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> 
             for task, counts in pooled.items():
                 metrics[f"{name}/{task}/{moment}/success"] = _rate(counts)
         for seed, results in runs.items():
-            gain = results["gain"]
-            metrics[f"{name}/mean/gain_seed{seed}/success"] = {
-                "mean": gain["difference"], "n": gain["n"], "low": gain["low"], "high": gain["high"]
-            }  # fmt: skip
+            metrics[f"{name}/mean/gain_seed{seed}/success"] = _difference(results["gain"])
+        pairs = [_pair(results) for results in runs.values()]
+        pooled_gain = paired(*([outcome for pair in pairs for outcome in pair[moment]] for moment in (0, 1)))
+        metrics[f"{name}/mean/gain/success"] = _difference(asdict(pooled_gain))
         for points in zip(*(results["curve"] for results in runs.values()), strict=True):
             place = f"{name}/mean/at_{points[0]['iteration']}"
             metrics[f"{place}/real_steps"] = sum(point["real_steps"] for point in points) / len(points)
@@ -143,6 +155,37 @@ def collect_metrics(finished: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> 
     return metrics
 
 
+def _difference(found: Mapping[str, Any]) -> dict[str, float]:
+    return {"mean": found["difference"], "n": found["n"], "low": found["low"], "high": found["high"]}
+
+
+def _pair(results: Mapping[str, Any]) -> tuple[list[bool], list[bool]]:
+    """Success of the same starts after and before, from the counts of `gain`."""
+    gain, after = results["gain"], results["after"]["real"]["successes"]
+    only_after, only_before = gain["only_first"], gain["only_second"]
+    both = after - only_after
+    counts = ((True, True, both), (True, False, only_after), (False, True, only_before),
+              (False, False, gain["n"] - both - only_after - only_before))  # fmt: skip
+    first, second = ([pair[i] for *pair, count in counts for _ in range(count)] for i in (0, 1))
+    return first, second
+
+
+def with_stored(path: Path, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """`config` and `metrics`, and what `path` holds of variants that are not among them.
+
+    Those are kept where their commands, and the weak model's, are what they would be today.
+    """
+    stored = json.loads(path.read_text()) if path.exists() else {"config": {}, "metrics": {}}
+    earlier, today = stored["config"], config_of(Path("<out>"), list(VARIANTS))
+    same = {name for name, command in today.items() if earlier.get(name) == command}
+    kept = {name for name in VARIANTS if name in same - config.keys() and {"collect", "weak"} <= same}
+    return (
+        {**{name: earlier[name] for name in kept}, **config,
+         "commits": {**{n: earlier["commits"][n] for n in kept}, **config["commits"]}},
+        {**{key: value for key, value in stored["metrics"].items() if key.partition("/")[0] in kept}, **metrics},
+    )  # fmt: skip
+
+
 def _rate(counts: Sequence[tuple[int, int]]) -> Mapping[str, float]:
     successes, trials = (sum(column) for column in zip(*counts, strict=True))
     low, high = wilson(successes, trials)
@@ -153,7 +196,8 @@ def main() -> None:
     """Run what is missing and store the metrics."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS),
+                        help="none: the weak models alone")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/posttrain"))
     parser.add_argument("--report", action="store_true", help="run nothing; store the metrics of what is finished")
     arguments = parser.parse_args()
@@ -165,12 +209,11 @@ def main() -> None:
     found = finished(arguments.out, arguments.seeds)
     if not found:
         parser.error(f"no variant is finished in {arguments.out}; run without --report first")
-    metrics = collect_metrics(found)
+    path = RESULTS / "posttrain.json"
+    config = {**config_of(arguments.out, list(found)), "commits": commits(arguments.out, found)}
+    config, metrics = with_stored(path, config, collect_metrics(found))
     seeds = sorted({seed for runs in found.values() for seed in runs})
-    clock.store(
-        RESULTS / "posttrain.json", config=config_of(arguments.out, list(found)), metrics=metrics,
-        arguments=" ".join(sys.argv[1:]), seeds=seeds,
-    )  # fmt: skip
+    clock.store(path, config=config, metrics=metrics, arguments=" ".join(sys.argv[1:]), seeds=seeds)
     for key, value in metrics.items():
         if isinstance(value, Mapping) and "/mean/" in key:
             print(f"{key:45s} {value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}] n={value['n']}")

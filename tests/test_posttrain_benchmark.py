@@ -19,11 +19,12 @@ def done(out: Path, name: str, seed: int, *, changed: str = "") -> None:
     real = {"real": rate, "real_by_task": {"metaworld/push-v3": rate}}
     results = {
         "before": real, "after": real, "curve": [{"iteration": 0, "real_steps": 0, **real}], "real_steps": 10,
-        "gain": {"difference": 0.0, "n": 4, "low": -0.5, "high": 0.5}, "world": {"growth": 0.0}, "seconds": 1.0,
+        "gain": {"difference": 0.0, "n": 4, "low": -0.5, "high": 0.5, "only_first": 1, "only_second": 1},
+        "world": {"growth": 0.0}, "seconds": 1.0,
     }  # fmt: skip
     (directory / name / "results.json").write_text(json.dumps(results))
     call = [*posttrain._call(command), *words, *([changed] if changed else [])]
-    (directory / f"{name}.done").write_text(json.dumps({"command": call}))
+    (directory / f"{name}.done").write_text(json.dumps({"command": call, "versions": {"commit": f"abc{seed}"}}))
 
 
 def test_the_config_is_that_of_the_finished_variants(tmp_path):
@@ -38,6 +39,23 @@ def test_the_config_is_that_of_the_finished_variants(tmp_path):
     metrics = posttrain.collect_metrics(found)
     assert metrics["rft/seeds"] == 2 and metrics["rft/push-v3/after/success"]["n"] == 8
     assert {name.partition("/")[0] for name in metrics} == {"rft", "sb3_sac"}
+    pooled = metrics["rft/mean/gain/success"]
+    assert pooled["n"] == 8 and pooled["mean"] == 0.0 and -0.5 < pooled["low"] < 0.0 < pooled["high"] < 0.5
+    assert posttrain.commits(tmp_path, found) == {"rft": "abc0, abc2", "sb3_sac": "abc1"}
+
+
+def test_what_is_stored_of_other_variants_stays_where_its_commands_are_those_of_today(tmp_path):
+    path, out = tmp_path / "posttrain.json", Path("<out>")
+    stored = {**posttrain.config_of(out, ["rft", "distil_imagined"]), "commits": {"rft": "a", "distil_imagined": "b"}}
+    stored["distil_imagined"] += " agent.updates=1"
+    path.write_text(json.dumps({"config": stored, "metrics": {"rft/seeds": 3, "distil_imagined/seeds": 3}}))
+    config = {**posttrain.config_of(out, ["sb3_sac"]), "commits": {"sb3_sac": "c"}}
+    merged, metrics = posttrain.with_stored(path, config, {"sb3_sac/seeds": 1})
+    assert metrics == {"rft/seeds": 3, "sb3_sac/seeds": 1}
+    assert merged["commits"] == {"rft": "a", "sb3_sac": "c"} and merged["rft"] == stored["rft"]
+    stored["weak"] += " steps=1"  # then nothing of it began with the same model
+    path.write_text(json.dumps({"config": stored, "metrics": {"rft/seeds": 3}}))
+    assert posttrain.with_stored(path, config, {"sb3_sac/seeds": 1}) == (config, {"sb3_sac/seeds": 1})
 
 
 def test_a_variant_that_was_run_with_other_settings_is_refused(tmp_path):
