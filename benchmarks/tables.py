@@ -332,6 +332,16 @@ def posttrain(result: Mapping[str, Any]) -> str:
     return _grid(["variant", "task", "before, %", "after, %", "n", "seeds", "real steps", "world model's error"], rows)
 
 
+def posttrain_isaac(result: Mapping[str, Any]) -> str:
+    """Return and success in Isaac Lab before and after, and the paired gain of every seed."""
+    metrics, rows = result["metrics"], []
+    for seed in result["seeds"]:
+        gain = metrics[f"return_gain_seed{seed}"]
+        interval = f"{gain['mean']:+.0f} [{gain['low']:+.0f}, {gain['high']:+.0f}]"
+        rows.append([str(seed), interval, str(gain["n"]), f"{metrics[f'wall_s_seed{seed}'] / 60:.1f}"])
+    return _grid(["seed", "return gained", "test starts", "minutes"], rows)
+
+
 def posttrain_speed(result: Mapping[str, Any]) -> str:
     """The collector beside the bare environment, and an update beside SB3's."""
     m = result["metrics"]
@@ -381,6 +391,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "env_speed": ("envs", env_speed),
     "isaac": ("isaac", isaac),
     "posttrain": ("posttrain", posttrain),
+    "posttrain_isaac": ("posttrain_isaac", posttrain_isaac),
     "posttrain_speed": ("posttrain_speed", posttrain_speed),
     **{f"fast_wam_{part}": ("fast_wam", _fast_wam(part)) for part in fast_wam.PARTS},
 }
