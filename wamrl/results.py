@@ -157,10 +157,9 @@ class Run:
         gains = {t: gain([e for e in self.episodes if t in ("mean", e.task)]) for t in ("mean", *self.tasks)}
         if self.plan_log:
             self.timing["batched"] = plan_times(self.plan_log, self.settings["threads"])
-            per_row = [entry["evaluations"] / entry["rows"] for entry in self.plan_log]
-            self.evaluations_per_plan = float(np.mean(per_row))
-            steps = sum(e.length for e in self.episodes if e.method == "planner")
-            self.steps_per_plan = steps / sum(entry["rows"] for entry in self.plan_log)
+            rows = sum(entry["rows"] for entry in self.plan_log)
+            self.evaluations_per_plan = sum(entry["evaluations"] for entry in self.plan_log) / rows
+            self.steps_per_plan = sum(e.length for e in self.episodes if e.method == "planner") / rows
         if self.oracle_log:
             self.timing["oracle"] = plan_times(self.oracle_log, self.settings["threads"])
         results = {
