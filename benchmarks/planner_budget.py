@@ -1,88 +1,169 @@
-"""Success against model evaluations, for every planner: `python -m benchmarks.planner_budget`.
+"""Success against model evaluations for every planner, and what warm start, proposals and a gate save.
 
-Each planner runs on the dev starts of the six tasks with a hard budget of model evaluations per plan
+    python -m benchmarks.posttrain --variants                     # makes the weak models, in outputs/bench/posttrain
+    python -m benchmarks.planner_budget                           # curve and gate, three models
+    python -m benchmarks.planner_budget --report                  # store what is finished
+
+The models are those that `benchmarks.posttrain` starts from, one per seed: their policies succeed in half of the
+episodes, so that there is room for planning. Each planner plans under a hard budget of model evaluations per plan
 (`controller.evaluations`), beside the same planner with shuffled scores; random proposals at the same budgets and the
-policy alone are in the same table. Gated planners spend less than their budget: the table has what was spent per plan.
+policy alone are in the same table. Each control step takes half a plan, because two actions of each are executed.
 
-The smallest budget gives every planner that iterates two iterations, and the gradient planner two steps. In a model
-with a behaviour prior mppi, cem, icem and gradient have candidates that follow it (`behaviour_share`); best_of_n, mcts
-and random proposals do not.
-
-Dev starts only: its numbers are not test results. The metrics go to benchmarks/results/planner_budget.json.
+The gated planners (`GATED`) and the default one, which always searches, act from the same starts: their success is
+compared in pairs. Settings were chosen on dev starts with seed 0; all that is stored is of test starts.
+The metrics go to benchmarks/results/planner_budget.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import shlex
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plan_ablation import measure
-from benchmarks.stored import RESULTS, ROOT, Clock
+from benchmarks.posttrain import ENV
+from benchmarks.stored import RESULTS, ROOT, Clock, run_stage, stage_done
+from wamrl.evaluation import Episode, paired, read_episodes, wilson
 
-# Evaluations per plan: one candidate of 8 steps costs 64 of the shipped model's, one for each member and step.
-BUDGETS = (2560, 5120, 10240)
-SINGLE = "planner.num_candidates=160"  # of planners with one iteration: what the greatest budget allows
+# Evaluations per plan: a candidate of 8 steps costs 64 of these models', one for each member and step.
+BUDGETS = (512, 1536, 4608)
+SINGLE = "planner.num_candidates=72"  # of planners with one iteration: what the greatest budget allows
+RANDOM = ("proposer@planner.proposer=noise", "planner.sigma=0.5")
 PLANNERS: dict[str, tuple[str, ...]] = {
     "mppi": ("planner=mppi", SINGLE),
     "cem": ("planner=cem",),
     "icem": ("planner=icem",),
     "best_of_n": ("planner=best_of_n", SINGLE),
     "gradient": ("planner=gradient",),
-    "mcts": ("planner=mcts", "planner.simulations=640", "planner.num_candidates=64"),
-    "mcts with reuse": ("planner=mcts", "planner.simulations=640", "planner.num_candidates=64", "planner.reuse=true"),
-    "cem, critical phase": ("planner=cem", "gate@planner.gate=critical_phase"),
-    "cem, one plan in two": ("planner=cem", "gate@planner.gate=periodic"),
-    "random proposals": ("planner=cem", "planner.proposal=noise", "planner.sigma=0.5", "planner.iterations=1", SINGLE),
+    "mcts": ("planner=mcts", "planner.simulations=288", "planner.num_candidates=32"),
+    "random proposals": ("planner=mppi", SINGLE, *RANDOM),
 }
+CURVE_EPISODES, FIRST_TEST_START = 6, 700  # starts per task and model; the first that was not read before
+SHUFFLED_BUDGET = 1536  # where every planner has a shuffled twin
+# The plan is followed for as long as the world looks as it was imagined, and searched for anew where it does not.
+_GATED = ("controller=adaptive", "controller.threshold=0.2", "planner.num_candidates=48")
+# Name -> starts per task and model, methods, settings.
+GATED: dict[str, tuple[int, str, tuple[str, ...]]] = {
+    "always": (60, "planner,policy", ()),
+    "gated": (60, "planner", _GATED),
+    "gated, scores shuffled": (20, "planner", (*_GATED, "planner.shuffle_scores=true")),
+    "gated, random proposals": (20, "planner", (*_GATED, *RANDOM)),
+    "always, scores shuffled": (20, "planner", ("planner.shuffle_scores=true",)),
+    "critical phase, otherwise the policy": (20, "planner", ("gate@planner.gate=critical_phase",)),
+    "no gate, 48 candidates every 4 steps": (
+        20, "planner", ("controller.replan_every=4", "planner.num_candidates=48")
+    ),
+}  # fmt: skip
+
+
+def jobs(seed: int, weak: Path, out: Path, only: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """(name, command) of every run of one seed's model."""
+    found: dict[str, tuple[int, str, tuple[str, ...]]] = {}
+    if "gate" in only:
+        found |= {f"gate/{name}": run for name, run in GATED.items()}
+    if "curve" in only:
+        for name, overrides in PLANNERS.items():
+            for budget in BUDGETS:
+                methods = "planner,shuffled" if budget == SHUFFLED_BUDGET else "planner"
+                found[f"curve/{name}/{budget}"] = (
+                    CURVE_EPISODES, methods, (*overrides, f"controller.evaluations={budget}")
+                )  # fmt: skip
+    return [
+        (name, [
+            sys.executable, "-m", "wamrl.plan", f"wam={weak / f'seed{seed}' / 'weak'}", "env=metaworld/six",
+            f"env.tasks={ENV}", f"episodes={episodes}", f"first_start={FIRST_TEST_START}", f"seed={seed}", "workers=1",
+            "num_envs=30", "video=false", f"methods=[{methods}]", "latency_plans=20", *overrides,
+            f"run_dir={out / f'seed{seed}' / _folder(name)}",
+        ])
+        for name, (episodes, methods, overrides) in found.items()
+    ]  # fmt: skip
+
+
+def _folder(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
+def read(directory: Path) -> tuple[dict[str, Any], list[Episode]]:
+    """The results and the episodes of a run."""
+    return json.loads((directory / "results.json").read_text()), read_episodes(directory / "episodes.csv")
+
+
+def collect_metrics(runs: Mapping[str, Mapping[int, tuple[dict[str, Any], list[Episode]]]]) -> dict[str, Any]:
+    """Flat metrics of the runs by name and seed."""
+    metrics: dict[str, Any] = {}
+    for name, by_seed in runs.items():
+        for method in next(iter(by_seed.values()))[0]["methods"]:
+            outcomes = [e.success for _, episodes in by_seed.values() for e in episodes if e.method == method]
+            low, high = wilson(sum(outcomes), len(outcomes))
+            metrics[f"{name}/{method}/success"] = {
+                "mean": sum(outcomes) / len(outcomes), "n": len(outcomes), "low": low, "high": high
+            }  # fmt: skip
+        results = [result for result, _ in by_seed.values()]
+        spent = [r["evaluations_per_plan"] / r["steps_per_plan"] for r in results]
+        metrics[f"{name}/evaluations_per_step"] = sum(spent) / len(spent)
+        metrics[f"{name}/plan_p50_ms"] = sum(r["timing"]["single"]["total_ms"]["p50"] for r in results) / len(results)
+    always = runs.get("gate/always")
+    for name in (f"gate/{name}" for name in GATED if name != "always"):
+        if always and name in runs and set(runs[name]) == set(always):
+            found = paired(*_matched(runs[name], always))
+            metrics[f"{name}/minus_always"] = {
+                "mean": found.difference, "n": found.n, "low": found.low, "high": found.high
+            }  # fmt: skip
+            share = metrics[f"{name}/evaluations_per_step"] / metrics["gate/always/evaluations_per_step"]
+            metrics[f"{name}/share_of_evaluations"] = share
+    return metrics
+
+
+def _matched(*runs: Mapping[int, tuple[dict[str, Any], list[Episode]]]) -> tuple[list[bool], ...]:
+    """Success of each run's planner, by seed, on the starts that all of them have in common."""
+    found = [
+        {
+            (seed, e.task, e.start): e.success
+            for seed, (_, episodes) in by_seed.items() for e in episodes if e.method == "planner"
+        }
+        for by_seed in runs
+    ]  # fmt: skip
+    common = sorted(set.intersection(*(set(one) for one in found)))
+    return tuple([one[key] for key in common] for one in found)
 
 
 def main() -> None:
-    """Run every planner at every budget and store its success."""
+    """Run what is missing and store the metrics."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--wam", default="six")
-    parser.add_argument("--episodes", type=int, default=20, help="dev starts per task")
-    parser.add_argument("--budgets", type=int, nargs="*", default=list(BUDGETS), help="evaluations per plan")
-    parser.add_argument("--planners", nargs="*", default=list(PLANNERS), choices=list(PLANNERS))
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=["gate", "curve"], default=["gate", "curve"])
+    parser.add_argument("--weak", type=Path, default=Path("outputs/bench/posttrain"), help="of benchmarks.posttrain")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/planner_budget"))
+    parser.add_argument("--report", action="store_true", help="run nothing; store the metrics of what is finished")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     clock = Clock()
-    jobs: dict[str, tuple[tuple[str, ...], str]] = {"policy": ((), "policy")}
-    for name in arguments.planners:
-        for budget in arguments.budgets:
-            overrides = (*PLANNERS[name], f"controller.evaluations={budget}")
-            jobs[f"{name}/{budget}"] = (overrides, "planner,shuffled")
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        futures = {
-            name: pool.submit(measure, name, overrides, arguments.wam, arguments.episodes, arguments.out, methods)
-            for name, (overrides, methods) in jobs.items()
-        }
-        runs = {name: future.result() for name, future in futures.items()}
-    metrics: dict[str, Any] = {}
-    for name, run in runs.items():
-        for method, by_task in run["summary"].items():
-            mean = by_task["mean"]
-            metrics[f"{name}/{method}/success"] = {
-                "mean": mean["success"],
-                **{k: mean[k] for k in ("n", "low", "high")},
-            }
-            print(f"{name + '/' + method:45s} {mean['success']:.3f} [{mean['low']:.3f}, {mean['high']:.3f}]")
-        if run["evaluations_per_plan"] is not None:
-            metrics[f"{name}/evaluations_per_plan"] = run["evaluations_per_plan"]
-            metrics[f"{name}/plan_p50_ms"] = run["timing"]["single"]["total_ms"]["p50"]
+    runs: dict[str, dict[int, tuple[dict[str, Any], list[Episode]]]] = {}
+    for seed in arguments.seeds:
+        directory = arguments.out / f"seed{seed}"
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, command in jobs(seed, arguments.weak, arguments.out, arguments.only):
+            folder = directory / _folder(name)
+            if not arguments.report:
+                resume = [*command[:3], f"resume={folder}"] if (folder / "results.json").exists() else None
+                run_stage(_folder(name), command, directory, resume=resume)
+            if stage_done(_folder(name), command, directory):
+                runs.setdefault(name, {})[seed] = read(folder)
+    if not runs:
+        parser.error(f"nothing is finished in {arguments.out}; run without --report first")
+    metrics = collect_metrics(runs)
     clock.store(
         RESULTS / "planner_budget.json",
-        config={"wam": arguments.wam, "split": "dev", "episodes": arguments.episodes, "planners": PLANNERS},
-        metrics=metrics,
-        arguments=shlex.join(sys.argv[1:]),
-        protocol_hash=sorted({run["protocol_hash"] for run in runs.values()}),
-    )
+        config={"split": "test", "first_start": FIRST_TEST_START, "curve_episodes": CURVE_EPISODES, "tasks": ENV,
+                "budgets": BUDGETS, "planners": PLANNERS, "gated": GATED},
+        metrics=metrics, arguments=" ".join(sys.argv[1:]), seeds=arguments.seeds,
+        protocol_hash=sorted({result["protocol_hash"] for by_seed in runs.values() for result, _ in by_seed.values()}),
+    )  # fmt: skip
+    for name, value in metrics.items():
+        print(f"{name:50s} {value}")
 
 
 if __name__ == "__main__":

@@ -149,18 +149,40 @@ def planners(result: Mapping[str, Any]) -> str:
 
 def planner_budget(result: Mapping[str, Any]) -> str:
     """Success of every planner at every budget of model evaluations, and of its shuffled twin."""
-    metrics = result["metrics"]
-    rows = [["the policy alone", "", "", _rate(metrics["policy/policy/success"]), "", ""]]
+    metrics, rows = result["metrics"], []
     for key in metrics:
-        if key.endswith("/planner/success"):
-            name, budget, *_ = key.split("/")
-            prefix = f"{name}/{budget}"
-            spent, milliseconds = metrics[f"{prefix}/evaluations_per_plan"], metrics[f"{prefix}/plan_p50_ms"]
-            shuffled = _rate(metrics[f"{prefix}/shuffled/success"])
-            rows.append([name, budget, f"{spent:.0f}", _rate(metrics[key]), shuffled, f"{milliseconds:.0f}"])
-    n = metrics["policy/policy/success"]["n"]
-    head = ["planner", "evaluations allowed", "spent per plan", f"success on dev starts, %, n = {n}", "shuffled"]
-    return _grid([*head, "ms per plan, median"], rows)
+        if key.startswith("curve/") and key.endswith("/planner/success"):
+            _, name, budget, *_ = key.split("/")
+            place = f"curve/{name}/{budget}"
+            shuffled = metrics.get(f"{place}/shuffled/success")
+            spent, milliseconds = metrics[f"{place}/evaluations_per_step"], metrics[f"{place}/plan_p50_ms"]
+            rows.append(
+                [name, f"{spent:.0f}", _rate(metrics[key]), _rate(shuffled) if shuffled else "", f"{milliseconds:.0f}"]
+            )
+    n = metrics["curve/mppi/1536/planner/success"]["n"]
+    head = ["planner", "evaluations per control step", f"success, %, n = {n}", "shuffled scores", "ms per plan"]
+    return _grid(head, rows)
+
+
+def planner_gate(result: Mapping[str, Any]) -> str:
+    """Success and model evaluations of a gated planner, beside the same one that always searches, and controls."""
+    metrics = result["metrics"]
+    policy = metrics["gate/always/policy/success"]
+    rows = [["the policy alone", "0", "", str(policy["n"]), _rate(policy), ""]]
+    for key in metrics:
+        if key.startswith("gate/") and key.endswith("/planner/success"):
+            name = key.split("/")[1]
+            share, apart = (metrics.get(f"gate/{name}/{part}") for part in ("share_of_evaluations", "minus_always"))
+            rows.append([
+                name, f"{metrics[f'gate/{name}/evaluations_per_step']:.0f}", "" if share is None else f"{share:.2f}",
+                str(metrics[key]["n"]), _rate(metrics[key]), "" if apart is None else _points(apart),
+            ])  # fmt: skip
+    head = ["planner", "evaluations per control step", "of always", "n", "success, %", "minus always, points"]
+    return _grid(head, rows)
+
+
+def _points(value: Mapping[str, float]) -> str:
+    return f"{100 * value['mean']:+.1f} [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
 
 
 def planners_batched(result: Mapping[str, Any]) -> str:
@@ -383,6 +405,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "overhead": ("planner_overhead", overhead),
     "planners": ("planners", planners),
     "planner_budget": ("planner_budget", planner_budget),
+    "planner_gate": ("planner_budget", planner_gate),
     "planners_batched": ("planners", planners_batched),
     "judged": ("policy_evaluation", judged),
     "judges": ("policy_evaluation", judges),
