@@ -18,9 +18,9 @@ from tensordict import TensorDict
 from wamrl.interfaces import WAM, Budget, Imagined, Plan, Planner, PlanState
 from wamrl.noise import NoiseKey
 from wamrl.planners import NonFinitePlanError, ShootingPlanner, make_cem, make_mppi
+from wamrl.planners.deadlines import Pace
 from wamrl.planners.mppi import mppi_weights
 from wamrl.planners.scorers import ReturnScorer
-from wamrl.planners.shooting import _Pace
 from wamrl.planners.toys import (
     BrokenWAM,
     MortalWAM,
@@ -348,7 +348,7 @@ def test_a_deadline_that_allows_everything_stops_nothing() -> None:
 
 
 def test_what_fits_before_a_deadline_is_judged_by_what_came_before() -> None:
-    pace = _Pace(time.perf_counter() + 1.0)
+    pace = Pace(time.perf_counter() + 1.0)
     assert pace.more(0, 8) == 0  # nothing is known yet
     pace.imagined(10, 0.01)
     assert pace.more(10, 5) == 5 and pace.more(10, 1000) == 40  # at most four times as many

@@ -348,7 +348,7 @@ def test_more_graphs_are_compiled_than_torch_has_by_default(monkeypatch) -> None
     with config.patch(recompile_limit=8):
         plain = torch.compile
         monkeypatch.setattr(torch, "compile", eager)
-        double = importlib.import_module("wamrl.planners.shooting").compiled(lambda x: 2 * x)
+        double = importlib.import_module("wamrl.planners.running").compiled(lambda x: 2 * x)
         for rows in range(1, 12):
             assert torch.equal(double(torch.ones(rows)), torch.full((rows,), 2.0))
 
