@@ -25,10 +25,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),
     "scores shuffled across the candidates (null control)": ("planner.shuffle_scores=true",),
     "no candidates of the behaviour prior": ("planner.behaviour_share=0",),
-    "success counts for nothing in the score": ("planner.success_weight=0",),
-    "no terminal value": ("planner.value_weight=0",),
-    "no imagined rewards": ("planner.reward_weight=0",),
-    "score: mean over the ensemble": ("planner.risk=mean",),
+    "success counts for nothing in the score": ("planner.scorer.success_weight=0",),
+    "no terminal value": ("planner.scorer.value_weight=0",),
+    "no imagined rewards": ("planner.scorer.reward_weight=0",),
+    "score: mean over the ensemble": ("planner.scorer.risk=mean",),
     "act: weighted mean of the candidates": ("planner.choose=mean",),
     "sigma 0.1": ("planner.sigma=0.1",),
     "sigma 0.2": ("planner.sigma=0.2",),
@@ -36,7 +36,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "plan every 4 steps": ("controller.replan_every=4",),
     "no policy: noise around the last plan, 3 iterations": (
         "planner.proposal=noise", "planner.sigma=0.5", "planner.iterations=3", "planner.choose=mean",
-        "planner.risk=mean",
+        "planner.scorer.risk=mean",
     ),
 }  # fmt: skip
 

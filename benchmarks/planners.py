@@ -111,8 +111,7 @@ class OursRows:
             proposal="noise",
             sigma=SIGMA,
             correlation=0.0,
-            value_weight=0.0,
-            risk="mean",
+            scorer=ReturnScorer(value_weight=0.0),
             choose="mean",
         )
         self.plan_state = self.planner.initial_state(model, rows)

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wamrl.interfaces import Gate
+from wamrl.interfaces import Gate, Scorer
 from wamrl.naming import unknown_name, whole_number
-from wamrl.planners.gates import Always, Uncertainty
+from wamrl.planners.gates import Always
 from wamrl.planners.proposers import NoiseProposer, PolicyProposer, check_sigma
 from wamrl.planners.scorers import ReturnScorer, check_comparable
 from wamrl.planners.shooting import Refit, ShootingPlanner
@@ -79,17 +79,8 @@ def make_mppi(
     warm_share: float = 0.0,
     behaviour_share: float = 0.5,
     refine_sigma: float | Sequence[float] | None = None,
-    value_weight: float = 1.0,
-    reward_weight: float = 1.0,
-    success_weight: float | None = None,
-    success_value_weight: float | None = None,
-    uncertainty_penalty: float = 0.0,
-    uncertainty_reduce: str = "sum",
-    discount: float | None = None,
-    risk: str = "improvement",
-    risk_weight: float = 0.5,
+    scorer: Scorer | None = None,
     gate: Gate | None = None,
-    gate_threshold: float | None = None,
     choose: str = "best",
     stop_change: float | None = None,
     shuffle_scores: bool = False,
@@ -105,8 +96,7 @@ def make_mppi(
     knots, spline: draw the noise at that many steps and interpolate, see `temporal_basis`.
     warm_share, behaviour_share: see `PolicyProposer`.
     refine_sigma: sigma of the iterations after the first; None is `sigma`.
-    value_weight ... risk_weight: see `ReturnScorer`. gate: None searches always. gate_threshold: that of a gate
-    `Uncertainty`, in the place of `gate`; None is none.
+    scorer: None is `ReturnScorer(risk="improvement")`. gate: None searches always.
     choose, stop_change, shuffle_scores, compile, on_failure: see `ShootingPlanner`.
     """
     spread = check_sigma(sigma, "planner.sigma")
@@ -116,31 +106,13 @@ def make_mppi(
     basis = temporal_basis(horizon, correlation=correlation, knots=knots, spline=spline)
     shares = {"warm_share": warm_share, "behaviour_share": behaviour_share}
     proposer = make_proposer(proposal, horizon=horizon, sigma=spread, basis=basis, **shares)
-    gate = Always() if gate is None else gate
-    if gate_threshold is not None:
-        if not isinstance(gate, Always):
-            raise ValueError(
-                f"planner.gate_threshold is {gate_threshold}, but there is a gate already, {type(gate).__name__}; "
-                "leave one of them out"
-            )
-        gate = Uncertainty(threshold=gate_threshold)
-    scorer = ReturnScorer(
-        value_weight=value_weight,
-        reward_weight=reward_weight,
-        success_weight=success_weight,
-        success_value_weight=success_value_weight,
-        uncertainty_penalty=uncertainty_penalty,
-        uncertainty_reduce=uncertainty_reduce,
-        discount=discount,
-        risk=risk,
-        risk_weight=risk_weight,
-    )
+    scorer = ReturnScorer(risk="improvement") if scorer is None else scorer
     if iterations > 1 and choose == "best":
         check_comparable(scorer, f"planner.choose=best compares its {iterations} iterations")
     return ShootingPlanner(
         proposer=proposer,
         scorer=scorer,
-        gate=gate,
+        gate=Always() if gate is None else gate,
         refit=mppi_refit(temperature=temperature, standardise=standardise, num_elites=num_elites),
         horizon=horizon,
         num_candidates=num_candidates,

@@ -16,7 +16,7 @@ from tensordict import TensorDict
 from wamrl import cli
 from wamrl.control import AdaptivePolicy, InteractivePolicy, ModelPolicy, PlannerPolicy, RandomPolicy
 from wamrl.interfaces import Context, Plan, Policy, PolicyState, State
-from wamrl.planners import ShootingPlanner, make_gradient, make_mcts, make_mppi
+from wamrl.planners import ReturnScorer, ShootingPlanner, make_gradient, make_mcts, make_mppi
 from wamrl.planners.toys import TASKS, ToyWAM, observation, quadratic
 from wamrl.report import late_words
 from wamrl.results import plan_times
@@ -39,7 +39,7 @@ def integrator(**options: object) -> ToyWAM:
 
 
 def small(**options: object) -> ShootingPlanner:
-    usual = {"horizon": 4, "num_candidates": 16, "sigma": 0.2, "risk": "mean", "choose": "mean"}
+    usual = {"horizon": 4, "num_candidates": 16, "sigma": 0.2, "scorer": ReturnScorer(), "choose": "mean"}
     return make_mppi(**{**usual, **options})  # type: ignore[arg-type]
 
 

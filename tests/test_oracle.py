@@ -10,7 +10,7 @@ from wamrl.interfaces import Budget, Context
 from wamrl.models.joint_embedding import JointEmbeddingWAM
 from wamrl.noise import NoiseKey
 from wamrl.oracle import OracleWAM
-from wamrl.planners import make_cem, make_gradient, make_mppi
+from wamrl.planners import ReturnScorer, make_cem, make_gradient, make_mppi
 
 metaworld = pytest.importorskip("wamrl.envs.metaworld")
 
@@ -92,8 +92,9 @@ def test_the_oracles_value_is_the_models_value_of_where_it_ends(pushing):
 
 def test_planning_in_the_true_simulator_reaches_the_goal():
     oracle, env = _oracle(REACH)
+    rewards = ReturnScorer(value_weight=0.0)
     planner = make_mppi(
-        horizon=4, num_candidates=16, proposal="noise", sigma=0.7, value_weight=0.0, temperature=0.1, choose="mean"
+        horizon=4, num_candidates=16, proposal="noise", sigma=0.7, scorer=rewards, temperature=0.1, choose="mean"
     )
     now = env.reset(TensorDict({"start": torch.tensor([0, 1])}, batch_size=[2]))
 

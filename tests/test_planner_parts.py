@@ -27,12 +27,12 @@ from wamrl.planners import (
     ProgressScorer,
     ReturnScorer,
     SuccessScorer,
+    Uncertainty,
     Verifier,
     make_best_of_n,
     make_cem,
     make_gradient,
     make_mcts,
-    make_mppi,
 )
 from wamrl.planners.conformance import plan_once
 from wamrl.planners.scorers import asked_of
@@ -141,6 +141,11 @@ def test_what_a_scorer_needs_depends_on_the_models_success_bonus() -> None:
         (lambda: SuccessScorer(risk="cvra"), "did you mean 'cvar'"),
         (lambda: SuccessScorer(risk_share=0.0), "risk_share is 0"),
         (lambda: ReturnScorer(risk_weight=-1.0), "risk_weight is -1"),
+        (lambda: ReturnScorer(risk="lower-bound"), "did you mean 'lower_bound'"),
+        (lambda: ReturnScorer(uncertainty_penalty=-1.0), "uncertainty_penalty is -1"),
+        (lambda: ReturnScorer(uncertainty_reduce="max"), "Known: mean, sum"),
+        (lambda: ReturnScorer(discount=1.5), "discount is 1.5"),
+        (lambda: Uncertainty(-0.1), "gate threshold is -0.1"),
         (lambda: GoalScorer(norm="l3"), "norm"),
         (lambda: CriticalPhase(threshold=math.nan), "threshold is nan"),
         (lambda: Periodic(every=0), "every is 0"),
@@ -262,7 +267,7 @@ def test_a_choice_that_is_unknown_or_out_of_place_is_named() -> None:
     with pytest.raises(ValueError, match="unknown scorer 'succes'; did you mean 'success'"):
         cli.compose("plan", ["planner=cem", "scorer@planner.scorer=succes"])
     with pytest.raises(ValueError, match="the planner that was chosen has no choice of scorer at 'planner.scorer'"):
-        cli.compose("plan", ["planner=mppi", "scorer@planner.scorer=success"])
+        cli.compose("plan", ["planner=gradient", "scorer@planner.scorer=success"])
 
 
 @pytest.mark.parametrize("path", [f"{g}/{p.name}" for g in ("scorer", "gate") for p in (CONFIGS / g).iterdir()])
@@ -477,8 +482,6 @@ def test_gates_that_remember_refuse_what_they_cannot_do() -> None:
     for options in ({"per_episode": 0, "per_second": None}, {"per_second": -1.0}, {"per_second": math.inf}):
         with pytest.raises(ValueError, match="must be a number of evaluations above 0"):
             BudgetGate(**options)
-    with pytest.raises(ValueError, match="gate_threshold is 0.5, but there is a gate already, Verifier"):
-        make_mppi(gate=Verifier(), gate_threshold=0.5)
 
 
 # --------------------------------------------------------------------------------------------------------- progress
