@@ -37,8 +37,10 @@ PLANNERS: dict[str, tuple[str, ...]] = {
     "mcts with reuse": ("planner=mcts", "planner.simulations=640", "planner.num_candidates=64", "planner.reuse=true"),
     "cem, critical phase": ("planner=cem", "gate@planner.gate=critical_phase"),
     "cem, one plan in two": ("planner=cem", "gate@planner.gate=periodic"),
-    "random proposals": ("planner=cem", "planner.proposal=noise", "planner.sigma=0.5", "planner.iterations=1", SINGLE),
-}
+    "random proposals": (
+        "planner=cem", "proposer@planner.proposer=noise", "planner.sigma=0.5", "planner.iterations=1", SINGLE,
+    ),
+}  # fmt: skip
 
 
 def main() -> None:

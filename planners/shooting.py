@@ -25,7 +25,7 @@ from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.deadlines import KEPT_BACK, Pace, check_deadline, in_blocks
 from wamrl.planners.gates import Always, ask, check_search_cost, device_of, fresh_memory, gate_cost, memory_after
-from wamrl.planners.proposers import coloured_noise, match_sigma
+from wamrl.planners.proposers import check_part, coloured_noise, match_sigma
 from wamrl.planners.running import ModelClock, compiled, padded, require_compiler, run_compiled
 from wamrl.planners.scorers import asked_of, permutation
 
@@ -102,6 +102,8 @@ class ShootingPlanner:
 
     def __post_init__(self) -> None:
         """Refuse values that no plan could be made with."""
+        for name in ("proposer", "scorer", "gate"):
+            check_part(name, getattr(self, name))
         for name in ("horizon", "num_candidates", "iterations", "min_candidates"):
             whole_number(f"planner.{name}", getattr(self, name), 1)
         if self.futures is not None:

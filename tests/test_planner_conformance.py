@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 
 from wamrl import cli
 from wamrl.interfaces import WAM, Budget, Imagined, Proposal
-from wamrl.planners import ReturnScorer, make_best_of_n, make_cem, make_gradient, make_mcts, make_mppi
+from wamrl.planners import NoiseProposer, ReturnScorer, make_best_of_n, make_cem, make_gradient, make_mcts, make_mppi
 from wamrl.planners.conformance import CHECKS, Subject, execute, linear_system
 from wamrl.planners.tree import Tree
 
@@ -107,7 +107,7 @@ SUBJECTS = {
     "mppi": Subject(
         lambda horizon: make_mppi(
             horizon=horizon, iterations=8, temperature=0.1, refine_sigma=0.2, scorer=ReturnScorer(), choose="mean",
-            proposal="noise", correlation=0.3, **WIDE,
+            proposer=NoiseProposer, correlation=0.3, **WIDE,
         )
     ),
     "mppi at knots, around the policy": Subject(
@@ -117,7 +117,7 @@ SUBJECTS = {
         )
     ),
     "cem": Subject(cem),
-    "icem": Subject(lambda horizon: cem(horizon, keep_elites=8, momentum=0.1, exponent=1.0, proposal="noise")),
+    "icem": Subject(lambda horizon: cem(horizon, keep_elites=8, momentum=0.1, exponent=1.0, proposer=NoiseProposer)),
     "cem that stops early": Subject(lambda horizon: cem(horizon, stop_change=0.02)),
     "gradient": Subject(
         lambda horizon: make_gradient(start=cem(horizon), steps=10, num_starts=4, learning_rate=0.02), regret=0.005

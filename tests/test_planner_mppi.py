@@ -8,6 +8,7 @@ import random
 import shutil
 import time
 from dataclasses import replace
+from functools import partial
 from importlib import resources
 
 import pytest
@@ -17,7 +18,17 @@ from tensordict import TensorDict
 
 from wamrl.interfaces import WAM, Budget, Imagined, Plan, Planner, PlanState
 from wamrl.noise import NoiseKey
-from wamrl.planners import NonFinitePlanError, ReturnScorer, ShootingPlanner, Uncertainty, make_cem, make_mppi
+from wamrl.planners import (
+    MakeProposer,
+    NoiseProposer,
+    NonFinitePlanError,
+    PolicyProposer,
+    ReturnScorer,
+    ShootingPlanner,
+    Uncertainty,
+    make_cem,
+    make_mppi,
+)
 from wamrl.planners.deadlines import Pace
 from wamrl.planners.mppi import mppi_weights
 from wamrl.planners.toys import (
@@ -31,7 +42,7 @@ from wamrl.planners.toys import (
 )
 
 TARGET = torch.tensor([0.3, -0.6])
-PROPOSALS = ("policy", "noise")
+PROPOSERS = (PolicyProposer, NoiseProposer)
 
 
 def plan(
@@ -53,13 +64,15 @@ def test_the_defaults_in_python_are_those_of_the_yaml() -> None:
     assert settings.pop("_target_") == f"{make_mppi.__module__}.{make_mppi.__name__}"
     settings.pop("defaults")
     defaults = {name: option.default for name, option in inspect.signature(make_mppi).parameters.items()}
-    assert settings == {name: default for name, default in defaults.items() if name not in ("scorer", "gate")}
+    assert settings == {
+        name: default for name, default in defaults.items() if name not in ("proposer", "scorer", "gate")
+    }
 
 
-@pytest.mark.parametrize("proposal", PROPOSALS)
+@pytest.mark.parametrize("proposer", PROPOSERS)
 @pytest.mark.parametrize("choose", ["mean", "best"])
-def test_mppi_finds_the_peak_of_a_quadratic(proposal: str, choose: str) -> None:
-    planner = searching(proposal=proposal, choose=choose)
+def test_mppi_finds_the_peak_of_a_quadratic(proposer: MakeProposer, choose: str) -> None:
+    planner = searching(proposer=proposer, choose=choose)
     assert isinstance(planner, Planner)
     found, _ = plan(planner, quadratic(TARGET), torch.zeros(4, 1))
     assert (found.actions - TARGET).abs().max() < (0.1 if choose == "mean" else 0.25)
@@ -75,7 +88,7 @@ def test_mppi_comes_near_the_riccati_solution_of_a_linear_quadratic_problem() ->
     gains, costs = riccati(a, b, q, r, horizon)
     model = linear_quadratic(a, b, q, r, torch.zeros(2, 2))
     z = torch.tensor([[0.3, 0.0], [-0.2, 0.3]])
-    planner = searching(horizon=horizon, num_candidates=512, iterations=30, proposal="noise", refine_sigma=0.1)
+    planner = searching(horizon=horizon, num_candidates=512, iterations=30, proposer=NoiseProposer, refine_sigma=0.1)
     found, _ = plan(planner, model, z)
     reached = model.imagine(model.state(z), found.actions[:, None]).reward.sum(dim=-1)[:, 0, 0]
     optimal = -((z @ costs[0]) * z).sum(dim=1)
@@ -98,10 +111,10 @@ def test_policy_candidates_start_from_a_policy_that_is_already_optimal() -> None
     assert torch.allclose(found.actions[:, 0], -(z @ gains[0].T), atol=1e-6)
 
 
-@pytest.mark.parametrize("proposal", PROPOSALS)
+@pytest.mark.parametrize("proposer", PROPOSERS)
 @pytest.mark.parametrize("choose", ["mean", "best"])
-def test_actions_stay_inside_the_bounds(proposal: str, choose: str) -> None:
-    planner = searching(proposal=proposal, choose=choose, sigma=5.0, refine_sigma=5.0)
+def test_actions_stay_inside_the_bounds(proposer: MakeProposer, choose: str) -> None:
+    planner = searching(proposer=proposer, choose=choose, sigma=5.0, refine_sigma=5.0)
     found, state = plan(planner, quadratic(torch.tensor([7.0, -7.0])), torch.zeros(2, 1))
     for actions in (found.actions, found.candidates, state["mean"]):
         assert actions.abs().max() <= 1.0
@@ -151,11 +164,11 @@ def test_equal_scores_weigh_equally() -> None:
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("proposal", PROPOSALS)
+@pytest.mark.parametrize("proposer", PROPOSERS)
 @pytest.mark.parametrize("choose", ["mean", "best"])
-def test_broken_futures_never_reach_an_action(broken: float, proposal: str, choose: str) -> None:
+def test_broken_futures_never_reach_an_action(broken: float, proposer: MakeProposer, choose: str) -> None:
     model = BrokenWAM(TARGET, lambda z, a: a[..., 0] > 0.25, broken)
-    found, _ = plan(searching(proposal=proposal, choose=choose), model, torch.zeros(2, 1))
+    found, _ = plan(searching(proposer=proposer, choose=choose), model, torch.zeros(2, 1))
     assert found.actions.isfinite().all() and found.value.isfinite().all()
     assert (found.actions[..., 0] <= 0.26).all()
     assert (found.actions[..., 0] > 0.0).all()
@@ -196,18 +209,21 @@ def test_on_failure_hold_sends_zeros_in_that_row_only_and_warns() -> None:
     assert torch.allclose(found.actions[[0, 2]], good.actions[[0, 2]], atol=1e-6)
 
 
-@pytest.mark.parametrize("proposal", PROPOSALS)
-def test_same_key_same_plan(proposal: str) -> None:
+@pytest.mark.parametrize("proposer", PROPOSERS)
+def test_same_key_same_plan(proposer: MakeProposer) -> None:
     model = quadratic(TARGET)
-    first, _ = plan(searching(proposal=proposal), model, torch.zeros(2, 1))
+    first, _ = plan(searching(proposer=proposer), model, torch.zeros(2, 1))
     torch.manual_seed(123)
-    again, _ = plan(searching(proposal=proposal), model, torch.zeros(2, 1))
-    other, _ = plan(searching(proposal=proposal), model, torch.zeros(2, 1), seed=1)
+    again, _ = plan(searching(proposer=proposer), model, torch.zeros(2, 1))
+    other, _ = plan(searching(proposer=proposer), model, torch.zeros(2, 1), seed=1)
     assert torch.equal(first.actions, again.actions) and torch.equal(first.scores, again.scores)
     assert not torch.equal(first.actions, other.actions)
 
 
-@pytest.mark.parametrize("options", [{}, {"warm_share": 0.5}, {"shuffle_scores": True}, {"proposal": "noise"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"proposer": partial(PolicyProposer, warm_share=0.5)}, {"shuffle_scores": True}, {"proposer": NoiseProposer}],
+)
 def test_batched_equals_looped(options: dict[str, object]) -> None:
     a, b = torch.tensor([[1.0, 0.2], [0.0, 1.0]]), torch.tensor([[0.0], [0.2]])
     model = linear_quadratic(a, b, torch.eye(2), torch.eye(1), torch.eye(2), gain=torch.tensor([[-0.5, -0.5]]))
@@ -286,7 +302,9 @@ def test_evaluations_are_counted(members: int) -> None:
 )
 def test_the_evaluation_budget_is_hard(budget: int, members: int, num: int, iterations: int, warm_share: float) -> None:
     model = quadratic(TARGET, members=members)
-    planner = searching(horizon=2, num_candidates=num, iterations=iterations, warm_share=warm_share)
+    planner = searching(
+        horizon=2, num_candidates=num, iterations=iterations, proposer=partial(PolicyProposer, warm_share=warm_share)
+    )
     if budget < 2 * members:
         with pytest.raises(ValueError, match=f"budget.evaluations is {budget}.*at least {2 * members}"):
             plan(planner, model, torch.zeros(1, 1), budget=Budget(evaluations=budget))
@@ -313,10 +331,10 @@ def slow(**options: object) -> ToyWAM:
     return model
 
 
-@pytest.mark.parametrize("proposal", ["policy", "noise"])
+@pytest.mark.parametrize("proposer", PROPOSERS)
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_a_deadline_stops_an_iteration_within(proposal: str, shuffle: bool) -> None:
-    planner = make_mppi(horizon=4, num_candidates=512, sigma=0.5, proposal=proposal, shuffle_scores=shuffle)
+def test_a_deadline_stops_an_iteration_within(proposer: MakeProposer, shuffle: bool) -> None:
+    planner = make_mppi(horizon=4, num_candidates=512, sigma=0.5, proposer=proposer, shuffle_scores=shuffle)
     found, state = plan(planner, slow(), torch.zeros(2, 1), budget=Budget(deadline_s=0.05))  # all take 0.2 s
     looked = found.evaluations // 4
     assert 8 < int(looked[0]) == int(looked[1]) < 512 * 0.4
@@ -388,10 +406,11 @@ def test_a_deadline_stops_the_iterations_but_not_the_first() -> None:
         ("sigma", None, "sigma is None"),
         ("refine_sigma", math.inf, "refine_sigma is inf"),
         ("correlation", 1.0, r"correlation is 1.0.*\[0, 1\)"),
-        ("warm_share", 1.5, "warm_share is 1.5"),
-        ("behaviour_share", -0.5, "behaviour_share is -0.5"),
         ("choose", "bets", "did you mean 'best'"),
-        ("proposal", "polcy", "did you mean 'policy'"),
+        ("proposer", partial(PolicyProposer, warm_share=1.5), "proposer.warm_share is 1.5"),
+        ("proposer", partial(PolicyProposer, behaviour_share=-0.5), "proposer.behaviour_share is -0.5"),
+        ("proposer", "noise", "proposer is 'noise', but must be an object.*proposer@planner.proposer=<choice>"),
+        ("scorer", "success", "scorer is 'success', but must be an object.*scorer@planner.scorer=<choice>"),
         ("on_failure", "ignore", "Known: hold, raise"),
     ],
 )
@@ -417,12 +436,12 @@ def test_sigma_may_differ_between_action_dims() -> None:
 
 
 @pytest.mark.parametrize("choose", ["mean", "best"])
-@pytest.mark.parametrize("proposal", PROPOSALS)
-def test_shuffled_scores_lose_to_true_scores(choose: str, proposal: str) -> None:
+@pytest.mark.parametrize("proposer", PROPOSERS)
+def test_shuffled_scores_lose_to_true_scores(choose: str, proposer: MakeProposer) -> None:
     """The control spends as much and is bound as tightly, but its scores say nothing about the candidates."""
     model, z = quadratic(TARGET), torch.zeros(32, 1)
-    true, _ = plan(searching(choose=choose, proposal=proposal), model, z)
-    null, null_state = plan(searching(choose=choose, proposal=proposal, shuffle_scores=True), model, z)
+    true, _ = plan(searching(choose=choose, proposer=proposer), model, z)
+    null, null_state = plan(searching(choose=choose, proposer=proposer, shuffle_scores=True), model, z)
     regrets = [(p.actions - TARGET).square().sum(dim=(1, 2)) for p in (true, null)]
     assert (regrets[0] < regrets[1]).all()
     assert regrets[0].mean() * 5 < regrets[1].mean()
@@ -443,7 +462,7 @@ def test_shuffling_permutes_the_scores_of_each_row() -> None:
 
 def test_a_warm_start_is_the_last_plan_shifted_by_the_executed_steps() -> None:
     model = quadratic(torch.zeros(1), gain=torch.zeros(1, 1))
-    planner = make_mppi(horizon=4, num_candidates=3, sigma=1e-6, proposal="noise", choose="mean")
+    planner = make_mppi(horizon=4, num_candidates=3, sigma=1e-6, proposer=NoiseProposer, choose="mean")
     state = planner.initial_state(model, 3)
     state["mean"] = torch.tensor([0.1, 0.2, 0.3, 0.4]).view(1, 4, 1).expand(3, 4, 1).clone()
     state["warm"] = torch.tensor([True, True, False])
@@ -456,7 +475,7 @@ def test_a_warm_start_is_the_last_plan_shifted_by_the_executed_steps() -> None:
 
 def test_a_share_of_the_candidates_surrounds_the_last_plan() -> None:
     model = quadratic(torch.zeros(1))
-    planner = make_mppi(horizon=4, num_candidates=40, sigma=0.01, warm_share=0.25)
+    planner = make_mppi(horizon=4, num_candidates=40, sigma=0.01, proposer=partial(PolicyProposer, warm_share=0.25))
     state = planner.initial_state(model, 2)
     state["mean"] = torch.full((2, 4, 1), 0.8)
     state["warm"] = torch.tensor([True, False])
@@ -560,7 +579,7 @@ def test_compile_without_a_compiler_says_what_to_install(monkeypatch: pytest.Mon
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")  # torch's own, on import
 def test_the_compiled_iteration_plans_the_same() -> None:
     model, z = quadratic(TARGET, members=2), torch.zeros(2, 1)
-    options = dict(horizon=2, num_candidates=16, iterations=3, proposal="noise")
+    options = dict(horizon=2, num_candidates=16, iterations=3, proposer=NoiseProposer)
     eager, _ = plan(searching(**options), model, z)
     compiled, _ = plan(searching(**options, compile=True), model, z)
     assert torch.allclose(eager.actions, compiled.actions, atol=1e-5)
@@ -580,7 +599,7 @@ def test_a_model_that_cannot_be_compiled_says_so() -> None:
 
     model = NumpyWAM(lambda z, a: z, lambda z, a, n: a[..., 0], lambda z: z[..., 0], state_dim=1, action_dim=1)
     with pytest.raises(RuntimeError, match="planner.compile=true.*NumpyWAM.*planner.compile=false"):
-        plan(searching(proposal="noise", compile=True), model, torch.zeros(1, 1))
+        plan(searching(proposer=NoiseProposer, compile=True), model, torch.zeros(1, 1))
 
 
 def test_a_model_that_proposes_chunks_of_another_length_is_refused() -> None:
