@@ -168,7 +168,7 @@ class RFT(CollectingLearner):
         if planner_acts and (shuffle_rewards or behaviour_share):
             raise ValueError(
                 "shuffle_rewards and behaviour_share have no meaning where a planner acts: the null control is "
-                "agent.planner.shuffle_scores=true, the prior's part agent.planner.behaviour_share"
+                "agent.planner.shuffle_scores=true, the prior's part agent.planner.proposer.behaviour_share"
             )
         self.planner, self.planner_acts, self.target = planner, planner_acts, target
         self.refreshes, self.anneal = planner_acts > 0.0, anneal

@@ -24,19 +24,19 @@ from benchmarks.stored import RESULTS, ROOT, Clock
 VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),
     "scores shuffled across the candidates (null control)": ("planner.shuffle_scores=true",),
-    "no candidates of the behaviour prior": ("planner.behaviour_share=0",),
-    "success counts for nothing in the score": ("planner.success_weight=0",),
-    "no terminal value": ("planner.value_weight=0",),
-    "no imagined rewards": ("planner.reward_weight=0",),
-    "score: mean over the ensemble": ("planner.risk=mean",),
+    "no candidates of the behaviour prior": ("planner.proposer.behaviour_share=0",),
+    "success counts for nothing in the score": ("planner.scorer.success_weight=0",),
+    "no terminal value": ("planner.scorer.value_weight=0",),
+    "no imagined rewards": ("planner.scorer.reward_weight=0",),
+    "score: mean over the ensemble": ("planner.scorer.risk=mean",),
     "act: weighted mean of the candidates": ("planner.choose=mean",),
     "sigma 0.1": ("planner.sigma=0.1",),
     "sigma 0.2": ("planner.sigma=0.2",),
     "16 candidates": ("planner.num_candidates=16",),
     "plan every 4 steps": ("controller.replan_every=4",),
     "no policy: noise around the last plan, 3 iterations": (
-        "planner.proposal=noise", "planner.sigma=0.5", "planner.iterations=3", "planner.choose=mean",
-        "planner.risk=mean",
+        "proposer@planner.proposer=noise", "planner.sigma=0.5", "planner.iterations=3", "planner.choose=mean",
+        "planner.scorer.risk=mean",
     ),
 }  # fmt: skip
 

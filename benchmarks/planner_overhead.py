@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from benchmarks.stored import RESULTS, Clock
 from wamrl.interfaces import WAM, Anatomy, Budget, Context, Imagined, Spec, State
 from wamrl.noise import NoiseKey
-from wamrl.planners import ShootingPlanner, make_mppi
+from wamrl.planners import NoiseProposer, ReturnScorer, ShootingPlanner, make_mppi
 
 LATENT, ACTION, HORIZON = 64, 4, 16
 SIGMA, TEMPERATURE = 0.5, 0.5
@@ -127,11 +127,10 @@ class Ours:
             num_candidates=num,
             iterations=iterations,
             temperature=TEMPERATURE,
-            proposal="noise",
+            proposer=NoiseProposer,
             sigma=SIGMA,
             correlation=0.0,
-            value_weight=0.0,
-            risk="mean",
+            scorer=ReturnScorer(value_weight=0.0),
             choose="mean",
             compile=compile,
         )

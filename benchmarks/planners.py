@@ -48,7 +48,7 @@ from benchmarks.planner_overhead import (
 from benchmarks.stored import RESULTS, Clock
 from wamrl.interfaces import WAM, Anatomy, Budget, Context, Imagined, Proposal, Spec, State
 from wamrl.noise import NoiseKey
-from wamrl.planners import ReturnScorer, make_cem, make_mcts, make_mppi
+from wamrl.planners import NoiseProposer, ReturnScorer, make_cem, make_mcts, make_mppi
 
 # Brought by the extra `bench`, or by wamrl itself.
 DEFAULT_PEERS = ["pytorch_mppi", "torchrl", "mctx"]
@@ -80,7 +80,7 @@ class OursCEM:
             num_candidates=num,
             iterations=ITERATIONS,
             num_elites=ELITES,
-            proposal="noise",
+            proposer=NoiseProposer,
             sigma=SIGMA,
             scorer=ReturnScorer(value_weight=0.0),
             choose="mean",
@@ -108,11 +108,10 @@ class OursRows:
             num_candidates=num,
             iterations=ITERATIONS,
             temperature=TEMPERATURE,
-            proposal="noise",
+            proposer=NoiseProposer,
             sigma=SIGMA,
             correlation=0.0,
-            value_weight=0.0,
-            risk="mean",
+            scorer=ReturnScorer(value_weight=0.0),
             choose="mean",
         )
         self.plan_state = self.planner.initial_state(model, rows)

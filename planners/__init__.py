@@ -6,7 +6,7 @@ from wamrl.planners.gates import Always, BudgetGate, CriticalPhase, Periodic, Un
 from wamrl.planners.gradient import GradientPlanner, make_gradient
 from wamrl.planners.mcts import MCTSPlanner, make_mcts
 from wamrl.planners.mppi import make_mppi, mppi_refit
-from wamrl.planners.proposers import NoiseProposer, PolicyProposer
+from wamrl.planners.proposers import MakeProposer, NoiseProposer, PolicyProposer, SampleProposer
 from wamrl.planners.scorers import ConsistencyScorer, GoalScorer, ProgressScorer, ReturnScorer, SuccessScorer
 from wamrl.planners.shooting import NonFinitePlanError, Refit, ShootingPlanner
 
@@ -18,6 +18,7 @@ __all__ = [
     "GoalScorer",
     "GradientPlanner",
     "MCTSPlanner",
+    "MakeProposer",
     "NoiseProposer",
     "NonFinitePlanError",
     "Periodic",
@@ -25,6 +26,7 @@ __all__ = [
     "ProgressScorer",
     "Refit",
     "ReturnScorer",
+    "SampleProposer",
     "ShootingPlanner",
     "SuccessScorer",
     "Uncertainty",

@@ -8,48 +8,14 @@ Shapes: R rows, N candidates, M sampled futures, H steps, A action dims.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from wamrl.interfaces import WAM, Gate, PlanState, Proposal, Scorer, Spec, State
-from wamrl.noise import NoiseKey
+from wamrl.interfaces import Gate, Scorer
 from wamrl.planners.gates import Always
-from wamrl.planners.proposers import check_steps, join_imagined
+from wamrl.planners.proposers import SampleProposer
 from wamrl.planners.scorers import ReturnScorer
 from wamrl.planners.shooting import ShootingPlanner
-
-
-@dataclass(frozen=True, eq=False)
-class SampleProposer:
-    """Candidate 0 is the policy's deterministic chunk, the others are samples of the policy; horizon: H steps."""
-
-    horizon: int
-
-    needs = frozenset({"policy", "rollout"})
-
-    def needs_of(self, spec: Spec) -> frozenset[str]:
-        """`needs`; ValueError where the chunks of a model of this `spec` are shorter than the horizon."""
-        if self.horizon > spec.chunk_length:
-            raise ValueError(
-                f"planner.horizon is {self.horizon}, but the model proposes chunks of {spec.chunk_length} steps at "
-                f"most; set planner.horizon={spec.chunk_length} or less"
-            )
-        return self.needs
-
-    def __call__(self, model: WAM, state: State, plan_state: PlanState, num: int, noise: NoiseKey) -> Proposal:
-        """`num` candidates [R, N, H, A], imagined when the model imagines while proposing."""
-        first = model.propose(state, 1, mode="ode", noise=noise.fold(0), horizon=self.horizon)
-        check_steps(first, self.horizon)
-        if num == 1:
-            return first
-        others = model.propose(state, num - 1, mode="sde", noise=noise.fold(1), horizon=self.horizon)
-        check_steps(others, self.horizon)
-        imagined = None
-        if first.imagined is not None and others.imagined is not None:
-            imagined = join_imagined(first.imagined, others.imagined)
-        return Proposal(actions=torch.cat([first.actions, others.actions], dim=1), imagined=imagined)
 
 
 def best_refit(actions: Tensor, scores: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The cross-entropy method (Rubinstein, 1999), and with coloured noise and kept elites iCEM (arXiv:2008.06389).
 
-The refit rule: mean and standard deviation of the best candidates. `make_cem` searches around the model's policy or
-around the last plan; `configs/planner/icem.yaml` is the same function with iCEM's settings.
+The refit rule: mean and standard deviation of the best candidates. `configs/planner/icem.yaml` is `make_cem` with
+iCEM's settings.
 
 Shapes: R rows, N candidates, K elites, H steps, A action dims.
 """
@@ -14,12 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wamrl.interfaces import Gate, Proposer, Scorer
+from wamrl.interfaces import Gate, Scorer
 from wamrl.naming import whole_number
 from wamrl.planners.elites import EliteProposer
 from wamrl.planners.gates import Always
-from wamrl.planners.mppi import make_proposer
-from wamrl.planners.proposers import check_sigma
+from wamrl.planners.proposers import MakeProposer, check_sigma, make_proposer
 from wamrl.planners.scorers import ReturnScorer, check_comparable
 from wamrl.planners.shooting import Refit, ShootingPlanner
 from wamrl.planners.temporal import temporal_basis
@@ -61,9 +60,8 @@ def make_cem(
     keep_elites: int = 0,
     momentum: float = 0.0,
     min_sigma: float = 0.02,
-    proposal: str = "policy",
+    proposer: MakeProposer | None = None,
     sigma: float | Sequence[float] = 0.1,
-    behaviour_share: float = 0.5,
     correlation: float = 0.0,
     exponent: float | None = None,
     knots: int | None = None,
@@ -81,9 +79,8 @@ def make_cem(
 
     horizon: H model steps. num_candidates: N per iteration. num_elites, momentum, min_sigma: see `cem_refit`.
     keep_elites: the best that many are candidates of the next iteration, and of the next plan (0 is plain CEM).
-    proposal: "policy" (the first candidates follow the policy) or "noise" (around the last plan).
+    proposer: of the first candidates, as in `wamrl.planners.mppi.make_mppi`.
     sigma: standard deviation of the first candidates, one number or one per action dim.
-    behaviour_share: of the first candidates, see `wamrl.planners.proposers.PolicyProposer`.
     correlation, exponent, knots, spline: how the noise hangs together over time, see `temporal_basis`.
     scorer: None is `ReturnScorer()`. gate: None searches always. The rest: see `ShootingPlanner`.
     """
@@ -93,15 +90,11 @@ def make_cem(
     scorer = ReturnScorer() if scorer is None else scorer
     if iterations > 1 and choose == "best":
         check_comparable(scorer, f"planner.choose=best compares its {iterations} iterations")
-    if not 0.0 <= behaviour_share <= 1.0:
-        raise ValueError(f"planner.behaviour_share is {behaviour_share}, but must be in [0, 1]")
-    proposer: Proposer = make_proposer(
-        proposal, horizon=horizon, sigma=spread, basis=basis, behaviour_share=behaviour_share
-    )
+    proposes = make_proposer(proposer, horizon=horizon, sigma=spread, basis=basis)
     if keep_elites:
-        proposer = EliteProposer(inner=proposer, num_elites=keep_elites, sigma=spread, basis=basis)
+        proposes = EliteProposer(inner=proposes, num_elites=keep_elites, sigma=spread, basis=basis)
     return ShootingPlanner(
-        proposer=proposer,
+        proposer=proposes,
         scorer=scorer,
         gate=Always() if gate is None else gate,
         refit=refit,

@@ -25,21 +25,12 @@ from torch import Tensor
 from wamrl.interfaces import WAM, Budget, Context, Gate, Imagined, Plan, PlanState, Proposal, State
 from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
+from wamrl.planners.deadlines import check_deadline
 from wamrl.planners.gates import Always, ask, check_search_cost, device_of, fresh_memory, gate_cost, memory_after
 from wamrl.planners.proposers import check_sigma, coloured_noise, match_sigma, noise_basis
+from wamrl.planners.running import ModelClock, compiled, padded, require_compiler, run_compiled
 from wamrl.planners.scorers import ReturnScorer, asked_of
-from wamrl.planners.shooting import (
-    FAILURES,
-    ModelClock,
-    check_deadline,
-    compiled,
-    count_plans,
-    padded,
-    policy_chunk,
-    report_failure,
-    require_compiler,
-    run_compiled,
-)
+from wamrl.planners.shooting import FAILURES, count_plans, policy_chunk, report_failure
 from wamrl.planners.tree import BACKUPS, RULES, Tree, considered_visits
 
 SEARCHES = tuple(RULES)

@@ -1,8 +1,8 @@
 """Model-predictive path integral control (Williams et al., 2015, arXiv:1509.01149).
 
-The refit rule: the mean of the candidates, weighted by the exponential of their scores. With `proposal="policy"` the
-first candidates follow the model's policy with small correlated perturbations, so that the search stays where the
-model has data.
+The refit rule: the mean of the candidates, weighted by the exponential of their scores. Unless another proposer is
+chosen, the first candidates follow the model's policy with small correlated perturbations, so that the search stays
+where the model has data.
 
 Shapes: R rows, N candidates, H steps, A action dims.
 """
@@ -15,15 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wamrl.interfaces import Gate
-from wamrl.naming import unknown_name, whole_number
-from wamrl.planners.gates import Always, Uncertainty
-from wamrl.planners.proposers import NoiseProposer, PolicyProposer, check_sigma
+from wamrl.interfaces import Gate, Scorer
+from wamrl.naming import whole_number
+from wamrl.planners.gates import Always
+from wamrl.planners.proposers import MakeProposer, check_sigma, make_proposer
 from wamrl.planners.scorers import ReturnScorer, check_comparable
 from wamrl.planners.shooting import Refit, ShootingPlanner
 from wamrl.planners.temporal import temporal_basis
-
-PROPOSALS = ("policy", "noise")
 
 
 def mppi_refit(*, temperature: float = 0.5, standardise: bool = True, num_elites: int | None = None) -> Refit:
@@ -71,25 +69,14 @@ def make_mppi(
     temperature: float = 0.5,
     standardise: bool = True,
     num_elites: int | None = None,
-    proposal: str = "policy",
+    proposer: MakeProposer | None = None,
     sigma: float | Sequence[float] = 0.05,
     correlation: float = 0.7,
     knots: int | None = None,
     spline: str = "cubic",
-    warm_share: float = 0.0,
-    behaviour_share: float = 0.5,
     refine_sigma: float | Sequence[float] | None = None,
-    value_weight: float = 1.0,
-    reward_weight: float = 1.0,
-    success_weight: float | None = None,
-    success_value_weight: float | None = None,
-    uncertainty_penalty: float = 0.0,
-    uncertainty_reduce: str = "sum",
-    discount: float | None = None,
-    risk: str = "improvement",
-    risk_weight: float = 0.5,
+    scorer: Scorer | None = None,
     gate: Gate | None = None,
-    gate_threshold: float | None = None,
     choose: str = "best",
     stop_change: float | None = None,
     shuffle_scores: bool = False,
@@ -99,48 +86,24 @@ def make_mppi(
     """MPPI as `configs/planner/mppi.yaml` builds it; the defaults are the same.
 
     horizon: H model steps. num_candidates: N per iteration. temperature, standardise, num_elites: see `mppi_refit`.
-    proposal: "policy" (candidates follow the policy, `PolicyProposer`) or "noise" (plain MPPI, `NoiseProposer`).
+    proposer: makes the proposer from H, sigma and basis: `PolicyProposer` (None), where candidates follow the policy,
+    `NoiseProposer` (plain MPPI) or `SampleProposer`, or a `functools.partial` of one with settings of its own.
     sigma: standard deviation of the noise on normalised actions, one number or one per action dim.
     correlation: of the noise of neighbouring steps, in [0, 1); of neighbouring knots where there are `knots`.
     knots, spline: draw the noise at that many steps and interpolate, see `temporal_basis`.
-    warm_share, behaviour_share: see `PolicyProposer`.
     refine_sigma: sigma of the iterations after the first; None is `sigma`.
-    value_weight ... risk_weight: see `ReturnScorer`. gate: None searches always. gate_threshold: that of a gate
-    `Uncertainty`, in the place of `gate`; None is none.
+    scorer: None is `ReturnScorer(risk="improvement")`. gate: None searches always.
     choose, stop_change, shuffle_scores, compile, on_failure: see `ShootingPlanner`.
     """
     spread = check_sigma(sigma, "planner.sigma")
-    for name, share in (("warm_share", warm_share), ("behaviour_share", behaviour_share)):
-        if not 0.0 <= share <= 1.0:
-            raise ValueError(f"planner.{name} is {share}, but must be in [0, 1]")
     basis = temporal_basis(horizon, correlation=correlation, knots=knots, spline=spline)
-    shares = {"warm_share": warm_share, "behaviour_share": behaviour_share}
-    proposer = make_proposer(proposal, horizon=horizon, sigma=spread, basis=basis, **shares)
-    gate = Always() if gate is None else gate
-    if gate_threshold is not None:
-        if not isinstance(gate, Always):
-            raise ValueError(
-                f"planner.gate_threshold is {gate_threshold}, but there is a gate already, {type(gate).__name__}; "
-                "leave one of them out"
-            )
-        gate = Uncertainty(threshold=gate_threshold)
-    scorer = ReturnScorer(
-        value_weight=value_weight,
-        reward_weight=reward_weight,
-        success_weight=success_weight,
-        success_value_weight=success_value_weight,
-        uncertainty_penalty=uncertainty_penalty,
-        uncertainty_reduce=uncertainty_reduce,
-        discount=discount,
-        risk=risk,
-        risk_weight=risk_weight,
-    )
+    scorer = ReturnScorer(risk="improvement") if scorer is None else scorer
     if iterations > 1 and choose == "best":
         check_comparable(scorer, f"planner.choose=best compares its {iterations} iterations")
     return ShootingPlanner(
-        proposer=proposer,
+        proposer=make_proposer(proposer, horizon=horizon, sigma=spread, basis=basis),
         scorer=scorer,
-        gate=gate,
+        gate=Always() if gate is None else gate,
         refit=mppi_refit(temperature=temperature, standardise=standardise, num_elites=num_elites),
         horizon=horizon,
         num_candidates=num_candidates,
@@ -154,22 +117,3 @@ def make_mppi(
         compile=compile,
         on_failure=on_failure,
     )
-
-
-def make_proposer(
-    proposal: str,
-    *,
-    horizon: int,
-    sigma: Tensor,
-    basis: Tensor,
-    warm_share: float = 0.0,
-    behaviour_share: float = 0.0,
-) -> PolicyProposer | NoiseProposer:
-    """Candidates that follow the policy ("policy") or surround the last plan ("noise")."""
-    if proposal == "policy":
-        return PolicyProposer(
-            horizon=horizon, sigma=sigma, basis=basis, warm_share=warm_share, behaviour_share=behaviour_share
-        )
-    if proposal == "noise":
-        return NoiseProposer(horizon=horizon, sigma=sigma, basis=basis)
-    raise unknown_name("planner.proposal", str(proposal), PROPOSALS)

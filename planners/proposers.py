@@ -1,4 +1,4 @@
-"""Where candidates come from: action chunks around the policy, or around the previous plan.
+"""Where candidates come from: around the policy, around the previous plan, or the policy's own samples.
 
 Shapes: R rows, N candidates, M sampled futures, H steps, A action dims. Actions are normalised to [-1, 1].
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from wamrl.interfaces import WAM, Imagined, PlanState, Proposal, State
+from wamrl.interfaces import WAM, Imagined, PlanState, Proposal, Proposer, Spec, State
 from wamrl.noise import NoiseKey
 
 
@@ -89,6 +90,31 @@ def join_imagined(first: Imagined, second: Imagined) -> Imagined:
     return Imagined(**joined)
 
 
+class MakeProposer(Protocol):
+    """What planners make their proposer with: the class of one, or a `functools.partial` of it with its settings."""
+
+    def __call__(self, *, horizon: int, sigma: Tensor, basis: Tensor) -> Proposer:
+        """The proposer of H steps, for noise of standard deviation `sigma` [1] or [A] and shape `basis` [H, K]."""
+        ...
+
+
+def make_proposer(make: MakeProposer | None, *, horizon: int, sigma: Tensor, basis: Tensor) -> Proposer:
+    """The proposer that `make` makes, a `PolicyProposer` where it is None."""
+    if make is None:
+        return PolicyProposer(horizon=horizon, sigma=sigma, basis=basis)
+    check_part("proposer", make)
+    return make(horizon=horizon, sigma=sigma, basis=basis)
+
+
+def check_part(name: str, part: object) -> None:
+    """ValueError when a planner's proposer, scorer or gate is none, as where only the name of one was given."""
+    if not callable(part):
+        raise ValueError(
+            f"planner.{name} is {part!r}, but must be an object; among the settings, {name}@planner.{name}=<choice> "
+            "makes one"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class PolicyProposer:
     """Candidates that follow the policy inside the imagination, with small correlated perturbations.
@@ -99,8 +125,8 @@ class PolicyProposer:
     In a model with a behaviour prior, part of the candidates follow that instead, one of them unperturbed: a policy
     taught by demonstrations does not know what to do after a slip, and no small perturbation of it does either.
 
-    horizon: H steps. sigma: standard deviation of the perturbation, one number or one per action dim.
-    correlation: of neighbouring steps (AR(1)), in [0, 1).
+    horizon: H steps. sigma: [1] or [A] standard deviation of the perturbation. basis: [H, K] its shape over time, see
+    `wamrl.planners.temporal.temporal_basis`.
     warm_share: share of the candidates drawn around the shifted previous plan instead (around the unperturbed
     policy's chunk in rows that have none), open loop.
     behaviour_share: share of the other candidates that follows the behaviour prior, in models that have one.
@@ -110,9 +136,15 @@ class PolicyProposer:
     sigma: Tensor
     basis: Tensor
     warm_share: float = 0.0
-    behaviour_share: float = 0.0
+    behaviour_share: float = 0.5
 
     needs = frozenset({"policy", "rollout"})
+
+    def __post_init__(self) -> None:
+        """Refuse shares that are none."""
+        for name in ("warm_share", "behaviour_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"planner.proposer.{name} is {getattr(self, name)}, but must be in [0, 1]")
 
     def __call__(self, model: WAM, state: State, plan_state: PlanState, num: int, noise: NoiseKey) -> Proposal:
         """`num` candidates [R, N, H, A], imagined when the model imagines while proposing."""
@@ -154,7 +186,7 @@ class PolicyProposer:
 class NoiseProposer:
     """Candidates around the shifted previous plan, or around zero in rows that have none; candidate 0 is the centre.
 
-    Knows nothing of the policy: plain MPPI. horizon, sigma, correlation: as in `PolicyProposer`.
+    Knows nothing of the policy: plain MPPI. horizon, sigma, basis: as in `PolicyProposer`.
     """
 
     horizon: int
@@ -171,3 +203,40 @@ class NoiseProposer:
         actions[:, 0] = 0.0
         centre = shifted(plan_state["mean"], plan_state["shift"]) * plan_state["warm"][:, None, None]
         return Proposal(actions=actions.add_(centre[:, None]).clamp_(-1.0, 1.0))
+
+
+@dataclass(frozen=True, eq=False)
+class SampleProposer:
+    """Candidate 0 is the policy's deterministic chunk, the others are samples of the policy.
+
+    horizon: H steps, at most the model's chunk length. sigma, basis: not read, how far samples spread is the policy's
+    own affair; they are there because planners make all proposers alike, see `MakeProposer`.
+    """
+
+    horizon: int
+    sigma: Tensor | None = None
+    basis: Tensor | None = None
+
+    needs = frozenset({"policy", "rollout"})
+
+    def needs_of(self, spec: Spec) -> frozenset[str]:
+        """`needs`; ValueError where the chunks of a model of this `spec` are shorter than the horizon."""
+        if self.horizon > spec.chunk_length:
+            raise ValueError(
+                f"planner.horizon is {self.horizon}, but the model proposes chunks of {spec.chunk_length} steps at "
+                f"most; set planner.horizon={spec.chunk_length} or less"
+            )
+        return self.needs
+
+    def __call__(self, model: WAM, state: State, plan_state: PlanState, num: int, noise: NoiseKey) -> Proposal:
+        """`num` candidates [R, N, H, A], imagined when the model imagines while proposing."""
+        first = model.propose(state, 1, mode="ode", noise=noise.fold(0), horizon=self.horizon)
+        check_steps(first, self.horizon)
+        if num == 1:
+            return first
+        others = model.propose(state, num - 1, mode="sde", noise=noise.fold(1), horizon=self.horizon)
+        check_steps(others, self.horizon)
+        imagined = None
+        if first.imagined is not None and others.imagined is not None:
+            imagined = join_imagined(first.imagined, others.imagined)
+        return Proposal(actions=torch.cat([first.actions, others.actions], dim=1), imagined=imagined)

@@ -366,7 +366,7 @@ def check_comparable(scorer: Scorer, why: str) -> None:
     if getattr(scorer, "risk", None) == "improvement":
         raise ValueError(
             f"risk=improvement measures each set of candidates against its own candidate 0, but {why}; "
-            "set planner.iterations=1, planner.choose=mean or risk=mean"
+            "set planner.iterations=1, planner.choose=mean or the scorer's risk=mean"
         )
 
 

@@ -20,24 +20,19 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from wamrl.interfaces import WAM, Budget, Gate, Imagined, Plan, PlanState, Proposal, Proposer, Scorer, State
+from wamrl.interfaces import WAM, Budget, Gate, Imagined, Plan, PlanState, Proposer, Scorer, State
 from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
+from wamrl.planners.deadlines import KEPT_BACK, Pace, check_deadline, in_blocks
 from wamrl.planners.gates import Always, ask, check_search_cost, device_of, fresh_memory, gate_cost, memory_after
-from wamrl.planners.proposers import coloured_noise, join_imagined, match_sigma
+from wamrl.planners.proposers import check_part, coloured_noise, match_sigma
+from wamrl.planners.running import ModelClock, compiled, padded, require_compiler, run_compiled
 from wamrl.planners.scorers import asked_of, permutation
-from wamrl.provenance import has_cpp_compiler
 
 CHOICES = ("mean", "best")
 FAILURES = ("raise", "hold")
 NOISE_BLOCK = 8
 """Iterations whose noise is drawn at once: fewer small calls, while a deadline can still stop a long search early."""
-MOST_GRAPHS = 64
-"""Graphs that a compiled function may come to, in place of torch's eight."""
-BLOCK_GROWTH = 4
-"""A block has at most that many times the candidates of the one before: what few took says little of very many."""
-KEPT_BACK = 0.05
-"""Share of a deadline that is left for what follows the search."""
 
 
 class Refit(Protocol):
@@ -107,6 +102,8 @@ class ShootingPlanner:
 
     def __post_init__(self) -> None:
         """Refuse values that no plan could be made with."""
+        for name in ("proposer", "scorer", "gate"):
+            check_part(name, getattr(self, name))
         for name in ("horizon", "num_candidates", "iterations", "min_candidates"):
             whole_number(f"planner.{name}", getattr(self, name), 1)
         if self.futures is not None:
@@ -243,13 +240,14 @@ class ShootingPlanner:
     ) -> _Found:
         """Search every row of `state`."""
         model, looked = cast(WAM, clock), limits.num_candidates
-        pace = None if limits.deadline_s is None else _Pace(limits.started + (1.0 - KEPT_BACK) * limits.deadline_s)
+        pace = None if limits.deadline_s is None else Pace(limits.started + (1.0 - KEPT_BACK) * limits.deadline_s)
         sigma = self.sigma.to(noise.row.device)
         order, key = self._order(noise, 0, limits.num_candidates), noise.fold(1).fold(0)
         evaluate = self._evaluator(clock)
         if pace is not None:
             propose = partial(self._propose_block, model, state, plan_state, noise)
-            now, failed, spent = self._in_blocks(model, state, propose, looked, sigma, order, pace)
+            judge = partial(self._judge, model, state, sigma, order, looked)
+            (now, failed), spent = in_blocks(propose, judge, looked, self.min_candidates, pace)
             looked = pace.looked
         else:
             proposal = self.proposer(model, state, plan_state, limits.num_candidates, noise.fold(0))
@@ -297,7 +295,8 @@ class ShootingPlanner:
                     then, dead, cost = evaluate(state, actions, broken, now.sigma, key, order)
                 else:
                     imagine = partial(self._imagine_block, model, state, actions, broken, key)
-                    then, dead, cost = self._in_blocks(model, state, imagine, looked, now.sigma, order, pace)
+                    judge = partial(self._judge, model, state, now.sigma, order, looked)
+                    (then, dead), cost = in_blocks(imagine, judge, looked, self.min_candidates, pace)
                     looked = pace.looked
                 before, now = now.mean, _where(dead, now, then) if dead.any() else then
                 spent += cost
@@ -348,42 +347,6 @@ class ShootingPlanner:
         key = key.fold(block) if block else key
         imagined = model.imagine(state, actions[:, part], futures=self.futures, noise=key)
         return actions[:, part], broken[:, part], imagined
-
-    def _in_blocks(
-        self,
-        model: WAM,
-        state: State,
-        look: Callable[[int, int, int], tuple[Tensor, Tensor, Imagined]],
-        num: int,
-        sigma: Tensor,
-        order: Tensor | None,
-        pace: _Pace,
-    ) -> tuple[_Iterate, Tensor, int]:
-        """An iteration of at most `num` candidates, of which those are looked at for which there is time.
-
-        look: block, first candidate, candidates -> actions, broken, futures. Returns what `_evaluate` does, and leaves
-        in `pace.looked` how many it were.
-        """
-        judge = partial(self._judge, model, state, sigma, order, num)
-        pace.looked = min(self.min_candidates, num)
-        begun = time.perf_counter()
-        actions, broken, imagined = look(0, 0, pace.looked)
-        then = time.perf_counter()
-        pace.imagined(pace.looked, then - begun)
-        # The first block is judged by itself, and again with those that follow, to know how long that takes.
-        found = judge(actions, broken, imagined)
-        pace.judged(pace.looked, time.perf_counter() - then)
-        block = 0
-        while more := pace.more(pace.looked, num - pace.looked):
-            begun, block = time.perf_counter(), block + 1
-            further, unusable, futures = look(block, pace.looked, more)
-            actions, broken = torch.cat([actions, further], dim=1), torch.cat([broken, unusable], dim=1)
-            imagined = join_imagined(imagined, futures)
-            pace.imagined(more, time.perf_counter() - begun)
-            pace.looked += more
-        if block:
-            found = judge(actions, broken, imagined)
-        return *found, imagined.evaluations
 
     def _judge(
         self,
@@ -538,42 +501,6 @@ class _Limits:
     deadline_s: float | None
 
 
-class _Pace:
-    """How many candidates there is still time for until `ends` (of `time.perf_counter`), judged by those before.
-
-    looked: how many candidates the latest iteration has looked at.
-    """
-
-    def __init__(self, ends: float) -> None:
-        self.ends, self.looked = ends, 0
-        self._least: tuple[int, float] | None = None  # candidates and seconds of the smallest block
-        self._latest, self._judging = (1, 0.0), (1, 0.0)
-
-    def imagined(self, num: int, seconds: float) -> None:
-        """Note that imagining `num` candidates took `seconds`."""
-        self._latest = num, seconds
-        if self._least is None or num <= self._least[0]:
-            self._least = num, max(seconds, 0.0 if self._least is None else self._least[1])
-
-    def judged(self, num: int, seconds: float) -> None:
-        """Note that scoring `num` candidates and refitting took `seconds`."""
-        self._judging = num, seconds
-
-    def more(self, looked: int, wanted: int) -> int:
-        """Candidates of the next block, at most `wanted`, that can be judged in time with the `looked` before; or 0."""
-        if wanted < 1 or self._least is None:
-            return 0
-        (least, base), (latest, seconds), (judged, judging) = self._least, self._latest, self._judging
-        each, judge_each = seconds / latest, judging / judged
-        most = min(wanted, BLOCK_GROWTH * latest)
-        # Fewer than the smallest block take as long as it did: what a call costs, however few it is about.
-        left = self.ends - time.perf_counter() - base - judge_each * (looked + min(least, most))
-        if left < 0.0:
-            return 0
-        beyond = left / (each + judge_each) if each + judge_each > 0 else math.inf
-        return int(min(most, least + beyond))
-
-
 class _Iterate(NamedTuple):
     """One iteration: candidates [R, N, H, A], scores [R, N], the refitted mean, sigma and weights."""
 
@@ -597,77 +524,6 @@ class _Found:
     evaluations: Tensor
 
 
-class ModelClock:
-    """A model whose queries are timed; `seconds` is the time spent inside it."""
-
-    def __init__(self, model: WAM) -> None:
-        self.model = model
-        self.spec = model.spec
-        self.seconds = 0.0
-
-    def timed(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        begun = time.perf_counter()
-        result = call(*arguments, **options)
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        self.seconds += time.perf_counter() - begun
-        return result
-
-    def imagine(self, *arguments: Any, **options: Any) -> Imagined:
-        return cast(Imagined, self.timed(self.model.imagine, *arguments, **options))
-
-    def propose(self, *arguments: Any, **options: Any) -> Proposal:
-        return cast(Proposal, self.timed(self.model.propose, *arguments, **options))
-
-    def value(self, *arguments: Any, **options: Any) -> Tensor:
-        return cast(Tensor, self.timed(self.model.value, *arguments, **options))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-
-def require_compiler() -> None:
-    """ValueError where `planner.compile=true` could not be served."""
-    if not has_cpp_compiler():
-        raise ValueError(
-            "planner.compile=true needs a C++ compiler, and none was found (looked for $CXX, g++, clang++, c++); "
-            "install one, or set planner.compile=false"
-        )
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as one graph of fixed shapes; where its first argument, the model, allows no such graph, it raises."""
-    from torch._dynamo import config  # seconds to import, so only where it is needed
-
-    # Torch counts the graphs of all planners of a process together, and a planner and its null control have one each
-    # for every number of rows: with ten rows and fewer, ten.
-    config.recompile_limit = max(config.recompile_limit, MOST_GRAPHS)
-    return torch.compile(function, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
-
-
-def padded(rows: Tensor) -> Tensor:
-    """`rows` [R], and the first of them again, up to a power of two.
-
-    A compiled function is compiled anew for every number of rows, which takes seconds, and after `MOST_GRAPHS` of them
-    torch gives up. Gates and episodes that end let any number through, of which few are powers of two.
-    """
-    count = rows.numel()
-    return torch.cat([rows, rows[:1].expand((1 << (count - 1).bit_length()) - count)])
-
-
-def run_compiled(function: Callable[..., Any], clock: ModelClock, *arguments: Any) -> Any:
-    """What a `compiled` function makes of the clock's model and `arguments`; all of its time counts as the model's."""
-    from torch._dynamo.exc import TorchDynamoException  # seconds to import, so only where it is needed
-
-    try:
-        return clock.timed(function, clock.model, *arguments)
-    except TorchDynamoException as cause:
-        raise RuntimeError(
-            f"planner.compile=true, but an iteration with {type(clock.model).__name__} cannot be compiled "
-            f"({type(cause).__name__}); set planner.compile=false, or see the cause below"
-        ) from cause
-
-
 def policy_chunk(model: WAM, state: State, horizon: int) -> tuple[Tensor, int, Tensor]:
     """The policy's own chunk [R, H, A], the evaluations per row that it took, and the rows [R] where it is not finite.
 
@@ -688,12 +544,6 @@ def report_failure(failed: Tensor, candidates: int, on_failure: str) -> None:
     if on_failure == "raise":
         raise error
     warnings.warn(f"zero actions in {len(error.rows)} row(s): {error}", RuntimeWarning, stacklevel=3)
-
-
-def check_deadline(budget: Budget) -> None:
-    """ValueError for a deadline that is not above 0."""
-    if budget.deadline_s is not None and not budget.deadline_s > 0:
-        raise ValueError(f"budget.deadline_s is {budget.deadline_s}, but must be above 0 seconds")
 
 
 def count_plans(plan_state: PlanState) -> Tensor:

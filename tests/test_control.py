@@ -16,7 +16,7 @@ from tensordict import TensorDict
 from wamrl import cli
 from wamrl.control import AdaptivePolicy, InteractivePolicy, ModelPolicy, PlannerPolicy, RandomPolicy
 from wamrl.interfaces import Context, Plan, Policy, PolicyState, State
-from wamrl.planners import ShootingPlanner, make_gradient, make_mcts, make_mppi
+from wamrl.planners import NoiseProposer, ReturnScorer, ShootingPlanner, make_gradient, make_mcts, make_mppi
 from wamrl.planners.toys import TASKS, ToyWAM, observation, quadratic
 from wamrl.report import late_words
 from wamrl.results import plan_times
@@ -39,7 +39,7 @@ def integrator(**options: object) -> ToyWAM:
 
 
 def small(**options: object) -> ShootingPlanner:
-    usual = {"horizon": 4, "num_candidates": 16, "sigma": 0.2, "risk": "mean", "choose": "mean"}
+    usual = {"horizon": 4, "num_candidates": 16, "sigma": 0.2, "scorer": ReturnScorer(), "choose": "mean"}
     return make_mppi(**{**usual, **options})  # type: ignore[arg-type]
 
 
@@ -263,7 +263,7 @@ def test_an_interactive_controller_knows_what_no_single_frame_shows() -> None:
 
     def cost(kind: type[PlannerPolicy]) -> float:
         model = SpeedWAM()
-        planner = small(num_candidates=64, iterations=4, sigma=0.4, temperature=0.1, proposal="noise")
+        planner = small(num_candidates=64, iterations=4, sigma=0.4, temperature=0.1, proposer=NoiseProposer)
         policy, z, total = kind(model, planner), torch.tensor([[0.0, 0.3], [0.4, -0.2]]), 0.0
         state = policy.initial_state(2)
         for t in range(15):

@@ -25,6 +25,7 @@ from wamrl.planners.cem import make_cem
 from wamrl.planners.gradient import make_gradient
 from wamrl.planners.mcts import make_mcts
 from wamrl.planners.mppi import make_mppi
+from wamrl.planners.scorers import ReturnScorer
 from wamrl.training import TrainingOptions, fit
 
 VARIANTS = ("fast", "joint", "idm", "no_cotrain", "mot_uwm")
@@ -433,7 +434,9 @@ PLANNERS = {
     "mppi": lambda: make_mppi(horizon=4, num_candidates=8, iterations=2, choose="mean"),
     "cem": lambda: make_cem(horizon=4, num_candidates=8, iterations=2, keep_elites=2),
     "best_of_n": lambda: make_best_of_n(horizon=4, num_candidates=8),
-    "gradient": lambda: make_gradient(start=make_mppi(horizon=4, num_candidates=8, risk="mean"), num_starts=2),
+    "gradient": lambda: make_gradient(
+        start=make_mppi(horizon=4, num_candidates=8, scorer=ReturnScorer()), num_starts=2
+    ),
     "mcts": lambda: make_mcts(chunk=2, depth=2, simulations=8, num_candidates=4),
 }
 

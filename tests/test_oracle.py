@@ -10,7 +10,7 @@ from wamrl.interfaces import Budget, Context
 from wamrl.models.joint_embedding import JointEmbeddingWAM
 from wamrl.noise import NoiseKey
 from wamrl.oracle import OracleWAM
-from wamrl.planners import make_cem, make_gradient, make_mppi
+from wamrl.planners import NoiseProposer, ReturnScorer, make_cem, make_gradient, make_mppi
 
 metaworld = pytest.importorskip("wamrl.envs.metaworld")
 
@@ -92,8 +92,9 @@ def test_the_oracles_value_is_the_models_value_of_where_it_ends(pushing):
 
 def test_planning_in_the_true_simulator_reaches_the_goal():
     oracle, env = _oracle(REACH)
+    rewards = ReturnScorer(value_weight=0.0)
     planner = make_mppi(
-        horizon=4, num_candidates=16, proposal="noise", sigma=0.7, value_weight=0.0, temperature=0.1, choose="mean"
+        horizon=4, num_candidates=16, proposer=NoiseProposer, sigma=0.7, scorer=rewards, temperature=0.1, choose="mean"
     )
     now = env.reset(TensorDict({"start": torch.tensor([0, 1])}, batch_size=[2]))
 
@@ -114,7 +115,7 @@ def test_planning_in_the_true_simulator_reaches_the_goal():
 def test_the_oracle_plans_among_the_candidates_of_its_model(pushing):
     oracle, env = pushing
     now = env.reset(TensorDict({"start": torch.tensor([0, 1])}, batch_size=[2]))
-    planner = make_mppi(horizon=2, num_candidates=6, behaviour_share=0.5)
+    planner = make_mppi(horizon=2, num_candidates=6)
     candidates = []
     for model in (oracle, oracle.model):
         state = model.encode(Context.from_observation(_observed(now).select(*model.spec.observation, "task")))

@@ -135,7 +135,7 @@ def test_goals_that_cannot_be_served_are_refused_at_once(wam, capsys):
     np.savez("short.npz", state=np.zeros(3))
     Path("text.npz").write_text("no arrays")
     for words, told in {
-        ("goal=expert",): "does not read it; set planner=cem scorer@planner.scorer=goal",
+        ("goal=expert",): "does not read it; set scorer@planner.scorer=goal",
         (*GOAL,): "scores by the distance to a goal, but there is none; set goal=expert",
         (*GOAL, "goal=none.npz"): "there is no such file",
         (*GOAL, "goal=other.npz"): "has images, but the model reads 'state'",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from importlib import resources
 
 import pytest
@@ -11,7 +12,7 @@ import yaml
 
 from wamrl.interfaces import Budget
 from wamrl.noise import NoiseKey
-from wamrl.planners import ReturnScorer, make_cem
+from wamrl.planners import NoiseProposer, PolicyProposer, ReturnScorer, make_cem
 from wamrl.planners.cem import cem_refit
 from wamrl.planners.conformance import plan_once
 from wamrl.planners.toys import ToyWAM, quadratic
@@ -24,7 +25,7 @@ def test_the_defaults_in_python_are_those_of_the_yaml() -> None:
     assert settings.pop("_target_") == f"{make_cem.__module__}.{make_cem.__name__}"
     settings.pop("defaults")
     defaults = {name: option.default for name, option in inspect.signature(make_cem).parameters.items()}
-    assert settings == {k: v for k, v in defaults.items() if k not in ("scorer", "gate")}
+    assert settings == {k: v for k, v in defaults.items() if k not in ("proposer", "scorer", "gate")}
 
 
 def test_the_refit_is_mean_and_spread_of_the_best_candidates() -> None:
@@ -44,7 +45,7 @@ def test_the_refit_is_mean_and_spread_of_the_best_candidates() -> None:
 
 def test_elites_are_candidates_of_the_next_iteration_and_of_the_next_plan() -> None:
     model = quadratic(TARGET)
-    planner = make_cem(horizon=3, num_candidates=32, iterations=1, keep_elites=2, proposal="noise", sigma=0.5)
+    planner = make_cem(horizon=3, num_candidates=32, iterations=1, keep_elites=2, proposer=NoiseProposer, sigma=0.5)
     state, noise = model.state(torch.zeros(2, 1)), NoiseKey.for_rows(2)
     first, after = planner.plan(model, state, planner.initial_state(model, 2), noise, Budget())
     best = first.scores.topk(2, dim=1).indices
@@ -55,7 +56,7 @@ def test_elites_are_candidates_of_the_next_iteration_and_of_the_next_plan() -> N
     torch.testing.assert_close(second.candidates[0, -2:, :2], expected[0, :, 1:])
     torch.testing.assert_close(second.candidates[0, -2:, 2], expected[0, :, 2])  # the last action fills the end
     torch.testing.assert_close(second.candidates[1, -2:, 0], expected[1, :, 2])
-    two = make_cem(horizon=3, num_candidates=32, iterations=2, keep_elites=2, proposal="noise", sigma=0.5)
+    two = make_cem(horizon=3, num_candidates=32, iterations=2, keep_elites=2, proposer=NoiseProposer, sigma=0.5)
     third, _ = two.plan(model, state, two.initial_state(model, 2), noise, Budget())
     torch.testing.assert_close(third.candidates[:, 1:3], expected)  # the first iteration is that of `first`
     assert (third.value >= first.value - 1e-6).all()
@@ -70,7 +71,7 @@ def test_a_row_that_has_settled_is_not_searched_further() -> None:
         state_dim=1,
         action_dim=1,
     )
-    options = dict(horizon=2, num_candidates=256, iterations=20, num_elites=256, proposal="noise", sigma=0.2)
+    options = dict(horizon=2, num_candidates=256, iterations=20, num_elites=256, proposer=NoiseProposer, sigma=0.2)
     z, noise = torch.tensor([[0.0], [1.0], [0.0]]), NoiseKey.for_rows(3)
     settling = make_cem(**{**options, "num_elites": 200, "stop_change": 0.05})
     found, after = settling.plan(model, model.state(z), settling.initial_state(model, 3), noise, Budget())
@@ -97,7 +98,7 @@ def test_a_row_that_has_settled_is_not_searched_further() -> None:
         ("futures", 0, "futures is 0"),
         ("horizon", 0, "horizon is 0"),
         ("knots", 20, "knots is 20"),
-        ("proposal", "polcy", "did you mean 'policy'"),
+        ("proposer", "noise", "proposer is 'noise', but must be an object"),
         ("scorer", ReturnScorer(risk="improvement"), "compares its 4 iterations"),
     ],
 )
@@ -120,6 +121,7 @@ def test_a_model_with_a_behaviour_prior_gives_the_first_candidates_of_it() -> No
     """The toy's policy does 0.2 and its prior -0.2; the later iterations follow neither."""
     model = quadratic(TARGET[:1], gain=torch.tensor([[0.2]]), behaviour=True)
     for share, priors in ((0.5, 4), (0.0, 0)):
-        planner = make_cem(horizon=2, num_candidates=8, iterations=1, sigma=0.01, behaviour_share=share)
+        proposer = partial(PolicyProposer, behaviour_share=share)
+        planner = make_cem(horizon=2, num_candidates=8, iterations=1, sigma=0.01, proposer=proposer)
         plan, _ = plan_once(planner, model, torch.ones(1, 1))
         assert int((plan.candidates[0, :, 0, 0] < 0).sum()) == priors

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 
 from wamrl import cli
 from wamrl.interfaces import WAM, Budget, Imagined, Proposal
-from wamrl.planners import make_best_of_n, make_cem, make_gradient, make_mcts, make_mppi
+from wamrl.planners import NoiseProposer, ReturnScorer, make_best_of_n, make_cem, make_gradient, make_mcts, make_mppi
 from wamrl.planners.conformance import CHECKS, Subject, execute, linear_system
 from wamrl.planners.tree import Tree
 
@@ -106,18 +106,18 @@ def reusing(horizon: int):
 SUBJECTS = {
     "mppi": Subject(
         lambda horizon: make_mppi(
-            horizon=horizon, iterations=8, temperature=0.1, refine_sigma=0.2, risk="mean", choose="mean",
-            proposal="noise", correlation=0.3, **WIDE,
+            horizon=horizon, iterations=8, temperature=0.1, refine_sigma=0.2, scorer=ReturnScorer(), choose="mean",
+            proposer=NoiseProposer, correlation=0.3, **WIDE,
         )
     ),
     "mppi at knots, around the policy": Subject(
         lambda horizon: make_mppi(
-            horizon=horizon, iterations=6, num_elites=32, refine_sigma=0.2, risk="mean", knots=min(3, horizon),
-            correlation=0.0, **WIDE,
+            horizon=horizon, iterations=6, num_elites=32, refine_sigma=0.2, scorer=ReturnScorer(),
+            knots=min(3, horizon), correlation=0.0, **WIDE,
         )
     ),
     "cem": Subject(cem),
-    "icem": Subject(lambda horizon: cem(horizon, keep_elites=8, momentum=0.1, exponent=1.0, proposal="noise")),
+    "icem": Subject(lambda horizon: cem(horizon, keep_elites=8, momentum=0.1, exponent=1.0, proposer=NoiseProposer)),
     "cem that stops early": Subject(lambda horizon: cem(horizon, stop_change=0.02)),
     "gradient": Subject(
         lambda horizon: make_gradient(start=cem(horizon), steps=10, num_starts=4, learning_rate=0.02), regret=0.005
@@ -242,7 +242,7 @@ DEFECTS = {
         lambda horizon: dataclasses.replace(cem(horizon), scorer=lambda m, s, i: i.reward.sum(dim=(2, 3)))
     ),
     "the_scale_of_the_rewards_does_not_matter": Subject(
-        lambda horizon: make_mppi(horizon=horizon, standardise=False, choose="mean", risk="mean", **WIDE)
+        lambda horizon: make_mppi(horizon=horizon, standardise=False, choose="mean", scorer=ReturnScorer(), **WIDE)
     ),
     "the_zero_of_the_rewards_does_not_matter": breaking(
         lambda plan, *_: dataclasses.replace(plan, actions=plan.actions * (plan.value < 0)[:, None, None])

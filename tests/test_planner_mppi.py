@@ -8,6 +8,7 @@ import random
 import shutil
 import time
 from dataclasses import replace
+from functools import partial
 from importlib import resources
 
 import pytest
@@ -17,10 +18,19 @@ from tensordict import TensorDict
 
 from wamrl.interfaces import WAM, Budget, Imagined, Plan, Planner, PlanState
 from wamrl.noise import NoiseKey
-from wamrl.planners import NonFinitePlanError, ShootingPlanner, make_cem, make_mppi
+from wamrl.planners import (
+    MakeProposer,
+    NoiseProposer,
+    NonFinitePlanError,
+    PolicyProposer,
+    ReturnScorer,
+    ShootingPlanner,
+    Uncertainty,
+    make_cem,
+    make_mppi,
+)
+from wamrl.planners.deadlines import Pace
 from wamrl.planners.mppi import mppi_weights
-from wamrl.planners.scorers import ReturnScorer
-from wamrl.planners.shooting import _Pace
 from wamrl.planners.toys import (
     BrokenWAM,
     MortalWAM,
@@ -32,7 +42,7 @@ from wamrl.planners.toys import (
 )
 
 TARGET = torch.tensor([0.3, -0.6])
-PROPOSALS = ("policy", "noise")
+PROPOSERS = (PolicyProposer, NoiseProposer)
 
 
 def plan(
@@ -45,7 +55,8 @@ def plan(
 def searching(**options: object) -> ShootingPlanner:
     """MPPI tuned for the quadratic: wide noise, many iterations towards the weighted mean."""
     usual = dict(horizon=3, num_candidates=256, iterations=8, sigma=0.5, refine_sigma=0.15, temperature=0.1)
-    return make_mppi(**{**usual, "correlation": 0.0, "risk": "mean", "choose": "mean", **options})  # type: ignore[arg-type]
+    usual |= dict(correlation=0.0, scorer=ReturnScorer(), choose="mean")
+    return make_mppi(**{**usual, **options})  # type: ignore[arg-type]
 
 
 def test_the_defaults_in_python_are_those_of_the_yaml() -> None:
@@ -53,13 +64,15 @@ def test_the_defaults_in_python_are_those_of_the_yaml() -> None:
     assert settings.pop("_target_") == f"{make_mppi.__module__}.{make_mppi.__name__}"
     settings.pop("defaults")
     defaults = {name: option.default for name, option in inspect.signature(make_mppi).parameters.items()}
-    assert settings == {name: default for name, default in defaults.items() if name != "gate"}
+    assert settings == {
+        name: default for name, default in defaults.items() if name not in ("proposer", "scorer", "gate")
+    }
 
 
-@pytest.mark.parametrize("proposal", PROPOSALS)
+@pytest.mark.parametrize("proposer", PROPOSERS)
 @pytest.mark.parametrize("choose", ["mean", "best"])
-def test_mppi_finds_the_peak_of_a_quadratic(proposal: str, choose: str) -> None:
-    planner = searching(proposal=proposal, choose=choose)
+def test_mppi_finds_the_peak_of_a_quadratic(proposer: MakeProposer, choose: str) -> None:
+    planner = searching(proposer=proposer, choose=choose)
     assert isinstance(planner, Planner)
     found, _ = plan(planner, quadratic(TARGET), torch.zeros(4, 1))
     assert (found.actions - TARGET).abs().max() < (0.1 if choose == "mean" else 0.25)
@@ -75,7 +88,7 @@ def test_mppi_comes_near_the_riccati_solution_of_a_linear_quadratic_problem() ->
     gains, costs = riccati(a, b, q, r, horizon)
     model = linear_quadratic(a, b, q, r, torch.zeros(2, 2))
     z = torch.tensor([[0.3, 0.0], [-0.2, 0.3]])
-    planner = searching(horizon=horizon, num_candidates=512, iterations=30, proposal="noise", refine_sigma=0.1)
+    planner = searching(horizon=horizon, num_candidates=512, iterations=30, proposer=NoiseProposer, refine_sigma=0.1)
     found, _ = plan(planner, model, z)
     reached = model.imagine(model.state(z), found.actions[:, None]).reward.sum(dim=-1)[:, 0, 0]
     optimal = -((z @ costs[0]) * z).sum(dim=1)
@@ -92,16 +105,16 @@ def test_policy_candidates_start_from_a_policy_that_is_already_optimal() -> None
     gains, costs = riccati(a, b, q, r, 60)
     model = linear_quadratic(a, b, q, r, costs[0], gain=-gains[0])
     z = torch.tensor([[0.3, 0.0]])
-    found, _ = plan(make_mppi(horizon=4, num_candidates=64, sigma=0.05, risk="mean"), model, z)
+    found, _ = plan(make_mppi(horizon=4, num_candidates=64, sigma=0.05, scorer=ReturnScorer()), model, z)
     assert found.value.item() == pytest.approx(-float(z[0] @ costs[0] @ z[0]), rel=1e-3)
     assert found.scores[0, 0] == found.scores[0].max()
     assert torch.allclose(found.actions[:, 0], -(z @ gains[0].T), atol=1e-6)
 
 
-@pytest.mark.parametrize("proposal", PROPOSALS)
+@pytest.mark.parametrize("proposer", PROPOSERS)
 @pytest.mark.parametrize("choose", ["mean", "best"])
-def test_actions_stay_inside_the_bounds(proposal: str, choose: str) -> None:
-    planner = searching(proposal=proposal, choose=choose, sigma=5.0, refine_sigma=5.0)
+def test_actions_stay_inside_the_bounds(proposer: MakeProposer, choose: str) -> None:
+    planner = searching(proposer=proposer, choose=choose, sigma=5.0, refine_sigma=5.0)
     found, state = plan(planner, quadratic(torch.tensor([7.0, -7.0])), torch.zeros(2, 1))
     for actions in (found.actions, found.candidates, state["mean"]):
         assert actions.abs().max() <= 1.0
@@ -151,11 +164,11 @@ def test_equal_scores_weigh_equally() -> None:
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("proposal", PROPOSALS)
+@pytest.mark.parametrize("proposer", PROPOSERS)
 @pytest.mark.parametrize("choose", ["mean", "best"])
-def test_broken_futures_never_reach_an_action(broken: float, proposal: str, choose: str) -> None:
+def test_broken_futures_never_reach_an_action(broken: float, proposer: MakeProposer, choose: str) -> None:
     model = BrokenWAM(TARGET, lambda z, a: a[..., 0] > 0.25, broken)
-    found, _ = plan(searching(proposal=proposal, choose=choose), model, torch.zeros(2, 1))
+    found, _ = plan(searching(proposer=proposer, choose=choose), model, torch.zeros(2, 1))
     assert found.actions.isfinite().all() and found.value.isfinite().all()
     assert (found.actions[..., 0] <= 0.26).all()
     assert (found.actions[..., 0] > 0.0).all()
@@ -196,22 +209,25 @@ def test_on_failure_hold_sends_zeros_in_that_row_only_and_warns() -> None:
     assert torch.allclose(found.actions[[0, 2]], good.actions[[0, 2]], atol=1e-6)
 
 
-@pytest.mark.parametrize("proposal", PROPOSALS)
-def test_same_key_same_plan(proposal: str) -> None:
+@pytest.mark.parametrize("proposer", PROPOSERS)
+def test_same_key_same_plan(proposer: MakeProposer) -> None:
     model = quadratic(TARGET)
-    first, _ = plan(searching(proposal=proposal), model, torch.zeros(2, 1))
+    first, _ = plan(searching(proposer=proposer), model, torch.zeros(2, 1))
     torch.manual_seed(123)
-    again, _ = plan(searching(proposal=proposal), model, torch.zeros(2, 1))
-    other, _ = plan(searching(proposal=proposal), model, torch.zeros(2, 1), seed=1)
+    again, _ = plan(searching(proposer=proposer), model, torch.zeros(2, 1))
+    other, _ = plan(searching(proposer=proposer), model, torch.zeros(2, 1), seed=1)
     assert torch.equal(first.actions, again.actions) and torch.equal(first.scores, again.scores)
     assert not torch.equal(first.actions, other.actions)
 
 
-@pytest.mark.parametrize("options", [{}, {"warm_share": 0.5}, {"shuffle_scores": True}, {"proposal": "noise"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"proposer": partial(PolicyProposer, warm_share=0.5)}, {"shuffle_scores": True}, {"proposer": NoiseProposer}],
+)
 def test_batched_equals_looped(options: dict[str, object]) -> None:
     a, b = torch.tensor([[1.0, 0.2], [0.0, 1.0]]), torch.tensor([[0.0], [0.2]])
     model = linear_quadratic(a, b, torch.eye(2), torch.eye(1), torch.eye(2), gain=torch.tensor([[-0.5, -0.5]]))
-    usual = dict(horizon=5, num_candidates=32, iterations=3, sigma=0.3, risk="mean", choose="mean")
+    usual = dict(horizon=5, num_candidates=32, iterations=3, sigma=0.3, scorer=ReturnScorer(), choose="mean")
     planner = make_mppi(**{**usual, **options})  # type: ignore[arg-type]
     z = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
     noise = NoiseKey(row=torch.tensor([4, 9, 2, 7, 11]), step=torch.tensor([0, 3, 8, 1, 0]))
@@ -248,7 +264,7 @@ def test_planning_leaves_its_arguments_and_the_global_generator_alone() -> None:
 def test_steps_after_the_end_of_an_episode_do_not_count() -> None:
     """Full speed ends the episode at step 2; the 100s and the leaf value after that are not for it."""
     model = MortalWAM()
-    planner = make_mppi(horizon=4, num_candidates=2, sigma=0.1, risk="mean")
+    planner = make_mppi(horizon=4, num_candidates=2, sigma=0.1, scorer=ReturnScorer())
     state = model.state(torch.zeros(1, 1))
     actions = torch.tensor([1.0, 0.0, 0.1]).view(1, 3, 1, 1).expand(1, 3, 4, 1)
     score = planner.scorer(model, state, model.imagine(state, actions))
@@ -286,7 +302,9 @@ def test_evaluations_are_counted(members: int) -> None:
 )
 def test_the_evaluation_budget_is_hard(budget: int, members: int, num: int, iterations: int, warm_share: float) -> None:
     model = quadratic(TARGET, members=members)
-    planner = searching(horizon=2, num_candidates=num, iterations=iterations, warm_share=warm_share)
+    planner = searching(
+        horizon=2, num_candidates=num, iterations=iterations, proposer=partial(PolicyProposer, warm_share=warm_share)
+    )
     if budget < 2 * members:
         with pytest.raises(ValueError, match=f"budget.evaluations is {budget}.*at least {2 * members}"):
             plan(planner, model, torch.zeros(1, 1), budget=Budget(evaluations=budget))
@@ -313,10 +331,10 @@ def slow(**options: object) -> ToyWAM:
     return model
 
 
-@pytest.mark.parametrize("proposal", ["policy", "noise"])
+@pytest.mark.parametrize("proposer", PROPOSERS)
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_a_deadline_stops_an_iteration_within(proposal: str, shuffle: bool) -> None:
-    planner = make_mppi(horizon=4, num_candidates=512, sigma=0.5, proposal=proposal, shuffle_scores=shuffle)
+def test_a_deadline_stops_an_iteration_within(proposer: MakeProposer, shuffle: bool) -> None:
+    planner = make_mppi(horizon=4, num_candidates=512, sigma=0.5, proposer=proposer, shuffle_scores=shuffle)
     found, state = plan(planner, slow(), torch.zeros(2, 1), budget=Budget(deadline_s=0.05))  # all take 0.2 s
     looked = found.evaluations // 4
     assert 8 < int(looked[0]) == int(looked[1]) < 512 * 0.4
@@ -348,7 +366,7 @@ def test_a_deadline_that_allows_everything_stops_nothing() -> None:
 
 
 def test_what_fits_before_a_deadline_is_judged_by_what_came_before() -> None:
-    pace = _Pace(time.perf_counter() + 1.0)
+    pace = Pace(time.perf_counter() + 1.0)
     assert pace.more(0, 8) == 0  # nothing is known yet
     pace.imagined(10, 0.01)
     assert pace.more(10, 5) == 5 and pace.more(10, 1000) == 40  # at most four times as many
@@ -388,16 +406,12 @@ def test_a_deadline_stops_the_iterations_but_not_the_first() -> None:
         ("sigma", None, "sigma is None"),
         ("refine_sigma", math.inf, "refine_sigma is inf"),
         ("correlation", 1.0, r"correlation is 1.0.*\[0, 1\)"),
-        ("warm_share", 1.5, "warm_share is 1.5"),
-        ("behaviour_share", -0.5, "behaviour_share is -0.5"),
-        ("uncertainty_penalty", -1.0, "uncertainty_penalty is -1"),
-        ("discount", 1.5, "discount is 1.5"),
-        ("risk", "lower-bound", "did you mean 'lower_bound'"),
-        ("uncertainty_reduce", "max", "Known: mean, sum"),
         ("choose", "bets", "did you mean 'best'"),
-        ("proposal", "polcy", "did you mean 'policy'"),
+        ("proposer", partial(PolicyProposer, warm_share=1.5), "proposer.warm_share is 1.5"),
+        ("proposer", partial(PolicyProposer, behaviour_share=-0.5), "proposer.behaviour_share is -0.5"),
+        ("proposer", "noise", "proposer is 'noise', but must be an object.*proposer@planner.proposer=<choice>"),
+        ("scorer", "success", "scorer is 'success', but must be an object.*scorer@planner.scorer=<choice>"),
         ("on_failure", "ignore", "Known: hold, raise"),
-        ("gate_threshold", -0.1, "gate threshold is -0.1"),
     ],
 )
 def test_values_out_of_range_are_refused_at_construction(option: str, value: object, message: str) -> None:
@@ -408,8 +422,8 @@ def test_values_out_of_range_are_refused_at_construction(option: str, value: obj
 def test_a_model_that_does_not_answer_is_refused_with_its_answers() -> None:
     silent = quadratic(TARGET, leave_out=("uncertainty",))
     with pytest.raises(ValueError, match="does not answer 'uncertainty'"):
-        make_mppi(uncertainty_penalty=1.0).initial_state(silent, 1)
-    make_mppi(uncertainty_penalty=0.0).initial_state(silent, 1)
+        make_mppi(scorer=ReturnScorer(uncertainty_penalty=1.0)).initial_state(silent, 1)
+    make_mppi().initial_state(silent, 1)
     with pytest.raises(ValueError, match="meant to imagine 32 steps; set planner.horizon=32"):
         make_mppi(horizon=33).initial_state(silent, 1)
     with pytest.raises(ValueError, match="sigma has 3 entries, but the model's actions have 2"):
@@ -422,12 +436,12 @@ def test_sigma_may_differ_between_action_dims() -> None:
 
 
 @pytest.mark.parametrize("choose", ["mean", "best"])
-@pytest.mark.parametrize("proposal", PROPOSALS)
-def test_shuffled_scores_lose_to_true_scores(choose: str, proposal: str) -> None:
+@pytest.mark.parametrize("proposer", PROPOSERS)
+def test_shuffled_scores_lose_to_true_scores(choose: str, proposer: MakeProposer) -> None:
     """The control spends as much and is bound as tightly, but its scores say nothing about the candidates."""
     model, z = quadratic(TARGET), torch.zeros(32, 1)
-    true, _ = plan(searching(choose=choose, proposal=proposal), model, z)
-    null, null_state = plan(searching(choose=choose, proposal=proposal, shuffle_scores=True), model, z)
+    true, _ = plan(searching(choose=choose, proposer=proposer), model, z)
+    null, null_state = plan(searching(choose=choose, proposer=proposer, shuffle_scores=True), model, z)
     regrets = [(p.actions - TARGET).square().sum(dim=(1, 2)) for p in (true, null)]
     assert (regrets[0] < regrets[1]).all()
     assert regrets[0].mean() * 5 < regrets[1].mean()
@@ -448,7 +462,7 @@ def test_shuffling_permutes_the_scores_of_each_row() -> None:
 
 def test_a_warm_start_is_the_last_plan_shifted_by_the_executed_steps() -> None:
     model = quadratic(torch.zeros(1), gain=torch.zeros(1, 1))
-    planner = make_mppi(horizon=4, num_candidates=3, sigma=1e-6, proposal="noise", choose="mean")
+    planner = make_mppi(horizon=4, num_candidates=3, sigma=1e-6, proposer=NoiseProposer, choose="mean")
     state = planner.initial_state(model, 3)
     state["mean"] = torch.tensor([0.1, 0.2, 0.3, 0.4]).view(1, 4, 1).expand(3, 4, 1).clone()
     state["warm"] = torch.tensor([True, True, False])
@@ -461,7 +475,7 @@ def test_a_warm_start_is_the_last_plan_shifted_by_the_executed_steps() -> None:
 
 def test_a_share_of_the_candidates_surrounds_the_last_plan() -> None:
     model = quadratic(torch.zeros(1))
-    planner = make_mppi(horizon=4, num_candidates=40, sigma=0.01, warm_share=0.25)
+    planner = make_mppi(horizon=4, num_candidates=40, sigma=0.01, proposer=partial(PolicyProposer, warm_share=0.25))
     state = planner.initial_state(model, 2)
     state["mean"] = torch.full((2, 4, 1), 0.8)
     state["warm"] = torch.tensor([True, False])
@@ -529,7 +543,7 @@ def test_the_gate_searches_only_uncertain_rows() -> None:
         gain=torch.tensor([[0.05], [0.05]]),
     )
     z = torch.tensor([[0.1], [1.0], [0.2], [2.0]])
-    planner = searching(horizon=4, gate_threshold=0.5)
+    planner = searching(horizon=4, gate=Uncertainty(0.5))
     found, after = plan(planner, model, z)
     assert found.searched.tolist() == [False, True, False, True]
     policy = model.propose(model.state(z), 1).actions[:, 0]
@@ -548,7 +562,7 @@ def test_the_gate_counts_against_the_budget() -> None:
     model = UncertainWAM(
         lambda z, a: z, lambda z, a, n: a[..., 0], lambda z: z[..., 0], state_dim=1, action_dim=1, chunk_length=4
     )
-    planner = make_mppi(horizon=4, num_candidates=32, gate_threshold=0.0)
+    planner = make_mppi(horizon=4, num_candidates=32, gate=Uncertainty(0.0))
     found, _ = plan(planner, model, torch.tensor([[0.0], [1.0]]), budget=Budget(evaluations=40))
     assert found.evaluations.max() <= 40
     with pytest.raises(ValueError, match="and the gate 4; allow at least 8"):
@@ -565,7 +579,7 @@ def test_compile_without_a_compiler_says_what_to_install(monkeypatch: pytest.Mon
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")  # torch's own, on import
 def test_the_compiled_iteration_plans_the_same() -> None:
     model, z = quadratic(TARGET, members=2), torch.zeros(2, 1)
-    options = dict(horizon=2, num_candidates=16, iterations=3, proposal="noise")
+    options = dict(horizon=2, num_candidates=16, iterations=3, proposer=NoiseProposer)
     eager, _ = plan(searching(**options), model, z)
     compiled, _ = plan(searching(**options, compile=True), model, z)
     assert torch.allclose(eager.actions, compiled.actions, atol=1e-5)
@@ -585,7 +599,7 @@ def test_a_model_that_cannot_be_compiled_says_so() -> None:
 
     model = NumpyWAM(lambda z, a: z, lambda z, a, n: a[..., 0], lambda z: z[..., 0], state_dim=1, action_dim=1)
     with pytest.raises(RuntimeError, match="planner.compile=true.*NumpyWAM.*planner.compile=false"):
-        plan(searching(proposal="noise", compile=True), model, torch.zeros(1, 1))
+        plan(searching(proposer=NoiseProposer, compile=True), model, torch.zeros(1, 1))
 
 
 def test_a_model_that_proposes_chunks_of_another_length_is_refused() -> None:
@@ -607,7 +621,7 @@ def test_a_model_that_proposes_chunks_of_another_length_is_refused() -> None:
 
 def test_gains_over_different_candidates_are_not_compared() -> None:
     with pytest.raises(ValueError, match="compares its 2 iterations"):
-        make_mppi(risk="improvement", choose="best", iterations=2)
+        make_mppi(iterations=2)
 
 
 def test_a_gain_that_the_futures_disagree_on_counts_less() -> None:

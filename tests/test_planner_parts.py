@@ -1,11 +1,13 @@
-"""Scorers and gates: what they compute, by hand, and that any planner takes any of them from the config."""
+"""Proposers, scorers and gates: what they compute, by hand, and that planners take any of them from the config."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from dataclasses import fields, replace
 from importlib import resources
+from typing import Any
 
 import pytest
 import torch
@@ -23,10 +25,14 @@ from wamrl.planners import (
     ConsistencyScorer,
     CriticalPhase,
     GoalScorer,
+    NoiseProposer,
     Periodic,
+    PolicyProposer,
     ProgressScorer,
     ReturnScorer,
+    SampleProposer,
     SuccessScorer,
+    Uncertainty,
     Verifier,
     make_best_of_n,
     make_cem,
@@ -70,21 +76,21 @@ def test_consistency_is_minus_the_mean_disagreement() -> None:
 class GoalWAM(ToyWAM):
     """A point that moves by its action, told where it should be."""
 
-    def __init__(self) -> None:
+    def __init__(self, leave_out: tuple[str, ...] = ("reward", "value")) -> None:
         super().__init__(
             lambda z, a: z + a,
             lambda z, a, new: torch.zeros(z.shape[:-1]),
             lambda z: torch.zeros(z.shape[:-1]),
             state_dim=2,
             action_dim=2,
-            leave_out=("reward", "value"),
+            leave_out=leave_out,
         )
         self.spec = type(self.spec)(**{**self.spec.__dict__, "provides": self.spec.provides | {"goal"}})
 
     def encode(self, context: Context) -> TensorDict:
         state = super().encode(context)
-        assert context.goal is not None
-        state["goal"] = context.goal["state"]
+        if context.goal is not None:
+            state["goal"] = context.goal["state"]
         return state
 
 
@@ -95,7 +101,7 @@ def test_a_planner_goes_to_a_goal_that_the_model_encodes(norm: str) -> None:
     goal = TensorDict({"state": torch.tensor([[0.9, -0.9], [-1.5, 0.2]])}, [2])
     context = Context.from_observation(observation)
     state = model.encode(Context(context.observation, context.past_actions, context.valid, context.task, goal))
-    options = dict(horizon=3, iterations=8, num_candidates=256, num_elites=24, sigma=0.5, proposal="noise")
+    options = dict(horizon=3, iterations=8, num_candidates=256, num_elites=24, sigma=0.5, proposer=NoiseProposer)
     planner = make_cem(**options, scorer=GoalScorer(norm=norm))  # type: ignore[arg-type]
 
     plan, _ = planner.plan(model, state, planner.initial_state(model, 2), NoiseKey.for_rows(2), Budget())
@@ -141,6 +147,11 @@ def test_what_a_scorer_needs_depends_on_the_models_success_bonus() -> None:
         (lambda: SuccessScorer(risk="cvra"), "did you mean 'cvar'"),
         (lambda: SuccessScorer(risk_share=0.0), "risk_share is 0"),
         (lambda: ReturnScorer(risk_weight=-1.0), "risk_weight is -1"),
+        (lambda: ReturnScorer(risk="lower-bound"), "did you mean 'lower_bound'"),
+        (lambda: ReturnScorer(uncertainty_penalty=-1.0), "uncertainty_penalty is -1"),
+        (lambda: ReturnScorer(uncertainty_reduce="max"), "Known: mean, sum"),
+        (lambda: ReturnScorer(discount=1.5), "discount is 1.5"),
+        (lambda: Uncertainty(-0.1), "gate threshold is -0.1"),
         (lambda: GoalScorer(norm="l3"), "norm"),
         (lambda: CriticalPhase(threshold=math.nan), "threshold is nan"),
         (lambda: Periodic(every=0), "every is 0"),
@@ -261,27 +272,117 @@ def test_a_periodic_gate_searches_one_plan_in_a_few(make) -> None:
 def test_a_choice_that_is_unknown_or_out_of_place_is_named() -> None:
     with pytest.raises(ValueError, match="unknown scorer 'succes'; did you mean 'success'"):
         cli.compose("plan", ["planner=cem", "scorer@planner.scorer=succes"])
+    with pytest.raises(ValueError, match="unknown proposer 'policies'; did you mean 'policy'"):
+        cli.compose("plan", ["proposer@planner.proposer=policies"])
     with pytest.raises(ValueError, match="the planner that was chosen has no choice of scorer at 'planner.scorer'"):
-        cli.compose("plan", ["planner=mppi", "scorer@planner.scorer=success"])
+        cli.compose("plan", ["planner=gradient", "scorer@planner.scorer=success"])
+    with pytest.raises(ValueError, match="the planner that was chosen has no choice of proposer at 'planner.proposer'"):
+        cli.compose("plan", ["planner=best_of_n", "proposer@planner.proposer=noise"])
 
 
-@pytest.mark.parametrize("path", [f"{g}/{p.name}" for g in ("scorer", "gate") for p in (CONFIGS / g).iterdir()])
-def test_the_defaults_of_scorers_and_gates_are_those_of_their_yaml(path: str) -> None:
+@pytest.mark.parametrize(
+    ("planner", "word", "message"),
+    [
+        ("mppi", "value_weight=0", "'value_weight'; did you mean 'scorer.value_weight'"),
+        ("mppi", "risk=mean", "'risk'; did you mean 'scorer.risk'"),
+        ("cem", "behaviour_share=0", "'behaviour_share'; did you mean 'proposer.behaviour_share'"),
+        ("gradient", "behaviour_share=0", "'behaviour_share'; did you mean 'start.proposer.behaviour_share'"),
+        ("mppi", "proposal=noise", "'proposal'; did you mean 'proposer'"),
+        ("mppi", "gate_threshold=0.5", "'gate_threshold'. Known: .*gate,.*scorer"),
+    ],
+)
+def test_a_setting_of_a_part_is_found_where_it_is(planner: str, word: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown setting of 'planner': {message}"):
+        cli.compose("plan", [f"planner={planner}", f"planner.{word}"])
+
+
+@pytest.mark.parametrize(
+    "path", [f"{g}/{p.name}" for g in ("proposer", "scorer", "gate") for p in (CONFIGS / g).iterdir()]
+)
+def test_the_defaults_of_proposers_scorers_and_gates_are_those_of_their_yaml(path: str) -> None:
     settings = yaml.safe_load((CONFIGS / path).read_text(encoding="utf-8"))
+    if path == "scorer/improvement.yaml":
+        assert settings == {"defaults": ["return", "_self_"], "risk": "improvement"}
+        return
     module, _, name = settings.pop("_target_").rpartition(".")
     options = fields(getattr(importlib.import_module(module), name))
-    assert settings == {option.name: option.default for option in options if option.init}
+    given = {"horizon", "sigma", "basis"} if settings.pop("_partial_", False) else set()
+    assert settings == {option.name: option.default for option in options if option.init and option.name not in given}
 
 
-@pytest.mark.parametrize("planner", ["cem", "icem", "best_of_n"])
-@pytest.mark.parametrize("gate", sorted(p.name.removesuffix(".yaml") for p in (CONFIGS / "gate").iterdir()))
-@pytest.mark.parametrize("scorer", sorted(p.name.removesuffix(".yaml") for p in (CONFIGS / "scorer").iterdir()))
-def test_every_scorer_and_gate_is_a_choice_of_the_config(planner: str, gate: str, scorer: str) -> None:
-    words = [f"planner={planner}", f"gate@planner.gate={gate}", f"scorer@planner.scorer={scorer}"]
-    built = instantiate(cli.plain(cli.compose("plan", words))["planner"])
-    assert isinstance(built.scorer, Scorer) and isinstance(built.gate, Gate)
-    assert type(built.scorer).__name__.lower().startswith(scorer)
-    assert type(built.gate).__name__.lower().startswith(gate.replace("_", ""))
+@functools.cache
+def composed(planner: str, *words: str) -> dict:
+    return cli.plain(cli.compose("plan", [f"planner={planner}", *words]))["planner"]
+
+
+def part(planner: str, group: str, choice: str) -> dict:
+    """The settings that group@planner.group=choice makes of a planner's part, which change nothing else of it."""
+    chosen = composed(planner, f"{group}@planner.{group}={choice}")
+    assert {**composed(planner), group: chosen[group]} == chosen
+    return chosen[group]
+
+
+CHOICES = {group: cli.options(group) for group in ("proposer", "scorer", "gate")}
+
+
+@pytest.mark.parametrize("planner", ["mppi", "cem", "best_of_n"])
+@pytest.mark.parametrize("scorer", CHOICES["scorer"])
+def test_every_proposer_goes_with_every_scorer_and_every_gate(planner: str, scorer: str) -> None:
+    model = GoalWAM(leave_out=())
+    state = TensorDict({"z": torch.zeros(2, 2), "goal": torch.ones(2, 2)}, batch_size=[2])
+    options: dict[str, Any] = {"horizon": 2, "num_candidates": 8}
+    if planner != "best_of_n":  # which keeps to samples of the policy
+        options |= {"iterations": 2, "choose": "mean", "num_elites": 4}
+    if planner == "cem":
+        options["keep_elites"] = 2
+    for proposer in CHOICES["proposer"] if planner != "best_of_n" else [None]:
+        for gate in CHOICES["gate"]:
+            chosen = {"proposer": proposer, "scorer": scorer, "gate": gate}
+            parts = {group: part(planner, group, choice) for group, choice in chosen.items() if choice}
+            built = instantiate({**composed(planner), **options, **parts})
+            assert type(built.gate).__name__.lower().startswith(gate.replace("_", ""))
+            named = "return" if scorer == "improvement" else scorer
+            assert type(built.scorer).__name__.lower().startswith(named) and isinstance(built.scorer, Scorer)
+            inner = getattr(built.proposer, "inner", built.proposer)
+            assert type(inner).__name__.lower().startswith((proposer or "samples").rstrip("s"))
+            assert isinstance(built.gate, Gate)
+            plan, _ = built.plan(model, state, built.initial_state(model, 2), NoiseKey.for_rows(2), Budget())
+            assert plan.actions.shape == (2, 2, 2) and bool(plan.actions.isfinite().all())
+
+
+def test_the_parts_are_chosen_together() -> None:
+    words = [f"{group}@planner.{group}={choices[-1]}" for group, choices in CHOICES.items()]
+    for planner in ("mppi", "cem"):
+        together = composed(planner, *words)
+        for group, choices in CHOICES.items():
+            assert together[group] == part(planner, group, choices[-1])
+
+
+@pytest.mark.parametrize("make", [make_mppi, make_cem, make_best_of_n], ids=lambda make: make.__name__)
+def test_the_default_plan_is_that_of_the_config_and_of_its_parts_made_by_hand(make) -> None:
+    model = quadratic(TARGET, members=3, behaviour=True, chunk_length=8, gain=torch.tensor([[0.2], [0.1]]))
+    z = torch.tensor([[0.5], [1.0]])
+    name = make.__name__.removeprefix("make_")
+    parts = {"scorer": ReturnScorer(risk="improvement" if make is make_mppi else "mean"), "gate": Always()}
+    if make is not make_best_of_n:
+        parts["proposer"] = functools.partial(PolicyProposer, warm_share=0.0, behaviour_share=0.5)
+    plans = [plan_once(planner, model, z)[0] for planner in (make(), make(**parts), instantiate(composed(name)))]
+    for other in plans[1:]:
+        assert torch.equal(other.actions, plans[0].actions) and torch.equal(other.weights, plans[0].weights)
+        assert torch.equal(other.candidates, plans[0].candidates) and torch.equal(other.scores, plans[0].scores)
+
+
+def test_policy_samples_are_first_candidates_of_a_search_too() -> None:
+    """With one iteration the policy's samples are all candidates, as in best of N; the next is drawn by sigma."""
+    model, z = quadratic(TARGET, spread=0.5), torch.zeros(2, 1)
+    options: dict[str, Any] = {"horizon": 4, "num_candidates": 32}
+    samples, _ = plan_once(make_best_of_n(**options), model, z)
+    one, _ = plan_once(make_cem(**options, proposer=SampleProposer, iterations=1), model, z)
+    assert torch.equal(one.candidates, samples.candidates) and torch.equal(one.actions, samples.actions)
+    refined, _ = plan_once(make_cem(**options, proposer=SampleProposer, iterations=4), model, z)
+    assert (refined.value > samples.value).all()
+    with pytest.raises(ValueError, match="horizon is 5, but the model proposes chunks of 4 steps at most"):
+        make_mppi(horizon=5, proposer=SampleProposer).initial_state(model, 1)
 
 
 @pytest.mark.parametrize("discrete", [False, True])
@@ -320,7 +421,7 @@ def test_whatever_number_of_rows_a_gate_lets_through_few_are_compiled(kind, monk
     monkeypatch.setattr(module, "compiled", compiled)
     monkeypatch.setattr(module, "require_compiler", lambda: None)
     gate = Last()
-    usual = dict(horizon=2, num_candidates=8, iterations=3, num_elites=4, keep_elites=2, proposal="noise")
+    usual = dict(horizon=2, num_candidates=8, iterations=3, num_elites=4, keep_elites=2, proposer=NoiseProposer)
     planners = [
         make_cem(**usual, gate=gate, compile=compile) if kind == "shooting"  # type: ignore[arg-type]
         else make_mcts(chunk=2, depth=2, simulations=8, num_candidates=4, gate=gate, reuse=True, compile=compile)
@@ -348,7 +449,7 @@ def test_more_graphs_are_compiled_than_torch_has_by_default(monkeypatch) -> None
     with config.patch(recompile_limit=8):
         plain = torch.compile
         monkeypatch.setattr(torch, "compile", eager)
-        double = importlib.import_module("wamrl.planners.shooting").compiled(lambda x: 2 * x)
+        double = importlib.import_module("wamrl.planners.running").compiled(lambda x: 2 * x)
         for rows in range(1, 12):
             assert torch.equal(double(torch.ones(rows)), torch.full((rows,), 2.0))
 
@@ -477,8 +578,6 @@ def test_gates_that_remember_refuse_what_they_cannot_do() -> None:
     for options in ({"per_episode": 0, "per_second": None}, {"per_second": -1.0}, {"per_second": math.inf}):
         with pytest.raises(ValueError, match="must be a number of evaluations above 0"):
             BudgetGate(**options)
-    with pytest.raises(ValueError, match="gate_threshold is 0.5, but there is a gate already, Verifier"):
-        make_mppi(gate=Verifier(), gate_threshold=0.5)
 
 
 # --------------------------------------------------------------------------------------------------------- progress
@@ -521,6 +620,6 @@ def test_progress_asks_a_model_for_what_it_has_and_refuses_one_that_has_neither(
 
 def test_planning_by_progress_gets_there() -> None:
     plan, _ = plan_once(
-        make_cem(horizon=4, proposal="noise", sigma=0.5, scorer=ProgressScorer()), moving(), torch.ones(2, 1)
+        make_cem(horizon=4, proposer=NoiseProposer, sigma=0.5, scorer=ProgressScorer()), moving(), torch.ones(2, 1)
     )
     assert float(plan.actions.mean()) < -0.8

@@ -407,9 +407,17 @@ def _unknown_setting(name: str, overrides: Sequence[str], folders: Sequence[str]
         node = OmegaConf.select(config, parent)
         if not isinstance(node, DictConfig):
             return ValueError(f"'{parent}' is a single value, so there is no setting '{key}' in it")
+    known = [*map(str, node), *(f"{above}.{part}" for above in _above(OmegaConf.to_container(node), part))]
     kind = f"setting of '{parent}':" if parent else "setting"
     hint = f"To add a setting that the defaults do not have, write +{key}=<value>." if parent else ""
-    return unknown_name(kind, part, map(str, node), hint=hint)
+    return unknown_name(kind, part, known, hint=hint)
+
+
+def _above(settings: Any, part: str) -> list[str]:
+    """Where below `settings` there is a setting `part`: ["scorer"] for the setting risk of a planner."""
+    inner = {key: value for key, value in settings.items() if isinstance(value, dict)}
+    deeper = [f"{key}.{place}" for key, value in inner.items() for place in _above(value, part)]
+    return [*(str(key) for key, value in inner.items() if part in value), *deeper]
 
 
 def _unbuilt(error: InstantiationException) -> Exception | None:

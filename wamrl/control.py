@@ -514,7 +514,7 @@ def _check_goal(model: WAM, planner: Planner, goal: Goals | None) -> None:
     if goal is not None and not reads:
         raise ValueError(
             f"a goal is given, but {type(scorer).__name__ if scorer else type(planner).__name__} does not read it; "
-            "set planner=cem scorer@planner.scorer=goal, or goal=null"
+            "set scorer@planner.scorer=goal, or goal=null"
         )
 
 

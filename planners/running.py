@@ -1,0 +1,90 @@
+"""What a search runs its model with: a clock on every query, and functions that are compiled as a whole.
+
+Letters: R rows that are searched.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from wamrl.interfaces import WAM, Imagined, Proposal
+from wamrl.provenance import has_cpp_compiler
+
+MOST_GRAPHS = 64
+"""Graphs that a compiled function may come to, in place of torch's eight."""
+
+
+class ModelClock:
+    """A model whose queries are timed; `seconds` is the time spent inside it."""
+
+    def __init__(self, model: WAM) -> None:
+        self.model = model
+        self.spec = model.spec
+        self.seconds = 0.0
+
+    def timed(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        begun = time.perf_counter()
+        result = call(*arguments, **options)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - begun
+        return result
+
+    def imagine(self, *arguments: Any, **options: Any) -> Imagined:
+        return cast(Imagined, self.timed(self.model.imagine, *arguments, **options))
+
+    def propose(self, *arguments: Any, **options: Any) -> Proposal:
+        return cast(Proposal, self.timed(self.model.propose, *arguments, **options))
+
+    def value(self, *arguments: Any, **options: Any) -> Tensor:
+        return cast(Tensor, self.timed(self.model.value, *arguments, **options))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+def require_compiler() -> None:
+    """ValueError where `planner.compile=true` could not be served."""
+    if not has_cpp_compiler():
+        raise ValueError(
+            "planner.compile=true needs a C++ compiler, and none was found (looked for $CXX, g++, clang++, c++); "
+            "install one, or set planner.compile=false"
+        )
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as one graph of fixed shapes; where its first argument, the model, allows no such graph, it raises."""
+    from torch._dynamo import config  # seconds to import, so only where it is needed
+
+    # Torch counts the graphs of all planners of a process together, and a planner and its null control have one each
+    # for every number of rows: with ten rows and fewer, ten.
+    config.recompile_limit = max(config.recompile_limit, MOST_GRAPHS)
+    return torch.compile(function, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+
+
+def padded(rows: Tensor) -> Tensor:
+    """`rows` [R], and the first of them again, up to a power of two.
+
+    A compiled function is compiled anew for every number of rows, which takes seconds, and after `MOST_GRAPHS` of them
+    torch gives up. Gates and episodes that end let any number through, of which few are powers of two.
+    """
+    count = rows.numel()
+    return torch.cat([rows, rows[:1].expand((1 << (count - 1).bit_length()) - count)])
+
+
+def run_compiled(function: Callable[..., Any], clock: ModelClock, *arguments: Any) -> Any:
+    """What a `compiled` function makes of the clock's model and `arguments`; all of its time counts as the model's."""
+    from torch._dynamo.exc import TorchDynamoException  # seconds to import, so only where it is needed
+
+    try:
+        return clock.timed(function, clock.model, *arguments)
+    except TorchDynamoException as cause:
+        raise RuntimeError(
+            f"planner.compile=true, but an iteration with {type(clock.model).__name__} cannot be compiled "
+            f"({type(cause).__name__}); set planner.compile=false, or see the cause below"
+        ) from cause
