@@ -38,9 +38,9 @@ _EXPERT_ITERATION = (*_REAL, "agent=expert_iteration", "iterations=8", "evaluate
 _IMITATION = ("agent.learning_rate=5e-4", "agent.world_weight=0")
 # The policy acts for eight imagined steps from 500 real frames each; the planner teaches it in half of the states.
 _IMAGINED = ("env=imagined", "env@simulator=metaworld/six", f"simulator.tasks={ENV}", "agent=distil", "num_envs=500",
-             "decisions=8", "iterations=6", "evaluate_every=2", "agent.max_plans=2000", "agent.buffer=16000",
+             "decisions=8", "iterations=4", "evaluate_every=2", "agent.max_plans=2000", "agent.buffer=16000",
              "agent.planner.num_candidates=32", "agent.planner.sigma=0.1", "agent.updates=600",
-             *_IMITATION)  # fmt: skip
+             "agent.planner.proposer.behaviour_share=0", *_IMITATION)  # fmt: skip
 VARIANTS: dict[str, tuple[str, ...]] = {
     "expert_iteration": _EXPERT_ITERATION,
     "expert_iteration_shuffled": (*_EXPERT_ITERATION, "agent.planner.shuffle_scores=true"),
