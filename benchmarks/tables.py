@@ -348,10 +348,30 @@ def posttrain(result: Mapping[str, Any]) -> str:
         for task in where:
             before, after = (_rate(metrics[f"{name}/{task}/{moment}/success"]) for moment in ("before", "after"))
             n = metrics[f"{name}/{task}/after/success"]["n"]
-            cost = f"{metrics[f'{name}/real_steps']:,.0f}" if task == "mean" else ""
-            decay = f"{100 * metrics[f'{name}/world_error_growth']:+.1f} %" if task == "mean" else ""
-            rows.append([f"`{name}`" if task == "mean" else "", task, before, after, str(n), str(seeds), cost, decay])
-    return _grid(["variant", "task", "before, %", "after, %", "n", "seeds", "real steps", "world model's error"], rows)
+            found = [f"`{name}`" if task == "mean" else "", task, before, after]
+            if task == "mean":
+                gain = metrics.get(f"{name}/mean/gain/success")
+                decay = f"{100 * metrics[f'{name}/world_error_growth']:+.1f} %"
+                found += [
+                    _points(gain) if gain else "",
+                    str(n),
+                    str(seeds),
+                    f"{metrics[f'{name}/real_steps']:,.0f}",
+                    decay,
+                ]
+            rows.append([*found, *[""] * (9 - len(found))])
+    head = [
+        "variant",
+        "task",
+        "before, %",
+        "after, %",
+        "gain, points",
+        "n",
+        "seeds",
+        "real steps",
+        "world model's error",
+    ]
+    return _grid(head, rows)
 
 
 def posttrain_isaac(result: Mapping[str, Any]) -> str:
