@@ -31,7 +31,7 @@ from wamrl.evaluation import Recording, Start, check_starts, wilson
 from wamrl.files import write_json
 from wamrl.judging import policies, worlds
 from wamrl.naming import unknown_name, whole_number
-from wamrl.pages import Section, TableOf, number, pareto_figure, provenance_rows, rate, write_page
+from wamrl.pages import Section, TableOf, number, provenance_rows, rate, write_page
 from wamrl.properties import Check
 from wamrl.report import short
 from wamrl.results import peak_rss_mib
@@ -152,21 +152,11 @@ def _budget(settings: Mapping[str, Any], run_dir: Path, console: Console) -> dic
     if len({r["timed"] for r in rows if r["ms"]}) > 1:
         warnings.append("Some latencies are of single plans, some of batches during the episodes; compare them apart.")
     for digest, group in groups.items():
-        front = budget.pareto(group)
         table = Table(title=f"protocol {digest}", title_justify="left")
-        for column in (
-            "configuration",
-            "success",
-            "p50 / p95 / p99 ms",
-            "evaluations",
-            "rate met",
-            "memory MiB",
-            "H*",
-            "failures",
-        ):
+        for column in budget.HEAD:
             table.add_column(column, justify="left" if column in ("configuration", "failures") else "right")
-        for row, best in zip(group, front, strict=True):
-            table.add_row(*_budget_cells(row), style="bold" if best else None)
+        for row in group:
+            table.add_row(*budget.cells(row), style="bold" if row["front"] else None)
         console.print(table)
     for text in warnings:
         console.print(f"[yellow]warning:[/] {text}", highlight=False)
@@ -179,70 +169,13 @@ def _budget(settings: Mapping[str, Any], run_dir: Path, console: Console) -> dic
                     metrics[f"budget/{row['hash']}/{row['name']}/{part}_{q}_ms"] = value
     return {
         "protocol_hash": list(groups),
-        "groups": {d: [{**r, "front": f} for r, f in zip(g, budget.pareto(g), strict=True)] for d, g in groups.items()},
+        "groups": groups,
         "warnings": warnings,
         "metrics": metrics,
     }
 
 
-def _budget_cells(row: Mapping[str, Any]) -> list[str]:
-    ms = row["ms"]
-    met = "" if row["rate_met"] is None else f"{'yes' if row['rate_met'] else 'no'} ({row['allowed_ms']:.0f} ms)"
-    return [
-        row["name"],
-        rate(row["success"]),
-        " / ".join(f"{ms['total'][q]:.1f}" for q in ("p50", "p95", "p99")) if ms else "",
-        f"{row['evaluations']:,.0f}" if row["evaluations"] else "",
-        met,
-        f"{row['memory_mib']:.0f}",
-        "" if row["sustained"] is None else str(row["sustained"]),
-        ", ".join(f"{k} {v}" for k, v in row["tags"].items()),
-    ]
-
-
 def _budget_page(run_dir: Path, results: Mapping[str, Any]) -> None:
-    sections = []
-    head = ["configuration", "success", "p50 / p95 / p99 ms", "evaluations", "rate met", "memory MiB", "H*", "failures"]
-    split_head = [
-        "configuration",
-        "WAM",
-        "planner",
-        "controller",
-        "timed",
-        "encode ms",
-        "imagine ms",
-        "search ms",
-        "device",
-        "threads",
-    ]
-    for digest, rows in results["groups"].items():
-        timed = [r for r in rows if r["ms"]]
-        points = [
-            {"name": r["name"], "ms": r["ms"]["total"]["p50"], "rate": r["success"], "front": r["front"]} for r in timed
-        ]
-        splits = [
-            [r["name"], r["wam"], r["planner"], r["controller"], r["timed"]]
-            + [f"{r['ms'][part]['p50']:.2f}" for part in ("encode", "imagine", "search")]
-            + [r["device"], str(r["threads"])]
-            for r in timed
-        ]
-        sections.append(
-            Section(
-                f"Protocol {digest}",
-                ["Bold rows and blue dots are the Pareto front: nothing else here is as good and as fast."],
-                [pareto_figure("success against latency", points)] if points else [],
-                [TableOf(head, [_budget_cells(r) for r in rows], [i for i, r in enumerate(rows) if r["front"]])]
-                + ([TableOf(split_head, splits)] if splits else []),
-                [
-                    "Success with its Wilson 95 % interval, pooled over tasks. Latency per plan; rate met: p95 "
-                    "within the time "
-                    "that the executed actions last. evaluations: per plan and environment. H*: control steps that "
-                    "imagination "
-                    "of this WAM is sustained, where a run of evaluate measured it. A method without a search has "
-                    "no latency."
-                ],
-            )
-        )
     count = sum(map(len, results["groups"].values()))
     write_page(
         run_dir / "report.html",
@@ -252,7 +185,7 @@ def _budget_page(run_dir: Path, results: Mapping[str, Any]) -> None:
         f"protocol{'s' if len(results['groups']) > 1 else ''}: "
         "what success costs in time, model evaluations and memory.",
         warnings=results["warnings"],
-        sections=sections,
+        sections=[budget.section(f"Protocol {digest}", rows) for digest, rows in results["groups"].items()],
         command=results["command"],
         provenance=provenance_rows(results),
         config=results["config"],
