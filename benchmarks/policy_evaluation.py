@@ -16,7 +16,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,6 +235,43 @@ def _words(value: Any) -> str:
     return f"'{value}'" if isinstance(value, str) else str(value)
 
 
+def metrics_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What is stored of the results.json of an evaluation, flat.
+
+    Agreement over all policies, the independent ones and on each task, also without each policy
+    (`<scope>/pearson_without/<policy>`); success of every policy on every task; the judges compared; horizons.
+    """
+    metrics: dict[str, Any] = {}
+    independent = [name for name, entry in results["policies"].items() if entry["origin"] == "independent"]
+    for scope, found in results["agreement"].items():
+        for key in ("pearson", "mmrv", "gap", "kappa"):
+            metrics[f"{short(scope)}/{key}"] = {k: found[key][k] for k in ("mean", "n", "low", "high")}
+        metrics |= {f"{short(scope)}/{key}": found[key] for key in ("spearman", "permutation_p", "bias")}
+        metrics[f"{short(scope)}/false_positive_rate"] = found["judge"]["false_positive_rate"]
+        names = independent if scope == "independent" else list(results["policies"])
+        for name, r in zip(names, found["leave_one_out"], strict=True):
+            metrics[f"{short(scope)}/pearson_without/{name}"] = r
+    for scope in ("mean", *results["tasks"]):
+        for name, entry in results["policies"].items():
+            for world in ("real", "imagined"):
+                found = entry[scope][world]
+                place = f"{short(scope)}/{name}/{world}_success"
+                metrics[place] = {k: found[k] for k in ("mean", "n", "low", "high")}
+    compared = results["agreement"][results["headline"]]["policies"]
+    for name, variant in results["variants"].items():
+        for key in ("pearson", "mmrv", "gap", "bias", "kappa", "recall", "false_positive_rate", "ece"):
+            value, bounds = variant[key], variant["intervals"].get(key)
+            if bounds:
+                value = {"mean": value, "n": compared, "low": bounds[0], "high": bounds[1]}
+            metrics[f"judges/{name}/{key}"] = value
+    for name, found in results["drift"].items():
+        for scope in ("mean", *results["tasks"]):
+            metrics[f"{short(scope)}/{name}_sustained_steps"] = found[scope]["sustained"]
+    cost = results["cost"]
+    metrics["cost/imagined_share_of_real"] = cost["imagined_us_per_step"] / cost["real_us_per_step"]
+    return metrics
+
+
 def main() -> None:
     """Make what is missing, evaluate, and store the metrics."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -263,27 +300,7 @@ def main() -> None:
     ]  # fmt: skip
     run(command, folder / "report.html", arguments.out / "evaluate.log")
     results = json.loads((folder / "results.json").read_text())
-    metrics: dict[str, Any] = {}
-    for scope, found in results["agreement"].items():
-        for key in ("pearson", "mmrv", "gap", "kappa"):
-            metrics[f"{short(scope)}/{key}"] = {k: found[key][k] for k in ("mean", "n", "low", "high")}
-        metrics |= {f"{short(scope)}/{key}": found[key] for key in ("spearman", "permutation_p", "bias")}
-        metrics[f"{short(scope)}/false_positive_rate"] = found["judge"]["false_positive_rate"]
-    for name, entry in results["policies"].items():
-        for world in ("real", "imagined"):
-            metrics[f"mean/{name}/{world}_success"] = {k: entry["mean"][world][k] for k in ("mean", "n", "low", "high")}
-    compared = results["agreement"][results["headline"]]["policies"]
-    for name, variant in results["variants"].items():
-        for key in ("pearson", "mmrv", "gap", "bias", "kappa", "recall", "false_positive_rate", "ece"):
-            value, bounds = variant[key], variant["intervals"].get(key)
-            if bounds:
-                value = {"mean": value, "n": compared, "low": bounds[0], "high": bounds[1]}
-            metrics[f"judges/{name}/{key}"] = value
-    for name, found in results["drift"].items():
-        for scope in ("mean", *results["tasks"]):
-            metrics[f"{short(scope)}/{name}_sustained_steps"] = found[scope]["sustained"]
-    cost = results["cost"]
-    metrics["cost/imagined_share_of_real"] = cost["imagined_us_per_step"] / cost["real_us_per_step"]
+    metrics = metrics_of(results)
     clock.store(
         arguments.store,
         config={"wam": arguments.wam, "tasks": tasks, "split": arguments.split, "episodes": arguments.episodes,

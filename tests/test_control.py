@@ -7,7 +7,9 @@ import inspect
 import math
 import time
 from importlib import resources
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -19,7 +21,7 @@ from wamrl.interfaces import Context, Plan, Policy, PolicyState, State
 from wamrl.planners import NoiseProposer, ReturnScorer, ShootingPlanner, make_gradient, make_mcts, make_mppi
 from wamrl.planners.toys import TASKS, ToyWAM, observation, quadratic
 from wamrl.report import late_words
-from wamrl.results import plan_times
+from wamrl.results import plan_times, time_decisions
 
 CONFIGS = resources.files("wamrl.configs")
 TARGET = torch.tensor([0.3, -0.6])
@@ -230,6 +232,34 @@ def test_the_log_splits_the_time_and_counts_evaluations() -> None:
     assert entry["encode_s"] >= 0.02 and entry["imagine_s"] >= 0.04 and entry["search_s"] > 0
     assert entry["plan_s"] == pytest.approx(entry["encode_s"] + entry["imagine_s"] + entry["search_s"])
     assert entry["evaluations"] == 2 * (16 * 4 * 2 * 3) and entry["rows"] == 2 and entry["searched"] == 2
+    acting = ModelPolicy(model, replan_every=2)
+    shown = [{key: value.numpy() for key, value in observation(torch.zeros(1, 1))[0].items()}]
+    times = plan_times(time_decisions(acting, shown, 3), 1)
+    assert times["encode_ms"]["p50"] >= 20 and times["propose_ms"]["p50"] >= 40 and "search_ms" not in times
+    assert times["total_ms"]["p50"] >= 60 and (times["plans"], times["replan_every"], times["mean_rows"]) == (3, 2, 1.0)
+
+
+def test_of_a_policy_without_a_log_the_call_alone_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("wamrl.results.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    class Slow(RandomPolicy):
+        """Takes a second to begin an episode and, call after call, 1, 2, 3 ... milliseconds to act."""
+
+        calls = 0
+
+        def initial_state(self, rows: int) -> PolicyState:
+            now[0] += 1.0
+            return super().initial_state(rows)
+
+        def act(self, observation, policy_state, is_init):  # type: ignore[no-untyped-def]
+            self.calls += 1
+            now[0] += 0.001 * self.calls
+            return super().act(observation, policy_state, is_init)
+
+    log = time_decisions(Slow(2), [{"state": np.zeros(1)}, {"state": np.ones(1)}], 3)
+    assert [entry["plan_s"] for entry in log] == pytest.approx([0.006, 0.007, 0.008])  # five calls to warm up
+    assert plan_times(log, 1)["total_ms"]["p50"] == pytest.approx(7.0) and "encode_ms" not in plan_times(log, 1)
 
 
 def test_the_last_plan_is_kept_and_announced() -> None:

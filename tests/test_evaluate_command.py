@@ -21,7 +21,7 @@ pytest.importorskip("metaworld")
 
 REACH = "metaworld/reach-v3"
 SIZES = dict(latent_dim=16, width=16, dynamics_width=16, head_width=16, members=2, values=2, horizon=4)
-QUICK = ["env.max_steps=15", "episodes=3", "calibration.episodes=2", "films=0", "split=dev"]
+QUICK = ["env.max_steps=15", "episodes=3", "calibration.episodes=2", "films=0", "split=dev", "latency_plans=2"]
 QUICK += ["policies=[expert,expert+0.8,random]", "calibration.policies=[expert+0.4,random]"]
 DATA = {"split": "train", "plan": {"mixture": {"expert": 5, "failing": 5}}}
 
@@ -118,7 +118,11 @@ def test_a_run_judges_compares_and_writes_everything(wam, capsys):
     assert "Only 3 policies" in printed and "outputs in outputs/evaluate" in printed
     text = Path("outputs/evaluate/latest/report.html").read_text()
     page = _Page(text)
-    assert page.open == [] and page.loads == [] and page.svgs == 4
+    assert page.open == [] and page.loads == [] and page.svgs == 5
+    for entry in results["policies"].values():
+        assert entry["latency"]["plans"] == 2 and entry["latency"]["total_ms"]["p50"] > 0
+    assert results["metrics"]["evaluate/mean/random/decision_p50_ms"] > 0
+    assert "Accuracy at budget" in text and text.count("yes (25 ms)") == 3
     assert "prefers-color-scheme:dark" in text and 'name="viewport"' in text
     for name in results["policies"]:
         assert name in text
@@ -148,9 +152,10 @@ def test_without_a_simulator_the_ranking_is_unverified(wam, capsys):
     main(_arguments(wam, "real=false", "threshold=0.4"))
     results, printed = _results(), capsys.readouterr().out
     assert results["agreement"] == {} and results["drift"] == {}
-    assert "real" not in results["policies"]["expert"]["mean"]
+    assert "real" not in results["policies"]["expert"]["mean"] and "latency" not in results["policies"]["expert"]
     assert "imagined" in printed
-    assert "Unverified" in Path("outputs/evaluate/latest/report.html").read_text()
+    page = Path("outputs/evaluate/latest/report.html").read_text()
+    assert "Unverified" in page and "Accuracy at budget" not in page
 
 
 def test_first_frames_may_come_from_a_dataset_of_held_out_starts(wam, capsys):
@@ -187,6 +192,7 @@ def test_a_calibrated_threshold_can_be_used_again_with_the_same_judge(wam, tmp_p
         (["real=false"], "threshold=calibrated compares with the simulator"),
         (["threshold=1.5"], "score lies in (0, 1]"),
         (["episodes=0"], "episodes is 0"),
+        (["latency_plans=-1"], "latency_plans is -1"),
         (["episodes=100000000"], "takes the first 10,000 of a split at most"),
         (["calibration.first_start=10000"], "calibration.first_start and calibration.episodes whose sum"),
         (["ensemble=5"], "has 2 members"),
@@ -257,6 +263,7 @@ def test_a_stopped_run_goes_on_where_it_was(wam, capsys, monkeypatch):
     whole, part = _results("whole"), _results("part")
     assert part["agreement"] == whole["agreement"] and part["drift"] == whole["drift"]
     assert part["cost"].keys() == whole["cost"].keys() and "resume" not in part["command"]
+    assert {e["latency"]["plans"] for e in part["policies"].values()} == {2}  # kept and new ones alike
     assert not Path("part/cells").exists() and not Path("whole/cells").exists()
     assert "there is no cells/run.json" in _refused(capsys, ["resume=part"])
 

@@ -21,9 +21,9 @@ LAYERS = {
     **dict.fromkeys(("image_quality", "probe"), 3),
     # cli: what commands share; film, results, goals: parts of plan; measuring, experience, posttraining: of posttrain
     # imagined: environments from checkpoint and data; stages: commands one after the other, for loop and fast_wam
-    **dict.fromkeys(("cli", "film", "results", "imagined", "pages", "budget", "properties", "stages", "behaviours"), 4),
+    **dict.fromkeys(("cli", "film", "results", "imagined", "pages", "properties", "stages", "behaviours"), 4),
     **dict.fromkeys(("measuring", "experience", "goals"), 4),
-    **dict.fromkeys(("workers", "judging", "posttraining", "fast_wam"), 5),
+    **dict.fromkeys(("workers", "judging", "posttraining", "fast_wam", "budget"), 5),
     **dict.fromkeys(("collect", "train", "plan", "posttrain", "evaluate", "loop", "bench"), 6),
     "configs": 6,
     "": 7,  # wamrl/__init__.py, the way in for users

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("metaworld", reason="needs the extra metaworld")
 pytest.importorskip("torchmetrics", reason="needs the extra pixels")
 
-from wamrl import checkpoint, plan, train
+from wamrl import bench, checkpoint, plan, train
 from wamrl.collect import collect
 from wamrl.data import EpisodeDataset
 from wamrl.envs.rendering import CLOSE, RenderingUnavailable, back_end
@@ -65,6 +65,15 @@ def test_a_model_of_images_plans_in_the_simulator_that_gives_them(work, tmp_path
     results = json.loads(Path("plan/results.json").read_text())
     assert set(results["summary"]) == {"planner", "policy"} and not results["partial"]
     assert "does not decode 'state'" in results["video_note"]
+    card = ["env=metaworld/reach-v3", "env.max_steps=12", "wam=wam", "episodes=1", "num_envs=1", "horizon=4",
+            "shifts=[none,light]"]  # fmt: skip
+    bench.main(["properties", *card, "env.pixels=true", "run_dir=card"])
+    card_of = json.loads(Path("card/results.json").read_text())
+    assert card_of["shifts"]["light"]["success"]["n"] == 1 and card_of["shifts"]["light"]["error_cm"] > 0
+    assert "read linearly off its latents" in card_of["warnings"][0]
+    with pytest.raises(SystemExit):
+        bench.main(["properties", *card])
+    assert "write env.pixels=true" in capsys.readouterr().err
     capsys.readouterr()
     for wrong, said in (
         ([], "write env.pixels=true"),

@@ -93,6 +93,7 @@ def test_a_model_that_only_acts_runs_without_a_planner(tmp_path, capsys):
     path = checkpoint.save(tmp_path / "fast.safetensors", model, config={"wam": {**sizes, **facts}})
     main(_arguments(str(path), "methods=[policy,random]", "video=false"))
     assert set(_results()["summary"]) == {"policy", "random"}
+    assert _results()["timing"]["policy"]["plans"] == 3  # on what the policy saw: nobody planned
     assert "wam=mot_uwm" in _refused(capsys, _arguments(str(path), "methods=[planner,policy]"))
 
 
@@ -174,7 +175,10 @@ def test_a_run_compares_and_writes_everything(wam, capsys):
     for part in ("encode_ms", "imagine_ms", "search_ms", "total_ms"):
         for setting in ("single", "batched"):
             assert set(results["timing"][setting][part]) == {"p50", "p95", "p99"}
-    assert results["timing"]["single"]["plans"] == 3
+    assert results["timing"]["single"]["plans"] == 3 and results["timing"]["single"]["replan_every"] == 3
+    assert results["timing"]["policy"]["plans"] == 3 and results["timing"]["policy"]["replan_every"] == 1
+    assert {k for k in results["timing"]["policy"] if k.endswith("_ms")} == {"encode_ms", "propose_ms", "total_ms"}
+    assert results["metrics"]["plan/policy/propose_p50_ms"] > 0
     assert results["evaluations_per_plan"] == 4 * 3 * 2  # candidates x steps x members
     assert results["metrics"]["plan/reach/planner/success"]["n"] == 2
     assert {(e.method, e.imagined_return is None) for e in episodes} >= {("planner", False), ("policy", False)}
@@ -380,7 +384,7 @@ def test_a_run_stopped_while_it_was_timed_is_finished_with_its_timing(wam, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as exit_:
-        patched.setattr("wamrl.plan._time_single_plans", stop)
+        patched.setattr("wamrl.plan._time_single_decisions", stop)
         main(_arguments(wam, "methods=[planner]", "video=false"))
     assert exit_.value.code == 130
     folder = _latest().resolve()

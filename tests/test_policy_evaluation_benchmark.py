@@ -57,3 +57,44 @@ def test_the_full_benchmark_has_a_dozen_independent_policies(tmp_path, monkeypat
 
     parsed = OverridesParser.create().parse_overrides([f"policies={words}"])[0].value()
     assert [describe(p if isinstance(p, dict) else str(p))["kind"] for p in parsed] == [p["kind"] for p in described]
+
+
+def test_what_is_stored_names_who_was_left_out_and_where_a_policy_succeeded():
+    rate = {"mean": 0.5, "n": 2, "low": 0.1, "high": 0.9, "successes": 1}
+    spread = {"mean": 0.9, "n": 3, "low": None, "high": None}
+
+    def found(*without: float | None) -> dict:
+        numbers = dict.fromkeys(("pearson", "mmrv", "gap", "kappa"), spread) | {"policies": len(without)}
+        numbers |= {"spearman": 0.8, "permutation_p": 0.1, "bias": 0.0, "leave_one_out": list(without)}
+        return numbers | {"judge": {"false_positive_rate": 0.2}}
+
+    def policy(origin: str, push: float) -> dict:
+        worlds = {"real": {**rate, "mean": push}, "imagined": rate}
+        return {"origin": origin, "mean": {"real": rate, "imagined": rate}, "metaworld/push-v3": worlds}
+
+    results = {
+        "tasks": ["metaworld/push-v3"],
+        "policies": {
+            "a": policy("independent", 0.0),
+            "noisy": policy("degraded", 0.5),
+            "b": policy("independent", 1.0),
+        },
+        "agreement": {
+            "all": found(0.1, 0.2, 0.3),
+            "independent": found(0.4, None),
+            "metaworld/push-v3": found(1, 2, 3),
+        },
+        "headline": "independent",
+        "variants": {},
+        "drift": {},
+        "cost": {"imagined_us_per_step": 1.0, "real_us_per_step": 2.0},
+    }
+    metrics = bench.metrics_of(results)
+    left_out = {key: value for key, value in metrics.items() if "pearson_without" in key}
+    assert left_out == {
+        "all/pearson_without/a": 0.1, "all/pearson_without/noisy": 0.2, "all/pearson_without/b": 0.3,
+        "independent/pearson_without/a": 0.4, "independent/pearson_without/b": None,
+        "push/pearson_without/a": 1, "push/pearson_without/noisy": 2, "push/pearson_without/b": 3,
+    }  # fmt: skip
+    assert [metrics[f"push/{name}/real_success"]["mean"] for name in results["policies"]] == [0.0, 0.5, 1.0]
+    assert metrics["mean/noisy/imagined_success"]["n"] == 2 and metrics["cost/imagined_share_of_real"] == 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,7 +53,27 @@ class Hand(WAM):
         return Imagined(leaf=leaf, evaluations=1, frames=frames if with_frames else None)
 
     def decode(self, state, keys=None):
-        return TensorDict({"state": state.frames}, batch_size=state.frames.shape[:-1])
+        x = state.frames if isinstance(state, Imagined) else state["x"]
+        return TensorDict({"state": x}, batch_size=x.shape[:-1])
+
+
+class Seen(Hand):
+    """The same hand, of which the model is shown a rotated view alone, and decodes nothing."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.turn = torch.linalg.qr(torch.randn(39, 39, generator=torch.Generator().manual_seed(5)))[0]
+        self.spec = replace(
+            self.spec, observation={"view": (39,)}, provides=frozenset({"rollout", "policy"}), layout=Layout()
+        )
+
+    def encode(self, context):
+        view = context.observation["view"][:, -1]
+        return TensorDict({"x": view @ self.turn.T, "z": view}, batch_size=context.task.shape)
+
+    def imagine(self, state, actions, **options):
+        imagined = super().imagine(state, actions, **options)
+        return imagined if imagined.frames is None else replace(imagined, frames=imagined.frames @ self.turn)
 
 
 @pytest.fixture
@@ -109,8 +130,35 @@ def test_r2_of_cases_worked_by_hand():
     assert properties.linear_r2(x, np.ones((4, 1))) == 0.0
 
 
+def _episode(seen: list[TensorDict]) -> SimpleNamespace:
+    return SimpleNamespace(observations={0: seen}, actions={0: []})
+
+
+def test_a_model_that_does_not_decode_the_state_is_judged_by_what_its_latents_know(windows):
+    model, other = Seen(), windows.first.clone()
+    other["state"][:, :7] += 0.05 * torch.randn(40, 7, generator=torch.Generator().manual_seed(3))
+    for frames in (other, windows.first):
+        frames["view"] = frames["state"] @ model.turn
+    read = properties.read_out(model, Layout.of(METAWORLD, {"state": (39,)}), [_episode(list(other.unbind(0)))])
+    assert properties.position_error_cm(read, windows) < 0.1
+    deaf = properties.ReadOut(Seen(deaf=True), read.probe, read.spec.layout)
+    for check, same in ((properties.interactability, Hand()), (properties.plausibility, Hand())):
+        found, known = _by_name(check(read, windows, THRESHOLDS)), _by_name(check(same, windows, THRESHOLDS))
+        for name, one in found.items():  # what a decoder of the state would have given
+            # The inverse model is all but exact here, so that the ratio magnifies the probe's rounding off.
+            near = pytest.approx(known[name].value, rel=0.3 if name == "inverse_error_ratio" else 0.05, abs=0.02)
+            assert one.value == near and one.verdict == "pass", name
+    assert _by_name(properties.causality(read, windows, THRESHOLDS))["future_gradient"].value == 0.0
+    assert _by_name(properties.interactability(deaf, windows, THRESHOLDS))["shuffle_ratio"].verdict == "fail"
+
+
+def test_a_model_without_latents_to_read_is_told_what_is_missing(windows):
+    with pytest.raises(ValueError, match="its states have x, but no latent 'z'"):
+        properties.read_out(Hand(), Layout.of(METAWORLD, {"state": (39,)}), [_episode(list(windows.first.unbind(0)))])
+
+
 def test_windows_need_episodes_that_are_long_enough():
-    with pytest.raises(ValueError, match="no recorded episode has 5"):
+    with pytest.raises(ValueError, match="have 0 windows of 5 control steps, but the checks need at least 2"):
         properties.windows_of([SimpleNamespace(observations={}, actions={})], 5)
 
 
@@ -188,6 +236,31 @@ def test_the_visual_shifts_change_the_picture():
     for shift in ("camera", "light", "object_colour"):
         assert (pictures[shift] - pictures["none"]).abs().mean() > 0.1
     assert pictures["light"].mean() < pictures["none"].mean()
+
+
+def test_the_score_card_of_a_model_that_does_not_see_the_object(tmp_path, monkeypatch):
+    """Of a model of proprioception: the hand is in its latents, the object is not."""
+    pytest.importorskip("metaworld")
+    from wamrl import checkpoint
+    from wamrl.bench import main
+    from wamrl.models.joint_embedding import JointEmbeddingWAM
+
+    monkeypatch.chdir(tmp_path)
+    arguments = dict(
+        observation={"proprioception": [4]}, action_dim=4, tasks=["metaworld/reach-v3"], control_dt_s=0.025,
+        latent_dim=8, width=8, dynamics_width=8, head_width=8, members=2, values=2, horizon=4,
+    )  # fmt: skip
+    config = {"wam": {"_target_": "wamrl.models.joint_embedding.JointEmbeddingWAM", **arguments}}
+    checkpoint.save(tmp_path / "hand.safetensors", JointEmbeddingWAM(**arguments), config=config, provenance={})
+    main(["properties", "wam=hand.safetensors", "env=metaworld/reach-v3", "episodes=2", "num_envs=2", "horizon=4",
+          "env.max_steps=20", "shifts=[none,action_noise]", "run_dir=out"])  # fmt: skip
+    results = json.loads(Path("out/results.json").read_text())
+    checks = {c["name"]: c for c in results["checks"]}
+    assert checks["go_and_return_5"]["value"] > 0 and checks["displacement_r2"]["value"] is not None
+    assert results["shifts"]["action_noise"]["error_cm"] > 0
+    (said,) = results["warnings"]
+    assert "read linearly off its latents, fitted on 2 other episodes" in said
+    assert said in Path("out/report.html").read_text().replace("&#39;", "'")
 
 
 def test_the_score_card_of_the_shipped_checkpoint(tmp_path, monkeypatch):

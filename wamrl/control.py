@@ -193,6 +193,8 @@ class ModelPolicy(_ChunkPolicy):
     """The model's own policy: `propose` one chunk, execute `replan_every` actions of it (None: all).
 
     mode: "ode" is deterministic, "sde" samples, keyed by row and step and `seed`.
+    log: one dict per decision, of the latest `LOG_LENGTH`: encode_s, propose_s, plan_s (their sum; seconds for all rows
+    together), rows (how many were decided), replan_every.
     """
 
     def __init__(self, model: WAM, mode: str = "ode", *, replan_every: int | None = 1, seed: int = 0) -> None:
@@ -201,13 +203,22 @@ class ModelPolicy(_ChunkPolicy):
             raise ValueError(f"mode is '{mode}', but must be 'ode' (deterministic) or 'sde' (samples)")
         super().__init__(model, replan_every=replan_every, seed=seed, longest=model.spec.chunk_length)
         self.mode = mode
+        self.log: list[dict[str, Any]] = []
 
     def _decide(
         self, observation: TensorDict, policy_state: PolicyState, index: Tensor, is_init: Tensor, key: NoiseKey
     ) -> Tensor:
+        begun = time.perf_counter()
         state = self.model.encode(Context.from_observation(observation))
+        _synchronise(state)
+        encoded = time.perf_counter()
         chunk = self.model.propose(state, 1, mode=self.mode, noise=key, horizon=self.replan_every).actions[:, 0]
-        if not chunk.isfinite().all():
+        finite = bool(chunk.isfinite().all())  # waits for a GPU, too
+        decided = time.perf_counter()
+        times = {"encode_s": encoded - begun, "propose_s": decided - encoded, "plan_s": decided - begun}
+        self.log.append({**times, "rows": int(index.numel()), "replan_every": self.replan_every})
+        del self.log[:-LOG_LENGTH]
+        if not finite:
             bad = (~chunk.isfinite()).flatten(1).any(dim=1)
             largest = max(float(observation[key][bad].float().abs().max()) for key in self.model.spec.observation)
             raise ValueError(
@@ -233,7 +244,7 @@ class PlannerPolicy(_ChunkPolicy):
     log: one dict per plan, of the latest `LOG_LENGTH`: encode_s (all since the plan before), imagine_s, search_s,
     plan_s (their sum; seconds for all rows together), evaluations (of all rows together), rows (how many were planned),
     searched (how many the gate let through), early (how many were planned before their chunk was used up), late (1
-    where the planner took longer than `deadline_s`, else 0).
+    where the planner took longer than `deadline_s`, else 0), replan_every.
     plans: how many there were in all.
     last_plan, last_state, last_rows: the latest plan, the encoded state it started from, and the rows of the batch.
     """
@@ -313,6 +324,7 @@ class PlannerPolicy(_ChunkPolicy):
                 "searched": int(plan.searched.sum()),
                 "early": int(early.sum()),
                 "late": int(late),
+                "replan_every": self.replan_every,
             }
         )
         del self.log[:-LOG_LENGTH]

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from tensordict import TensorDict
 
-from wamrl import checkpoint, provenance
+from wamrl import budget, checkpoint, provenance
 from wamrl.cli import command, plain
 from wamrl.data import EpisodeDataset, start_frames
 from wamrl.evaluation import Recording, Start, protocol_hash
@@ -51,6 +51,7 @@ from wamrl.judging.worlds import Cost, Imagining
 from wamrl.naming import unknown_name
 from wamrl.pages import evaluation_page, number
 from wamrl.report import short
+from wamrl.results import time_decisions
 from wamrl.workers import load_model, make_env, start_states
 
 
@@ -82,7 +83,8 @@ def main(config: DictConfig, run_dir: Path) -> float | None:
     )
     try:
         calibrated = _calibrate(bench, console)
-        judged = _run(bench, bench.entrants, bench.starts, settings["split"], console, "policies")
+        timed = -(-settings["latency_plans"] // len(bench.tasks))
+        judged = _run(bench, bench.entrants, bench.starts, settings["split"], console, "policies", timed=timed)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             "Every policy that finished a task is kept. Do the rest with: "
@@ -95,7 +97,8 @@ def main(config: DictConfig, run_dir: Path) -> float | None:
     if note:
         results["warnings"].append(f"No film: {note}")
         write_json(run_dir / "results.json", results)
-    evaluation_page(run_dir, results, made)
+    rows = budget.by_hash(budget.rows_of({"": results})).get(bench.digest)  # none without a simulator
+    evaluation_page(run_dir, results, made, budget.section("Accuracy at budget", rows) if rows else None)
     bench.cells.remove()
     _print(results, console)
     return results["agreement"][results["headline"]]["pearson"]["mean"] if results["agreement"] else None
@@ -251,13 +254,18 @@ def _run(
     console: Console,
     title: str,
     frames: TensorDict | None = None,
+    timed: int = 0,
 ) -> Played:
-    """Every entrant from every start, in both worlds."""
+    """Every entrant from every start, in both worlds. timed: decisions per task to take the time of."""
     settings = bench.settings
     frames = bench.frames if frames is None else frames
     roll_outs = asked_roll_outs(settings)
     played = Played(
-        list(starts), [e.name for e in entrants], [[] for _ in entrants], {r: [[] for _ in entrants] for r in roll_outs}
+        starts=list(starts),
+        names=[e.name for e in entrants],
+        real=[[] for _ in entrants],
+        imagined={r: [[] for _ in entrants] for r in roll_outs},
+        decisions=[[] for _ in entrants],
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
@@ -272,10 +280,11 @@ def _run(
                 if cell is None:
                     if env is None and settings["real"]:
                         env = make_env({**settings, "split": split}, [task], min(settings["num_envs"], len(some)))
-                    cell = _play(bench, entrant, some, first, split, env)
+                    cell = _play(bench, entrant, some, first, split, env, timed)
                     if bench.cells:
                         bench.cells.write(cell, title, task, entrant.name)
                 played.real[k] += [None] * len(some) if cell.real is None else cell.real
+                played.decisions[k] += cell.decisions
                 for name in roll_outs:
                     played.imagined[name][k] += cell.imagined[name]
                 if cell.open_loop is not None and cell.closed_loop is not None:
@@ -291,9 +300,12 @@ def _run(
 
 
 def _play(
-    bench: Bench, entrant: Entrant, starts: Sequence[Start], first: TensorDict, split: str, env: Any | None
+    bench: Bench, entrant: Entrant, starts: Sequence[Start], first: TensorDict, split: str, env: Any | None, timed: int
 ) -> Cell:
-    """The episodes of one entrant on the starts of one task, in imagination and, with `env`, in the simulator."""
+    """The episodes of one entrant on the starts of one task, in imagination and, with `env`, in the simulator.
+
+    There, `timed` single decisions on what it saw are timed as well.
+    """
     settings, cell, recording = bench.settings, Cell(), None
     common: dict[str, Any] = {
         "name": entrant.name,
@@ -304,6 +316,9 @@ def _play(
     if env is not None:
         keys = list(bench.model.spec.observation)
         cell.real, recording = worlds.run_real(env, entrant.policy, starts, keys=keys, cost=cell.real_cost, **common)
+        if timed:
+            seen = [{key: one[key] for key in (*keys, "task")} for one in recording.some(24)]
+            cell.decisions = time_decisions(entrant.policy, seen, timed, device=settings["device"])
     for name, how in asked_roll_outs(settings).items():
         runs = [
             worlds.run_imagined(

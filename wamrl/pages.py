@@ -272,7 +272,7 @@ def pareto_figure(title: str, points: Sequence[Mapping[str, Any]]) -> Figure:
             place = (place[0], place[1] + 11)
         taken.append(place)
         figure.text(*place, p["name"], f"f-{colour} small", "start" if right else "end")
-    figure.text(left + width / 2, top + height + 32, "milliseconds per plan, median", "soft small", "middle")
+    figure.text(left + width / 2, top + height + 32, "milliseconds per decision, median", "soft small", "middle")
     return figure
 
 
@@ -308,8 +308,16 @@ def _points(results: Mapping[str, Any], scope: str) -> list[dict[str, Any]]:
     return [{"name": n, "origin": e["origin"], **e[scope]} for n, e in results["policies"].items()]
 
 
-def evaluation_page(run_dir: str | Path, results: Mapping[str, Any], films: Sequence[Mapping[str, str]]) -> Path:
-    """Write `report.html` of an evaluation into `run_dir` from its results.json, and return its path."""
+def evaluation_page(
+    run_dir: str | Path,
+    results: Mapping[str, Any],
+    films: Sequence[Mapping[str, str]],
+    at_budget: Section | None = None,
+) -> Path:
+    """Write `report.html` of an evaluation into `run_dir` from its results.json, and return its path.
+
+    at_budget: the section of accuracy at budget, which `wamrl.budget` makes; None where no simulator was run.
+    """
     real, tasks = results["real"], results["tasks"]
     origins = {e["origin"] for e in results["policies"].values()}
     key = [pair for origin, pair in ORIGINS.items() if origin in origins]
@@ -359,6 +367,8 @@ def evaluation_page(run_dir: str | Path, results: Mapping[str, Any], films: Sequ
     if real:
         sections.append(_judge_section(results))
         sections.append(_drift_section(results))
+    if at_budget is not None:
+        sections.append(at_budget)
     if films:
         text = (
             "Left the simulator, right what was imagined from the same start under the same policy: blue hand, orange "

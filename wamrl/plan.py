@@ -31,15 +31,17 @@ from tensordict import TensorDict
 
 from wamrl import checkpoint, provenance
 from wamrl.cli import command, plain
+from wamrl.control import ModelPolicy, PlannerPolicy
 from wamrl.evaluation import check_starts, protocol_hash, write_episodes
 from wamrl.files import write_text
 from wamrl.goals import EXPERT, described, one_goal, read_goal
 from wamrl.naming import unknown_name, whole_number
 from wamrl.report import METHODS, gain_words, late_words, short
-from wamrl.results import Run, plan_times
+from wamrl.results import Run, plan_times, time_decisions
 from wamrl.workers import (
     load_model,
     make_env,
+    model_policy,
     module_of,
     oracle_policy,
     planner_policy,
@@ -78,7 +80,7 @@ def main(config: DictConfig, run_dir: Path) -> float | None:
     try:
         _run_episodes(run, console)
         run.write(clock, partial=True)
-        _time_single_plans(run, console)
+        _time_single_decisions(run, console)
     except KeyboardInterrupt:
         with _uninterrupted():
             run.write(clock, partial=True, report=bool(run.episodes))
@@ -302,28 +304,25 @@ def _uninterrupted() -> Any:
         signal.signal(signal.SIGINT, before)
 
 
-def _time_single_plans(run: Run, console: Console) -> None:
-    """Time plans of one environment, in this process alone, on observations of the planner's own episodes."""
-    count = run.settings["latency_plans"]
-    if count == 0 or not run.observations or "planner" not in run.methods:
+def _time_single_decisions(run: Run, console: Console) -> None:
+    """Time plans, and decisions of the model's policy, for one environment, in this process alone."""
+    settings, count = run.settings, run.settings["latency_plans"]
+    if count == 0 or not run.observations:
         return
-    model = load_model(run.settings)
-    rows = [
-        TensorDict({k: torch.as_tensor(v)[None] for k, v in o.items()}, batch_size=[1], device=run.settings["device"])
-        for o in run.observations
-    ]
-    # Any goal costs the same.
-    goals = None if run.settings["goal"] is None else one_goal(rows[0].select(*model.spec.observation))
-    policy = planner_policy(run.settings, model, goals=goals)
-    warm_up = 5
-    with console.status("timing single plans"):
-        for i in range(count + warm_up):
-            policy.act(
-                rows[i % len(rows)],
-                policy.initial_state(1),
-                torch.ones(1, dtype=torch.bool, device=run.settings["device"]),
-            )
-    run.timing["single"] = plan_times(policy.log[warm_up:], run.settings["threads"])
+    model = load_model(settings)
+    policies: dict[str, ModelPolicy | PlannerPolicy] = {}
+    if "planner" in run.methods:
+        goals = None
+        if settings["goal"] is not None:  # any goal costs the same
+            shown = {k: torch.as_tensor(run.observations[0][k])[None] for k in model.spec.observation}
+            goals = one_goal(TensorDict(shown, batch_size=[1], device=settings["device"]))
+        policies["single"] = planner_policy(settings, model, goals=goals)
+    if "policy" in run.methods:
+        policies["policy"] = model_policy(settings, model)
+    with console.status("timing single decisions"):
+        for name, policy in policies.items():
+            log = time_decisions(policy, run.observations, count, device=settings["device"])
+            run.timing[name] = plan_times(log, settings["threads"])
 
 
 def _print_table(results: Mapping[str, Any], console: Console) -> None:
@@ -341,7 +340,7 @@ def _print_table(results: Mapping[str, Any], console: Console) -> None:
     single = results["timing"].get("single") or results["timing"].get("batched")
     for method, by_task in results["summary"].items():
         mean = by_task["mean"]
-        timing = {"planner": single, "shuffled": single, "oracle": results["timing"].get("oracle")}.get(method)
+        timing = {**results["timing"], "planner": single, "shuffled": single}.get(method)
         per_task = [f"{by_task[t]['successes']}/{by_task[t]['n']}" if t in by_task else "" for t in tasks]
         evaluations = results["evaluations_per_plan"] if method in ("planner", "shuffled") else None
         table.add_row(
@@ -358,7 +357,7 @@ def _print_table(results: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     console.print(
         "steps: control steps to success. return: until success, so quick successes have small ones. "
-        "ms/plan: one environment, median. evals: model evaluations per plan"
+        "ms/plan: one environment, median; of the policy, per decision. evals: model evaluations per plan"
         + (f", one per {results['steps_per_plan']:.2f} steps." if results["steps_per_plan"] else ".")
     )
     if late := late_words(results):

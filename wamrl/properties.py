@@ -1,8 +1,8 @@
 """Five properties of a World Action Model as checks with thresholds: a score card for any checkpoint.
 
-Interactability, causality, persistence, physical plausibility, generalization. Checks that read positions need a
-`state` whose layout says where they stand; what a model has no part in (a camera, for a model of states) is "not
-applicable", with the reason.
+Interactability, causality, persistence, physical plausibility, generalization. Positions stand in the key `state`,
+where its layout says; of a model that does not decode it, as one of images, they are read off its latents (`read_out`).
+What a model has no part in (a camera, for a model of states) is "not applicable", with the reason.
 
 Letters: N windows or episodes, M sampled futures, H steps, A action dims.
 """
@@ -10,7 +10,7 @@ Letters: N windows or episodes, M sampled futures, H steps, A action dims.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from wamrl.evaluation import Recording
-from wamrl.interfaces import WAM, Context, State
+from wamrl.interfaces import WAM, Context, Imagined, Layout, Proposal, State
+from wamrl.probe import LinearProbe
 
 Floats = NDArray[np.float64]
 
@@ -51,8 +52,7 @@ class Check:
 class Windows:
     """Stretches of real episodes.
 
-    first: [N] observations. actions: [N, H, A]. measured: [N, H, G] of the key "
-    "`state`.
+    first: [N] observations. actions: [N, H, A]. measured: [N, H, G] of the key `state`.
     """
 
     first: TensorDict
@@ -63,7 +63,7 @@ class Windows:
 def windows_of(recordings: Sequence[Recording], horizon: int, *, every: int = 5) -> Windows:
     """Windows of `horizon` steps, beginning at every `every`-th step of the recorded episodes.
 
-    Raises ValueError when no episode is that long.
+    Raises ValueError when there are fewer than two.
     """
     first: list[TensorDict] = []
     actions: list[Tensor] = []
@@ -75,8 +75,11 @@ def windows_of(recordings: Sequence[Recording], horizon: int, *, every: int = 5)
                 first.append(seen[t])
                 actions.append(torch.stack(done[t : t + horizon]))
                 measured.append(torch.stack([o["state"] for o in seen[t + 1 : t + horizon + 1]]))
-    if not first:
-        raise ValueError(f"no recorded episode has {horizon} control steps; use more episodes or a shorter horizon")
+    if len(first) < 2:  # one to fit an inverse model on, one to try it on
+        raise ValueError(
+            f"the recorded episodes have {len(first)} windows of {horizon} control steps, but the checks need at least "
+            "2; use more episodes or a shorter horizon"
+        )
     stacked: Any = torch.stack(first)
     return Windows(stacked, torch.stack(actions).clamp(-1, 1), torch.stack(measured).float())
 
@@ -88,10 +91,71 @@ def imagined_states(model: WAM, state: State, actions: Tensor) -> Tensor:
     return model.decode(imagined, ("state",))["state"][:, 0].float()
 
 
+@torch.no_grad()
+def decoded(model: WAM, state: State) -> Tensor:
+    """[N, G] decoded key `state` of the states [N], nothing imagined."""
+    return model.decode(state, ("state",))["state"].float()
+
+
 def encoded(model: WAM, first: TensorDict) -> State:
     """The states [N] of single frames [N]."""
     with torch.no_grad():
         return model.encode(Context.from_observation(first.select(*model.spec.observation, "task")))
+
+
+class ReadOut(WAM):
+    """`model` with a linear read-out of its latents, `probe`, for the decoder of `state` that it lacks."""
+
+    def __init__(self, model: WAM, probe: LinearProbe, layout: Layout) -> None:
+        super().__init__()
+        self.model, self.probe = model, probe
+        self.spec = replace(model.spec, layout=layout, provides=model.spec.provides | {"decode"})
+
+    def encode(self, context: Context) -> State:
+        return self.model.encode(context)
+
+    def imagine(self, state: State, actions: Tensor | None, **options: Any) -> Imagined:
+        return self.model.imagine(state, actions, **options)
+
+    def propose(self, state: State, num: int, **options: Any) -> Proposal:
+        return self.model.propose(state, num, **options)
+
+    def decode(self, state: State | Imagined, keys: tuple[str, ...] | None = None) -> TensorDict:
+        """`state` alone, off the entry "z" of a state or the frames of an `Imagined`."""
+        latents = state.frames if isinstance(state, Imagined) else state["z"]
+        assert latents is not None
+        return TensorDict({"state": self.probe(latents)}, batch_size=latents.shape[:-1])
+
+
+def tells_positions(layout: Layout) -> bool:
+    """Whether the checks find hand, object and gripper in `state`."""
+    return layout.has("hand", "object") and "gripper" in layout.places["state"]
+
+
+def read_out(model: WAM, layout: Layout, recordings: Sequence[Recording]) -> ReadOut:
+    """`model`, with `state` read off its latents by a probe fitted on every frame of the recorded episodes.
+
+    layout: the environment's, of `state`.
+
+    Raises ValueError for a model whose states hold no latent in the entry "z".
+    """
+    frames: Any = torch.stack([o for r in recordings for seen in r.observations.values() for o in seen])
+    states = [encoded(model, some) for some in frames.split(256)]  # images take much memory
+    if "z" not in states[0].keys():
+        raise ValueError(
+            f"the model does not decode 'state', and its states have {', '.join(map(str, states[0].keys()))}, but no "
+            "latent 'z' to read hand and object off; give its state the entry 'z', in the space of Imagined.frames, or "
+            "train it with 'state' among its keys"
+        )
+    latents = torch.cat([state["z"].flatten(1).float() for state in states])
+    return ReadOut(model, LinearProbe(latents, frames["state"].flatten(1).float()), layout)
+
+
+def position_error_cm(model: WAM, windows: Windows) -> float:
+    """Mean of the larger of hand and object error of `state` decoded off encoded true frames, nothing imagined."""
+    gap = 100 * (decoded(model, encoded(model, windows.first)) - windows.first["state"].float())
+    hand, thing = (gap[:, model.spec.layout.place(name)].norm(dim=-1) for name in ("hand", "object"))
+    return float(torch.maximum(hand, thing).mean())
 
 
 # ------------------------------------------------------------------------------------------------ interactability
@@ -112,10 +176,9 @@ def interactability(model: WAM, windows: Windows, thresholds: Mapping[str, float
     many = aligned.shape[1] > 1
     between = (aligned - aligned.mean(1, keepdim=True))[..., hand].norm(dim=-1).mean().item() if many else 0.0
     ratio = apart / between if between > 0 else None
-    begin = windows.first["state"].float()[:, hand]
     commanded = windows.actions[..., :3].sum(1).double().numpy()
-    imagined = (aligned.mean(1)[:, -1, hand] - begin).double().numpy()
-    real = (windows.measured[:, -1, hand] - begin).double().numpy()
+    imagined = (aligned.mean(1)[:, -1, hand] - decoded(model, state)[:, hand]).double().numpy()
+    real = (windows.measured[:, -1, hand] - windows.first["state"].float()[:, hand]).double().numpy()
     steps = windows.actions.shape[1]
     return [
         Check("interactability", "shuffle_ratio", ratio, thresholds["shuffle_ratio"], True, "times the futures' spread",
@@ -123,7 +186,7 @@ def interactability(model: WAM, windows: Windows, thresholds: Mapping[str, float
               f"{100 * between:.2f} cm"
               if many else "the model samples one future, so it has no noise to compare with"),
         Check("interactability", "displacement_r2", linear_r2(commanded, imagined), thresholds["displacement_r2"], True,
-              "",               f"over {steps} steps and {len(begin)} windows; the simulator's own is "
+              "",               f"over {steps} steps and {len(real)} windows; the simulator's own is "
               f"{linear_r2(commanded, real):.3f}"),
     ]  # fmt: skip
 
@@ -258,8 +321,9 @@ def plausibility(
     parts = np.r_[hand, gripper, thing]  # the numbers of the state that move
     low, high = real[..., parts].min((0, 1)) - margin_m, real[..., parts].max((0, 1)) + margin_m
     outside = ((futures[..., parts] < low) | (futures[..., parts] > high)).any(-1)
-    begin = np.repeat(real[:, None, :1], futures.shape[1], axis=1)
-    whole = np.concatenate([begin, futures], axis=2)
+    # Imagined paths begin where the decoder puts the first frame, so that its own error is no movement.
+    begin = decoded(model, state).double().numpy()[:, None, None]  # [N, 1, 1, G]
+    whole = np.concatenate([np.repeat(begin, futures.shape[1], axis=1), futures], axis=2)
 
     def alone(path: Floats) -> float | None:
         far = np.linalg.norm(path[..., :-1, hand] - path[..., :-1, thing], axis=-1) > near_m
@@ -289,7 +353,7 @@ def plausibility(
         return float(np.abs(guess[:, :3] - wanted.reshape(len(guess), -1)[:, :3]).mean())
 
     measured_error = error(real[half:], action[half:])
-    mean_path = np.concatenate([real[half:, :1], futures[half:].mean(1)], axis=1)
+    mean_path = whole[half:].mean(1)
     imagined_error = error(mean_path, action[half:])
     share_real = alone(real)
     return [

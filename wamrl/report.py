@@ -52,6 +52,10 @@ METHODS = {
     "oracle": "the same planner, imagining with the true simulator instead of the model (fewer starts, reduced budget)",
 }
 
+PARTS = ("encode", "imagine", "search", "propose", "total")
+"""Of the time of a decision, as far as it has them: imagine and search are a planner's, propose is a policy's."""
+_PART_COLOURS = {"encode": "policy", "imagine": "planner", "search": "shuffled", "propose": "expert"}
+
 _TAGS = {
     "no_approach": "the hand never came within 6 cm of its target",
     "no_motion": "the hand came near, the object moved less than 2 cm",
@@ -494,26 +498,26 @@ def episode_figure(trace: Mapping[str, Any]) -> Figure:
 
 
 def latency_figure(timing: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Milliseconds per plan, split into encode, imagine and search, at the median; p95 and p99 as ticks."""
+    """Milliseconds per decision, split into its parts, at the median; p95 and p99 as ticks."""
     rows = [(name, t) for name, t in timing.items() if t.get("total_ms")]
-    figure = Figure(340, 34 + 46 * len(rows), "time per plan")
+    figure = Figure(340, 34 + 46 * len(rows), "time per decision")
     ceiling = max((t["total_ms"]["p99"] for _, t in rows), default=1.0) * 1.02
     for i, (name, t) in enumerate(rows):
         y, at = 14 + 46 * i, 0.0
         quantiles = ", ".join(f"{q} {t['total_ms'][q]:.1f}" for q in ("p50", "p95", "p99"))
         figure.text(0, y, f"{name}: {quantiles} ms", "small")
-        for part, colour in (("encode", "policy"), ("imagine", "planner"), ("search", "shuffled")):
-            width = 340 * t[f"{part}_ms"]["p50"] / ceiling
+        for part, colour in _PART_COLOURS.items():
+            width = 340 * t.get(f"{part}_ms", {"p50": 0.0})["p50"] / ceiling
             figure.rect(at, y + 6, width, 14, f"f-{colour}")
             at += width
         for q in ("p95", "p99"):
             x = min(340 * t["total_ms"][q] / ceiling, 339)
             figure.line(x, y + 4, x, y + 22, stroke="var(--ink)", stroke_width="1.5")
     y, at = 14 + 46 * len(rows), 0.0
-    for part, colour in (("encode", "policy"), ("imagine", "planner"), ("search", "shuffled")):
+    for part, colour in _PART_COLOURS.items():
         figure.rect(at, y - 8, 9, 9, f"f-{colour}")
         figure.text(at + 13, y, part, "soft small")
-        at += 74
+        at += 64
     figure.text(at, y, "| p95 and p99", "soft small")
     return figure
 
@@ -617,7 +621,7 @@ def late_words(results: Mapping[str, Any]) -> str:
 def _timing(timing: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     rows = []
     for name, t in timing.items():
-        for part in ("encode", "imagine", "search", "total"):
+        for part in (part for part in PARTS if f"{part}_ms" in t):
             numbers = [f"{t[f'{part}_ms'][q]:.2f}" for q in ("p50", "p95", "p99")]
             rows.append([name, part, *numbers, f"{t['mean_rows']:.1f}", str(t["plans"])])
     return rows

@@ -18,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from tensordict import TensorDict
 
 from wamrl import provenance
+from wamrl.control import ModelPolicy, PlannerPolicy
 from wamrl.evaluation import (
     Episode,
     Start,
@@ -32,7 +35,10 @@ from wamrl.evaluation import (
     write_episodes,
 )
 from wamrl.files import write_json
-from wamrl.report import METHODS, short, write_report
+from wamrl.interfaces import Policy
+from wamrl.report import METHODS, PARTS, short, write_report
+
+_WARM_UP = 5
 
 
 @dataclass
@@ -41,7 +47,7 @@ class Run:
 
     settings: the checked config, with "command", the command line that started the run. started: wall-clock time.
     checkpoint, protocol: as in results.json. plan_log, oracle_log: `PlannerPolicy.log` of the planner and the oracle.
-    observations: a few of the planner's own episodes, to time single plans on.
+    observations: a few of the planner's own episodes (the policy's, where nothing is planned), to time decisions on.
     """
 
     settings: dict[str, Any]
@@ -158,7 +164,7 @@ class Run:
         if self.plan_log:
             self.timing["batched"] = plan_times(self.plan_log, self.settings["threads"])
             rows = sum(entry["rows"] for entry in self.plan_log)
-            self.evaluations_per_plan = sum(entry["evaluations"] for entry in self.plan_log) / rows
+            self.evaluations_per_plan = self.timing["batched"]["evaluations"]
             self.steps_per_plan = sum(e.length for e in self.episodes if e.method == "planner") / rows
         if self.oracle_log:
             self.timing["oracle"] = plan_times(self.oracle_log, self.settings["threads"])
@@ -185,7 +191,7 @@ class Run:
             "summary": summary,
             "paired": compared,
             "gain": {t: asdict(g) for t, g in gains.items() if g is not None},
-            "timing": {k: self.timing[k] for k in ("single", "batched", "oracle") if k in self.timing},
+            "timing": {k: self.timing[k] for k in ("single", "batched", "oracle", "policy") if k in self.timing},
             "evaluations_per_plan": self.evaluations_per_plan,
             "steps_per_plan": self.steps_per_plan,
             "fidelity": self.fidelity,
@@ -225,8 +231,8 @@ def _metrics(results: Mapping[str, Any]) -> dict[str, Any]:
         entry = {"mean": g["difference"], "n": g["n"], "low": g["low"], "high": g["high"]}
         metrics[f"{prefix}/imagined_minus_real"] = entry
     for setting, timing in results["timing"].items():
-        for part in ("encode", "imagine", "search", "total"):
-            for q, value in timing[f"{part}_ms"].items():
+        for part in PARTS:
+            for q, value in timing.get(f"{part}_ms", {}).items():
                 metrics[f"plan/{setting}/{part}_{q}_ms"] = value
         if "late" in timing and results["config"]["controller"].get("deadline_s") is not None:
             metrics[f"plan/{setting}/late"] = timing["late"] / timing["plans"]
@@ -237,12 +243,48 @@ def _metrics(results: Mapping[str, Any]) -> dict[str, Any]:
     return metrics
 
 
+def time_decisions(
+    policy: Policy, observations: Sequence[Mapping[str, np.ndarray]], count: int, *, device: str = "cpu"
+) -> list[dict[str, Any]]:
+    """Seconds of `count` decisions for one environment, each from a cold start, after a few that do not count.
+
+    observations: of one environment, key -> array without a batch dim, taken in turn.
+    Returns one dict per decision for `plan_times`: the log entry of a policy that keeps one (`PlannerPolicy`,
+    `ModelPolicy`), otherwise plan_s, the time of the whole call of `act`.
+    """
+    given = [
+        TensorDict({k: torch.as_tensor(v)[None] for k, v in o.items()}, batch_size=[1], device=device)
+        for o in observations
+    ]
+    is_init, log = torch.ones(1, dtype=torch.bool, device=device), []
+    for i in range(_WARM_UP + count):
+        policy_state = policy.initial_state(1)
+        begun = time.perf_counter()
+        policy.act(given[i % len(given)], policy_state, is_init)
+        entry = {"plan_s": time.perf_counter() - begun, "rows": 1, "replan_every": 1}
+        log.append(policy.log[-1] if isinstance(policy, PlannerPolicy | ModelPolicy) else entry)
+    return log[_WARM_UP:]
+
+
 def plan_times(log: Sequence[Mapping[str, Any]], threads: int) -> dict[str, Any]:
-    """Percentiles of the milliseconds per call of the planner, which plans `rows` environments; how many were late."""
-    parts = {"encode": "encode_s", "imagine": "imagine_s", "search": "search_s", "total": "plan_s"}
-    timing: dict[str, Any] = {f"{p}_ms": percentiles([1000 * entry[k] for entry in log]) for p, k in parts.items()}
+    """Percentiles of the milliseconds per decision of `rows` environments, by part.
+
+    log: entries of `PlannerPolicy.log`, `ModelPolicy.log` or `time_decisions`, all of one kind.
+    Beside them how many there were (`plans`), `mean_rows`, `replan_every` (control steps that a decision is for), and
+    of a planner `evaluations` (model evaluations per plan and environment) and how many plans were `late`.
+    """
+    seconds = {part: f"{part}_s" for part in PARTS} | {"total": "plan_s"}
+    timing: dict[str, Any] = {
+        f"{part}_ms": percentiles([1000 * entry[key] for entry in log])
+        for part, key in seconds.items()
+        if key in log[0]
+    }
     timing |= {"plans": len(log), "threads": threads, "mean_rows": float(np.mean([e["rows"] for e in log]))}
-    return timing | {"late": sum(e.get("late", 0) for e in log)}  # stopped runs of earlier versions do not say
+    timing["replan_every"] = log[0].get("replan_every")  # stopped runs of earlier versions do not say
+    if "evaluations" in log[0]:
+        timing["evaluations"] = sum(e["evaluations"] for e in log) / sum(e["rows"] for e in log)
+        timing["late"] = sum(e.get("late", 0) for e in log)
+    return timing
 
 
 def peak_rss_mib() -> float:

@@ -142,10 +142,10 @@ class Worker:
             self._episodes(env, policy, method, starts)
         elif method == "policy":
             memory = Recording()
-            every = self.settings["policy_replan_every"]
-            every = self.settings["controller"]["replan_every"] if every is None else every
-            policy = ModelPolicy(self.model, replan_every=every, seed=self.settings["seed"])
+            policy = model_policy(self.settings, self.model)
             self._episodes(env, policy, method, starts, memory, on_step=memory.see)
+            if "planner" not in self.settings["methods"]:
+                self.emit("observations", memory.some(24))
         elif method == "random":
             self._episodes(env, RandomPolicy(env.action_spec.shape[-1], seed=self.settings["seed"]), method, starts)
         elif method == "expert":
@@ -275,6 +275,13 @@ def start_states(env: Any, task: str, split: str, num: int) -> Any:
     """The first `num` start states of a split, from the environment's method of that name or from its module."""
     own = getattr(env, "start_states", None) or module_of(env).start_states
     return own(task, split, num)
+
+
+def model_policy(settings: Mapping[str, Any], model: WAM) -> ModelPolicy:
+    """The model's own policy, which decides as often as the settings say."""
+    every = settings["policy_replan_every"]
+    every = settings["controller"]["replan_every"] if every is None else every
+    return ModelPolicy(model, replan_every=every, seed=settings["seed"])
 
 
 def oracle_policy(settings: Mapping[str, Any], model: WAM, task: str) -> PlannerPolicy:

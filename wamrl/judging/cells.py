@@ -25,7 +25,7 @@ class Cell:
     """The episodes of one policy on the N starts of one task.
 
     imagined: roll-out name -> [N][replicas]. open_loop, closed_loop: errors [N, H]. Without a simulator, these and real
-    are None.
+    are None. decisions: of `wamrl.results.time_decisions`.
     """
 
     real: list[Episode] | None = None
@@ -34,6 +34,7 @@ class Cell:
     closed_loop: NDArray[np.float64] | None = None
     real_cost: Cost = field(default_factory=Cost)
     imagined_cost: Cost = field(default_factory=Cost)
+    decisions: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Cells:
@@ -82,6 +83,7 @@ class Cells:
                 closed_loop=found["closed_loop"] if "closed_loop" in found else None,
                 real_cost=Cost(**about["real_cost"]),
                 imagined_cost=Cost(**about["imagined_cost"]),
+                decisions=about.get("decisions", []),  # stopped runs of earlier versions have none
             )
             for name in about["roll_outs"]:
                 lengths = found[f"{name}/lengths"]
@@ -97,6 +99,7 @@ class Cells:
             "roll_outs": list(cell.imagined),
             "real_cost": asdict(cell.real_cost),
             "imagined_cost": asdict(cell.imagined_cost),
+            "decisions": cell.decisions,
         }
         arrays: dict[str, Any] = {"about": np.array(json.dumps(about))}
         if cell.open_loop is not None and cell.closed_loop is not None:

@@ -27,7 +27,7 @@ from wamrl.judging.policies import Entrant, Surroundings
 from wamrl.judging.verdict import Judged
 from wamrl.judging.worlds import Cost, Imagining
 from wamrl.report import short
-from wamrl.results import peak_rss_mib
+from wamrl.results import peak_rss_mib, plan_times
 
 
 @dataclass
@@ -56,13 +56,15 @@ class Played:
     """Every episode of some policies on some starts. Letters: K policies, N starts.
 
     real: [K][N] episodes, None without a simulator. imagined: roll-out name -> [K][N][replicas].
-    drift: task -> errors [K * N_task, H] by steps ahead, open loop and closed loop.
+    drift: task -> errors [K * N_task, H] by steps ahead, open loop and closed loop. decisions: [K] what
+    `wamrl.results.time_decisions` found, of all tasks; empty where nothing was timed.
     """
 
     starts: list[Start]
     names: list[str]
     real: list[list[Episode | None]]
     imagined: dict[str, list[list[list[Imagining]]]]
+    decisions: list[list[dict[str, Any]]]
     open_loop: dict[str, list[NDArray[np.float64]]] = field(default_factory=dict)
     closed_loop: dict[str, list[NDArray[np.float64]]] = field(default_factory=dict)
 
@@ -160,7 +162,9 @@ def results_of(
         warnings += verdict.warnings_of(found, real[leading], imagined[leading], [names[k] for k in leading])
     shown: dict[str, Any] = {}
     for k, entrant in enumerate(bench.entrants):
-        entry: dict[str, Any] = {"kind": entrant.kind, "origin": entrant.origin, "content_hash": entrant.content_hash}
+        entry: dict[str, Any] = {
+            key: getattr(entrant, key) for key in ("kind", "origin", "content_hash", "wam", "planner")
+        }
         for scope in ("mean", *bench.tasks):
             chosen = np.array([scope in ("mean", t) for t in tasks])
             entry[scope] = {"imagined": verdict.rate(imagined[k, chosen])}
@@ -169,6 +173,8 @@ def results_of(
         if real is not None:
             entry["kappa"] = verdict.ag.kappa(real=real[k], imagined=imagined[k])
             entry["tags"] = _tags(played.real[k])
+            timed = played.decisions[k]
+            entry["latency"] = plan_times(timed, settings["threads"]) if timed else None
         shown[entrant.name] = entry
     compared: dict[str, Any] = {}
     for name, variant in variants.items():
@@ -261,6 +267,9 @@ def _metrics(results: Mapping[str, Any]) -> dict[str, Any]:
             for world, found in entry[scope].items():
                 place = f"evaluate/{short(scope)}/{name}/{world}_success"
                 metrics[place] = {k: found[k] for k in ("mean", "n", "low", "high")}
+        if entry.get("latency"):
+            for q, value in entry["latency"]["total_ms"].items():
+                metrics[f"evaluate/mean/{name}/decision_{q}_ms"] = value
     for scope, found in results["agreement"].items():
         for key in ("pearson", "mmrv", "gap", "kappa"):
             metrics[f"evaluate/{short(scope)}/{key}"] = {k: found[key][k] for k in ("mean", "n", "low", "high")}

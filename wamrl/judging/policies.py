@@ -46,7 +46,8 @@ _FOLD = 0x4E01  # of the noise added to actions, apart from a policy's own draws
 class Entrant:
     """A policy that takes part. origin: "independent", or "degraded" for a noisy or weakened version of another.
 
-    content_hash, provenance: of the checkpoint behind it, None for others.
+    content_hash, provenance: of the checkpoint behind it, None for others. wam, planner: its name and the import path
+    of the planner that acts in it, "" where there is none.
     """
 
     name: str
@@ -55,6 +56,8 @@ class Entrant:
     origin: str = "independent"
     content_hash: str | None = None
     provenance: Mapping[str, Any] | None = None
+    wam: str = ""
+    planner: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def _from_word(word: str) -> dict[str, Any]:
 
 def _entrant(given: dict[str, Any], around: Surroundings) -> Entrant:
     kind = given["kind"]
-    content, provenance = None, None
+    content, provenance, wam, planned = None, None, "", ""
     default = kind
     policy: Policy
     if kind == "expert":
@@ -143,16 +146,17 @@ def _entrant(given: dict[str, Any], around: Surroundings) -> Entrant:
     elif kind == "random":
         policy = RandomPolicy(around.action_dim, seed=around.seed)
     elif kind in ("checkpoint", "planner"):
-        name = str(given.get("checkpoint") or around.wam)
-        metadata = checkpoint.read_metadata(name)
+        wam = str(given.get("checkpoint") or around.wam)
+        metadata = checkpoint.read_metadata(wam)
         content, provenance = metadata.content_sha256, metadata.provenance
-        _check_fits(name, metadata.spec.action_dim, metadata.spec.tasks, around)
-        model = checkpoint.load(name, device=around.device, policy=given.get("policy"))
-        default = Path(name).stem if kind == "checkpoint" else f"planner:{Path(name).stem}"
+        _check_fits(wam, metadata.spec.action_dim, metadata.spec.tasks, around)
+        model = checkpoint.load(wam, device=around.device, policy=given.get("policy"))
+        default = Path(wam).stem if kind == "checkpoint" else f"planner:{Path(wam).stem}"
         if kind == "checkpoint":
             policy = ModelPolicy(model, mode=str(given.get("mode", "ode")), seed=around.seed)
         else:
-            planner = instantiate({**around.planner, **(given.get("planner") or {})})
+            choice = {**around.planner, **(given.get("planner") or {})}
+            planner, planned = instantiate(choice), str(choice["_target_"])
             controller = instantiate({**around.controller, **(given.get("controller") or {}), "seed": around.seed})
             policy = controller(model, planner)
     elif kind == "sb3":
@@ -179,6 +183,8 @@ def _entrant(given: dict[str, Any], around: Surroundings) -> Entrant:
         origin=str(given.get("origin", "degraded" if noise else "independent")),
         content_hash=content,
         provenance=provenance,
+        wam=wam,
+        planner=planned,
     )
 
 

@@ -27,7 +27,7 @@ def checked(given: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any], Path]
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(given)))
     for key in ("episodes", "num_envs", "threads", "ensemble"):
         whole_number(key, given[key], 1)
-    for key in ("first_start", "seed", "films"):
+    for key in ("first_start", "seed", "films", "latency_plans"):
         whole_number(key, given[key], 0)
     for key in ("episodes", "first_start"):
         whole_number(f"calibration.{key}", given["calibration"][key], 1 if key == "episodes" else 0)
