@@ -20,9 +20,13 @@ from wamrl.interfaces import WAM, Budget, Plan, PlanState, State
 from wamrl.naming import whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.cem import make_cem
+from wamrl.planners.deadlines import KEPT_BACK
 from wamrl.planners.gates import foresight_steps, memory_after
 from wamrl.planners.scorers import check_comparable, permutation
 from wamrl.planners.shooting import ShootingPlanner
+
+_STEP = 3.0
+"""A step forward and backward takes about that many times as long as the pass forward alone."""
 
 
 @dataclass(eq=False)
@@ -100,8 +104,11 @@ class GradientPlanner:
         if rows.numel() == 0 or steps < 1:
             return plan, next_state
         begun = time.perf_counter()
-        ends = None if budget.deadline_s is None else started + budget.deadline_s
-        chosen, value, passes = self._climb(model, state[rows], plan, rows, noise[rows].fold(1), steps, ends)
+        ends = None if budget.deadline_s is None else started + (1.0 - KEPT_BACK) * budget.deadline_s
+        # Before the first step, what is known is how long an evaluation took in the search.
+        each = plan.seconds["imagine"] / max(1, int(plan.evaluations.sum()))
+        expected = _STEP * each * forward * rows.numel()
+        chosen, value, passes = self._climb(model, state[rows], plan, rows, noise[rows].fold(1), steps, ends, expected)
         actions, values, evaluations = plan.actions.clone(), plan.value.clone(), plan.evaluations.clone()
         actions[rows], values[rows] = chosen, value
         evaluations[rows] += passes * (forward // self.num_starts) * min(self.num_starts, plan.scores.shape[1])
@@ -135,9 +142,20 @@ class GradientPlanner:
         return steps, None if budget.evaluations is None else budget.evaluations - climb - foreseen, climb
 
     def _climb(
-        self, model: WAM, state: State, plan: Plan, rows: Tensor, noise: NoiseKey, steps: int, ends: float | None
+        self,
+        model: WAM,
+        state: State,
+        plan: Plan,
+        rows: Tensor,
+        noise: NoiseKey,
+        steps: int,
+        ends: float | None,
+        expected: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The best chunks seen [R, H, A], their scores [R] and the passes through the model [R] that each row took."""
+        """The best chunks seen [R, H, A], their scores [R] and the passes through the model [R] that each row took.
+
+        expected: seconds of the first step.
+        """
         scores = plan.scores[rows].nan_to_num(-math.inf)
         num = min(self.num_starts, scores.shape[1])  # a small budget leaves fewer candidates
         index = scores.topk(num, dim=1).indices[:, :, None, None]
@@ -147,7 +165,7 @@ class GradientPlanner:
         first, second = torch.zeros_like(actions), torch.zeros_like(actions)  # Adam's moments
         going = torch.ones(rows.numel(), dtype=torch.bool, device=actions.device)
         passes = torch.zeros(rows.numel(), dtype=torch.int64, device=actions.device)
-        slowest = 0.0
+        slowest = expected
         for t in range(1, steps + 2):
             begun = time.perf_counter()
             if ends is not None and begun + slowest > ends:
@@ -178,7 +196,8 @@ class GradientPlanner:
             if self.stop_change is not None:
                 going[at] = (moved - actions[at]).abs().amax(dim=(1, 2, 3)) > self.stop_change
             actions[at] = moved
-            slowest = max(slowest, time.perf_counter() - begun)
+            taken = time.perf_counter() - begun
+            slowest = taken if t == 1 else max(slowest, taken)
         return chosen, best, passes
 
     def _slope(

@@ -25,9 +25,9 @@ from torch import Tensor
 from wamrl.interfaces import WAM, Budget, Context, Gate, Imagined, Plan, PlanState, Proposal, State
 from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
-from wamrl.planners.deadlines import check_deadline
+from wamrl.planners.deadlines import KEPT_BACK, check_deadline
 from wamrl.planners.gates import Always, ask, check_search_cost, device_of, fresh_memory, gate_cost, memory_after
-from wamrl.planners.proposers import check_sigma, coloured_noise, match_sigma, noise_basis
+from wamrl.planners.proposers import check_part, check_sigma, coloured_noise, match_sigma, noise_basis
 from wamrl.planners.running import ModelClock, compiled, padded, require_compiler, run_compiled
 from wamrl.planners.scorers import ReturnScorer, asked_of
 from wamrl.planners.shooting import FAILURES, count_plans, policy_chunk, report_failure
@@ -117,6 +117,7 @@ class MCTSPlanner:
             raise ValueError(f"planner.widening is {self.widening}, but must be above 0; 1 is usual")
         if not 0.0 <= self.widening_power <= 1.0:
             raise ValueError(f"planner.widening_power is {self.widening_power}, but must be in [0, 1]; 0.5 is usual")
+        check_part("gate", self.gate)
         if self.compile:
             require_compiler()
         if not isinstance(self.scorer, ReturnScorer) or self.scorer.risk != "mean":
@@ -345,7 +346,7 @@ class MCTSPlanner:
         while i < simulations:
             begun = time.perf_counter()
             # A simulation takes less than the root, whose time is all that is known before the first one.
-            if deadline_s is not None and i > 0 and begun - started + slowest > deadline_s:
+            if deadline_s is not None and i > 0 and begun - started + slowest > (1.0 - KEPT_BACK) * deadline_s:
                 break
             if i == done:
                 slowest = 0.0

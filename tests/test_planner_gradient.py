@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from importlib import resources
 
 import pytest
@@ -217,3 +218,29 @@ def test_a_gradient_step_draws_its_futures_and_its_null_control_from_different_k
     plan_once(make_gradient(start=start, steps=3, shuffle_scores=True), model, torch.zeros(1, 1))
     drawn = [tuple(key.normal(4).flatten().tolist()) for key in keys]
     assert len(drawn) == len(set(drawn)) >= 8
+
+
+class DearWAM(ToyWAM):
+    """A quadratic that takes 1 ms per transition of a candidate, and counts the passes that keep a gradient."""
+
+    climbed = 0
+
+    def roll(self, state, num, act, horizon):
+        time.sleep(1e-3 * num * horizon)
+        self.climbed += torch.is_grad_enabled()
+        return super().roll(state, num, act, horizon)
+
+
+@pytest.mark.parametrize(("deadline_s", "climbs"), [(0.2, False), (20.0, True)])
+def test_no_gradient_step_starts_that_the_search_has_shown_to_be_too_slow(deadline_s: float, climbs: bool) -> None:
+    model = quadratic(TARGET)
+    model.__class__ = DearWAM
+    start = make_cem(horizon=2, iterations=1, num_candidates=64, sigma=0.5)
+    planner = make_gradient(start=start, steps=1, num_starts=64)  # a step: 128 ms forward alone
+    plan_once(planner, model, torch.zeros(1, 1), budget=Budget(deadline_s=deadline_s))
+    assert bool(model.climbed) == climbs
+
+
+def test_the_name_of_a_gate_is_not_one() -> None:
+    with pytest.raises(ValueError, match="planner.gate is 'always', but must be an object"):
+        make_mcts(gate="always")

@@ -244,7 +244,7 @@ class PlannerPolicy(_ChunkPolicy):
     log: one dict per plan, of the latest `LOG_LENGTH`: encode_s (all since the plan before), imagine_s, search_s,
     plan_s (their sum; seconds for all rows together), evaluations (of all rows together), rows (how many were planned),
     searched (how many the gate let through), early (how many were planned before their chunk was used up), late (1
-    where the planner took longer than `deadline_s`, else 0), replan_every.
+    where the plan, an adaptive controller's look at it included, took longer than `deadline_s`, else 0), replan_every.
     plans: how many there were in all.
     last_plan, last_state, last_rows: the latest plan, the encoded state it started from, and the rows of the batch.
     """
@@ -307,9 +307,9 @@ class PlannerPolicy(_ChunkPolicy):
         if "shift" in plan_state.keys():
             plan_state["shift"] = policy_state["used"][index]
         plan, next_state = self.planner.plan(self.model, state, plan_state, key, self.budget)
-        late = self.budget.deadline_s is not None and time.perf_counter() - encoded > self.budget.deadline_s
         evaluations = int(plan.evaluations.sum()) + self._remember(policy_state, index, state, plan, key)
         planned = time.perf_counter()
+        late = self.budget.deadline_s is not None and planned - encoded > self.budget.deadline_s
         policy_state["plan"] = _placed(policy_state["plan"], index, next_state)
         self.plans += 1
         imagine_s = float(plan.seconds.get("imagine", 0.0))
