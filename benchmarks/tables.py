@@ -156,11 +156,11 @@ def planner_budget(result: Mapping[str, Any]) -> str:
             place = f"curve/{name}/{budget}"
             shuffled = metrics.get(f"{place}/shuffled/success")
             spent, milliseconds = metrics[f"{place}/evaluations_per_step"], metrics[f"{place}/plan_p50_ms"]
-            rows.append(
-                [name, f"{spent:.0f}", _rate(metrics[key]), _rate(shuffled) if shuffled else "", f"{milliseconds:.0f}"]
-            )
-    n = metrics["curve/mppi/1536/planner/success"]["n"]
-    head = ["planner", "evaluations per control step", f"success, %, n = {n}", "shuffled scores", "ms per plan"]
+            rows.append([
+                name, f"{spent:.0f}", str(metrics[key]["n"]), _rate(metrics[key]), _rate(shuffled) if shuffled else "",
+                f"{milliseconds:.0f}",
+            ])  # fmt: skip
+    head = ["planner", "evaluations per control step", "n", "success, %", "shuffled scores, %", "ms per plan"]
     return _grid(head, rows)
 
 
