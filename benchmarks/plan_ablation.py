@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.stored import RESULTS, ROOT, Clock
+from benchmarks.stored import RESULTS, ROOT, Clock, folder_of
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -45,7 +45,7 @@ def measure(
     name: str, overrides: tuple[str, ...], wam: str, episodes: int, out: Path, methods: str = "planner"
 ) -> dict[str, Any]:
     """The results of one variant on dev starts; a finished one is read, not run again. methods: joined by commas."""
-    directory = out / "".join(c if c.isalnum() else "_" for c in name)
+    directory = out / folder_of(name)
     results = directory / "results.json"
     if not results.exists() or json.loads(results.read_text())["partial"]:
         shutil.rmtree(directory, ignore_errors=True)

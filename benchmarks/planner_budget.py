@@ -1,13 +1,13 @@
-"""Success against model evaluations for every planner, and what warm start, proposals and a gate save.
+"""Success against model evaluations for every planner, and what a gate or a verifying controller saves.
 
     python -m benchmarks.posttrain --variants                     # makes the weak models, in outputs/bench/posttrain
     python -m benchmarks.planner_budget                           # curve and gate, three models
     python -m benchmarks.planner_budget --report                  # store what is finished
 
-The models are those that `benchmarks.posttrain` starts from, one per seed: their policies succeed in half of the
-episodes, so that there is room for planning. Each planner plans under a hard budget of model evaluations per plan
-(`controller.evaluations`), beside the same planner with shuffled scores; random proposals at the same budgets and the
-policy alone are in the same table. Each control step takes half a plan, because two actions of each are executed.
+The models are those that `benchmarks.posttrain` starts from, one per seed: their policies fail more often than not,
+so that there is room for planning. Each planner plans under a hard budget of model evaluations per plan
+(`controller.evaluations`), at one of the budgets beside itself with shuffled scores; random proposals have the same
+budgets. Each control step takes half a plan, because two actions of each are executed.
 
 The gated planners (`GATED`) and the default one, which always searches, act from the same starts: their success is
 compared in pairs. Settings were chosen on dev starts with seed 0; all that is stored is of test starts.
@@ -21,12 +21,13 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.posttrain import ENV
-from benchmarks.stored import RESULTS, ROOT, Clock, run_stage, stage_done
-from wamrl.evaluation import Episode, paired, read_episodes, wilson
+from benchmarks.stored import RESULTS, ROOT, Clock, difference, folder_of, rate, run_stage, stage_done
+from wamrl.evaluation import Episode, compare, read_episodes
 
 # Evaluations per plan: a candidate of 8 steps costs 64 of these models', one for each member and step.
 BUDGETS = (512, 1536, 4608)
@@ -76,14 +77,10 @@ def jobs(seed: int, weak: Path, out: Path, only: Sequence[str]) -> list[tuple[st
             sys.executable, "-m", "wamrl.plan", f"wam={weak / f'seed{seed}' / 'weak'}", "env=metaworld/six",
             f"env.tasks={ENV}", f"episodes={episodes}", f"first_start={FIRST_TEST_START}", f"seed={seed}", "workers=1",
             "num_envs=30", "video=false", f"methods=[{methods}]", "latency_plans=20", *overrides,
-            f"run_dir={out / f'seed{seed}' / _folder(name)}",
+            f"run_dir={out / f'seed{seed}' / folder_of(name)}",
         ])
         for name, (episodes, methods, overrides) in found.items()
     ]  # fmt: skip
-
-
-def _folder(name: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in name)
 
 
 def read(directory: Path) -> tuple[dict[str, Any], list[Episode]]:
@@ -97,10 +94,7 @@ def collect_metrics(runs: Mapping[str, Mapping[int, tuple[dict[str, Any], list[E
     for name, by_seed in runs.items():
         for method in next(iter(by_seed.values()))[0]["methods"]:
             outcomes = [e.success for _, episodes in by_seed.values() for e in episodes if e.method == method]
-            low, high = wilson(sum(outcomes), len(outcomes))
-            metrics[f"{name}/{method}/success"] = {
-                "mean": sum(outcomes) / len(outcomes), "n": len(outcomes), "low": low, "high": high
-            }  # fmt: skip
+            metrics[f"{name}/{method}/success"] = rate(sum(outcomes), len(outcomes))
         results = [result for result, _ in by_seed.values()]
         spent = [r["evaluations_per_plan"] / r["steps_per_plan"] for r in results]
         metrics[f"{name}/evaluations_per_step"] = sum(spent) / len(spent)
@@ -108,26 +102,17 @@ def collect_metrics(runs: Mapping[str, Mapping[int, tuple[dict[str, Any], list[E
     always = runs.get("gate/always")
     for name in (f"gate/{name}" for name in GATED if name != "always"):
         if always and name in runs and set(runs[name]) == set(always):
-            found = paired(*_matched(runs[name], always))
-            metrics[f"{name}/minus_always"] = {
-                "mean": found.difference, "n": found.n, "low": found.low, "high": found.high
-            }  # fmt: skip
+            found = compare([*_planned(name, runs[name]), *_planned("always", always)], name, "always")
+            assert found is not None  # they have starts in common
+            metrics[f"{name}/minus_always"] = difference(asdict(found))
             share = metrics[f"{name}/evaluations_per_step"] / metrics["gate/always/evaluations_per_step"]
             metrics[f"{name}/share_of_evaluations"] = share
     return metrics
 
 
-def _matched(*runs: Mapping[int, tuple[dict[str, Any], list[Episode]]]) -> tuple[list[bool], ...]:
-    """Success of each run's planner, by seed, on the starts that all of them have in common."""
-    found = [
-        {
-            (seed, e.task, e.start): e.success
-            for seed, (_, episodes) in by_seed.items() for e in episodes if e.method == "planner"
-        }
-        for by_seed in runs
-    ]  # fmt: skip
-    common = sorted(set.intersection(*(set(one) for one in found)))
-    return tuple([one[key] for key in common] for one in found)
+def _planned(name: str, by_seed: Mapping[int, tuple[dict[str, Any], list[Episode]]]) -> list[Episode]:
+    """The planner's episodes of all seeds, as those of a method called `name`."""
+    return [replace(e, method=name) for _, episodes in by_seed.values() for e in episodes if e.method == "planner"]
 
 
 def main() -> None:
@@ -146,11 +131,11 @@ def main() -> None:
         directory = arguments.out / f"seed{seed}"
         directory.mkdir(parents=True, exist_ok=True)
         for name, command in jobs(seed, arguments.weak, arguments.out, arguments.only):
-            folder = directory / _folder(name)
+            folder = directory / folder_of(name)
             if not arguments.report:
                 resume = [*command[:3], f"resume={folder}"] if (folder / "results.json").exists() else None
-                run_stage(_folder(name), command, directory, resume=resume)
-            if stage_done(_folder(name), command, directory):
+                run_stage(folder_of(name), command, directory, resume=resume)
+            if stage_done(folder_of(name), command, directory):
                 runs.setdefault(name, {})[seed] = read(folder)
     if not runs:
         parser.error(f"nothing is finished in {arguments.out}; run without --report first")

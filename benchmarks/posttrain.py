@@ -24,8 +24,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.stored import RESULTS, ROOT, Clock, run_stage, stage_done
-from wamrl.evaluation import paired, wilson
+from benchmarks.stored import RESULTS, ROOT, Clock, difference, rate, run_stage, stage_done
+from wamrl.evaluation import paired
 
 TASKS = ("reach-v3", "push-v3", "pick-place-v3", "coffee-push-v3")
 ENV = f"[{','.join(f'metaworld/{task}' for task in TASKS)}]"
@@ -135,10 +135,10 @@ def collect_metrics(finished: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> 
             for task, counts in pooled.items():
                 metrics[f"{name}/{task}/{moment}/success"] = _rate(counts)
         for seed, results in runs.items():
-            metrics[f"{name}/mean/gain_seed{seed}/success"] = _difference(results["gain"])
+            metrics[f"{name}/mean/gain_seed{seed}/success"] = difference(results["gain"])
         pairs = [_pair(results) for results in runs.values()]
         pooled_gain = paired(*([outcome for pair in pairs for outcome in pair[moment]] for moment in (0, 1)))
-        metrics[f"{name}/mean/gain/success"] = _difference(asdict(pooled_gain))
+        metrics[f"{name}/mean/gain/success"] = difference(asdict(pooled_gain))
         for points in zip(*(results["curve"] for results in runs.values()), strict=True):
             place = f"{name}/mean/at_{points[0]['iteration']}"
             metrics[f"{place}/real_steps"] = sum(point["real_steps"] for point in points) / len(points)
@@ -153,10 +153,6 @@ def collect_metrics(finished: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> 
             metrics[f"{name}/imagined_gain_minus_real_gain"] = sum(gaps) / len(gaps)
         metrics[f"{name}/wall_s"] = sum(r["seconds"] for r in runs.values()) / count
     return metrics
-
-
-def _difference(found: Mapping[str, Any]) -> dict[str, float]:
-    return {"mean": found["difference"], "n": found["n"], "low": found["low"], "high": found["high"]}
 
 
 def _pair(results: Mapping[str, Any]) -> tuple[list[bool], list[bool]]:
@@ -186,10 +182,9 @@ def with_stored(path: Path, config: Mapping[str, Any], metrics: Mapping[str, Any
     )  # fmt: skip
 
 
-def _rate(counts: Sequence[tuple[int, int]]) -> Mapping[str, float]:
+def _rate(counts: Sequence[tuple[int, int]]) -> dict[str, float]:
     successes, trials = (sum(column) for column in zip(*counts, strict=True))
-    low, high = wilson(successes, trials)
-    return {"mean": successes / trials, "n": trials, "low": low, "high": high}
+    return rate(successes, trials)
 
 
 def main() -> None:

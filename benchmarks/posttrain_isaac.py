@@ -16,8 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.stored import RESULTS, ROOT, Clock, run_stage
-from wamrl.evaluation import wilson
+from benchmarks.stored import RESULTS, ROOT, Clock, difference, rate, run_stage
 
 SETTINGS = ("env=isaaclab/balance", "agent=ppo", "wam=reference", "observation=[state]", "agent.world_weight=0",
             "agent.learning_rate=1e-3", "num_envs=128", "decisions=32", "iterations=60", "episodes=100",
@@ -29,13 +28,10 @@ def collect_metrics(runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for moment in ("before", "after"):
         real = [results[moment]["real"] for results in runs.values()]
-        successes, trials = sum(one["successes"] for one in real), sum(one["n"] for one in real)
-        low, high = wilson(successes, trials)
-        metrics[f"{moment}/success"] = {"mean": successes / trials, "n": trials, "low": low, "high": high}
+        metrics[f"{moment}/success"] = rate(sum(one["successes"] for one in real), sum(one["n"] for one in real))
         metrics[f"{moment}/return"] = sum(one["episode_return"] for one in real) / len(real)
     for seed, results in runs.items():
-        gain = results["return_gain"]
-        metrics[f"return_gain_seed{seed}"] = {"mean": gain["difference"], **{k: gain[k] for k in ("n", "low", "high")}}
+        metrics[f"return_gain_seed{seed}"] = difference(results["return_gain"])
         metrics[f"wall_s_seed{seed}"] = round(results["seconds"], 1)
     metrics["real_steps"] = sum(results["real_steps"] for results in runs.values()) / len(runs)
     return metrics

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from wamrl.evaluation import wilson
 from wamrl.files import write_json
 from wamrl.provenance import versions
 
@@ -56,6 +57,22 @@ def run_stage(
         directory / f"{name}.done", {"command": list(command), "seconds": seconds, "versions": versions()}
     )  # fmt: skip
     print(f"{label or directory.name}: {name} in {seconds:.0f} s", flush=True)
+
+
+def folder_of(name: str) -> str:
+    """The folder of what is called `name`: letters and digits as they are, an underscore for all others."""
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
+def rate(successes: int, trials: int) -> dict[str, float]:
+    """A success rate with its Wilson 95 % interval, as it is stored."""
+    low, high = wilson(successes, trials)
+    return {"mean": successes / trials, "n": trials, "low": low, "high": high}
+
+
+def difference(found: Mapping[str, Any]) -> dict[str, float]:
+    """A paired comparison (the fields of `wamrl.evaluation.Paired` or `PairedReturn`), as it is stored."""
+    return {"mean": found["difference"], "n": found["n"], "low": found["low"], "high": found["high"]}
 
 
 class Clock:
