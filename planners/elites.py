@@ -33,10 +33,12 @@ class EliteProposer:
         """What `inner` asks of a model of this `spec`."""
         return asked_of(spec, self.inner)
 
-    def __call__(self, model: WAM, state: State, plan_state: PlanState, num: int, noise: NoiseKey) -> Proposal:
+    def __call__(
+        self, model: WAM, state: State, plan_state: PlanState, num: int, noise: NoiseKey, first: int = 0
+    ) -> Proposal:
         """`num` candidates [R, N, H, A], imagined when `inner` imagines while proposing."""
-        keep = min(self.num_elites, num - 1)
-        proposal = self.inner(model, state, plan_state, num - keep, noise.fold(0))
+        keep = min(self.num_elites, num - 1) if first == 0 else 0
+        proposal = self.inner(model, state, plan_state, num - keep, noise.fold(0), first)
         if keep == 0:
             return proposal
         elites = plan_state["elites"][:, :keep]

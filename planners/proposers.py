@@ -127,8 +127,8 @@ class PolicyProposer:
 
     horizon: H steps. sigma: [1] or [A] standard deviation of the perturbation. basis: [H, K] its shape over time, see
     `wamrl.planners.temporal.temporal_basis`.
-    warm_share: share of the candidates drawn around the shifted previous plan instead (around the unperturbed
-    policy's chunk in rows that have none), open loop.
+    warm_share: share of the candidates drawn around the shifted previous plan instead (around the policy's chunk in
+    rows that have none), open loop.
     behaviour_share: share of the other candidates that follows the behaviour prior, in models that have one.
     """
 
@@ -146,7 +146,9 @@ class PolicyProposer:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"planner.proposer.{name} is {getattr(self, name)}, but must be in [0, 1]")
 
-    def __call__(self, model: WAM, state: State, plan_state: PlanState, num: int, noise: NoiseKey) -> Proposal:
+    def __call__(
+        self, model: WAM, state: State, plan_state: PlanState, num: int, noise: NoiseKey, first: int = 0
+    ) -> Proposal:
         """`num` candidates [R, N, H, A], imagined when the model imagines while proposing."""
         action_dim = model.spec.action_dim
         sigma = match_sigma(self.sigma, action_dim).to(noise.row.device)
@@ -156,10 +158,12 @@ class PolicyProposer:
         num_warm = min(round(self.warm_share * num), num - 1)
         num_policy = num - num_warm
         followed = perturbation[:, :num_policy].clone()
-        followed[:, 0] = 0.0
+        if first == 0:
+            followed[:, 0] = 0.0
         behaviour = min(round(self.behaviour_share * num_policy), num_policy - 1)
         if behaviour and "behaviour" in model.spec.provides:
-            followed[:, num_policy - behaviour] = 0.0
+            if first == 0:
+                followed[:, num_policy - behaviour] = 0.0
             options = {"behaviour": behaviour}
         else:
             options = {}
@@ -173,7 +177,8 @@ class PolicyProposer:
             proposal.actions[:, 0].nan_to_num(),
         )
         warm_noise = perturbation[:, num_policy:].clone()
-        warm_noise[:, 0] = 0.0
+        if first == 0:
+            warm_noise[:, 0] = 0.0
         around = (centre[:, None] + warm_noise).clamp(-1.0, 1.0)
         actions = torch.cat([proposal.actions, around], dim=1)
         if proposal.imagined is None:
@@ -195,12 +200,15 @@ class NoiseProposer:
 
     needs = frozenset({"rollout"})
 
-    def __call__(self, model: WAM, state: State, plan_state: PlanState, num: int, noise: NoiseKey) -> Proposal:
+    def __call__(
+        self, model: WAM, state: State, plan_state: PlanState, num: int, noise: NoiseKey, first: int = 0
+    ) -> Proposal:
         """`num` candidates [R, N, H, A], not yet imagined."""
         sigma = match_sigma(self.sigma, model.spec.action_dim).to(noise.row.device)
         basis = self.basis.to(noise.row.device)
         actions = coloured_noise(noise.fold(0), basis, num, action_dim=model.spec.action_dim).mul_(sigma)
-        actions[:, 0] = 0.0
+        if first == 0:
+            actions[:, 0] = 0.0
         centre = shifted(plan_state["mean"], plan_state["shift"]) * plan_state["warm"][:, None, None]
         return Proposal(actions=actions.add_(centre[:, None]).clamp_(-1.0, 1.0))
 
@@ -228,15 +236,22 @@ class SampleProposer:
             )
         return self.needs
 
-    def __call__(self, model: WAM, state: State, plan_state: PlanState, num: int, noise: NoiseKey) -> Proposal:
+    def __call__(
+        self, model: WAM, state: State, plan_state: PlanState, num: int, noise: NoiseKey, first: int = 0
+    ) -> Proposal:
         """`num` candidates [R, N, H, A], imagined when the model imagines while proposing."""
-        first = model.propose(state, 1, mode="ode", noise=noise.fold(0), horizon=self.horizon)
-        check_steps(first, self.horizon)
-        if num == 1:
-            return first
-        others = model.propose(state, num - 1, mode="sde", noise=noise.fold(1), horizon=self.horizon)
-        check_steps(others, self.horizon)
+        parts = []
+        if first == 0:
+            parts.append(model.propose(state, 1, mode="ode", noise=noise.fold(0), horizon=self.horizon))
+        if num > len(parts):
+            drawn = num - len(parts)
+            parts.append(model.propose(state, drawn, mode="sde", noise=noise.fold(1), horizon=self.horizon))
+        for part in parts:
+            check_steps(part, self.horizon)
+        if len(parts) == 1:
+            return parts[0]
+        calm, others = parts
         imagined = None
-        if first.imagined is not None and others.imagined is not None:
-            imagined = join_imagined(first.imagined, others.imagined)
-        return Proposal(actions=torch.cat([first.actions, others.actions], dim=1), imagined=imagined)
+        if calm.imagined is not None and others.imagined is not None:
+            imagined = join_imagined(calm.imagined, others.imagined)
+        return Proposal(actions=torch.cat([calm.actions, others.actions], dim=1), imagined=imagined)

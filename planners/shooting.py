@@ -332,7 +332,7 @@ class ShootingPlanner:
         drawn, key = noise.fold(0), noise.fold(1).fold(0)
         if block:
             drawn, key = drawn.fold(block), key.fold(block)
-        proposal = self.proposer(model, state, plan_state, num, drawn)
+        proposal = self.proposer(model, state, plan_state, num, drawn, first)
         actions, broken = _cleaned(proposal.actions)
         if proposal.imagined is None:
             return actions, broken, model.imagine(state, actions, futures=self.futures, noise=key)

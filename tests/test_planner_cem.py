@@ -62,6 +62,20 @@ def test_elites_are_candidates_of_the_next_iteration_and_of_the_next_plan() -> N
     assert (third.value >= first.value - 1e-6).all()
 
 
+@pytest.mark.parametrize("behaviour_share", [0.0, 0.5])
+def test_a_deadline_repeats_neither_elites_nor_the_policy_in_its_blocks(behaviour_share: float) -> None:
+    """64 candidates in blocks of 16 and 48; what there is one of is in the first of them."""
+    model = quadratic(TARGET, gain=torch.tensor([[0.2], [0.1]]), behaviour=True)
+    proposer = partial(PolicyProposer, behaviour_share=behaviour_share, warm_share=0.25)
+    planner = make_cem(horizon=3, num_candidates=64, iterations=1, keep_elites=2, proposer=proposer, choose="mean")
+    state, noise, budget = model.state(torch.ones(2, 1)), NoiseKey.for_rows(2), Budget(deadline_s=60.0)
+    _, plan_state = planner.plan(model, state, planner.initial_state(model, 2), noise, budget)
+    plan, _ = planner.plan(model, state, plan_state, noise.fold(9), budget)
+    assert plan.scores.isfinite().all()
+    for row in range(2):
+        assert plan.candidates[row].flatten(1).unique(dim=0).shape[0] == 64
+
+
 def test_a_row_that_has_settled_is_not_searched_further() -> None:
     """The first row's rewards are flat, so its mean hardly moves; the second row's peak is far away."""
     model = ToyWAM(

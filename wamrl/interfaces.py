@@ -404,7 +404,15 @@ class Plan:
 class Proposer(Protocol):
     """Where candidates come from: policy samples and noise in normalised chunk space."""
 
-    def __call__(self, model: WAM, state: State, plan_state: PlanState, num: int, noise: NoiseKey) -> Proposal: ...
+    def __call__(
+        self, model: WAM, state: State, plan_state: PlanState, num: int, noise: NoiseKey, first: int = 0
+    ) -> Proposal:
+        """`num` candidates [R, N, H, A], those from number `first` on.
+
+        A search with a deadline asks for them part by part: what there is only one of, such as the policy's unperturbed
+        chunk, belongs to the first part (`first` = 0) alone.
+        """
+        ...
 
 
 @runtime_checkable
