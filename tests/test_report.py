@@ -60,6 +60,8 @@ def _trace(task: str = PUSH) -> dict[str, Any]:
         "reward": [1.0, 2.0, 3.0],
         "uncertainty": [0.1, 0.1, 0.2],
         "values": [1.0, 1.5, 1.2, 2.0],
+        "searched": True,
+        "evaluations": 512,
         "tree": None,
         "candidates": [{"score": 0.5, "hand": line}, {"score": 1.5, "hand": line}],
     }
@@ -185,13 +187,25 @@ def _many_plans() -> dict[str, Any]:
 
 
 def test_the_plans_that_are_shown_are_those_that_tell_something():
-    reasons = dict(telling_plans(_many_plans()))
+    reasons = dict(telling_plans(_many_plans(), most=8))
     assert len(reasons) == 8
     assert reasons[0] == "the first plan" and reasons[11] == "the last plan"
     assert reasons[3] == "the members disagree most" and reasons[5] == "the value falls most along the chunk"
     assert reasons[7] == "the hand goes furthest from where it was imagined"
     assert list(dict(telling_plans(_trace()))) == [0]
-    assert len(telling_plans(_many_plans(), most=20)) == 12
+    assert len(telling_plans(_many_plans())) == 12
+
+
+def test_the_page_says_where_the_gate_left_a_plan_to_the_policy(tmp_path):
+    trace = _many_plans()
+    trace["plans"][2] |= {"searched": False, "evaluations": 24, "value": None, "candidates": []}
+    results = _results(_episodes())
+    results["timing"]["batched"] = {**results["timing"]["single"], "searched": 0.75}
+    page = _page(tmp_path, results, [trace])
+    words = _words(page).replace("&#39;", "'")
+    assert "not searched: the policy's own chunk, as the gate decided (24 model evaluations)" in words
+    assert words.count("(step 4)") == 1 and "(step 6)" not in words
+    assert re.search(r"75 ?% ?of the plans were searched", words)
 
 
 def test_the_page_goes_through_the_plans_without_scripts(tmp_path):
@@ -199,14 +213,22 @@ def test_the_page_goes_through_the_plans_without_scripts(tmp_path):
     begin = page.index('<div class="plans">')
     section = page[begin : page.index("Every plan of these episodes", begin)]
     steps = re.findall(
-        r'<input type="radio" name="plan1" id="plan1-(\d)"( checked)?><label for="plan1-\1">step (\d+)<', section
+        r'<input type="radio" name="plan1" id="plan1-(\d+)"( checked)?>'
+        r'<label for="plan1-\1"( class="telling")?>step (\d+)<',
+        section,
     )
-    assert [(int(k), checked) for k, checked, _ in steps] == [(k, " checked" if k == 1 else "") for k in range(1, 9)]
-    assert [int(step) for _, _, step in steps] == [2 * index for index, _ in telling_plans(_many_plans())]
+    numbers = range(1, 13)
+    assert [(int(k), checked) for k, checked, *_ in steps] == [(k, " checked" if k == 1 else "") for k in numbers]
+    assert [(int(step), bool(telling)) for *_, telling, step in steps] == [
+        (2 * index, bool(reason)) for index, reason in telling_plans(_many_plans())
+    ]
     views = re.findall(r"<div><p class=\"note\">(.*?)</p>(.*?)</div>", section, re.DOTALL)
-    assert len(views) == 8 and all(f"input:nth-of-type({k}):checked~div:nth-of-type({k})" in page for k in range(1, 9))
+    assert len(views) == 12 and all(f"input:nth-of-type({k}):checked~div:nth-of-type({k})" in page for k in numbers)
     words = [words for words, _ in views]
-    expected = "the members disagree most; the chosen chunk scores 1; the hand ends 0.0 cm from where it was imagined."
+    expected = (
+        "the members disagree most; 512 model evaluations; the chosen chunk scores 1; "
+        "the hand ends 0.0 cm from where it was imagined."
+    )
     assert expected in words and sum("the hand ends 10.0 cm" in w for w in words) == 1
     for _, figure in views:
         ElementTree.fromstring(figure)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,20 @@ VIDEO_FPS = 10
 TREE_NODES = 64
 
 
+class _Seen(NamedTuple):
+    """A plan as it was made, at control step `step`: of state [1], chosen [H, A], others [N, H, A] and scores [N]."""
+
+    step: int
+    state: State
+    chosen: Tensor
+    others: Tensor
+    scores: Tensor
+    value: float
+    searched: bool
+    evaluations: int
+    tree: TensorDict | None
+
+
 class Film:
     """A planner policy that is watched while it runs the episode of `start`: its plans, positions and pictures."""
 
@@ -32,7 +46,7 @@ class Film:
         self.policy, self.env, self.start = policy, env, start
         self.note: str | None = None
         self.frames: list[np.ndarray] = []
-        self._plans: list[tuple[int, State, Tensor, Tensor, Tensor, float, TensorDict | None]] = []
+        self._plans: list[_Seen] = []
         self._states: list[Tensor] = []
         self._rewards: list[float] = []
         self._success = False
@@ -56,10 +70,19 @@ class Film:
                 best = plan.scores[k].nan_to_num(-math.inf).topk(min(24, plan.scores.shape[1])).indices
                 worst = plan.scores[k].nan_to_num(math.inf).topk(min(8, plan.scores.shape[1]), largest=False).indices
                 shown = torch.cat([best, worst]).unique()
-                chosen, others = plan.actions[k], plan.candidates[k, shown]
-                value, tree = float(plan.value[k]), None if plan.tree is None else plan.tree(k)
-                seen = (state[k : k + 1], chosen, others, plan.scores[k, shown], value, tree)
-                self._plans.append((len(self._rewards), *seen))
+                self._plans.append(
+                    _Seen(
+                        step=len(self._rewards),
+                        state=state[k : k + 1],
+                        chosen=plan.actions[k],
+                        others=plan.candidates[k, shown],
+                        scores=plan.scores[k, shown],
+                        value=float(plan.value[k]),
+                        searched=bool(plan.searched[k]),
+                        evaluations=int(plan.evaluations[k]),
+                        tree=None if plan.tree is None else plan.tree(k),
+                    )
+                )
         return action, policy_state
 
     def see(self, record: StepRecord) -> None:
@@ -101,24 +124,16 @@ class Film:
             "hand": _plain(states[:, place("hand")]),
             "object": _plain(states[:, place("object")]),
             "reward": _plain(torch.tensor(self._rewards)),
-            "plans": [self._plan_trace(*plan) for plan in self._plans],
+            "plans": [self._plan_trace(plan) for plan in self._plans],
         }
 
     @torch.no_grad()
-    def _plan_trace(
-        self,
-        step: int,
-        state: State,
-        chosen: Tensor,
-        others: Tensor,
-        scores: Tensor,
-        value: float,
-        tree: TensorDict | None,
-    ) -> dict[str, Any]:
+    def _plan_trace(self, plan: _Seen) -> dict[str, Any]:
+        state, chosen = plan.state, plan.chosen
         model, place = self.policy.model, self.policy.model.spec.layout.place
-        imagined = model.imagine(state, torch.cat([chosen[None], others])[None], with_frames=True)
+        imagined = model.imagine(state, torch.cat([chosen[None], plan.others])[None], with_frames=True)
         decoded = model.decode(imagined, ("state",))["state"][0].mean(dim=1)  # [1 + N, H, ...]
-        begin = self._states[step].to(decoded.device).expand(decoded.shape[0], 1, -1)
+        begin = self._states[plan.step].to(decoded.device).expand(decoded.shape[0], 1, -1)
         path = torch.cat([begin, decoded], dim=1)
         uncertainty = imagined.uncertainty
         values = []
@@ -127,17 +142,19 @@ class Film:
             for steps in range(1, chosen.shape[0] + 1):
                 values.append(float(model.value(model.imagine(state, chosen[None, None, :steps]).leaf).mean()))
         return {
-            "step": step,
-            "value": value if math.isfinite(value) else None,
+            "step": plan.step,
+            "value": plan.value if math.isfinite(plan.value) else None,
+            "searched": plan.searched,
+            "evaluations": plan.evaluations,
             "hand": _plain(path[0, :, place("hand")]),
             "object": _plain(path[0, :, place("object")]),
             "reward": [] if imagined.reward is None else _plain(imagined.reward[0, 0].mean(dim=0)),
             "uncertainty": [] if uncertainty is None else _plain(uncertainty[0, 0].mean(dim=0), 6),
             "values": [round(v, 4) for v in values],
-            "tree": None if tree is None else self._tree_trace(tree),
+            "tree": None if plan.tree is None else self._tree_trace(plan.tree),
             "candidates": [
                 {"score": float(s), "hand": _plain(path[i + 1, :, place("hand")])}
-                for i, s in enumerate(scores)
+                for i, s in enumerate(plan.scores)
                 if math.isfinite(float(s))
             ],
         }

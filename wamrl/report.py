@@ -21,7 +21,7 @@ from markupsafe import Markup
 from wamrl.files import write_text
 
 EMBED_LIMIT_BYTES = 8 * 1024 * 1024
-PLANS_SHOWN = 8
+PLANS_SHOWN = 60
 CANDIDATES_SHOWN = 18
 
 # One colour per method, light and dark: distinct in lightness as well, and never the only sign (labels stand beside).
@@ -435,7 +435,7 @@ def tree_figure(trace: Mapping[str, Any], plan: Mapping[str, Any]) -> Figure:
 
 
 def _plan_views(traces: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per task the telling plans: figures as SVG, and a line about each."""
+    """Per task the plans, the telling ones among them marked: figures as SVG, and a line about each."""
     views = []
     for trace in traces:
         shown = []
@@ -443,11 +443,17 @@ def _plan_views(traces: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             plan = trace["plans"][index]
             figures = [plan_figure(trace, plan)] + ([tree_figure(trace, plan)] if plan["tree"] else [])
             words = [reason] if reason else []
+            spent = f"{plan['evaluations']:,} model evaluations"
+            if not plan["searched"]:
+                words.append(f"not searched: the policy's own chunk, as the gate decided ({spent})")
+            else:
+                words.append(spent)
             if plan["value"] is not None:
                 words.append(f"the chosen chunk scores {plan['value']:.4g}")
             words.append(f"the hand ends {100 * _missed(trace, plan):.1f} cm from where it was imagined")
             views_of = [Markup(f.inline) for f in figures]
-            shown.append({"step": plan["step"], "words": "; ".join(words) + ".", "figures": views_of})
+            about = {"step": plan["step"], "telling": bool(reason), "searched": plan["searched"]}
+            shown.append({**about, "words": "; ".join(words) + ".", "figures": views_of})
         if shown:
             outcome = "solved" if trace["success"] else "not solved"
             views.append({"task": short(trace["task"]), "start": trace["start"], "outcome": outcome, "plans": shown})
@@ -653,6 +659,9 @@ def _tiles(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         tiles.append((f"{single['total_ms']['p50']:.0f} ms", f"per plan, median, one environment, {threads}"))
     if results["evaluations_per_plan"]:
         tiles.append((f"{results['evaluations_per_plan']:,.0f}", "model evaluations per plan"))
+    searched = results["timing"].get("batched", {}).get("searched", 1.0)
+    if searched < 1.0:
+        tiles.append((percent(searched), "of the plans were searched, the gate left the others to the policy"))
     return tiles
 
 

@@ -271,7 +271,8 @@ def plan_times(log: Sequence[Mapping[str, Any]], threads: int) -> dict[str, Any]
 
     log: entries of `PlannerPolicy.log`, `ModelPolicy.log` or `time_decisions`, all of one kind.
     Beside them how many there were (`plans`), `mean_rows`, `replan_every` (control steps that a decision is for), and
-    of a planner `evaluations` (model evaluations per plan and environment) and how many plans were `late`.
+    of a planner `evaluations` (model evaluations per plan and environment), the share of plans that the gate let be
+    `searched`, and how many plans were `late`.
     """
     seconds = {part: f"{part}_s" for part in PARTS} | {"total": "plan_s"}
     timing: dict[str, Any] = {
@@ -282,7 +283,9 @@ def plan_times(log: Sequence[Mapping[str, Any]], threads: int) -> dict[str, Any]
     timing |= {"plans": len(log), "threads": threads, "mean_rows": float(np.mean([e["rows"] for e in log]))}
     timing["replan_every"] = log[0].get("replan_every")  # stopped runs of earlier versions do not say
     if "evaluations" in log[0]:
-        timing["evaluations"] = sum(e["evaluations"] for e in log) / sum(e["rows"] for e in log)
+        rows = sum(e["rows"] for e in log)
+        timing["evaluations"] = sum(e["evaluations"] for e in log) / rows
+        timing["searched"] = sum(e["searched"] for e in log) / rows
         timing["late"] = sum(e.get("late", 0) for e in log)
     return timing
 
