@@ -56,6 +56,15 @@ def test_the_mixture_is_what_was_asked_for(collected: Path) -> None:
             assert episode["steps"] == 100
 
 
+def test_a_task_has_its_share_of_the_mixture(tmp_path: Path) -> None:
+    mixture, shares = {"expert": 2, "random": 1}, {PUSH: 2.0, REACH: 0.5}
+    data = collect(tmp_path / "data", env_of(PUSH, REACH), mixture, shares=shares, first_start=7, progress=False)
+    assert data is not None
+    found = [(e["task"], e["behaviour"], e["start"]) for e in data.episodes]
+    push = [(PUSH, "expert", n) for n in range(7, 11)] + [(PUSH, "random", n) for n in (11, 12)]
+    assert sorted(found) == sorted([*push, (REACH, "expert", 7)])
+
+
 def test_labels_are_the_experts_and_count_where_they_should(collected: Path) -> None:
     expert = ExpertPolicy([PUSH, REACH])
     for episode, info in episodes_of(collected).values():
@@ -177,6 +186,10 @@ def test_held_out_starts_can_be_collected_but_not_trained_on(tmp_path: Path) -> 
         ({"mixture": {"expert": -1}}, "whole number"),
         ({"mixture": {"expert": 0}}, "no episodes"),
         ({"mixture": {"expert": 100_000_000}}, "the mixture's episodes whose sum is at most 100000"),
+        ({"shares": {PUSH: 2.0}}, f"unknown task of shares '{PUSH}'"),
+        ({"shares": {REACH: -1.0}}, "shares has -1.0 for 'metaworld/reach-v3'"),
+        ({"shares": {REACH: 0.3}}, "shares leave no episodes"),
+        ({"shares": {REACH: 1e6}}, "the mixture's episodes whose sum is at most 100000"),
         ({"mixture": {"policy": 1}}, "no policy was given"),
         ({"env": env_of("metaworld/puhs-v3")}, "did you mean 'metaworld/push-v3'"),
         ({"env": env_of(PUSH, PUSH)}, "named twice"),

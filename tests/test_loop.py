@@ -56,6 +56,25 @@ def test_a_later_round_trains_on_all_data_from_the_improved_policy():
     assert train.overrides[0].count("_data") == 5
 
 
+def test_a_task_that_fails_more_often_has_more_episodes_in_the_next_round(tmp_path):
+    given = settings(by_failures=True, episodes=10)
+    for acting, successes in (("policy", (10, 0, 4)), ("planner", (10, 0, 8))):
+        folder = tmp_path / f"round1_collect_{acting}"
+        folder.mkdir()
+        tasks = {f"metaworld/{t}": {"policy": {"episodes": 10, "successes": n, "steps": 1}}
+                 for t, n in zip(("reach-v3", "push-v3", "door-v3"), successes, strict=True)}  # fmt: skip
+        (folder / "results.json").write_text(json.dumps({"tasks": tasks}))
+    # Failures 0, 20 and 8 of 20 each: 1/22, 21/22 and 9/22, whose mean is 31/66.
+    expected = "shares={metaworld/door-v3:0.87,metaworld/push-v3:2.03,metaworld/reach-v3:0.10}"
+    collects = [stage for stage in stages(given, 2, tmp_path) if stage.command == "collect"]
+    assert all(expected in stage.overrides for stage in collects)
+    config = cli.compose("collect", [word for word in collects[0].overrides if not word.startswith("wam=")])
+    assert config.shares == {"metaworld/door-v3": 0.87, "metaworld/push-v3": 2.03, "metaworld/reach-v3": 0.10}
+    starts = [w for stage in collects for w in stage.overrides if w.startswith("first_start=")]
+    assert starts == ["first_start=110", "first_start=140"]  # room for thrice as many in every part of a round
+    assert all("shares" not in word for stage in stages(given, 1, tmp_path) for word in stage.overrides)
+
+
 def test_sizes_of_the_model_are_given_to_the_new_one_alone():
     given = settings(train=["steps=30", "wam.width=64"])
     trains = [next(s for s in stages(given, n, Path("run")) if s.command == "train") for n in (0, 1)]

@@ -10,6 +10,7 @@ collected.
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -60,14 +61,18 @@ class _Job:
 
 
 def plan_episodes(
-    tasks: Sequence[str], mixture: Mapping[str, int], *, first_start: int = 0
+    tasks: Sequence[str],
+    mixture: Mapping[str, int],
+    *,
+    shares: Mapping[str, float] | None = None,
+    first_start: int = 0,
 ) -> list[tuple[str, str, str, int, int]]:
     """(name, task, behaviour, number, start) of every episode; `start` numbers are distinct within a task."""
     jobs = []
     for task in tasks:
-        number = 0
+        number, share = 0, (shares or {}).get(task, 1.0)
         for behaviour, count in mixture.items():
-            for _ in range(count):
+            for _ in range(round(share * count)):
                 name = f"{task.split('/')[-1]}-{first_start + number:05d}"
                 jobs.append((name, task, behaviour, number, first_start + number))
                 number += 1
@@ -79,6 +84,7 @@ def collect(
     env: Mapping[str, Any],
     mixture: Mapping[str, int],
     *,
+    shares: Mapping[str, float] | None = None,
     split: str = "train",
     seed: int = 0,
     first_start: int = 0,
@@ -97,6 +103,7 @@ def collect(
         path: the dataset's directory. A directory with the same settings is continued.
         env: the environment's `_target_` and settings, `tasks` among them, as in configs/env.
         mixture: behaviour -> episodes per task; "policy" needs `policy`, all but "random" a scripted expert.
+        shares: task -> that many times the mixture's counts, rounded; 1 for tasks that are not named.
         split: the start states used.
         first_start: number of the first start state; a second round takes fresh ones.
         seed: of the noise. The noise of an episode depends on the seed, its task and its start only.
@@ -131,6 +138,12 @@ def collect(
         raise ValueError("the mixture has episodes of 'policy', but no policy was given")
     if sum(mixture.values()) == 0:
         raise ValueError("the mixture asks for no episodes; give at least one behaviour a count above 0")
+    shares = dict(shares or {})
+    for task, share in shares.items():
+        if task not in tasks:
+            raise unknown_name("task of shares", task, tasks)
+        if isinstance(share, bool) or not math.isfinite(share) or share < 0:
+            raise ValueError(f"shares has {share!r} for '{task}', but must have finite numbers of at least 0")
     if len({task.rpartition("/")[2] for task in tasks}) < len(tasks):
         raise ValueError(f"tasks are named twice, or alike behind the last slash: {', '.join(tasks)}")
     if not (len(noise) == 2 and 0.0 <= noise[0] <= noise[1]):
@@ -138,13 +151,17 @@ def collect(
     for setting, value, least in (("rows", rows, 1), ("first_start", first_start, 0), ("seed", seed, 0),
                                   ("steps_after_success", steps_after_success, 0)):  # fmt: skip
         whole_number(setting, value, least)
-    check_starts(first_start, sum(mixture.values()), ("first_start", "the mixture's episodes"), most=_MOST_STARTS)
+    most = max(sum(round(shares.get(task, 1.0) * n) for n in mixture.values()) for task in tasks)
+    if most == 0:
+        raise ValueError("shares leave no episodes of the mixture; give at least one task a larger one")
+    check_starts(first_start, most, ("first_start", "the mixture's episodes"), most=_MOST_STARTS)
+    episodes = plan_episodes(tasks, mixture, shares=shares, first_start=first_start)
 
     given = {key: value for key, value in env.items() if key not in ("_target_", "tasks")}
     settings = {**given, "snapshots": snapshots, "split": split}
-    episodes = plan_episodes(tasks, mixture, first_start=first_start)
     plan = {
-        "tasks": list(tasks), "mixture": dict(mixture), "seed": seed, "first_start": first_start,
+        "tasks": list(tasks), "mixture": dict(mixture), **({"shares": shares} if shares else {}),
+        "seed": seed, "first_start": first_start,
         "steps_after_success": steps_after_success, "policy": policy_name or None,
         "noise": [float(level) for level in noise],
         "label_behaviours": list(label_behaviours), **settings,
@@ -493,6 +510,7 @@ def main(config: DictConfig, run_dir: Path) -> dict[str, Any]:
             path,
             env,
             mixture,
+            shares=None if config.shares is None else plain(config.shares),
             split=config.split,
             seed=config.seed,
             first_start=config.first_start,

@@ -23,13 +23,17 @@ from wamrl.provenance import versions
 from wamrl.stages import Stage, run_stage
 
 _FREE = ("rounds", "budget", "run_dir")
+MOST_SHARE = 3.0
+"""The most times `episodes` that one task is given with `by_failures`."""
 
 
 def stages(settings: Mapping[str, Any], number: int, folder: Path) -> list[Stage]:
     """The stages of round `number` in order; all that they read stands in `folder` or in the settings."""
     env = (f"env={settings['environment']}", *settings["environment_overrides"])
     common = (f"seed={settings['seed']}", f"threads={settings['threads']}")
-    taken = settings["first_episodes"] + max(0, number - 1) * 2 * settings["episodes"]
+    shares = shares_of(settings, number, folder)
+    each = settings["episodes"] if not settings["by_failures"] else round(MOST_SHARE * settings["episodes"])
+    taken = settings["first_episodes"] + max(0, number - 1) * 2 * each
     first_start = settings["first_start"] + taken
     before = folder / f"round{number - 1}_posttrain"
     found = []
@@ -46,7 +50,7 @@ def stages(settings: Mapping[str, Any], number: int, folder: Path) -> list[Stage
         for part, acting in enumerate(("policy", "planner")):
             collect(
                 f"round{number}_collect_{acting}", "data=planner", f"data.mixture.policy={settings['episodes']}",
-                f"acting={acting}", f"wam={before}", f"first_start={first_start + part * settings['episodes']}",
+                f"acting={acting}", f"wam={before}", f"first_start={first_start + part * each}", *shares,
             )  # fmt: skip
     data = ",".join(str(path) for path in data_of(folder, number))
     start = settings["checkpoint"] if number == 0 else str(before)
@@ -94,6 +98,28 @@ def stages(settings: Mapping[str, Any], number: int, folder: Path) -> list[Stage
         )  # fmt: skip
     )
     return found
+
+
+def shares_of(settings: Mapping[str, Any], number: int, folder: Path) -> tuple[str, ...]:
+    """With `by_failures`, each task's share of a round's episodes: as its failures in what the round before collected.
+
+    Of f failures in n episodes, (f + 1) / (n + 2) counts, relative to the mean over tasks, at most `MOST_SHARE`. All
+    have the same in round 1, before which nobody but experts has acted.
+    """
+    if not settings["by_failures"] or number < 2:
+        return ()
+    counts: dict[str, list[int]] = {}
+    for acting in ("policy", "planner"):
+        results = json.loads((folder / f"round{number - 1}_collect_{acting}" / "results.json").read_text())
+        for task, behaviours in results["tasks"].items():
+            count = counts.setdefault(task, [0, 0])
+            for group in behaviours.values():
+                count[0] += group["episodes"] - group["successes"]
+                count[1] += group["episodes"]
+    failed = {task: (failures + 1) / (episodes + 2) for task, (failures, episodes) in counts.items()}
+    mean = sum(failed.values()) / len(failed)
+    shares = (f"{task}:{min(MOST_SHARE, rate / mean):.2f}" for task, rate in sorted(failed.items()))
+    return ("shares={" + ",".join(shares) + "}",)
 
 
 def data_of(folder: Path, number: int) -> list[Path]:
