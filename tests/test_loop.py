@@ -75,6 +75,26 @@ def test_a_task_that_fails_more_often_has_more_episodes_in_the_next_round(tmp_pa
     assert all("shares" not in word for stage in stages(given, 1, tmp_path) for word in stage.overrides)
 
 
+def test_a_loop_starts_from_given_data_and_a_given_model():
+    given = settings(dataset="own/data", checkpoint="own/weak", learner=None, anew=True, collect_by=["planner"])
+    rounds = [[(s.command, s.overrides) for s in stages(given, n, Path("run"))] for n in range(3)]
+    assert [[command for command, _ in one] for one in rounds] == [["plan"], *2 * [["collect", "train", "plan"]]]
+    assert "wam=own/weak" in rounds[0][0][1] and "wam=own/weak" in rounds[1][0][1]
+    (_, collect), (_, train), (_, plan) = rounds[2]
+    assert "wam=run/round1_train" in collect and "wam=run/round2_train" in plan
+    data = "own/data,run/round1_collect_planner_data,run/round2_collect_planner_data"
+    assert train[:2] == (f"data=[{data}]", "wam=reference")
+    going_on = next(s for s in stages({**given, "anew": False}, 1, Path("run")) if s.command == "train")
+    assert going_on.overrides[:2] == (rounds[1][1][1][0], "wam=own/weak")
+
+
+def test_a_loop_that_nobody_collects_for_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        loop.main(["collect_by=[expert]", "run_dir=run"])
+    assert "must name policy, planner or both" in capsys.readouterr().err
+
+
 def test_sizes_of_the_model_are_given_to_the_new_one_alone():
     given = settings(train=["steps=30", "wam.width=64"])
     trains = [next(s for s in stages(given, n, Path("run")) if s.command == "train") for n in (0, 1)]

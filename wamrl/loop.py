@@ -1,9 +1,9 @@
 """The closed loop between imagination and a simulator: python -m wamrl.loop environment=metaworld/push-v3.
 
-Round 0 collects the first data; every round trains the WAM on all data so far, improves its policy in imagination, and
-measures policy and planner in the simulator; the next round collects with both. Every stage is one of the commands
-that users run, in a directory of its own, and leaves <stage>.done; the same command with the same run_dir goes on with
-the first stage that is not done, which itself goes on where it stopped.
+Round 0 collects the first data, unless some is given; every round trains the WAM on all data so far, improves its
+policy in imagination, and measures policy and planner in the simulator; the next round collects with both. Every stage
+is one of the commands that users run, in a directory of its own, and leaves <stage>.done; the same command with the
+same run_dir goes on with the first stage that is not done, which itself goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ def stages(settings: Mapping[str, Any], number: int, folder: Path) -> list[Stage
     common = (f"seed={settings['seed']}", f"threads={settings['threads']}")
     shares = shares_of(settings, number, folder)
     each = settings["episodes"] if not settings["by_failures"] else round(MOST_SHARE * settings["episodes"])
-    taken = settings["first_episodes"] + max(0, number - 1) * 2 * each
+    taken = settings["first_episodes"] + max(0, number - 1) * len(settings["collect_by"]) * each
     first_start = settings["first_start"] + taken
-    before = folder / f"round{number - 1}_posttrain"
     found = []
 
     def collect(name: str, *overrides: str) -> None:
@@ -44,48 +43,51 @@ def stages(settings: Mapping[str, Any], number: int, folder: Path) -> list[Stage
         own = ("snapshots=false", *overrides, *extra, f"path={data}")
         found.append(Stage(name, "collect", (*env, *common, *own)))
 
-    if number == 0:
-        collect("round0_collect", f"data={settings['mixture']}", f"first_start={settings['first_start']}")
-    else:
-        for part, acting in enumerate(("policy", "planner")):
+    if number > 0:
+        for part, acting in enumerate(settings["collect_by"]):
             collect(
                 f"round{number}_collect_{acting}", "data=planner", f"data.mixture.policy={settings['episodes']}",
-                f"acting={acting}", f"wam={before}", f"first_start={first_start + part * each}", *shares,
+                f"acting={acting}", f"wam={model_of(settings, number - 1, folder)}",
+                f"first_start={first_start + part * each}", *shares,
             )  # fmt: skip
-    data = ",".join(str(path) for path in data_of(folder, number))
-    start = settings["checkpoint"] if number == 0 else str(before)
-    wam = f"wam={start or 'reference'}"
-    # A checkpoint brings its own sizes: what stands of wam in the settings is for the model made in round 0.
-    own = [word for word in settings["train"] if start is None or not word.lstrip("+").startswith("wam.")]
-    found.append(Stage(f"round{number}_train", "train", (f"data=[{data}]", wam, *common, *own)))
-    model = folder / f"round{number}_train"
+    elif settings["dataset"] is None:
+        collect("round0_collect", f"data={settings['mixture']}", f"first_start={settings['first_start']}")
+    data = ",".join(str(path) for path in data_of(settings, number, folder))
+    if not _given(settings, number):
+        start = settings["checkpoint"] if number == 0 else model_of(settings, number - 1, folder)
+        start = None if settings["anew"] else start
+        # A checkpoint brings its own sizes: what stands of wam in the settings is for a new model.
+        own = [word for word in settings["train"] if start is None or not word.lstrip("+").startswith("wam.")]
+        wam = f"wam={start or 'reference'}"
+        found.append(Stage(f"round{number}_train", "train", (f"data=[{data}]", wam, *common, *own)))
     simulator = (
         f"env@simulator={settings['environment']}",
         *(_at_simulator(w) for w in settings["environment_overrides"]),
     )
-    found.append(
-        Stage(
-            f"round{number}_posttrain",
-            "posttrain",
-            (
-                f"agent={settings['learner']}",
-                "env=imagined",
-                *simulator,
-                f"wam={model}",
-                f"data=[{data}]",
-                f"episodes={settings['evaluation_episodes']}",
-                *common,
-                *settings["posttrain"],
-            ),
-        )  # fmt: skip
-    )
+    if settings["learner"] is not None:
+        found.append(
+            Stage(
+                f"round{number}_posttrain",
+                "posttrain",
+                (
+                    f"agent={settings['learner']}",
+                    "env=imagined",
+                    *simulator,
+                    f"wam={_trained(settings, number, folder)}",
+                    f"data=[{data}]",
+                    f"episodes={settings['evaluation_episodes']}",
+                    *common,
+                    *settings["posttrain"],
+                ),
+            )  # fmt: skip
+        )
     found.append(
         Stage(
             f"round{number}_plan",
             "plan",
             (
                 *env,
-                f"wam={folder / f'round{number}_posttrain'}",
+                f"wam={model_of(settings, number, folder)}",
                 "split=dev",
                 "methods=[planner,policy]",
                 "workers=1",
@@ -100,6 +102,23 @@ def stages(settings: Mapping[str, Any], number: int, folder: Path) -> list[Stage
     return found
 
 
+def _given(settings: Mapping[str, Any], number: int) -> bool:
+    """Whether the model of round `number` is the checkpoint that the loop starts from, with nothing new to learn."""
+    return number == 0 and settings["dataset"] is not None and settings["checkpoint"] is not None
+
+
+def _trained(settings: Mapping[str, Any], number: int, folder: Path) -> str:
+    """The model of round `number` before its policy is improved in imagination."""
+    return str(settings["checkpoint"] if _given(settings, number) else folder / f"round{number}_train")
+
+
+def model_of(settings: Mapping[str, Any], number: int, folder: Path) -> str:
+    """The model that round `number` ends with: a run directory, or the checkpoint that the loop starts from."""
+    if settings["learner"] is not None:
+        return str(folder / f"round{number}_posttrain")
+    return _trained(settings, number, folder)
+
+
 def shares_of(settings: Mapping[str, Any], number: int, folder: Path) -> tuple[str, ...]:
     """With `by_failures`, each task's share of a round's episodes: as its failures in what the round before collected.
 
@@ -109,7 +128,7 @@ def shares_of(settings: Mapping[str, Any], number: int, folder: Path) -> tuple[s
     if not settings["by_failures"] or number < 2:
         return ()
     counts: dict[str, list[int]] = {}
-    for acting in ("policy", "planner"):
+    for acting in settings["collect_by"]:
         results = json.loads((folder / f"round{number - 1}_collect_{acting}" / "results.json").read_text())
         for task, behaviours in results["tasks"].items():
             count = counts.setdefault(task, [0, 0])
@@ -122,11 +141,11 @@ def shares_of(settings: Mapping[str, Any], number: int, folder: Path) -> tuple[s
     return ("shares={" + ",".join(shares) + "}",)
 
 
-def data_of(folder: Path, number: int) -> list[Path]:
+def data_of(settings: Mapping[str, Any], number: int, folder: Path) -> list[Path]:
     """The datasets that round `number` trains on, its own included."""
-    found = [folder / "round0_collect_data"]
+    found = [folder / "round0_collect_data" if settings["dataset"] is None else Path(settings["dataset"])]
     for earlier in range(1, number + 1):
-        found += [folder / f"round{earlier}_collect_{acting}_data" for acting in ("policy", "planner")]
+        found += [folder / f"round{earlier}_collect_{acting}_data" for acting in settings["collect_by"]]
     return found
 
 
@@ -143,18 +162,18 @@ def run_round(settings: Mapping[str, Any], number: int, folder: Path, steps_befo
         found[stage.command] = results = run_stage(stage, folder)
         if stage.command == "collect":
             collected += int(results["steps"])
-    after, plan = found["posttrain"], found["plan"]["summary"]
+    plan, after = found["plan"]["summary"], found.get("posttrain", {})
     return {
         "round": number,
         "collected_steps": collected,
-        "real_steps": steps_before + collected + int(after["real_steps"]),
-        "before": after["before"].get("real"),
-        "after": after["after"].get("real"),
+        "real_steps": steps_before + collected + int(after.get("real_steps", 0)),
+        "before": after["before"].get("real") if after else None,
+        "after": after["after"].get("real") if after else plan["policy"]["mean"],
         "planner": plan["planner"]["mean"],
         "real_gain": after.get("gain"),
         "imagined_gain": after.get("imagined_gain"),
         "imagined_gain_minus_real_gain": after.get("imagined_gain_minus_real_gain"),
-        "world": after["world"],
+        "world": after.get("world"),
     }
 
 
@@ -179,6 +198,8 @@ def main(config: DictConfig, run_dir: Path) -> None:
             "learner=sb3 trains networks of its own and leaves the World Action Model as it was, so that no round "
             "could build on it; choose another one, such as learner=distil, latent or ppo"
         )
+    if not settings["collect_by"] or set(settings["collect_by"]) - {"policy", "planner"}:
+        raise ValueError(f"collect_by is {settings['collect_by']!r}, but must name policy, planner or both")
     kept = {name: value for name, value in settings.items() if name not in _FREE}
     record = run_dir / "loop.json"
     if record.exists() and json.loads(record.read_text(encoding="utf-8")) != kept:
@@ -235,10 +256,14 @@ def _cells(one: Mapping[str, Any]) -> list[str]:
 
     gain = one["real_gain"]["difference"] if one["real_gain"] else None
     world = one["world"]
-    error = "-" if world["growth"] is None else f"{world['error_before']:.3f} -> {world['error_after']:.3f}"
+    error = (
+        "-"
+        if world is None or world["growth"] is None
+        else f"{world['error_before']:.3f} -> {world['error_after']:.3f}"
+    )
     return [str(one["round"]), f"{one['real_steps']:,}", rate(one["before"]), rate(one["after"]), rate(one["planner"]),
             signed(one["imagined_gain"]), signed(gain), signed(one["imagined_gain_minus_real_gain"]),
-            error + (" DECAYED" if world["decayed"] else "")]  # fmt: skip
+            error + (" DECAYED" if world and world["decayed"] else "")]  # fmt: skip
 
 
 def _lines(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
