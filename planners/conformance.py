@@ -27,7 +27,7 @@ from torch import Tensor
 
 from wamrl.interfaces import Budget, Imagined, Plan, Planner, PlanState
 from wamrl.noise import NoiseKey
-from wamrl.planners.toys import BrokenWAM, MortalWAM, ToyWAM, linear_quadratic, maze, quadratic, riccati
+from wamrl.planners.toys import BrokenWAM, MortalWAM, NoisyWAM, ToyWAM, linear_quadratic, maze, quadratic, riccati
 
 TARGET = torch.tensor([0.3, -0.6])
 
@@ -357,20 +357,31 @@ def the_same_key_gives_the_same_plan(subject: Subject) -> None:
 
 
 def batched_equals_looped(subject: Subject) -> None:
-    """Control steps of five episodes at once and one by one, warm starts included."""
-    model, _ = linear_system()
+    """Control steps of five episodes at once and one by one, warm starts included; also where the model draws."""
     z = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)) * 0.5
     noise = NoiseKey(row=torch.tensor([4, 9, 2, 7, 11]), step=torch.tensor([0, 3, 8, 1, 0]))
-    steps = 6 if subject.whole_chunks else 3
-    together, _ = execute(subject.make(4), model, z, steps, whole_chunks=subject.whole_chunks, noise=noise)
-    for i in range(5):
-        row = torch.tensor([i])
-        alone, _ = execute(subject.make(4), model, z[row], steps, whole_chunks=subject.whole_chunks, noise=noise[row])
-        torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=0.0)
+    steps, whole = 6 if subject.whole_chunks else 3, subject.whole_chunks
+    for model in (linear_system()[0], NoisyWAM()):
+        together, _ = execute(subject.make(4), model, z, steps, whole_chunks=whole, noise=noise)
+        for i in range(5):
+            row = torch.tensor([i])
+            alone, _ = execute(subject.make(4), model, z[row], steps, whole_chunks=whole, noise=noise[row])
+            torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=0.0)
 
 
 def rows_do_not_influence_each_other(subject: Subject) -> None:
-    """A row in which half of the futures are NaN leaves its neighbours' plans as they are, to the last bit."""
+    """A row in which half of the futures are NaN leaves its neighbours' plans as they are, to the last bit.
+
+    And in a model that draws, rows in another order get their plans in that order.
+    """
+    planner, noisy = subject.make(2), NoisyWAM()
+    z = torch.tensor([[0.1, -0.2], [0.3, 0.0], [-0.2, 0.1], [0.0, 0.2], [0.2, 0.2], [-0.3, 0.1]])
+    noise, order = NoiseKey.for_rows(6), torch.tensor([2, 5, 0, 1, 4, 3])
+    plans = [
+        planner.plan(noisy, noisy.state(z[rows]), planner.initial_state(noisy, 6), noise[rows], Budget())[0]
+        for rows in (torch.arange(6), order)
+    ]
+    torch.testing.assert_close(plans[1].actions, plans[0].actions[order], atol=1e-5, rtol=0.0)
     ours, _ = plan_once(subject.make(2), quadratic(TARGET), torch.zeros(3, 1))
     broken = BrokenWAM(TARGET, lambda z, a: (z[..., 0] > 0) & (a[..., 0] > 0), math.nan)
     theirs, _ = plan_once(subject.make(2), broken, torch.tensor([[0.0], [1.0], [0.0]]))

@@ -1,9 +1,10 @@
 """Whether a row is worth searching. Rows that are not use the policy's own chunk.
 
 A gate may remember something from plan to plan: it then has `initial_state(model, rows, horizon)`, its fresh memory, a
-TensorDict [B], and `remember(model, state, plan_state, plan)`, the memory after a plan, both of which a planner keeps
-in the plan state's entry `gate`. What a gate asks of the model counts against the budget: `candidates` chunks of the
-policy, and with `foresees` the chosen chunk once more.
+TensorDict [B], and `remember(model, state, plan_state, plan, noise)`, the memory after a plan, both of which a planner
+keeps in the plan state's entry `gate`. What a gate asks of the model counts against the budget: `candidates` chunks of
+the policy, and with `foresees` the chosen chunk once more. It asks with `noise`, its own keys [B] of the plan, so that
+what a model draws for a row does not depend on the row's place in the batch.
 
 Shapes: B rows, M sampled futures, H steps, D latent dims.
 """
@@ -19,7 +20,11 @@ from torch import Tensor
 
 from wamrl.interfaces import WAM, Context, Gate, Imagined, Plan, PlanState, Spec, State
 from wamrl.naming import whole_number
+from wamrl.noise import NoiseKey
 from wamrl.planners.scorers import ReturnScorer
+
+ASKING, REMEMBERING, SKIPPING = 5, 6, 7
+"""Folds of a plan's key for the gate, its memory, and the chunk of skipped rows. Searches, controllers: 0 to 4."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Always:
     needs = frozenset[str]()
     candidates = 0
 
-    def __call__(self, model: WAM, state: State, plan_state: PlanState) -> Tensor:
+    def __call__(self, model: WAM, state: State, plan_state: PlanState, noise: NoiseKey) -> Tensor:
         """[B] all True."""
         return torch.ones(state.batch_size[0], dtype=torch.bool, device=plan_state["warm"].device)
 
@@ -52,9 +57,9 @@ class Uncertainty:
         if not math.isfinite(self.threshold) or self.threshold < 0:
             raise ValueError(f"gate threshold is {self.threshold}, but must be a finite number of at least 0")
 
-    def __call__(self, model: WAM, state: State, plan_state: PlanState) -> Tensor:
+    def __call__(self, model: WAM, state: State, plan_state: PlanState, noise: NoiseKey) -> Tensor:
         """[B] True where the mean disagreement is above the threshold, or is not a number."""
-        imagined = own_chunk(model, state)
+        imagined = own_chunk(model, state, noise)
         if imagined.uncertainty is None:
             raise ValueError("the uncertainty gate needs Imagined.uncertainty, but this model left it out")
         return ~(imagined.uncertainty.mean(dim=(1, 2, 3)) <= self.threshold)
@@ -84,9 +89,9 @@ class CriticalPhase:
         """`needs`, and what the `success_bonus` of a model of this `spec` asks for."""
         return self.needs | ReturnScorer().needs_of(spec)
 
-    def __call__(self, model: WAM, state: State, plan_state: PlanState) -> Tensor:
+    def __call__(self, model: WAM, state: State, plan_state: PlanState, noise: NoiseKey) -> Tensor:
         """[B] True where the shortfall is above the threshold, or is not a number."""
-        reward, discount, value = ReturnScorer().edge(model, own_chunk(model, state))
+        reward, discount, value = ReturnScorer().edge(model, own_chunk(model, state, noise))
         shortfall = model.value(state).mean(dim=-1) - (reward + discount * value)[:, 0]
         return ~(shortfall <= self.threshold)
 
@@ -107,7 +112,7 @@ class Periodic:
         """Refuse a period that is none."""
         whole_number("gate.every", self.every, 1)
 
-    def __call__(self, model: WAM, state: State, plan_state: PlanState) -> Tensor:
+    def __call__(self, model: WAM, state: State, plan_state: PlanState, noise: NoiseKey) -> Tensor:
         """[B] True in every `every`-th plan of a row."""
         return (plan_state["plans"] % self.every == 0) | ~plan_state["warm"]
 
@@ -143,16 +148,16 @@ class Verifier:
         z = state[self.latent]
         return TensorDict({"foreseen": z.new_zeros(rows, horizon, z.shape[-1])}, batch_size=[rows])
 
-    def __call__(self, model: WAM, state: State, plan_state: PlanState) -> Tensor:
+    def __call__(self, model: WAM, state: State, plan_state: PlanState, noise: NoiseKey) -> Tensor:
         """[B] True where the difference is above the threshold, or is not a number, and in fresh rows."""
         foreseen = plan_state["gate", "foreseen"]
         step = (plan_state["shift"] - 1).clamp(0, foreseen.shape[1] - 1)
         then = foreseen[torch.arange(step.shape[0], device=step.device), step]
         return ~(surprise(state[self.latent], then) <= self.threshold) | ~plan_state["warm"]
 
-    def remember(self, model: WAM, state: State, plan_state: PlanState, plan: Plan) -> TensorDict:
+    def remember(self, model: WAM, state: State, plan_state: PlanState, plan: Plan, noise: NoiseKey) -> TensorDict:
         """The frames that `plan` leads to, their mean over the futures."""
-        imagined = model.imagine(state, plan.actions[:, None], with_frames=True)
+        imagined = model.imagine(state, plan.actions[:, None], noise=noise, with_frames=True)
         assert imagined.frames is not None
         return TensorDict({"foreseen": imagined.frames[:, 0].mean(dim=1)}, batch_size=state.batch_size)
 
@@ -198,7 +203,7 @@ class BudgetGate:
                 "would take place; allow more, or make the search smaller"
             )
 
-    def __call__(self, model: WAM, state: State, plan_state: PlanState) -> Tensor:
+    def __call__(self, model: WAM, state: State, plan_state: PlanState, noise: NoiseKey) -> Tensor:
         """[B] True where the search still fits; ValueError where not even the first of an episode would."""
         cost, (spent, steps) = plan_state["search_cost"], self._past(plan_state)
         if self.per_second is not None:
@@ -207,7 +212,7 @@ class BudgetGate:
         self.check_cost(int(cost.max()))
         return spent + cost <= self.per_episode
 
-    def remember(self, model: WAM, state: State, plan_state: PlanState, plan: Plan) -> TensorDict:
+    def remember(self, model: WAM, state: State, plan_state: PlanState, plan: Plan, noise: NoiseKey) -> TensorDict:
         """What is spent with `plan`."""
         spent, steps = self._past(plan_state)
         spent = spent + plan.evaluations * plan.searched
@@ -225,19 +230,23 @@ def fresh_memory(gate: Gate, model: WAM, rows: int, horizon: int) -> dict[str, T
     return {"gate": gate.initial_state(model, rows, horizon)} if hasattr(gate, "initial_state") else {}
 
 
-def memory_after(gate: Gate, model: WAM, state: State, plan_state: PlanState, plan: Plan) -> dict[str, TensorDict]:
-    """The plan state's entry `gate` after `plan`; nothing for a gate that does not remember."""
-    return {"gate": gate.remember(model, state, plan_state, plan)} if hasattr(gate, "remember") else {}
+def memory_after(
+    gate: Gate, model: WAM, state: State, plan_state: PlanState, plan: Plan, noise: NoiseKey
+) -> dict[str, TensorDict]:
+    """The plan state's entry `gate` after `plan`; nothing for a gate that does not remember. noise: the plan's."""
+    if not hasattr(gate, "remember"):
+        return {}
+    return {"gate": gate.remember(model, state, plan_state, plan, noise.fold(REMEMBERING))}
 
 
-def ask(gate: Gate, model: WAM, state: State, plan_state: PlanState, cost: int) -> Tensor:
-    """[B] whether to search; cost: the most evaluations that the search of a row may take.
+def ask(gate: Gate, model: WAM, state: State, plan_state: PlanState, noise: NoiseKey, cost: int) -> Tensor:
+    """[B] whether to search; noise: the plan's; cost: the most evaluations that the search of a row may take.
 
     The gate finds it in the entry `search_cost` [B], with what an outer planner has put there for its own part.
     """
     plan_state = plan_state.copy()
     plan_state["search_cost"] = plan_state.get("search_cost", torch.zeros_like(plan_state["shift"])) + cost
-    return gate(model, state, plan_state)
+    return gate(model, state, plan_state, noise.fold(ASKING))
 
 
 def check_search_cost(gate: Gate, cost: int) -> None:
@@ -270,7 +279,9 @@ def surprise(seen: Tensor, foreseen: Tensor) -> Tensor:
     return (seen - foreseen).square().mean(dim=-1).sqrt()
 
 
-def own_chunk(model: WAM, state: State) -> Imagined:
+def own_chunk(model: WAM, state: State, noise: NoiseKey) -> Imagined:
     """The futures of the policy's own chunk, N = 1."""
-    proposal = model.propose(state, 1, mode="ode")
-    return model.imagine(state, proposal.actions) if proposal.imagined is None else proposal.imagined
+    proposal = model.propose(state, 1, mode="ode", noise=noise.fold(0))
+    if proposal.imagined is not None:
+        return proposal.imagined
+    return model.imagine(state, proposal.actions, noise=noise.fold(1))

@@ -118,7 +118,7 @@ class GradientPlanner:
         evaluations += foreseen
         plan = dataclasses.replace(plan, actions=actions, value=values, evaluations=evaluations, seconds=seconds)
         # The gate's memory is of the climbed plan, not of the one that the search began with.
-        for name, memory in memory_after(self.start.gate, model, state, plan_state, plan).items():
+        for name, memory in memory_after(self.start.gate, model, state, plan_state, plan, noise).items():
             next_state[name] = memory
         return plan, next_state
 

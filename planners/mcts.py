@@ -211,9 +211,9 @@ class MCTSPlanner:
             searched = torch.ones(rows, dtype=torch.bool, device=device)
         else:
             cost = simulations * model.spec.ensemble_size * self.chunk
-            searched = ask(self.gate, cast(WAM, clock), state, plan_state, cost)
+            searched = ask(self.gate, cast(WAM, clock), state, plan_state, noise, cost)
         at = searched.nonzero()[:, 0]
-        plan, kept = self._outside(cast(WAM, clock), state, searched, gated), plan_state.copy()
+        plan, kept = self._outside(cast(WAM, clock), state, noise, searched, gated), plan_state.copy()
         if at.numel():
             taken = padded(at) if self.compile else at
             everyone = taken.numel() == at.numel() == rows
@@ -231,7 +231,7 @@ class MCTSPlanner:
         kept["plans"] = count_plans(plan_state)
         kept["shift"] = torch.ones(rows, dtype=torch.int64, device=device)
         plan = dataclasses.replace(plan, searched=searched)
-        for name, memory in memory_after(self.gate, cast(WAM, clock), state, plan_state, plan).items():
+        for name, memory in memory_after(self.gate, cast(WAM, clock), state, plan_state, plan, noise).items():
             kept[name] = memory
         seconds = {"imagine": clock.seconds, "search": time.perf_counter() - started - clock.seconds}
         return dataclasses.replace(plan, seconds=seconds), kept
@@ -258,7 +258,7 @@ class MCTSPlanner:
             return model.spec.action_dim
         return min(self.num_candidates, self.simulations)
 
-    def _outside(self, model: WAM, state: State, searched: Tensor, gated: int) -> Plan:
+    def _outside(self, model: WAM, state: State, noise: NoiseKey, searched: Tensor, gated: int) -> Plan:
         """The plan of rows that the gate keeps from the search: the policy's own chunk, and a value of NaN."""
         rows, slots = searched.shape[0], self._slots(model)
         device = searched.device
@@ -266,7 +266,7 @@ class MCTSPlanner:
         evaluations = torch.zeros(rows, dtype=torch.int64, device=device)
         skipped = (~searched).nonzero()[:, 0]
         if skipped.numel():
-            chunk[skipped], spent, broken = policy_chunk(model, state[skipped], self.chunk)
+            chunk[skipped], spent, broken = policy_chunk(model, state[skipped], self.chunk, noise[skipped])
             evaluations[skipped] = spent + gated
             if broken.any():
                 report_failure(broken, 1, self.on_failure)

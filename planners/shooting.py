@@ -24,7 +24,16 @@ from wamrl.interfaces import WAM, Budget, Gate, Imagined, Plan, PlanState, Propo
 from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.deadlines import KEPT_BACK, Pace, check_deadline, in_blocks
-from wamrl.planners.gates import Always, ask, check_search_cost, device_of, fresh_memory, gate_cost, memory_after
+from wamrl.planners.gates import (
+    SKIPPING,
+    Always,
+    ask,
+    check_search_cost,
+    device_of,
+    fresh_memory,
+    gate_cost,
+    memory_after,
+)
 from wamrl.planners.proposers import check_part, coloured_noise, match_sigma
 from wamrl.planners.running import ModelClock, compiled, padded, require_compiler, run_compiled
 from wamrl.planners.scorers import asked_of, permutation
@@ -194,7 +203,7 @@ class ShootingPlanner:
             searched = torch.ones(rows, dtype=torch.bool, device=noise.row.device)
             found = self._search(clock, state, plan_state, noise, limits)
         else:
-            searched = ask(self.gate, cast(WAM, clock), state, plan_state, self._cost(model, num, iterations))
+            searched = ask(self.gate, cast(WAM, clock), state, plan_state, noise, self._cost(model, num, iterations))
             found = self._search_some(clock, state, plan_state, noise, limits, searched)
             found.evaluations += gated
         carried: dict[str, Tensor | TensorDict] = {
@@ -214,7 +223,7 @@ class ShootingPlanner:
             evaluations=found.evaluations,
             searched=searched,
         )
-        carried |= memory_after(self.gate, cast(WAM, clock), state, plan_state, plan)
+        carried |= memory_after(self.gate, cast(WAM, clock), state, plan_state, plan, noise)
         seconds = {"imagine": clock.seconds, "search": time.perf_counter() - started - clock.seconds}
         return replace(plan, seconds=seconds), TensorDict(carried, batch_size=[searched.shape[0]])
 
@@ -415,7 +424,7 @@ class ShootingPlanner:
             parts.append((chosen, self._search(clock, state[chosen], plan_state[chosen], noise[chosen], limits)))
         skipped = (~searched).nonzero()[:, 0]
         if skipped.numel():
-            chunk, spent, broken = policy_chunk(cast(WAM, clock), state[skipped], self.horizon)
+            chunk, spent, broken = policy_chunk(cast(WAM, clock), state[skipped], self.horizon, noise[skipped])
             if broken.any():
                 report_failure(broken, 1, self.on_failure)
             ones = torch.ones(skipped.numel(), device=searched.device)
@@ -524,14 +533,14 @@ class _Found:
     evaluations: Tensor
 
 
-def policy_chunk(model: WAM, state: State, horizon: int) -> tuple[Tensor, int, Tensor]:
+def policy_chunk(model: WAM, state: State, horizon: int, noise: NoiseKey) -> tuple[Tensor, int, Tensor]:
     """The policy's own chunk [R, H, A], the evaluations per row that it took, and the rows [R] where it is not finite.
 
-    Those rows' chunks are zeros.
+    Those rows' chunks are zeros. noise: the keys [R] of the plan.
     """
     device = next(iter(state.values(True, True))).device
     calm = torch.zeros(state.batch_size[0], 1, horizon, model.spec.action_dim, device=device)
-    proposal = model.propose(state, 1, mode="ode", perturbation=calm)
+    proposal = model.propose(state, 1, mode="ode", noise=noise.fold(SKIPPING), perturbation=calm)
     chunk = proposal.actions[:, 0]
     broken = ~chunk.isfinite().all(dim=-1).all(dim=-1)
     chunk = chunk.nan_to_num().clamp_(-1.0, 1.0).masked_fill(broken[:, None, None], 0.0)

@@ -7,6 +7,7 @@ All are real subclasses of `wamrl.interfaces.WAM`: exact dynamics instead of lea
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from tensordict import TensorDict
@@ -265,6 +266,70 @@ class UncertainWAM(ToyWAM):
     def uncertainty(self, frames: Tensor) -> Tensor:
         """The first latent entry's size."""
         return frames[..., 0].abs()
+
+
+class NoisyWAM(ToyWAM):
+    """A point that the policy brings to 0, in a model that draws: chunks, latents, rewards and uncertainty are random.
+
+    They are drawn from `noise`, and without one from the key of rows 0 to R - 1, as in flow models: what a row gets
+    then depends on its place in the batch. Nothing is imagined while proposing. luck: standard deviation per step. What
+    really happens, `transition` and `reward_of`, is exact.
+    """
+
+    def __init__(self, luck: float = 0.1, **options: object) -> None:
+        super().__init__(
+            lambda z, a: z + 0.2 * a,
+            lambda z, a, new: -new.square().sum(dim=-1),
+            lambda z: -3.0 * z.square().sum(dim=-1),
+            state_dim=2,
+            action_dim=2,
+            gain=-torch.eye(2),
+            **options,  # type: ignore[arg-type]
+        )
+        self.luck = luck
+
+    def imagine(
+        self,
+        state: State,
+        actions: Tensor | None,
+        *,
+        futures: int | None = None,
+        noise: NoiseKey | None = None,
+        with_frames: bool = False,
+    ) -> Imagined:
+        """Futures of `actions` [R, N, H, A] with a gust on each latent, and luck on each reward, of every candidate."""
+        exact = super().imagine(state, actions)
+        assert exact.frames is not None and exact.reward is not None
+        key = NoiseKey.for_rows(state.batch_size[0]) if noise is None else noise
+        gusts_RNMHD = self.luck * key.fold(0).normal(*exact.frames.shape[1:])
+        frames = exact.frames + gusts_RNMHD.cumsum(dim=3)
+        return replace(
+            exact,
+            frames=frames,
+            leaf=TensorDict({"z": frames[..., -1, :]}, batch_size=frames.shape[:3]),
+            reward=exact.reward + self.luck * key.fold(1).normal(*exact.reward.shape[1:]),
+            uncertainty=gusts_RNMHD.norm(dim=-1).mean(dim=2, keepdim=True).expand_as(exact.reward),
+        )
+
+    def propose(
+        self,
+        state: State,
+        num: int,
+        *,
+        mode: str = "sde",
+        future: State | None = None,
+        noise: NoiseKey | None = None,
+        perturbation: Tensor | None = None,
+        horizon: int | None = None,
+        behaviour: int = 0,
+    ) -> Proposal:
+        """The policy's chunks, drawn in either mode."""
+        steps = (horizon or self.spec.chunk_length) if perturbation is None else perturbation.shape[2]
+        key = NoiseKey.for_rows(state.batch_size[0]) if noise is None else noise
+        drawn = self.luck * key.fold(2).normal(num, steps, self.spec.action_dim)
+        perturbation = drawn if perturbation is None else perturbation + drawn
+        proposal = super().propose(state, num, mode=mode, noise=noise, perturbation=perturbation, behaviour=behaviour)
+        return replace(proposal, imagined=None)
 
 
 class MortalWAM(ToyWAM):

@@ -11,8 +11,27 @@ from hydra.utils import instantiate
 
 from wamrl import cli
 from wamrl.interfaces import WAM, Budget, Imagined, Proposal
-from wamrl.planners import NoiseProposer, ReturnScorer, make_best_of_n, make_cem, make_gradient, make_mcts, make_mppi
-from wamrl.planners.conformance import CHECKS, Subject, execute, linear_system
+from wamrl.planners import (
+    CriticalPhase,
+    NoiseProposer,
+    ReturnScorer,
+    Uncertainty,
+    Verifier,
+    make_best_of_n,
+    make_cem,
+    make_gradient,
+    make_mcts,
+    make_mppi,
+)
+from wamrl.planners.conformance import (
+    CHECKS,
+    Subject,
+    batched_equals_looped,
+    execute,
+    linear_system,
+    rows_do_not_influence_each_other,
+)
+from wamrl.planners.toys import NoisyWAM
 from wamrl.planners.tree import Tree
 
 WIDE = {"num_candidates": 256, "sigma": 0.6}
@@ -136,6 +155,40 @@ SUBJECTS = {
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_every_planner_conforms(name: str, check) -> None:
     check(SUBJECTS[name])
+
+
+# What a gate asks of a model that draws is drawn with the rows' own keys. Thresholds let about half of them through.
+GATES = {"uncertainty": Uncertainty(0.12), "critical_phase": CriticalPhase(-0.1), "verifier": Verifier(0.08)}
+GATED = {
+    "cem": lambda gate: lambda horizon: cem(horizon, gate=gate),
+    "mcts": lambda gate: lambda horizon: mcts(horizon, gate=gate),
+}
+
+
+@pytest.mark.parametrize("check", [batched_equals_looped, rows_do_not_influence_each_other])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("planner", GATED)
+def test_gates_keep_rows_apart(planner: str, gate: str, check) -> None:
+    check(Subject(GATED[planner](GATES[gate])))
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_the_checks_of_gates_see_rows_that_are_searched_and_others(gate: str) -> None:
+    planner, searched, model = cem(4, gate=GATES[gate]), [], NoisyWAM()
+    plan = type(planner).plan
+
+    class Watched(Around):
+        def plan(self, *arguments):
+            found = plan(planner, *arguments)
+            searched.append(found[0].searched)
+            return found
+
+    z = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)) * 0.5
+    watched = Watched(4)
+    watched.inner = planner
+    execute(watched, model, z, 3)
+    after = torch.cat(searched[1:])  # a verifier always searches the first plan
+    assert 0 < int(after.sum()) < after.numel()
 
 
 def test_the_checks_of_a_tree_with_reuse_do_reuse(monkeypatch) -> None:

@@ -337,7 +337,7 @@ def test_a_subtree_that_does_not_fit_is_cut_from_its_young_end() -> None:
 def test_rows_that_the_gate_skips_follow_the_policy() -> None:
     model = quadratic(torch.tensor([0.3, -0.6]), gain=torch.tensor([[0.2], [0.1]]), discount=0.9)
 
-    def gate(model, state, plan_state):
+    def gate(model, state, plan_state, noise):
         return torch.tensor([True, False, True])
 
     options = dict(chunk=2, depth=2, simulations=32, num_candidates=8, sigma=0.4)
@@ -355,7 +355,7 @@ def test_a_plan_tells_the_tree_of_each_row_that_was_searched() -> None:
     class Some:
         needs = frozenset({"policy"})
 
-        def __call__(self, model, state, plan_state):  # type: ignore[no-untyped-def]
+        def __call__(self, model, state, plan_state, noise):  # type: ignore[no-untyped-def]
             return torch.tensor([True, False, True])
 
     model = quadratic(torch.tensor([0.3]), discount=0.9)

@@ -244,7 +244,7 @@ def test_the_critical_phase_is_where_the_policy_falls_short_of_its_value() -> No
     plan_state = TensorDict({}, batch_size=[3])
     shortfalls = [0.0, 0.9, 1.9]
     for threshold in (-0.1, 0.5, 1.5, 2.5):
-        searched = CriticalPhase(threshold)(model, model.state(z), plan_state)
+        searched = CriticalPhase(threshold)(model, model.state(z), plan_state, NoiseKey.for_rows(3))
         assert searched.tolist() == [s > threshold for s in shortfalls]
     planner = make_cem(horizon=2, num_candidates=8, iterations=1, gate=CriticalPhase(0.5))
     plan, _ = plan_once(planner, model, z)
@@ -400,7 +400,7 @@ class Last:
 
     needs, candidates, number = frozenset({"policy"}), 0, 0
 
-    def __call__(self, model, state, plan_state):  # type: ignore[no-untyped-def]
+    def __call__(self, model, state, plan_state, noise):  # type: ignore[no-untyped-def]
         rows = state.batch_size[0]
         return torch.arange(rows) >= rows - self.number
 
@@ -496,13 +496,18 @@ def test_a_verifier_searches_where_the_last_imagination_was_off(kind: str) -> No
     plan_state["shift"] = torch.full((4,), 2)
     plan_state["warm"] = torch.tensor([True, True, False, True])
     pushed = z + torch.tensor([[0.0], [0.5], [0.0], [math.nan]])
-    assert Verifier(0.1)(model, model.state(pushed), plan_state).tolist() == [False, True, True, True]
+    assert Verifier(0.1)(model, model.state(pushed), plan_state, NoiseKey.for_rows(4)).tolist() == [
+        False,
+        True,
+        True,
+        True,
+    ]
     plan, plan_state = planner.plan(model, model.state(pushed[:3]), plan_state[:3], NoiseKey.for_rows(3), Budget())
     assert plan.searched.tolist() == [False, True, True]
     # One step of the chunk is executed: the second frame is not looked at yet, whatever it was.
     plan_state["shift"] = torch.ones(3, dtype=torch.int64)
     then = model.transition(pushed[:3], plan.actions[:, 0])
-    assert not Verifier(0.1)(model, model.state(then), plan_state).any()
+    assert not Verifier(0.1)(model, model.state(then), plan_state, NoiseKey.for_rows(3)).any()
 
 
 @pytest.mark.parametrize("kind", ["cem", "gradient", "mcts"])

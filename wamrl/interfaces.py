@@ -436,10 +436,10 @@ class Gate(Protocol):
     """Whether a row is worth searching: [B] bool.
 
     Planners tell it in the plan state's entry `search_cost` [B] what a search may take, and keep what it remembers from
-    plan to plan, if it does, in the entry `gate`: see `wamrl.planners.gates`.
+    plan to plan, if it does, in the entry `gate`: see `wamrl.planners.gates`. noise: what it asks of the model with.
     """
 
-    def __call__(self, model: WAM, state: State, plan_state: PlanState) -> Tensor: ...
+    def __call__(self, model: WAM, state: State, plan_state: PlanState, noise: NoiseKey) -> Tensor: ...
 
 
 @runtime_checkable
