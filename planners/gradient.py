@@ -27,6 +27,8 @@ from wamrl.planners.shooting import ShootingPlanner
 
 _STEP = 3.0
 """A step forward and backward takes about that many times as long as the pass forward alone."""
+_PER_ROW = ("actions", "value", "weights", "candidates", "scores", "evaluations", "searched")
+"""What of a `Plan` has one entry per row."""
 
 
 @dataclass(eq=False)
@@ -115,11 +117,14 @@ class GradientPlanner:
         next_state = next_state.copy()
         next_state["mean"] = actions
         seconds = {**plan.seconds, "imagine": plan.seconds["imagine"] + time.perf_counter() - begun}
-        evaluations += foreseen
+        evaluations[rows] += foreseen
         plan = dataclasses.replace(plan, actions=actions, value=values, evaluations=evaluations, seconds=seconds)
-        # The gate's memory is of the climbed plan, not of the one that the search began with.
-        for name, memory in memory_after(self.start.gate, model, state, plan_state, plan, noise).items():
-            next_state[name] = memory
+        # The gate's memory is of the climbed plan where there is one, not of the one that the search began with.
+        climbed = dataclasses.replace(plan, **{name: getattr(plan, name)[rows] for name in _PER_ROW})
+        remembered = memory_after(self.start.gate, model, state[rows], plan_state[rows], climbed, noise[rows])
+        for name, memory in remembered.items():
+            next_state[name] = next_state[name].clone()
+            next_state[name][rows] = memory
         return plan, next_state
 
     def _forward(self, model: WAM) -> int:

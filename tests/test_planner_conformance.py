@@ -161,6 +161,7 @@ def test_every_planner_conforms(name: str, check) -> None:
 GATES = {"uncertainty": Uncertainty(0.12), "critical_phase": CriticalPhase(-0.1), "verifier": Verifier(0.08)}
 GATED = {
     "cem": lambda gate: lambda horizon: cem(horizon, gate=gate),
+    "gradient": lambda gate: lambda horizon: make_gradient(start=cem(horizon, gate=gate), steps=3),
     "mcts": lambda gate: lambda horizon: mcts(horizon, gate=gate),
 }
 
