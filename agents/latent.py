@@ -122,7 +122,9 @@ class Latent:
         key = NoiseKey.for_rows(len(frames), seed=self.seed, step=step, device=frames.device or "cpu")
         noise = self.sigma * key.normal(1, self.horizon, model.spec.action_dim)
         proposal = model.propose(state, 1, mode="ode", perturbation=noise)
-        imagined = proposal.imagined if proposal.imagined is not None else self.world.imagine(state, proposal.actions)
+        imagined = proposal.imagined
+        if imagined is None:
+            imagined = self.world.imagine(state, proposal.actions, noise=key.fold(0))
         assert imagined.reward is not None
         gained = imagined.reward[:, 0]
         if imagined.success is not None:

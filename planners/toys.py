@@ -273,17 +273,17 @@ class NoisyWAM(ToyWAM):
 
     They are drawn from `noise`, and without one from the key of rows 0 to R - 1, as in flow models: what a row gets
     then depends on its place in the batch. Nothing is imagined while proposing. luck: standard deviation per step. What
-    really happens, `transition` and `reward_of`, is exact.
+    really happens, `transition` and `reward_of`, is exact. dims: of the point, and of the actions.
     """
 
-    def __init__(self, luck: float = 0.1, **options: object) -> None:
+    def __init__(self, luck: float = 0.1, dims: int = 2, **options: object) -> None:
         super().__init__(
             lambda z, a: z + 0.2 * a,
             lambda z, a, new: -new.square().sum(dim=-1),
             lambda z: -3.0 * z.square().sum(dim=-1),
-            state_dim=2,
-            action_dim=2,
-            gain=-torch.eye(2),
+            state_dim=dims,
+            action_dim=dims,
+            gain=-torch.eye(dims),
             **options,  # type: ignore[arg-type]
         )
         self.luck = luck

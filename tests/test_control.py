@@ -17,9 +17,11 @@ from tensordict import TensorDict
 
 from wamrl import cli
 from wamrl.control import AdaptivePolicy, InteractivePolicy, ModelPolicy, PlannerPolicy, RandomPolicy
-from wamrl.interfaces import Context, Plan, Policy, PolicyState, State
+from wamrl.evaluation import Start, StepRecord
+from wamrl.film import Film
+from wamrl.interfaces import Context, Layout, Plan, Policy, PolicyState, State
 from wamrl.planners import NoiseProposer, ReturnScorer, ShootingPlanner, make_gradient, make_mcts, make_mppi
-from wamrl.planners.toys import TASKS, ToyWAM, observation, quadratic
+from wamrl.planners.toys import TASKS, NoisyWAM, ToyWAM, observation, quadratic
 from wamrl.report import late_words
 from wamrl.results import plan_times, time_decisions
 
@@ -274,6 +276,36 @@ def test_the_last_plan_is_kept_and_announced() -> None:
     assert policy.last_state is not None and policy.last_rows is not None
     imagined = model.imagine(policy.last_state, policy.last_plan.actions[:, None])
     assert imagined.frames.shape == (2, 1, 1, 4, 1)
+
+
+def filmed(rows: list[int], film: int) -> dict:
+    """The trace of the episode whose start has the number `film`, run beside those of the other starts `rows`."""
+    model = NoisyWAM(dims=3)
+    places = {"state": {"hand": (0, 3), "object": (0, 3), "goal": (0, 3)}}
+    model.spec = dataclasses.replace(model.spec, layout=Layout.of({"places": places}, model.spec.observation))
+    starts = [Start(TASKS[0], row) for row in rows]
+    policy = PlannerPolicy(model, small(), replan_every=2)
+    watched = Film(policy, None, Start(TASKS[0], film), pictures=False)
+    policy_state = policy.initial_state(len(rows))
+    policy_state["row"] = torch.tensor([start.row for start in starts])
+    z, flags = torch.full((len(rows), 3), 0.3), torch.zeros(len(rows), 1)
+    for step in range(4):
+        before = observation(z)
+        action, policy_state = watched.act(before, policy_state, torch.full((len(rows),), step == 0))
+        z = model.transition(z, action)
+        shown = {"state": z, "reward": flags, "success": flags > 0, "done": flags > 0}
+        after = TensorDict(shown, batch_size=[len(rows)])
+        watched.see(StepRecord(torch.arange(len(rows)), before, action, after, [step] * len(rows), starts))
+    trace = watched.trace()
+    assert trace is not None and len(trace["plans"]) == 2
+    return trace
+
+
+def test_what_a_film_shows_of_an_episode_does_not_depend_on_those_beside_it() -> None:
+    alone, among = filmed([2], 2), filmed([5, 2, 7], 2)
+    assert among["plans"] == alone["plans"]
+    first, second = (plan["uncertainty"] for plan in alone["plans"])
+    assert first != second  # each plan is drawn anew
 
 
 def test_the_budget_reaches_the_planner() -> None:

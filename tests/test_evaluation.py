@@ -17,6 +17,7 @@ from wamrl.evaluation import (
     Recording,
     Start,
     compare,
+    fidelity,
     gain,
     imagined_return,
     mcnemar,
@@ -31,7 +32,8 @@ from wamrl.evaluation import (
     wilson,
     write_episodes,
 )
-from wamrl.planners.toys import ToyWAM, observation
+from wamrl.interfaces import Layout
+from wamrl.planners.toys import NoisyWAM, ToyWAM, observation
 
 PUSH, REACH = "metaworld/push-v3", "metaworld/reach-v3"
 
@@ -181,6 +183,28 @@ def test_the_imagined_return_of_an_episode_worked_by_hand() -> None:
     assert imagined_return(model, recording, start, 2) == pytest.approx(4.5)
     assert imagined_return(model, recording, start, 1) == pytest.approx(1.0 + 1.5 + 1.5)
     assert imagined_return(model, recording, start, 8) == pytest.approx(1.0 + 2.0 + 2.5)
+
+
+def test_what_a_model_that_draws_says_of_an_episode_does_not_depend_on_those_before_it() -> None:
+    model = NoisyWAM(dims=3)
+    places = {"state": {"hand": (0, 3), "object": (0, 3)}}
+    model.spec = replace(model.spec, layout=Layout.of({"places": places}, model.spec.observation))
+    before, mine = Start("toy", 2), Start("toy", 3)
+    found = []
+    for starts in ([mine], [before, mine]):
+        recording = Recording()
+        for start in starts:
+            recording.observations[start] = [observation(torch.zeros(1, 3))[0]] * 5
+            recording.actions[start] = [torch.zeros(3)] * 4
+        errors = fidelity(model, recording, 4)
+        assert errors is not None
+        found.append((imagined_return(model, recording, mine, 2), errors["hand_cm"]))
+    del recording.observations[mine], recording.actions[mine]
+    others = fidelity(model, recording, 4)
+    assert others is not None
+    assert found[0][0] == found[1][0]
+    both = [(a + b) / 2 for a, b in zip(found[0][1], others["hand_cm"], strict=True)]
+    assert found[1][1] == pytest.approx(both, rel=1e-5) and others["hand_cm"] != found[0][1]
 
 
 def _promised(method: str, start: int, length: int, real: float, imagined: float | None) -> Episode:

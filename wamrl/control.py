@@ -246,7 +246,8 @@ class PlannerPolicy(_ChunkPolicy):
     searched (how many the gate let through), early (how many were planned before their chunk was used up), late (1
     where the plan, an adaptive controller's look at it included, took longer than `deadline_s`, else 0), replan_every.
     plans: how many there were in all.
-    last_plan, last_state, last_rows: the latest plan, the encoded state it started from, and the rows of the batch.
+    last_plan, last_state, last_rows, last_key: the latest plan, the encoded state it started from, the rows of the
+    batch, and their noise keys.
     """
 
     def __init__(
@@ -278,6 +279,7 @@ class PlannerPolicy(_ChunkPolicy):
         self.last_plan: Plan | None = None
         self.last_state: State | None = None
         self.last_rows: Tensor | None = None
+        self.last_key: NoiseKey | None = None
 
     def _set_budget(self, budget: Budget) -> None:
         """Take `budget` for every plan; ValueError when the planner can make none within it."""
@@ -329,7 +331,7 @@ class PlannerPolicy(_ChunkPolicy):
         )
         del self.log[:-LOG_LENGTH]
         self._attending_s = 0.0
-        self.last_plan, self.last_state, self.last_rows = plan, state, index
+        self.last_plan, self.last_state, self.last_rows, self.last_key = plan, state, index, key
         if self.on_plan is not None:
             self.on_plan(index, state, plan)
         return plan.actions

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from wamrl.files import write_text
 from wamrl.interfaces import WAM, Context, Layout, Policy, task_id
+from wamrl.noise import NoiseKey
 
 if TYPE_CHECKING:  # torchrl is slow to import
     from torchrl.envs import EnvBase
@@ -703,7 +704,9 @@ def imagined_return(model: WAM, recording: Recording, start: Start, every: int) 
     padded = torch.cat([done, done.new_zeros(-steps % every, done.shape[1])])
     keys = (*model.spec.observation, "task")
     first = torch.stack([seen[t].select(*keys) for t in range(0, steps, every)])
-    imagined = model.imagine(model.encode(Context.from_observation(first)), padded.view(-1, 1, every, done.shape[1]))
+    begins = [(start, t) for t in range(0, steps, every)]
+    state, key = model.encode(Context.from_observation(first)), _keys(begins, first)
+    imagined = model.imagine(state, padded.view(-1, 1, every, done.shape[1]), noise=key)
     if imagined.reward is None:
         raise ValueError("the model lists 'reward' in spec.provides, but its imagined futures have none")
     return float(imagined.reward[:, 0].double().mean(dim=1).flatten()[:steps].sum())
@@ -721,19 +724,22 @@ def fidelity(model: WAM, recording: Recording, horizon: int) -> dict[str, list[f
     if not model.spec.layout.has("hand", "object"):
         return None
     first: list[TensorDict] = []
+    begins: list[tuple[Start, int]] = []
     actions: list[Tensor] = []
     measured: list[Tensor] = []
     for start, seen in recording.observations.items():
         done = recording.actions[start]
         for t in range(0, len(done) - horizon + 1, 4):
             first.append(seen[t])
+            begins.append((start, t))
             actions.append(torch.stack(done[t : t + horizon]))
             measured.append(torch.stack([o["state"] for o in seen[t + 1 : t + horizon + 1]]))
     if not first:
         return None
     with torch.no_grad():
-        state = model.encode(Context.from_observation(torch.stack(first)))
-        imagined = model.imagine(state, torch.stack(actions)[:, None], with_frames=True)
+        frames = torch.stack(first)
+        state, key = model.encode(Context.from_observation(frames)), _keys(begins, frames)
+        imagined = model.imagine(state, torch.stack(actions)[:, None], noise=key, with_frames=True)
         decoded = model.decode(imagined, ("state",))["state"][:, 0].mean(dim=1)  # the members' mean
     truth = torch.stack(measured)
     result: dict[str, list[float]] = {"windows": [float(len(first))]}
@@ -743,3 +749,10 @@ def fidelity(model: WAM, recording: Recording, horizon: int) -> dict[str, list[f
         result[f"{name}_cm"] = error.mean(dim=0).tolist()
         result[f"{name}_cm_p90"] = error.quantile(0.9, dim=0).tolist()
     return result
+
+
+def _keys(begins: Sequence[tuple[Start, int]], frames: TensorDict) -> NoiseKey:
+    """The keys [N] of what is imagined from the step of each of `begins`, where the observations are `frames` [N]."""
+    device = frames["task"].device
+    row, step = (torch.tensor(x, device=device) for x in zip(*((s.row, t) for s, t in begins), strict=True))
+    return NoiseKey(row=row, step=step)

@@ -15,6 +15,7 @@ from torch import Tensor
 from wamrl.control import PlannerPolicy
 from wamrl.evaluation import Start, StepRecord
 from wamrl.interfaces import PolicyState, State
+from wamrl.noise import NoiseKey
 from wamrl.report import short
 from wamrl.video import View, write_video
 
@@ -23,13 +24,18 @@ VIDEO_CAMERA: dict[str, Any] = {"azimuth": 150.0, "elevation": -32.0, "distance"
 VIDEO_SIZE = (360, 400)
 VIDEO_FPS = 10
 TREE_NODES = 64
+_FOLD = 8  # of a plan's key; those before are the planner's and its controller's
 
 
 class _Seen(NamedTuple):
-    """A plan as it was made, at control step `step`: of state [1], chosen [H, A], others [N, H, A] and scores [N]."""
+    """A plan as it was made, at control step `step`: of state [1], chosen [H, A], others [N, H, A] and scores [N].
+
+    key: [1] what the film imagines is drawn with.
+    """
 
     step: int
     state: State
+    key: NoiseKey
     chosen: Tensor
     others: Tensor
     scores: Tensor
@@ -64,8 +70,8 @@ class Film:
         action, policy_state = self.policy.act(observation, policy_state, is_init)
         if mine and self.policy.plans > planned and self.policy.last_rows is not None:
             at = (self.policy.last_rows == mine[0]).nonzero()[:, 0].tolist()
-            plan, state = self.policy.last_plan, self.policy.last_state
-            if at and plan is not None and state is not None:
+            plan, state, key = self.policy.last_plan, self.policy.last_state, self.policy.last_key
+            if at and plan is not None and state is not None and key is not None:
                 k = at[0]
                 best = plan.scores[k].nan_to_num(-math.inf).topk(min(24, plan.scores.shape[1])).indices
                 worst = plan.scores[k].nan_to_num(math.inf).topk(min(8, plan.scores.shape[1]), largest=False).indices
@@ -74,6 +80,7 @@ class Film:
                     _Seen(
                         step=len(self._rewards),
                         state=state[k : k + 1],
+                        key=key[torch.tensor([k], device=key.row.device)].fold(_FOLD),
                         chosen=plan.actions[k],
                         others=plan.candidates[k, shown],
                         scores=plan.scores[k, shown],
@@ -131,7 +138,7 @@ class Film:
     def _plan_trace(self, plan: _Seen) -> dict[str, Any]:
         state, chosen = plan.state, plan.chosen
         model, place = self.policy.model, self.policy.model.spec.layout.place
-        imagined = model.imagine(state, torch.cat([chosen[None], plan.others])[None], with_frames=True)
+        imagined = model.imagine(state, torch.cat([chosen[None], plan.others])[None], noise=plan.key, with_frames=True)
         decoded = model.decode(imagined, ("state",))["state"][0].mean(dim=1)  # [1 + N, H, ...]
         begin = self._states[plan.step].to(decoded.device).expand(decoded.shape[0], 1, -1)
         path = torch.cat([begin, decoded], dim=1)
@@ -140,7 +147,8 @@ class Film:
         if "value" in model.spec.provides:  # along the chosen chunk: where it stands, then after each of its steps
             values = [float(model.value(state).mean())]
             for steps in range(1, chosen.shape[0] + 1):
-                values.append(float(model.value(model.imagine(state, chosen[None, None, :steps]).leaf).mean()))
+                leaf = model.imagine(state, chosen[None, None, :steps], noise=plan.key).leaf
+                values.append(float(model.value(leaf).mean()))
         return {
             "step": plan.step,
             "value": plan.value if math.isfinite(plan.value) else None,

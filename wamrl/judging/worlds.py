@@ -25,6 +25,7 @@ from wamrl.envs.base import Shown
 from wamrl.envs.imagined_env import ImaginedEnv
 from wamrl.evaluation import Episode, Recording, Start, StepRecord, run_episodes
 from wamrl.interfaces import WAM, Context, Layout, Policy, PolicyState
+from wamrl.noise import NoiseKey
 
 Floats = NDArray[np.float64]
 NEAR_M = 0.06  # from hand to object, as in `wamrl.evaluation.FailureTags`
@@ -312,7 +313,9 @@ def open_loop(model: WAM, recording: Recording, keys: Sequence[str], horizon: in
     for i, start in enumerate(starts):
         actions[i, : lengths[i]] = torch.stack(recording.actions[start][: lengths[i]])
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    imagined = model.imagine(state, actions[:, None].clamp(-1, 1).to(device), with_frames=True)
+    row = torch.tensor([s.row for s in starts], device=device)
+    key = NoiseKey(row=row, step=torch.zeros_like(row))
+    imagined = model.imagine(state, actions[:, None].clamp(-1, 1).to(device), noise=key, with_frames=True)
     seen = model.decode(imagined, tuple(keys))
     decoded = torch.cat([seen[key][:, 0].flatten(3).float() for key in keys], dim=-1).mean(1).double().cpu().numpy()
     for i, start in enumerate(starts):
