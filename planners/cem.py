@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wamrl.interfaces import Gate, Scorer
 from wamrl.naming import whole_number
-from wamrl.planners.elites import EliteProposer
+from wamrl.planners.elites import EliteProposer, check_elites
 from wamrl.planners.gates import Always
 from wamrl.planners.proposers import MakeProposer, check_sigma, make_proposer
 from wamrl.planners.scorers import ReturnScorer, check_comparable
@@ -28,7 +28,7 @@ def cem_refit(*, num_elites: int = 8, momentum: float = 0.0, min_sigma: float = 
     """The rule mean, sigma = mean and standard deviation of the `num_elites` best candidates, equally weighted.
 
     momentum: share of the old mean and sigma that stays, in [0, 1); the old mean is candidate 0. min_sigma: in action
-    units; the search never becomes narrower.
+    units; the search never becomes narrower. Where a budget leaves fewer candidates than `num_elites`, all are elites.
     """
     whole_number("planner.num_elites", num_elites, 1)
     if not 0.0 <= momentum < 1.0:
@@ -77,7 +77,8 @@ def make_cem(
 ) -> ShootingPlanner:
     """CEM as `configs/planner/cem.yaml` builds it; the defaults are the same.
 
-    horizon: H model steps. num_candidates: N per iteration. num_elites, momentum, min_sigma: see `cem_refit`.
+    horizon: H model steps. num_candidates: N per iteration. num_elites: at most as many, or ValueError; with momentum
+    and min_sigma, see `cem_refit`.
     keep_elites: the best that many are candidates of the next iteration, and of the next plan (0 is plain CEM).
     proposer: of the first candidates, as in `wamrl.planners.mppi.make_mppi`.
     sigma: standard deviation of the first candidates, one number or one per action dim.
@@ -87,6 +88,7 @@ def make_cem(
     spread = check_sigma(sigma, "planner.sigma")
     basis = temporal_basis(horizon, correlation=correlation, exponent=exponent, knots=knots, spline=spline)
     refit = cem_refit(num_elites=num_elites, momentum=momentum, min_sigma=min_sigma)
+    check_elites(num_elites, num_candidates)
     scorer = ReturnScorer() if scorer is None else scorer
     if iterations > 1 and choose == "best":
         check_comparable(scorer, f"planner.choose=best compares its {iterations} iterations")

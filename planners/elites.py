@@ -51,6 +51,16 @@ class EliteProposer:
         return joined(model, state, proposal, again, noise.fold(2))
 
 
+def check_elites(num_elites: int, num_candidates: int) -> None:
+    """ValueError where more elites are asked for than an iteration has candidates."""
+    if num_elites > num_candidates:
+        raise ValueError(
+            f"planner.num_elites is {num_elites}, but an iteration has only {num_candidates} candidates, of which "
+            f"elites are the best; set planner.num_elites={max(1, num_candidates // 4)}, say, or raise "
+            "planner.num_candidates"
+        )
+
+
 def joined(model: WAM, state: State, proposal: Proposal, actions: Tensor, noise: NoiseKey) -> Proposal:
     """`proposal` followed by the chunks `actions` [R, N', H, A], imagined if the proposal is."""
     imagined = proposal.imagined

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from wamrl.interfaces import Gate, Scorer
 from wamrl.naming import whole_number
+from wamrl.planners.elites import check_elites
 from wamrl.planners.gates import Always
 from wamrl.planners.proposers import MakeProposer, check_sigma, make_proposer
 from wamrl.planners.scorers import ReturnScorer, check_comparable
@@ -29,7 +30,7 @@ def mppi_refit(*, temperature: float = 0.5, standardise: bool = True, num_elites
 
     temperature: above 0; higher averages more candidates. standardise: subtract the mean of a row's finite scores and
     divide by their standard deviation first, so that neither the rewards' scale nor their zero matters.
-    num_elites: only that many best candidates have weight; None is all of them.
+    num_elites: only that many best candidates have weight; None is all of them, as it is where a budget leaves fewer.
     """
     if not math.isfinite(temperature) or temperature <= 0:
         raise ValueError(f"planner.temperature is {temperature}, but must be above 0; 0.5 is usual")
@@ -85,7 +86,8 @@ def make_mppi(
 ) -> ShootingPlanner:
     """MPPI as `configs/planner/mppi.yaml` builds it; the defaults are the same.
 
-    horizon: H model steps. num_candidates: N per iteration. temperature, standardise, num_elites: see `mppi_refit`.
+    horizon: H model steps. num_candidates: N per iteration. temperature, standardise, num_elites (at most N, or
+    ValueError): see `mppi_refit`.
     proposer: makes the proposer from H, sigma and basis: `PolicyProposer` (None), where candidates follow the policy,
     `NoiseProposer` (plain MPPI) or `SampleProposer`, or a `functools.partial` of one with settings of its own.
     sigma: standard deviation of the noise on normalised actions, one number or one per action dim.
@@ -97,6 +99,8 @@ def make_mppi(
     """
     spread = check_sigma(sigma, "planner.sigma")
     basis = temporal_basis(horizon, correlation=correlation, knots=knots, spline=spline)
+    if num_elites is not None:
+        check_elites(num_elites, num_candidates)
     scorer = ReturnScorer(risk="improvement") if scorer is None else scorer
     if iterations > 1 and choose == "best":
         check_comparable(scorer, f"planner.choose=best compares its {iterations} iterations")

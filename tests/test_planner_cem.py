@@ -12,7 +12,7 @@ import yaml
 
 from wamrl.interfaces import Budget
 from wamrl.noise import NoiseKey
-from wamrl.planners import NoiseProposer, PolicyProposer, ReturnScorer, make_cem
+from wamrl.planners import NoiseProposer, PolicyProposer, ReturnScorer, make_cem, make_mppi
 from wamrl.planners.cem import cem_refit
 from wamrl.planners.conformance import plan_once
 from wamrl.planners.toys import ToyWAM, quadratic
@@ -103,6 +103,7 @@ def test_a_row_that_has_settled_is_not_searched_further() -> None:
     ("option", "value", "message"),
     [
         ("num_elites", 0, "num_elites is 0"),
+        ("num_elites", 65, "num_elites is 65, but an iteration has only 64 candidates.*set planner.num_elites=16"),
         ("momentum", 1.0, r"momentum is 1.0.*\[0, 1\)"),
         ("min_sigma", -0.1, "min_sigma is -0.1"),
         ("keep_elites", 64, "keep_elites is 64.*below the 64 candidates"),
@@ -129,6 +130,14 @@ def test_a_small_budget_takes_candidates_before_iterations(budget: int, spent: i
     num, iterations, _ = planner._fit(model, Budget(evaluations=budget))
     assert num * iterations == spent
     assert iterations == {256: 4, 63: 3, 48: 2, 20: 1, 2: 1}[spent]
+
+
+@pytest.mark.parametrize("make", [make_cem, make_mppi])
+def test_elites_are_cut_where_a_budget_leaves_fewer_candidates(make) -> None:
+    plan, _ = plan_once(make(horizon=4, num_elites=10), quadratic(TARGET), torch.zeros(1, 1), budget=Budget(12))
+    assert plan.weights.shape == (1, 3) and (plan.weights > 0).all()
+    with pytest.raises(ValueError, match="num_elites is 10, but an iteration has only 9 candidates"):
+        make(horizon=4, num_candidates=9, num_elites=10)
 
 
 def test_a_model_with_a_behaviour_prior_gives_the_first_candidates_of_it() -> None:
