@@ -10,7 +10,7 @@ import torch
 from hydra.utils import instantiate
 
 from wamrl import cli
-from wamrl.interfaces import WAM, Budget, Imagined, Proposal
+from wamrl.interfaces import WAM, Budget, Context, Imagined, Proposal
 from wamrl.planners import (
     CriticalPhase,
     NoiseProposer,
@@ -31,7 +31,7 @@ from wamrl.planners.conformance import (
     linear_system,
     rows_do_not_influence_each_other,
 )
-from wamrl.planners.toys import NoisyWAM
+from wamrl.planners.toys import NoisyWAM, observation
 from wamrl.planners.tree import Tree
 
 WIDE = {"num_candidates": 256, "sigma": 0.6}
@@ -233,9 +233,12 @@ def slept(plan, *_):
     return plan
 
 
-def encoded(plan, model, state, noise, budget):
-    model.counts["encode"] += 1
-    return plan
+class EncodesAgain(Around):
+    """From the observation, which a toy's latent is."""
+
+    def plan(self, model, state, plan_state, noise, budget):
+        again = model.encode(Context.from_observation(observation(state["z"])))
+        return super().plan(model, again, plan_state, noise, budget)
 
 
 class ForgetsTheDeadline(Around):
@@ -306,7 +309,7 @@ DEFECTS = {
     "rows_do_not_influence_each_other": breaking(
         lambda plan, *_: dataclasses.replace(plan, actions=plan.actions + 1e-6 * plan.candidates.mean())
     ),
-    "a_plan_never_encodes": breaking(encoded),
+    "a_plan_never_encodes": Subject(EncodesAgain),
 }
 
 
