@@ -38,19 +38,19 @@ class Subject:
 
     make: horizon -> a planner that looks that many steps ahead and searches all of [-1, 1], set to search well; its
     chunks may be shorter than its horizon (`Plan.actions` then has fewer steps).
-    regret: mean squared distance from the peak of a quadratic that it may have, per action.
-    gap: share of the best cost that it may lose in a linear-quadratic problem.
+    regret: mean squared distance from the peak of a quadratic that it may have, per action; None is 0.02.
+    gap: share of the best cost that it may lose in a linear-quadratic problem; None is 0.1.
     scale_free: multiplying all rewards by a positive number changes no plan.
     exhaustive: its candidates are all actions that there are, so that no seed changes them.
     local: it searches near the policy only, so that a best plan far from it is approached but not found: the checks of
-    known best plans then ask that it does better than the policy.
+    known best plans then ask that it does better than the policy, or for `regret` and `gap` where they are given.
     whole_chunks: the checks that execute plans do not plan anew in every step, but once a chunk is used up; for
     planners that go on from a plan where exactly its chunk was executed.
     """
 
     make: Callable[[int], Planner]
-    regret: float = 0.02
-    gap: float = 0.1
+    regret: float | None = None
+    gap: float | None = None
     scale_free: bool = True
     exhaustive: bool = False
     local: bool = False
@@ -81,7 +81,9 @@ def regret(plan: Plan, target: Tensor = TARGET) -> Tensor:
 
 def _allowed(subject: Subject) -> float:
     """The regret that a subject may have; of a local one a little less than that of the policy, which does nothing."""
-    return 0.95 * float(TARGET.square().mean()) if subject.local else subject.regret
+    if subject.regret is not None:
+        return subject.regret
+    return 0.95 * float(TARGET.square().mean()) if subject.local else 0.02
 
 
 def linear_system() -> tuple[ToyWAM, Tensor]:
@@ -177,7 +179,7 @@ def it_comes_near_the_riccati_solution(subject: Subject) -> None:
     assert bool((reached >= optimal - 1e-5).all()), "no plan can cost less than the Riccati solution"
     lost, lost_by_policy = (float((c / optimal - 1.0).mean()) for c in (reached, policy))
     assert lost_by_policy > 0.2, "the policy is too good to tell planners from it"
-    gap = 0.95 * lost_by_policy if subject.local else subject.gap
+    gap = subject.gap if subject.gap is not None else 0.95 * lost_by_policy if subject.local else 0.1
     assert lost <= gap, f"{lost:.1%} of the optimal cost was lost, {gap:.0%} are allowed"
 
 
@@ -296,7 +298,7 @@ def nan_and_infinity_never_reach_an_action(subject: Subject) -> None:
         plan, _ = plan_once(subject.make(2), model, torch.zeros(8, 1))
         assert bool(plan.actions.isfinite().all()), f"{broken} reached an action"
         assert bool((plan.actions[..., 0] <= 0.5).all()), f"an action whose reward is {broken} was chosen"
-        allowed = 2 * subject.regret if not subject.local else _allowed(subject)
+        allowed = _allowed(subject) if subject.local else 2 * _allowed(subject)
         assert float(regret(plan).mean()) <= allowed, f"with {broken} about: {float(regret(plan).mean())}"
         assert bool(plan.value.isfinite().all())
 

@@ -71,15 +71,17 @@ class Choices(WAM):
         return self.model.value(state)
 
     def log_prob(self, state, proposal: Proposal) -> torch.Tensor:
-        """A normal around the model's own policy, on the grid."""
+        """A normal around the model's own policy, on the grid, so wide that the search decides and not the prior."""
         assert proposal.chain is not None
         centre = (state["z"] @ self.model.gain.T).clamp(-1.0, 1.0)
-        scores = -(self.table - centre[:, None]).square().sum(dim=-1) / (2 * self.model.spread**2)
+        scores = -(self.table - centre[:, None]).square().sum(dim=-1) / (2 * (4 * self.model.spread) ** 2)
         return (proposal.chain[:, :, -1, 0] * scores.log_softmax(dim=1)[:, None]).sum(dim=-1, keepdim=True)
 
 
 class DiscreteSearch:
     """A tree over actions from a grid, behind the contract of the continuous toys."""
+
+    shuffle_scores = False
 
     def __init__(self, horizon: int) -> None:
         self.horizon = horizon
@@ -88,8 +90,9 @@ class DiscreteSearch:
         side = torch.linspace(-1.0, 1.0, 5 if model.spec.action_dim == 2 else 15)
         table = torch.cartesian_prod(*[side] * model.spec.action_dim).view(-1, model.spec.action_dim)
         planner = make_mcts(
-            chunk=1, depth=self.horizon, simulations=8 * len(table), num_candidates=len(table), backup="mean"
-        )
+            chunk=1, depth=self.horizon, simulations=8 * len(table), num_candidates=len(table), backup="mean",
+            shuffle_scores=self.shuffle_scores,
+        )  # fmt: skip
         return planner, Choices(model, table)
 
     def initial_state(self, model, rows):
@@ -143,7 +146,8 @@ SUBJECTS = {
     "best_of_n": Subject(
         lambda horizon: make_best_of_n(horizon=min(horizon, 4), num_candidates=1024), regret=0.06, gap=0.2
     ),
-    "mcts, discrete": Subject(DiscreteSearch, exhaustive=True, local=True),
+    # The grid's best point is 0.2 and 0.1 from the target, a regret of 0.025; that of the second best is 0.05.
+    "mcts, discrete": Subject(DiscreteSearch, regret=0.026, gap=0.3, exhaustive=True, local=True),
     "mcts, gumbel": Subject(mcts, regret=0.12, gap=0.2),
     "mcts, puct, with reuse": Subject(reusing, regret=0.12, gap=0.2, whole_chunks=True),
     **{f"{name} as shipped": shipped(name) for name in ("mppi", "cem", "icem", "best_of_n", "gradient", "mcts")},
@@ -232,6 +236,10 @@ def looked_again(plan, model, state, *_):
     return plan
 
 
+class ChoosesAtRandom(DiscreteSearch):
+    shuffle_scores = True
+
+
 class EncodesAgain(Around):
     """From the observation, which a toy's latent is."""
 
@@ -316,6 +324,8 @@ DEFECTS = {
 FURTHER_DEFECTS = [
     ("a_deadline_is_met", Subject(ForgetsTheDeadline)),
     ("the_evaluation_budget_is_hard", Subject(TellsOfHalf)),
+    ("it_finds_the_peak_of_a_quadratic", dataclasses.replace(SUBJECTS["mcts, discrete"], make=ChoosesAtRandom)),
+    ("it_comes_near_the_riccati_solution", dataclasses.replace(SUBJECTS["mcts, discrete"], make=ChoosesAtRandom)),
     ("batched_equals_looped", Subject(KeepsItsNeighboursTree, whole_chunks=True)),
     ("it_finds_the_peak_of_a_quadratic", LOCAL),
     ("it_comes_near_the_riccati_solution", LOCAL),
