@@ -468,7 +468,9 @@ class MCTSPlanner:
                 f"planner.chunk is {self.chunk}, but the model proposes chunks of {proposal.actions.shape[2]} steps; "
                 f"set planner.chunk={proposal.actions.shape[2]}"
             )
-        return proposal
+        # Clamped, infinity would be an action like others; NaN stays, and closes the edge.
+        finite = proposal.actions.where(proposal.actions.isfinite(), math.nan)
+        return dataclasses.replace(proposal, actions=finite)
 
     def _imagined(self, model: WAM, state: State, proposal: Proposal, noise: NoiseKey) -> Imagined:
         if proposal.imagined is not None:
