@@ -292,15 +292,21 @@ def a_deadline_is_met(subject: Subject) -> None:
 
 
 def nan_and_infinity_never_reach_an_action(subject: Subject) -> None:
-    """The model breaks for a third of the actions; its plans avoid them and stay good."""
-    for broken in (math.nan, math.inf, -math.inf):
-        model = BrokenWAM(TARGET, lambda z, a: a[..., 0] > 0.5, broken)
-        plan, _ = plan_once(subject.make(2), model, torch.zeros(8, 1))
-        assert bool(plan.actions.isfinite().all()), f"{broken} reached an action"
-        assert bool((plan.actions[..., 0] <= 0.5).all()), f"an action whose reward is {broken} was chosen"
-        allowed = _allowed(subject) if subject.local else 2 * _allowed(subject)
-        assert float(regret(plan).mean()) <= allowed, f"with {broken} about: {float(regret(plan).mean())}"
-        assert bool(plan.value.isfinite().all())
+    """The model breaks for a quarter of the actions, or half of the policy's chunks do; plans avoid that, and are good.
+
+    Broken are rewards; the values of where such actions lead; the latents themselves, and so their values; proposals.
+    """
+    allowed = _allowed(subject) if subject.local else 2 * _allowed(subject)
+    for part in ("reward", "value", "latent", "proposal"):
+        for broken in (math.nan, math.inf, -math.inf):
+            model, told = BrokenWAM(TARGET, lambda z, a: a[..., 0] > 0.5, broken, part=part), f"{part} of {broken}"
+            plan, _ = plan_once(subject.make(2), model, torch.zeros(8, 1))
+            assert bool(plan.actions.isfinite().all()), f"a {told} made an action that is not finite"
+            assert float(plan.actions.abs().max()) <= 1.0, f"a {told} made an action that is out of bounds"
+            if part == "reward":
+                assert bool((plan.actions[..., 0] <= 0.5).all()), f"an action with a {told} was chosen"
+            assert float(regret(plan).mean()) <= allowed, f"with a {told} about: {float(regret(plan).mean())}"
+            assert bool(plan.value.isfinite().all()), f"a {told} became the plan's value"
 
 
 def a_model_that_is_broken_everywhere_is_an_error(subject: Subject) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -17,6 +18,7 @@ from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Proposal, Spec, St
 from wamrl.noise import NoiseKey
 
 TASKS = ("toy/left-v0", "toy/right-v0")
+_MARKED = 9.0  # the latent from which a value is broken
 
 
 class ToyWAM(WAM):
@@ -247,17 +249,54 @@ def maze(**options: object) -> ToyWAM:
 
 
 class BrokenWAM(ToyWAM):
-    """A quadratic whose reward is `broken` (NaN or infinity) where `where(z, a)` says so."""
+    """A quadratic that is `broken` (NaN or infinity) where `where(z, a)` says so.
 
-    def __init__(self, target: Tensor, where: Callable[[Tensor, Tensor], Tensor], broken: float, **options: object):
+    part: what breaks there: the "reward", the "latent" that the action leads to and all after it (and so their value),
+    or the "value" alone of that latent and those after it. With "proposal" it is every second one of the policy's
+    chunks, wherever that is.
+    """
+
+    def __init__(
+        self,
+        target: Tensor,
+        where: Callable[[Tensor, Tensor], Tensor],
+        broken: float,
+        *,
+        part: str = "reward",
+        **options: object,
+    ) -> None:
+        def reward(z: Tensor, a: Tensor, new: Tensor) -> Tensor:
+            exact = -(a - target).square().sum(dim=-1)
+            return torch.where(where(z, a), broken, exact) if part == "reward" else exact
+
+        def transition(z: Tensor, a: Tensor) -> Tensor:
+            if part in ("latent", "value"):
+                return torch.where(where(z, a)[..., None], broken if part == "latent" else _MARKED, z)
+            return z
+
+        def value(z: Tensor) -> Tensor:
+            if part == "latent":
+                return 0.0 * z[..., 0]
+            zeros = torch.zeros(z.shape[:-1])
+            return torch.where(z[..., 0] == _MARKED, broken, zeros) if part == "value" else zeros
+
         super().__init__(
-            lambda z, a: z,
-            lambda z, a, new: torch.where(where(z, a), broken, -(a - target).square().sum(dim=-1)),
-            lambda z: torch.zeros(z.shape[:-1]),
+            transition,
+            reward,
+            value,
             state_dim=1,
             action_dim=target.shape[-1],
             **options,  # type: ignore[arg-type]
         )
+        self.broken, self.part = broken, part
+
+    def propose(self, state: State, num: int, **options: Any) -> Proposal:
+        """The policy's chunks; with the part "proposal" the second, the fourth and so on are broken."""
+        proposal = super().propose(state, num, **options)
+        if self.part != "proposal":
+            return proposal
+        second = (torch.arange(num) % 2 == 1)[:, None, None]
+        return replace(proposal, actions=torch.where(second, self.broken, proposal.actions))
 
 
 class UncertainWAM(ToyWAM):
