@@ -6,11 +6,12 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from wamrl.control import PlannerPolicy
 from wamrl.interfaces import Budget, Context
 from wamrl.models.joint_embedding import JointEmbeddingWAM
 from wamrl.noise import NoiseKey
 from wamrl.oracle import OracleWAM
-from wamrl.planners import NoiseProposer, ReturnScorer, make_cem, make_gradient, make_mppi
+from wamrl.planners import NoiseProposer, ReturnScorer, make_best_of_n, make_cem, make_gradient, make_mcts, make_mppi
 
 metaworld = pytest.importorskip("wamrl.envs.metaworld")
 
@@ -125,10 +126,43 @@ def test_the_oracle_plans_among_the_candidates_of_its_model(pushing):
     assert "behaviour" in oracle.spec.provides
 
 
+PLANNERS = {
+    "mppi": lambda: make_mppi(horizon=3, num_candidates=12),
+    "cem": lambda: make_cem(horizon=3, num_candidates=6, iterations=2, num_elites=2),
+    "icem": lambda: make_cem(horizon=3, num_candidates=6, iterations=2, num_elites=2, keep_elites=2),
+    "best_of_n": lambda: make_best_of_n(horizon=3, num_candidates=12),
+    "mcts": lambda: make_mcts(chunk=3, depth=2, simulations=12, num_candidates=6),
+    "mcts, with reuse": lambda: make_mcts(chunk=3, depth=2, simulations=12, num_candidates=6, reuse=True),
+}
+
+
+@pytest.mark.parametrize("name", PLANNERS)
+def test_every_planner_plans_in_the_true_simulator(pushing, name: str) -> None:
+    """Two plans of 24 transitions per row at most; what they promise is what happens, as far as rewards say it."""
+    oracle, env = pushing
+    planner, budget = PLANNERS[name](), Budget(evaluations=24)
+    now = env.reset(TensorDict({"start": torch.tensor([0, 1])}, batch_size=[2]))
+    plan_state = planner.initial_state(oracle, 2)
+    for step in range(2):
+        state = oracle.encode(Context.from_observation(_observed(now)))
+        plan, plan_state = planner.plan(oracle, state, plan_state, NoiseKey.for_rows(2, step=step), budget)
+        assert plan.actions.shape == (2, 3, 4) and bool(plan.actions.isfinite().all())
+        assert 0 < int(plan.evaluations.min()) and int(plan.evaluations.max()) <= 24
+        imagined = oracle.imagine(state, plan.actions[:, None])
+        assert imagined.reward is not None
+        for k in range(3):
+            now["action"] = plan.actions[:, k]
+            now = env.step(now)["next"]
+            assert torch.equal(now["reward"][:, 0], imagined.reward[:, 0, 0, k])
+        plan_state["shift"] = torch.full_like(plan_state["shift"], 3)
+
+
 def test_the_oracle_has_no_gradients_to_climb(pushing):
     oracle, _ = pushing
     with pytest.raises(ValueError, match="OracleWAM gives none.*use planner=cem"):
         make_gradient(start=make_cem(horizon=2)).initial_state(oracle, 1)
+    with pytest.raises(ValueError, match="OracleWAM gives none.*use planner=cem"):
+        PlannerPolicy(oracle, make_gradient(start=make_cem(horizon=2)))
 
 
 def test_the_oracle_says_what_it_is_not(pushing):
