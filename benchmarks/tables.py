@@ -374,6 +374,20 @@ def posttrain(result: Mapping[str, Any]) -> str:
     return _grid(head, rows)
 
 
+def closed_loop(result: Mapping[str, Any]) -> str:
+    """Success of planner and policy after every round of the closed loop."""
+    metrics, rows = result["metrics"], []
+    tasks = sorted({key.split("/")[1] for key in metrics if key.endswith("/planner/success")} - {"mean"})
+    tasks = [task for task in tasks if not task.startswith("seed")]
+    for number in range(sum(key.endswith("/real_steps") for key in metrics)):
+        place = f"round{number}"
+        for scope in ("mean", *tasks):
+            planner, policy = (metrics[f"{place}/{scope}/{method}/success"] for method in ("planner", "policy"))
+            first = [str(number), f"{metrics[f'{place}/real_steps']:,.0f}"] if scope == "mean" else ["", ""]
+            rows.append([*first, scope, _rate(planner), _rate(policy), str(planner["n"])])
+    return _grid(["round", "real steps", "task", "planner, %", "policy, %", "n"], rows)
+
+
 def posttrain_isaac(result: Mapping[str, Any]) -> str:
     """Return and success in Isaac Lab before and after, and the paired gain of every seed."""
     metrics, rows = result["metrics"], []
@@ -434,6 +448,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "env_speed": ("envs", env_speed),
     "isaac": ("isaac", isaac),
     "posttrain": ("posttrain", posttrain),
+    "closed_loop": ("closed_loop", closed_loop),
     "posttrain_isaac": ("posttrain_isaac", posttrain_isaac),
     "posttrain_speed": ("posttrain_speed", posttrain_speed),
     **{f"fast_wam_{part}": ("fast_wam", _fast_wam(part)) for part in fast_wam.PARTS},

@@ -319,6 +319,7 @@ class Tree:
         counts, q, _ = self._edges(nodes[:-1].flatten())
         taken = self.slot_index == (edges - nodes[:-1] * self.slots).flatten()
         others = q.masked_fill(taken | (counts == 0), -BIG).amax(dim=0).view_as(edges)
+        others = others.masked_fill(nodes[:-1] == self.trash, -BIG)  # behind the leaf, of which the bin knows nothing
         if died is not None:  # where no other child was visited, nothing is known of what is left
             others = torch.where(died & (others == -BIG), value[:-1], others)
             reward, discount = reward.masked_fill(died, -BIG), discount.masked_fill(died, 0.0)
