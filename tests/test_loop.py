@@ -88,6 +88,15 @@ def test_a_loop_starts_from_given_data_and_a_given_model():
     assert going_on.overrides[:2] == (rounds[1][1][1][0], "wam=own/weak")
 
 
+def test_a_round_without_real_steps_has_a_report(tmp_path):
+    rate = {"success": 0.5, "low": 0.2, "high": 0.8}
+    one = {"round": 0, "real_steps": 0, "before": None, "after": rate, "planner": rate, "real_gain": None,
+           "imagined_gain": None, "imagined_gain_minus_real_gain": None, "world": None}  # fmt: skip
+    loop.write_report(tmp_path, {"environment": "metaworld/push-v3"}, [one], "going on")
+    page = (tmp_path / "report.html").read_text()
+    assert "50 % [20, 80]" in page and "<svg" in page
+
+
 def test_a_loop_that_nobody_collects_for_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):

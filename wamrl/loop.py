@@ -276,7 +276,7 @@ def _curve(rounds: Sequence[Mapping[str, Any]]) -> str:
     """An SVG of the success of policy and planner over real steps."""
     if not rounds:
         return ""
-    most = max(one["real_steps"] for one in rounds)
+    most = max(1, *(one["real_steps"] for one in rounds))
     lines = ""
     for key, colour in (("after", "#1f77b4"), ("planner", "#d62728")):
         points = [(60 + 500 * one["real_steps"] / most, 220 - 200 * one[key]["success"]) for one in rounds if one[key]]
