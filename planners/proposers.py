@@ -90,6 +90,16 @@ def join_imagined(first: Imagined, second: Imagined) -> Imagined:
     return Imagined(**joined)
 
 
+def first_rows(proposal: Proposal, rows: int) -> Proposal:
+    """The actions, and their futures where there are some, of the first `rows` rows."""
+    imagined = proposal.imagined
+    if imagined is not None:
+        parts = {field.name: getattr(imagined, field.name) for field in fields(Imagined) if field.name != "evaluations"}
+        shown = {name: None if part is None else part[:rows] for name, part in parts.items()}
+        imagined = Imagined(evaluations=imagined.evaluations, **shown)
+    return Proposal(actions=proposal.actions[:rows], imagined=imagined)
+
+
 class MakeProposer(Protocol):
     """What planners make their proposer with: the class of one, or a `functools.partial` of it with its settings."""
 

@@ -77,12 +77,43 @@ def padded(rows: Tensor) -> Tensor:
     return torch.cat([rows, rows[:1].expand((1 << (count - 1).bit_length()) - count)])
 
 
-def run_compiled(function: Callable[..., Any], clock: ModelClock, *arguments: Any) -> Any:
+class CompiledQueries(ModelClock):
+    """The model of a clock, which goes on counting, whose `propose` and `imagine` are compiled functions.
+
+    functions: those that were compiled before, by name; new ones are left there.
+    """
+
+    def __init__(self, clock: ModelClock, functions: dict[str, Callable[..., Any]]) -> None:
+        super().__init__(clock.model)
+        self._clock, self._functions = clock, functions
+
+    def _run(self, query: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        name = query.__name__
+        if name not in self._functions:
+            self._functions[name] = compiled(query)
+        return run_compiled(self._functions[name], self._clock, *arguments, **options)
+
+    def imagine(self, *arguments: Any, **options: Any) -> Imagined:
+        return cast(Imagined, self._run(_imagine, *arguments, **options))
+
+    def propose(self, *arguments: Any, **options: Any) -> Proposal:
+        return cast(Proposal, self._run(_propose, *arguments, **options))
+
+
+def _imagine(model: WAM, *arguments: Any, **options: Any) -> Imagined:
+    return model.imagine(*arguments, **options)
+
+
+def _propose(model: WAM, *arguments: Any, **options: Any) -> Proposal:
+    return model.propose(*arguments, **options)
+
+
+def run_compiled(function: Callable[..., Any], clock: ModelClock, *arguments: Any, **options: Any) -> Any:
     """What a `compiled` function makes of the clock's model and `arguments`; all of its time counts as the model's."""
     from torch._dynamo.exc import TorchDynamoException  # seconds to import, so only where it is needed
 
     try:
-        return clock.timed(function, clock.model, *arguments)
+        return clock.timed(function, clock.model, *arguments, **options)
     except TorchDynamoException as cause:
         raise RuntimeError(
             f"planner.compile=true, but an iteration with {type(clock.model).__name__} cannot be compiled "

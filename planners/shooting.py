@@ -20,7 +20,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from wamrl.interfaces import WAM, Budget, Gate, Imagined, Plan, PlanState, Proposer, Scorer, State
+from wamrl.interfaces import WAM, Budget, Gate, Imagined, Plan, PlanState, Proposal, Proposer, Scorer, State
 from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.deadlines import KEPT_BACK, Pace, check_deadline, in_blocks
@@ -34,8 +34,8 @@ from wamrl.planners.gates import (
     gate_cost,
     memory_after,
 )
-from wamrl.planners.proposers import check_part, coloured_noise, match_sigma
-from wamrl.planners.running import ModelClock, compiled, padded, require_compiler, run_compiled
+from wamrl.planners.proposers import check_part, coloured_noise, first_rows, match_sigma
+from wamrl.planners.running import CompiledQueries, ModelClock, compiled, padded, require_compiler, run_compiled
 from wamrl.planners.scorers import asked_of, permutation
 
 CHOICES = ("mean", "best")
@@ -85,7 +85,8 @@ class ShootingPlanner:
     futures: M sampled futures per candidate; None is the model's own number.
     stop_change: a row is done once an iteration moves no number of its mean by more than this (in action units); None
     runs all iterations. shuffle_scores: the null control; scores are permuted across the candidates of a row before
-    anything reads them. compile: one refinement iteration as a single compiled function.
+    anything reads them. compile: a refinement iteration as a single compiled function, and what the proposer asks
+    of the model as compiled functions (not in a first iteration that a deadline cuts into parts).
     on_failure: what happens to a row none of whose candidates is finite: "raise" NonFinitePlanError, or "hold":
     a chunk of zeros (for delta actions: stay), value NaN, a RuntimeWarning, and weights that stay uniform.
     """
@@ -108,6 +109,7 @@ class ShootingPlanner:
     compile: bool = False
     on_failure: str = "raise"
     _compiled: Any = field(default=None, init=False, repr=False)
+    _queries: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse values that no plan could be made with."""
@@ -259,7 +261,7 @@ class ShootingPlanner:
             (now, failed), spent = in_blocks(propose, judge, looked, self.min_candidates, pace)
             looked = pace.looked
         else:
-            proposal = self.proposer(model, state, plan_state, limits.num_candidates, noise.fold(0))
+            proposal = self._propose(clock, state, plan_state, limits.num_candidates, noise.fold(0))
             actions, broken = _cleaned(proposal.actions)
             if proposal.imagined is None:
                 now, failed, spent = evaluate(state, actions, broken, sigma, key, order)
@@ -333,6 +335,16 @@ class ShootingPlanner:
             if self.choose == "best":
                 found.mean = found.actions
         return found
+
+    def _propose(self, clock: ModelClock, state: State, plan_state: PlanState, num: int, noise: NoiseKey) -> Proposal:
+        """The proposer's candidates; where asked for, what it asks of the model are compiled functions."""
+        if not self.compile:
+            return self.proposer(cast(WAM, clock), state, plan_state, num, noise)
+        model, rows = cast(WAM, CompiledQueries(clock, self._queries)), noise.row.shape[0]
+        at = padded(torch.arange(rows, device=noise.row.device))
+        if at.numel() == rows:
+            return self.proposer(model, state, plan_state, num, noise)
+        return first_rows(self.proposer(model, state[at], plan_state[at], num, noise[at]), rows)
 
     def _propose_block(
         self, model: WAM, state: State, plan_state: PlanState, noise: NoiseKey, block: int, first: int, num: int

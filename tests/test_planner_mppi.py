@@ -28,6 +28,7 @@ from wamrl.planners import (
     Uncertainty,
     make_cem,
     make_mppi,
+    running,
 )
 from wamrl.planners.deadlines import Pace
 from wamrl.planners.mppi import mppi_weights
@@ -586,6 +587,25 @@ def test_the_compiled_iteration_plans_the_same() -> None:
     compiled, _ = plan(searching(**options, compile=True), model, z)
     assert torch.allclose(eager.actions, compiled.actions, atol=1e-5)
     assert torch.equal(eager.evaluations, compiled.evaluations)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")  # torch's own, on import
+def test_candidates_that_are_imagined_while_proposed_are_compiled_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default plan has no other iteration; three rows are padded to four."""
+    compiled: list[str] = []
+    made = running.compiled
+    monkeypatch.setattr(running, "compiled", lambda query: (compiled.append(query.__name__), made(query))[1])
+    model = quadratic(TARGET, members=2, behaviour=True, chunk_length=4, gain=torch.tensor([[0.2], [0.1]]))
+    z = torch.tensor([[0.0], [0.5], [1.0]])
+    eager, _ = plan(make_mppi(horizon=4, num_candidates=16), model, z)
+    quick = make_mppi(horizon=4, num_candidates=16, compile=True)
+    for rows in (3, 4):
+        found, _ = plan(quick, model, z[:rows] if rows < 4 else torch.cat([z, z[:1]]))
+        torch.testing.assert_close(found.actions[:3], eager.actions[:rows], atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.scores[:3], eager.scores[:rows], atol=1e-4, rtol=0)
+        assert torch.equal(found.evaluations[:3], eager.evaluations[:rows])
+    assert compiled == ["_propose"]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
