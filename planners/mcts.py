@@ -35,7 +35,7 @@ from wamrl.planners.tree import BACKUPS, RULES, Tree, considered_visits
 
 SEARCHES = tuple(RULES)
 BLOCK = 2
-"""Simulations whose noise is drawn at once, and which are one compiled function."""
+"""Simulations whose noise is drawn at once, and between which nothing looks at the clock of a deadline."""
 
 
 class _Root(NamedTuple):
@@ -72,8 +72,9 @@ class MCTSPlanner:
     square over all numbers of the model's state; whole numbers have to be equal). Kept nodes are not imagined anew, so
     that errors up to that size stay in them.
     shuffle_scores: the null control: the root's choice is drawn among the candidates that were searched.
-    compile: simulations as a compiled function, `BLOCK` of them each, and the last few as they are. It imagines a chunk
-    for every row, also for those whose path has already ended; these count as evaluations too.
+    compile: all simulations as one compiled loop. It imagines a chunk for every row, also for those whose path has
+    already ended; these count as evaluations too. The first plan of every power of two of rows compiles, which takes
+    half a minute or more, whatever the deadline: plan once before the clock counts.
     on_failure: as in `ShootingPlanner`.
 
     With several futures M, rewards and values are their means, and a node goes on from one future, drawn per node.
@@ -340,8 +341,11 @@ class MCTSPlanner:
             before = (before - 1.0).clamp_min(0.0)
             done = considered
         gumbel = self._gumbel(noise.fold(2), slots).t()
-        schedule = considered_visits(considered, simulations)
         root = _Root(tree, before, gumbel, noise.fold(1), one_hot)
+        # As long as the most simulations, so that one function is compiled for all budgets.
+        offsets = torch.zeros(rows, self.simulations, self.chunk, model.spec.action_dim, device=device)
+        visits = torch.zeros(self.simulations, dtype=torch.int64, device=device)
+        visits[:simulations] = torch.tensor(considered_visits(considered, simulations), device=device)
         slowest, i = time.perf_counter() - started, done
         while i < simulations:
             begun = time.perf_counter()
@@ -350,36 +354,52 @@ class MCTSPlanner:
                 break
             if i == done:
                 slowest = 0.0
-            within = (i - done) % BLOCK
-            if within == 0:
-                offsets = self._offsets(model, noise.fold(4).fold(i), min(BLOCK, simulations - i))
-            if self.compile and simulations - i >= BLOCK:
-                # Numbers would be compiled into the function.
-                visits, start = (torch.tensor(x, device=device) for x in (schedule[i : i + BLOCK], i))
-                spent += self._run_compiled(clock, root, visits, offsets, start)
-                i += BLOCK
-            else:
-                spent += self._simulate(model, root, schedule[i], offsets[:, within : within + 1], i)
-                i += 1
+            stop = simulations if deadline_s is None else min(i + BLOCK, simulations)
+            if self.sigma is not None and not discrete:
+                for j in range(i, stop, BLOCK):
+                    num = min(BLOCK, simulations - j)
+                    offsets[:, j : j + num] = self._offsets(model, noise.fold(4).fold(j), num)
+            # Numbers would be compiled into the function.
+            work = root, visits, offsets, torch.tensor(i), torch.tensor(stop)
+            spent += self._run_compiled(clock, *work) if self.compile else self._simulations(model, *work)
+            i = stop
             slowest = max(slowest, time.perf_counter() - begun)
         return self._finish(tree, before, gumbel, spent, noise.fold(3), discrete, wanted)
 
     def _run_compiled(self, clock: ModelClock, *arguments: Any) -> Tensor:
         """`_simulations` of the model, compiled."""
         if self._compiled is None:
-            self._compiled = compiled(self._simulations)
+            # Numbers gathered from a tree are read often: kept, not gathered anew by each reader.
+            self._compiled = compiled(self._simulations, realize_reads_threshold=1)
         return cast(Tensor, run_compiled(self._compiled, clock, *arguments))
 
-    def _simulations(self, model: WAM, root: _Root, visits: Tensor, offsets: Tensor, start: Tensor) -> Tensor:
-        """`BLOCK` simulations per row, from the one of number `start` []; evaluations [R] that they took."""
-        spent = torch.zeros_like(root.tree.size)
-        for j in range(BLOCK):
-            spent += self._simulate(model, root, visits[j], offsets[:, j : j + 1], start + j)
-        return spent
+    def _simulations(
+        self, model: WAM, root: _Root, visits: Tensor, offsets: Tensor, start: Tensor, stop: Tensor
+    ) -> Tensor:
+        """The simulations `start` [] to `stop` [] - 1 per row; evaluations [R] that they took.
+
+        visits: [S] of the root's child that each goes to. offsets: [R, S, H, A].
+        """
+        spent = torch.zeros_like(root.tree.base)
+        if not torch.compiler.is_compiling():
+            for i, goal in enumerate(visits.tolist()[start:stop], int(start)):
+                spent += self._simulate(model, root, goal, offsets[:, i : i + 1], i)
+            return spent
+        from torch._higher_order_ops.while_loop import while_loop  # seconds to import, so only where it is needed
+
+        def more(number: Tensor, spent: Tensor) -> Tensor:
+            return number < stop
+
+        def simulate(number: Tensor, spent: Tensor) -> tuple[Tensor, Tensor]:
+            at = number.view(1).to(visits.device)  # the counter stays on the CPU, where the loop asks for it
+            taken = self._simulate(model, root, visits.index_select(0, at), offsets.index_select(1, at), number)
+            return number + 1, spent + taken
+
+        return cast(Tensor, while_loop(more, simulate, (start, spent))[1])
 
     def _offsets(self, model: WAM, noise: NoiseKey, num: int) -> Tensor:
-        """[R, N, H, A] noise around the policy's chunk; zeros where none is wanted."""
-        if self.sigma is None or model.spec.action_kind == "discrete":
+        """[R, N, H, A] noise around the policy's chunk; zeros where its samples are wanted."""
+        if self.sigma is None:
             return torch.zeros(noise.row.shape[0], num, self.chunk, model.spec.action_dim, device=noise.row.device)
         basis = noise_basis(self.chunk) if self.basis is None else self.basis
         drawn = coloured_noise(noise, basis.to(noise.row.device), num, action_dim=model.spec.action_dim)
@@ -422,8 +442,8 @@ class MCTSPlanner:
         tree, noise = root.tree, root.noise.fold(number)
         path = tree.descend(self._first(root, visits), self.depth)
         # Nothing is imagined behind the deepest nodes, and where all of the root's children are dead.
-        wanted = path.new & (tree.edge[path.end, 2] > -math.inf)
-        leaf, end, rows = tree.target[path.end], path.end, None
+        wanted = (path.leaf == tree.trash) & (tree.edge[path.end, 2] > -math.inf)
+        leaf, end, rows = path.leaf, path.end, None
         if not torch.compiler.is_compiling() and not wanted.all():
             rows = wanted.nonzero()[:, 0]
             end, offset, noise = end[rows], offset[rows], noise[rows]

@@ -57,14 +57,17 @@ def require_compiler() -> None:
         )
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as one graph of fixed shapes; where its first argument, the model, allows no such graph, it raises."""
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`function` as one graph of fixed shapes; where its first argument, the model, allows no such graph, it raises.
+
+    options: of torch's compiler, `torch._inductor.config`.
+    """
     from torch._dynamo import config  # seconds to import, so only where it is needed
 
     # Torch counts the graphs of all planners of a process together, and a planner and its null control have one each
     # for every number of rows: with ten rows and fewer, ten.
     config.recompile_limit = max(config.recompile_limit, MOST_GRAPHS)
-    return torch.compile(function, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+    return torch.compile(function, fullgraph=True, dynamic=False, options={"cpp_wrapper": True, **options})
 
 
 def padded(rows: Tensor) -> Tensor:

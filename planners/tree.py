@@ -54,14 +54,15 @@ class Statistics(NamedTuple):
 class Path(NamedTuple):
     """How a simulation went through each row's tree, from the root to an edge without a node.
 
-    edges: [L, B], behind the last one those of the bin. last: [B] its level. end: [B] the last edge. new: [B] bool,
-    that edge has no node yet; otherwise the path is as long as it may be, and its last node is visited anew.
+    edges: [L, B], behind the last one those of the bin. last: [B] its level. end: [B] the last edge. leaf: [B] the node
+    behind that, the bin where it has none yet; otherwise the path is as long as it may be, and its last node is visited
+    anew.
     """
 
     edges: Tensor
     last: Tensor
     end: Tensor
-    new: Tensor
+    leaf: Tensor
 
 
 class Rule(NamedTuple):
@@ -208,7 +209,7 @@ class Tree:
         nodes = torch.stack(reached)
         edges = torch.cat([edge[None], self.next[nodes[:-1]]])
         last = (nodes[:-1] != self.trash).sum(dim=0)
-        return Path(edges, last, edges.gather(0, last[None])[0], nodes[-1] == self.trash)
+        return Path(edges, last, edges.gather(0, last[None])[0], nodes[-1])
 
     # ---- growing -------------------------------------------------------------------------------------------------
 
@@ -238,7 +239,7 @@ class Tree:
         kept = wanted & (total.abs() < math.inf)
         at = torch.where(kept, fresh + (kept.cumsum(dim=1) - 1 if edges.shape[1] > 1 else 0), trash)
         if rows is None:
-            self.fresh += kept.sum(dim=1)
+            self.fresh.add_(kept.sum(dim=1))  # not +=, which sets an attribute, and loops that torch compiles may not
         else:
             self.fresh[rows] += kept.sum(dim=1)
         self.target[torch.where(kept, edges, trash * self.slots)] = at

@@ -410,7 +410,7 @@ def test_whatever_number_of_rows_a_gate_lets_through_few_are_compiled(kind, monk
     """Torch gives up after eight numbers of rows. Here the compiled function is the function itself."""
     module, sizes, shapes = importlib.import_module(f"wamrl.planners.{kind}"), [], set()
 
-    def compiled(function):  # type: ignore[no-untyped-def]
+    def compiled(function, **options):  # type: ignore[no-untyped-def]
         def run(model, first, *rest):  # type: ignore[no-untyped-def]
             sizes.append(first.batch_size[0] if kind == "shooting" else first.tree.rows)
             shapes.add((sizes[-1], *(x.shape for x in rest if isinstance(x, torch.Tensor))))
