@@ -23,6 +23,7 @@ import os
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ from benchmarks.stored import RESULTS, Clock
 from wamrl.interfaces import WAM, Anatomy, Budget, Context, Imagined, Proposal, Spec, State
 from wamrl.noise import NoiseKey
 from wamrl.planners import NoiseProposer, ReturnScorer, make_cem, make_mcts, make_mppi
+from wamrl.planners.tree import Tree
 
 # Brought by the extra `bench`, or by wamrl itself.
 DEFAULT_PEERS = ["pytorch_mppi", "torchrl", "mctx"]
@@ -365,14 +367,17 @@ def mctx_search(model: DiscreteMLP) -> tuple[Callable[[Any], Any], Callable[[Ten
 
 
 def measure_tree(seconds: float) -> dict[str, float]:
-    """Simulations per second of all roots together; the two have to visit the same."""
+    """Simulations per second of all roots together, first calls, and how alike the trees are to those of mctx.
+
+    same_action, same_visits: share of the roots with the same action, and with the same visits of all of its children.
+    """
     torch.manual_seed(0)
     model = DiscreteMLP(WIDTH).requires_grad_(False)
     noise = NoiseKey.for_rows(ROOTS)
     z = torch.randn(ROOTS, LATENT, generator=torch.Generator().manual_seed(1))
     state = TensorDict({"z": z}, batch_size=[ROOTS])
 
-    def ours(compile: bool) -> Callable[[Tensor], Tensor]:
+    def ours(compile: bool) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         planner = make_mcts(
             chunk=1,
             depth=DEPTH,
@@ -383,29 +388,51 @@ def measure_tree(seconds: float) -> dict[str, float]:
             compile=compile,
         )
         plan_state = planner.initial_state(model, ROOTS)
-        return lambda _: planner.plan(model, state, plan_state, noise, Budget())[0].actions[:, 0].argmax(dim=1)
+        make, trees = planner._tree, deque[Tree](maxlen=1)
+
+        def watched(*arguments: Any) -> Tree:
+            trees.append(make(*arguments))
+            return trees[0]
+
+        planner._tree = watched  # type: ignore[method-assign]
+
+        def search(z: Tensor) -> tuple[Tensor, Tensor]:
+            plan, _ = planner.plan(model, state, plan_state, noise, Budget())
+            return plan.actions[:, 0].argmax(dim=1), trees[0].counts[trees[0].base]
+
+        return search
 
     search, to_jax = mctx_search(model)
     latents = to_jax(z)
     methods: dict[str, Callable[[Tensor], Any]] = {
         "wamrl": ours(False),
         "wamrl_compiled": ours(True),
-        "mctx": lambda _: search(latents)[0],
+        "mctx": lambda _: search(latents),
     }
     metrics: dict[str, float] = {}
-    chosen: dict[str, list[int]] = {}
+    found: dict[str, tuple[list[int], list[list[int]]]] = {}
     for name, method in methods.items():
         begun = time.perf_counter()
-        chosen[name] = method(z).tolist()
+        action, visits = method(z)
         metrics[f"tree/{name}/first_call_s"] = time.perf_counter() - begun
+        found[name] = action.tolist(), visits.tolist()
     times = interleave(methods, seconds)
     for name, values in times.items():
         metrics[f"tree/{name}/simulations_per_s"] = ROOTS * SIMULATIONS / (statistics.median(values) / 1e3)
         if name != "mctx":
             metrics[f"tree/{name}/ratio_to_mctx"] = 1.0 / median_ratio(values, times["mctx"])
-            same = [a == b for a, b in zip(chosen[name], chosen["mctx"], strict=True)]
-            metrics[f"tree/{name}/same_action"] = statistics.mean(same)
+            for what, mine, theirs in zip(("action", "visits"), found[name], found["mctx"], strict=True):
+                same = [a == b for a, b in zip(mine, theirs, strict=True)]
+                metrics[f"tree/{name}/same_{what}"] = statistics.mean(same)
     return metrics | {"tree/turns": len(times["mctx"])}
+
+
+# Name -> the peer that it is about, if it is one alone, and what measures it.
+PARTS: dict[str, tuple[str | None, Callable[[float, list[str]], dict[str, float]]]] = {
+    "shooting": (None, measure_shooting),
+    "rows": ("pytorch_mppi", lambda seconds, _: measure_rows(seconds)),
+    "tree": ("mctx", lambda seconds, _: measure_tree(seconds)),
+}
 
 
 def versions_of(peers: list[str]) -> dict[str, str | None]:
@@ -430,6 +457,9 @@ def main() -> None:
     parser.add_argument(
         "--peers", nargs="*", default=DEFAULT_PEERS, choices=list(PEERS), help=f"default: {' '.join(DEFAULT_PEERS)}"
     )
+    parser.add_argument(
+        "--only", choices=list(PARTS), help="measure this part alone, print its numbers and store nothing"
+    )
     parser.add_argument("--out", type=Path, default=OUT, help=f"default {OUT.name} in benchmarks/results")
     options = parser.parse_args()
     peers = versions_of(options.peers)
@@ -438,14 +468,15 @@ def main() -> None:
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})
     torch.set_num_threads(1)
     clock = Clock()
-    metrics = measure_shooting(options.seconds, options.peers)
-    if "pytorch_mppi" in peers:
-        metrics |= measure_rows(options.seconds)
-    if "mctx" in peers:
-        metrics |= measure_tree(options.seconds)
+    metrics: dict[str, float] = {}
+    for part, (peer, measure) in PARTS.items():
+        if options.only in (None, part) and (peer is None or peer in peers):
+            metrics |= measure(options.seconds, options.peers)
     metrics = {name: round(value, 4) for name, value in metrics.items()}
     for name, value in metrics.items():
         print(f"{name:72s} {value:12.3f}")
+    if options.only:
+        return
     config: dict[str, Any] = {
         "shooting": {name: list(sizes) for name, sizes in SHOOTING.items()},
         "iterations": ITERATIONS,
