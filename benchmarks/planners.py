@@ -276,7 +276,10 @@ def measure_rows(seconds: float) -> dict[str, float]:
 
 
 class DiscreteMLP(WAM):
-    """A latent model with discrete actions: z' = MLP(z, one-hot a), and linear heads for reward, value and policy."""
+    """A latent model with discrete actions: z' = MLP(z, one-hot a), and linear heads for reward, value and policy.
+
+    Its state holds what the heads say, so that they run once per node, as in mctx's recurrent function.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -297,8 +300,12 @@ class DiscreteMLP(WAM):
         self.heads = nn.Linear(LATENT, 2 + ACTIONS)  # reward, value, logits
 
     def encode(self, context: Context) -> State:
-        """The state is the latent."""
-        return TensorDict({"z": context.observation["state"][:, -1]}, batch_size=context.task.shape)
+        """The state is the latent, and what the heads say of it."""
+        return self.state(context.observation["state"][:, -1])
+
+    def state(self, z: Tensor) -> State:
+        """The state [R] of latents [R, D]."""
+        return TensorDict({"z": z, "heads": self.heads(z)}, batch_size=[z.shape[0]])
 
     def imagine(
         self,
@@ -317,17 +324,18 @@ class DiscreteMLP(WAM):
             x = layer(x).relu()
         z = self.layers[-1](x).tanh()
         heads = self.heads(z)
-        leaf = TensorDict({"z": z.view(rows, num, 1, -1)}, batch_size=[rows, num, 1])
+        shape = rows, num, 1
+        leaf = TensorDict({"z": z.view(*shape, -1), "heads": heads.view(*shape, -1)}, batch_size=shape)
         return Imagined(leaf=leaf, evaluations=num, reward=heads[:, 0].view(rows, num, 1, 1))
 
     def value(self, state: State) -> Tensor:
         """[*batch, 1]."""
-        return self.heads(state["z"])[..., 1:2]
+        return state["heads"][..., 1:2]
 
     def log_prob(self, state: State, proposal: Proposal) -> Tensor:
         """[R, N, 1] of one-hot chains of one step."""
         assert proposal.chain is not None
-        log_probs = self.heads(state["z"])[..., 2:].log_softmax(dim=-1)
+        log_probs = state["heads"][..., 2:].log_softmax(dim=-1)
         return (proposal.chain[:, :, -1, 0] * log_probs[:, None]).sum(dim=-1, keepdim=True)
 
 
@@ -375,7 +383,7 @@ def measure_tree(seconds: float) -> dict[str, float]:
     model = DiscreteMLP(WIDTH).requires_grad_(False)
     noise = NoiseKey.for_rows(ROOTS)
     z = torch.randn(ROOTS, LATENT, generator=torch.Generator().manual_seed(1))
-    state = TensorDict({"z": z}, batch_size=[ROOTS])
+    state = model.state(z)
 
     def ours(compile: bool) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         planner = make_mcts(

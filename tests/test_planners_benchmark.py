@@ -45,7 +45,7 @@ def test_the_discrete_model_gives_what_the_tree_asks() -> None:
     torch.manual_seed(0)
     model = planners.DiscreteMLP(16).requires_grad_(False)
     planner = make_mcts(chunk=1, depth=4, simulations=20, num_candidates=8, backup="mean")
-    state = planners.TensorDict({"z": torch.randn(3, planners.LATENT)}, batch_size=[3])
+    state = model.state(torch.randn(3, planners.LATENT))
     plan, _ = planner.plan(model, state, planner.initial_state(model, 3), NoiseKey.for_rows(3), Budget())
     assert plan.evaluations.tolist() == [20] * 3 and (plan.actions.sum(dim=2) == 1).all()
 
