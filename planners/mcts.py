@@ -99,6 +99,7 @@ class MCTSPlanner:
     compile: bool = False
     on_failure: str = "raise"
     _compiled: Any = field(default=None, init=False, repr=False)
+    _keeping_s: dict[int, float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse values that no plan could be made with."""
@@ -200,8 +201,9 @@ class MCTSPlanner:
         """Search every row of `state` [B] that the gate lets through; the others follow the policy.
 
         budget.evaluations is hard: simulations shrink until they fit, and ValueError when not even one does.
-        budget.deadline_s: no simulation starts that would end after it (judged by the slowest so far); the first call,
-        with all of the root's candidates, always runs. The plan state returned has `shift` 1.
+        budget.deadline_s: no simulation starts that would end after it (judged by the slowest so far; of the time, what
+        keeping the subtree took in the last plan is left); the first call, with all of the root's candidates, always
+        runs. The plan state returned has `shift` 1.
         """
         started = time.perf_counter()
         self.check(model)
@@ -224,7 +226,9 @@ class MCTSPlanner:
                 plan = dataclasses.replace(found, evaluations=found.evaluations + gated) if gated else found
             else:
                 plan = _placed(plan, found, at, gated)
-            if tree is not None:
+            if tree is not None and everyone:
+                kept["tree"] = tree
+            elif tree is not None:
                 whole = plan_state["tree"].clone()
                 whole[at] = tree[: at.numel()]
                 kept["tree"] = whole
@@ -346,11 +350,12 @@ class MCTSPlanner:
         offsets = torch.zeros(rows, self.simulations, self.chunk, model.spec.action_dim, device=device)
         visits = torch.zeros(self.simulations, dtype=torch.int64, device=device)
         visits[:simulations] = torch.tensor(considered_visits(considered, simulations), device=device)
+        ends = math.inf if deadline_s is None else started + (1.0 - KEPT_BACK) * deadline_s - self._reserve_s(tree)
         slowest, i = time.perf_counter() - started, done
         while i < simulations:
             begun = time.perf_counter()
             # A simulation takes less than the root, whose time is all that is known before the first one.
-            if deadline_s is not None and i > 0 and begun - started + slowest > (1.0 - KEPT_BACK) * deadline_s:
+            if i > 0 and begun + slowest > ends:
                 break
             if i == done:
                 slowest = 0.0
@@ -364,7 +369,18 @@ class MCTSPlanner:
             spent += self._run_compiled(clock, *work) if self.compile else self._simulations(model, *work)
             i = stop
             slowest = max(slowest, time.perf_counter() - begun)
-        return self._finish(tree, before, gumbel, spent, noise.fold(3), discrete, wanted)
+        begun = time.perf_counter()
+        found = self._finish(tree, before, gumbel, spent, noise.fold(3), discrete, wanted)
+        self._keeping_s[rows] = time.perf_counter() - begun
+        return found
+
+    def _reserve_s(self, tree: Tree) -> float:
+        """Seconds of a deadline that are left for keeping the subtrees, as in the last plan; the first one tries it."""
+        if self.reuse and tree.rows not in self._keeping_s:
+            begun = time.perf_counter()
+            tree.below(torch.zeros_like(tree.base), self.simulations)
+            self._keeping_s[tree.rows] = time.perf_counter() - begun
+        return self._keeping_s.get(tree.rows, 0.0)
 
     def _run_compiled(self, clock: ModelClock, *arguments: Any) -> Tensor:
         """`_simulations` of the model, compiled."""

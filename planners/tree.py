@@ -151,10 +151,13 @@ class Tree:
     @property
     def child(self) -> Tensor:
         """[B * (S + 1), C] numbers of the children within their row, -1 where there is none."""
-        target = self.target.view(-1, self.slots)
-        row = torch.arange(target.shape[0], device=self.base.device)[:, None] // (self.num_nodes + 1)
-        number = target - row * (self.num_nodes + 1)
-        return torch.where(number == self.num_nodes, -1, number)
+        nodes = torch.arange(self.parent.shape[0], device=self.base.device)
+        return self._children(nodes.view(self.rows, -1)).flatten(0, 1)
+
+    def _children(self, at: Tensor) -> Tensor:
+        """[B, X, C] `child` of the nodes `at` [B, X]."""
+        number = self.target.view(-1, self.slots)[at] - self.base[:, None, None]
+        return number.masked_fill_(number == self.num_nodes, -1)
 
     def statistics(self, at: Tensor) -> Statistics:
         """What a rule reads of the nodes `at` [X]."""
@@ -335,8 +338,7 @@ class Tree:
         them is meaningless. A child that did not fit counts as never visited.
         """
         nodes = self.num_nodes + 1
-        child = self.child
-        first = child[self.base, slot][:, None]
+        first = self._children(self.base[:, None])[:, 0].gather(1, slot[:, None])
         mine = _branch(self.parent.view(self.rows, nodes)) == first
         rank = mine.cumsum(dim=1) - 1
         kept = mine & (rank < limit)
@@ -349,7 +351,7 @@ class Tree:
             flat = link.flatten(1)
             return torch.where(flat >= 0, renumber.gather(1, flat.clamp_min(0)), -1).view_as(link)
 
-        children, edge = moved(child[source]), self.edge.view(-1, self.slots, 3)[source]
+        children, edge = moved(self._children(source)), self.edge.view(-1, self.slots, 3)[source]
         edge[..., :2].masked_fill_((children < 0)[..., None], 0.0)
         entries = {"parent": moved(self.parent[source]), "child": children, "node": self.node[source], "edge": edge}
         entries |= {"action": self.action[source], "number": kept.sum(dim=1)}

@@ -8,6 +8,7 @@ import math
 import shutil
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -329,6 +330,34 @@ def test_a_subtree_that_does_not_fit_is_cut_from_its_young_end() -> None:
         counted = tree.counts > 0
         counted[tree.trash] = False
         assert (tree.child[counted] >= 0).all() and not tree.dead.any()
+
+
+def test_a_deadline_leaves_time_for_keeping_the_subtree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of its own: a call of the model takes 1 s, to keep the subtrees 5 s, and there are 20 s."""
+    now = [0.0]
+
+    class Slow(ToyWAM):
+        def roll(self, *arguments):  # type: ignore[no-untyped-def]
+            now[0] += 1.0
+            return super().roll(*arguments)
+
+    def below(tree: Tree, *arguments):  # type: ignore[no-untyped-def]
+        now[0] += 5.0
+        return keep(tree, *arguments)
+
+    keep = Tree.below
+    monkeypatch.setattr(Tree, "below", below)
+    monkeypatch.setattr("wamrl.planners.mcts.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    model = quadratic(torch.tensor([0.3]), discount=0.9)
+    model.__class__ = Slow
+    planner = make_mcts(chunk=1, depth=8, simulations=64, num_candidates=4, sigma=0.5, reuse=True)
+    state, plan_state = model.state(torch.zeros(2, 1)), planner.initial_state(model, 2)
+    for step in range(3):  # the first plan also tries what keeping takes
+        begun = now[0]
+        noise = NoiseKey.for_rows(2, step=step)
+        plan, plan_state = planner.plan(model, state, plan_state, noise, Budget(deadline_s=20.0))
+        assert 16.0 <= now[0] - begun <= 20.0, step
+        assert (plan.evaluations >= (8 if step == 0 else 12)).all()
 
 
 # ------------------------------------------------------------------------------------------------ plan and refusals
