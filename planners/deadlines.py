@@ -33,16 +33,19 @@ def check_deadline(budget: Budget) -> None:
 class Pace:
     """How many candidates there is still time for until `ends` (of `time.perf_counter`), judged by those before.
 
-    looked: how many candidates the latest iteration has looked at.
+    after: what is left for afterwards, in multiples of what the first candidates take. looked: how many candidates the
+    latest iteration has looked at.
     """
 
-    def __init__(self, ends: float) -> None:
-        self.ends, self.looked = ends, 0
+    def __init__(self, ends: float, after: float = 0.0) -> None:
+        self.ends, self.looked, self._after = ends, 0, after
         self._least: tuple[int, float] | None = None  # candidates and seconds of the smallest block
         self._latest, self._judging = (1, 0.0), (1, 0.0)
 
     def imagined(self, num: int, seconds: float) -> None:
         """Note that imagining `num` candidates took `seconds`."""
+        if self._least is None:
+            self.ends -= self._after * seconds
         self._latest = num, seconds
         if self._least is None or num <= self._least[0]:
             self._least = num, max(seconds, 0.0 if self._least is None else self._least[1])

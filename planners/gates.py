@@ -23,8 +23,11 @@ from wamrl.naming import whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.scorers import ReturnScorer
 
-ASKING, REMEMBERING, SKIPPING = 5, 6, 7
-"""Folds of a plan's key for the gate, its memory, and the chunk of skipped rows. Searches, controllers: 0 to 4."""
+ASKING, REMEMBERING, SKIPPING, LATER = 5, 6, 7, 9
+"""Folds of a plan's key: for the gate, its memory, the chunk of skipped rows, and later parts under a deadline.
+
+Searches have 0 to 4 (of 4, adaptive controllers have the key too, whose model draws nothing that trees draw), films 8.
+"""
 
 
 @dataclass(frozen=True)

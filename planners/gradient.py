@@ -20,7 +20,7 @@ from wamrl.interfaces import WAM, Budget, Plan, PlanState, State
 from wamrl.naming import whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.cem import make_cem
-from wamrl.planners.deadlines import KEPT_BACK
+from wamrl.planners.deadlines import KEPT_BACK, check_deadline
 from wamrl.planners.gates import foresight_steps, memory_after
 from wamrl.planners.scorers import check_comparable, permutation
 from wamrl.planners.shooting import ShootingPlanner
@@ -98,6 +98,7 @@ class GradientPlanner:
         started = time.perf_counter()
         forward, foreseen = self._forward(model), self._foreseen(model)
         steps, first, climb = self._split(model, budget)
+        check_deadline(budget)
         deadline = None if budget.deadline_s is None else budget.deadline_s / 2
         asked = plan_state.copy()
         asked["search_cost"] = torch.full_like(asked["shift"], climb)
@@ -107,6 +108,8 @@ class GradientPlanner:
             return plan, next_state
         begun = time.perf_counter()
         ends = None if budget.deadline_s is None else started + (1.0 - KEPT_BACK) * budget.deadline_s
+        if ends is not None and foreseen:  # the gate looks at the climbed chunks once more
+            ends -= plan.seconds["remember"]
         # Before the first step, what is known is how long an evaluation took in the search.
         each = plan.seconds["imagine"] / max(1, int(plan.evaluations.sum()))
         expected = _STEP * each * forward * rows.numel()

@@ -58,8 +58,8 @@ class MCTSPlanner:
 
     scorer: what an edge pays and what its end is worth; of its risks only "mean" has these parts.
     chunk: H steps of an edge. depth: the most edges that a path has. simulations: chunks that are imagined per plan.
-    num_candidates: edges of the root that are considered, the policy's unperturbed chunk among them; with sampled edges
-    they are imagined in one call, which counts as that many simulations.
+    num_candidates: edges of the root that are considered, at most as many as simulations, the policy's unperturbed
+    chunk among them; with sampled edges they are imagined in one call, which counts as that many simulations.
     search: "gumbel" or "puct". gumbel_scale: of the noise on the root's candidates; 0 plans, 1 explores.
     widening, widening_power: a node below the root that was visited n times has widening * n^widening_power sampled
     edges, rounded down (at least one, at most num_candidates). sigma: standard deviation of the noise around the
@@ -100,6 +100,7 @@ class MCTSPlanner:
     on_failure: str = "raise"
     _compiled: Any = field(default=None, init=False, repr=False)
     _keeping_s: dict[int, float] = field(default_factory=dict, init=False, repr=False)
+    _remembering_s: float = field(default=0.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse values that no plan could be made with."""
@@ -221,7 +222,7 @@ class MCTSPlanner:
             taken = padded(at) if self.compile else at
             everyone = taken.numel() == at.numel() == rows
             part = (state, plan_state, noise) if everyone else (state[taken], plan_state[taken], noise[taken])
-            found, tree = self._search(clock, *part, at.numel(), simulations, started, budget.deadline_s)
+            found, tree = self._search(clock, *part, at, simulations, started, budget.deadline_s)
             if everyone:
                 plan = dataclasses.replace(found, evaluations=found.evaluations + gated) if gated else found
             else:
@@ -236,8 +237,10 @@ class MCTSPlanner:
         kept["plans"] = count_plans(plan_state)
         kept["shift"] = torch.ones(rows, dtype=torch.int64, device=device)
         plan = dataclasses.replace(plan, searched=searched)
+        begun = time.perf_counter()
         for name, memory in memory_after(self.gate, cast(WAM, clock), state, plan_state, plan, noise).items():
             kept[name] = memory
+        self._remembering_s = time.perf_counter() - begun
         seconds = {"imagine": clock.seconds, "search": time.perf_counter() - started - clock.seconds}
         return dataclasses.replace(plan, seconds=seconds), kept
 
@@ -274,7 +277,7 @@ class MCTSPlanner:
             chunk[skipped], spent, broken = policy_chunk(model, state[skipped], self.chunk, noise[skipped])
             evaluations[skipped] = spent + gated
             if broken.any():
-                report_failure(broken, 1, self.on_failure)
+                report_failure(broken, 1, self.on_failure, skipped)
         return Plan(
             actions=chunk,
             value=torch.full((rows,), math.nan, device=device),
@@ -312,12 +315,12 @@ class MCTSPlanner:
         state: State,
         plan_state: PlanState,
         noise: NoiseKey,
-        wanted: int,
+        at: Tensor,
         simulations: int,
         started: float,
         deadline_s: float | None,
     ) -> tuple[Plan, TensorDict | None]:
-        """Search every row of `state` [R], of which the first `wanted` count and the others fill up."""
+        """Search every row of `state` [R]; the first ones have the numbers `at` within the plan, the others fill up."""
         model = cast(WAM, clock)
         rows, device = state.batch_size[0], noise.row.device
         discrete = model.spec.action_kind == "discrete"
@@ -370,17 +373,20 @@ class MCTSPlanner:
             i = stop
             slowest = max(slowest, time.perf_counter() - begun)
         begun = time.perf_counter()
-        found = self._finish(tree, before, gumbel, spent, noise.fold(3), discrete, wanted)
+        found = self._finish(tree, before, gumbel, spent, noise.fold(3), discrete, at)
         self._keeping_s[rows] = time.perf_counter() - begun
         return found
 
     def _reserve_s(self, tree: Tree) -> float:
-        """Seconds of a deadline that are left for keeping the subtrees, as in the last plan; the first one tries it."""
+        """Seconds of a deadline that are left for subtrees and the gate's memory, as in the last plan.
+
+        Of a first plan with `reuse` the former are tried out.
+        """
         if self.reuse and tree.rows not in self._keeping_s:
             begun = time.perf_counter()
             tree.below(torch.zeros_like(tree.base), self.simulations)
             self._keeping_s[tree.rows] = time.perf_counter() - begun
-        return self._keeping_s.get(tree.rows, 0.0)
+        return self._keeping_s.get(tree.rows, 0.0) + self._remembering_s
 
     def _run_compiled(self, clock: ModelClock, *arguments: Any) -> Tensor:
         """`_simulations` of the model, compiled."""
@@ -540,14 +546,14 @@ class MCTSPlanner:
         spent: Tensor,
         noise: NoiseKey,
         discrete: bool,
-        wanted: int,
+        at: Tensor,
     ) -> tuple[Plan, TensorDict | None]:
         """The root's choice, and the subtree behind it for the next plan."""
-        now = tree.statistics(tree.base)
+        now, wanted = tree.statistics(tree.base), at.numel()
         visited = now.counts > 0
         failed = ~visited.any(dim=0)
         if failed[:wanted].any():
-            report_failure(failed[:wanted], tree.slots, self.on_failure)
+            report_failure(failed[:wanted], tree.slots, self.on_failure, at)
         # Sequential halving counts what this plan has visited; PUCT goes by all visits, those of a kept subtree too.
         counts = (now.counts if self.search == "puct" else now.counts - before).masked_fill(~visited, -math.inf)
         ranking = gumbel + tree.preferred if self.search == "gumbel" else now.q

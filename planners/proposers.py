@@ -138,7 +138,7 @@ class PolicyProposer:
     horizon: H steps. sigma: [1] or [A] standard deviation of the perturbation. basis: [H, K] its shape over time, see
     `wamrl.planners.temporal.temporal_basis`.
     warm_share: share of the candidates drawn around the shifted previous plan instead (around the policy's chunk in
-    rows that have none), open loop.
+    rows that have none, in a later part of a search with a deadline the first chunk of that part), open loop.
     behaviour_share: share of the other candidates that follows the behaviour prior, in models that have one.
     """
 

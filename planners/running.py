@@ -44,6 +44,12 @@ class ModelClock:
     def value(self, *arguments: Any, **options: Any) -> Tensor:
         return cast(Tensor, self.timed(self.model.value, *arguments, **options))
 
+    def success_value(self, *arguments: Any, **options: Any) -> Tensor:
+        return cast(Tensor, self.timed(self.model.success_value, *arguments, **options))
+
+    def log_prob(self, *arguments: Any, **options: Any) -> Tensor:
+        return cast(Tensor, self.timed(self.model.log_prob, *arguments, **options))
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
@@ -89,6 +95,7 @@ class CompiledQueries(ModelClock):
     def __init__(self, clock: ModelClock, functions: dict[str, Callable[..., Any]]) -> None:
         super().__init__(clock.model)
         self._clock, self._functions = clock, functions
+        self.timed = clock.timed  # type: ignore[method-assign]
 
     def _run(self, query: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         name = query.__name__
@@ -119,6 +126,6 @@ def run_compiled(function: Callable[..., Any], clock: ModelClock, *arguments: An
         return clock.timed(function, clock.model, *arguments, **options)
     except TorchDynamoException as cause:
         raise RuntimeError(
-            f"planner.compile=true, but an iteration with {type(clock.model).__name__} cannot be compiled "
+            f"planner.compile=true, but what is asked of {type(clock.model).__name__} cannot be compiled "
             f"({type(cause).__name__}); set planner.compile=false, or see the cause below"
         ) from cause

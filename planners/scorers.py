@@ -343,7 +343,7 @@ def reduce_guesses(guesses: Tensor, risk: str, weight: float, share: float) -> T
     has no finite guess, the others' own counts.
     """
     if risk == "worst":
-        return guesses.amin(dim=-1)
+        return guesses.amin(dim=-1).where(guesses.isfinite().all(dim=-1), math.nan)
     if risk == "cvar":
         count = math.ceil(share * guesses.shape[-1])
         score = guesses.topk(count, dim=-1, largest=False).values.mean(dim=-1)

@@ -25,11 +25,13 @@ from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.deadlines import KEPT_BACK, Pace, check_deadline, in_blocks
 from wamrl.planners.gates import (
+    LATER,
     SKIPPING,
     Always,
     ask,
     check_search_cost,
     device_of,
+    foresight_steps,
     fresh_memory,
     gate_cost,
     memory_after,
@@ -60,7 +62,7 @@ class NonFinitePlanError(ValueError):
     """Every candidate of some row had a score or an action that is not finite. rows: their indices."""
 
     def __init__(self, rows: list[int], candidates: int) -> None:
-        self.rows = rows
+        self.rows, self.candidates = rows, candidates
         super().__init__(
             f"all {candidates} candidates of row(s) {rows} have a score or action that is NaN or infinite: the model "
             "is broken for these observations (diverged training, or inputs far outside of its data?). "
@@ -123,8 +125,10 @@ class ShootingPlanner:
             raise ValueError(
                 f"planner.keep_elites is {self.keep_elites}, but must be below the {self.num_candidates} candidates"
             )
-        if self.stop_change is not None and not self.stop_change >= 0:
-            raise ValueError(f"planner.stop_change is {self.stop_change!r}, but must be at least 0, or null")
+        if self.stop_change is not None and not 0 <= self.stop_change < math.inf:
+            raise ValueError(
+                f"planner.stop_change is {self.stop_change!r}, but must be a finite number from 0, or null"
+            )
         if self.stop_change is not None and self.compile:
             raise ValueError(
                 "planner.stop_change drops rows from the search as they settle, and planner.compile=true would compile "
@@ -193,15 +197,15 @@ class ShootingPlanner:
         block draws noise of its own. Compiled iterations stay whole. The plan state returned has `shift` 1: one step is
         expected to be executed.
         `Plan.seconds`: "imagine" is the time inside the model, "search" the rest; a compiled iteration counts as
-        the former as a whole.
+        the former as a whole. "remember" is what the gate's memory took of both.
         """
         started = time.perf_counter()
         self.check(model)
         num, iterations, gated = self._fit(model, budget)
         clock = ModelClock(model)
-        limits = _Limits(num, iterations, started, budget.deadline_s)
+        rows = state.batch_size[0]
+        limits = _Limits(num, iterations, started, budget.deadline_s, rows)
         if isinstance(self.gate, Always):
-            rows = state.batch_size[0]
             searched = torch.ones(rows, dtype=torch.bool, device=noise.row.device)
             found = self._search(clock, state, plan_state, noise, limits)
         else:
@@ -225,8 +229,10 @@ class ShootingPlanner:
             evaluations=found.evaluations,
             searched=searched,
         )
+        begun = time.perf_counter()
         carried |= memory_after(self.gate, cast(WAM, clock), state, plan_state, plan, noise)
-        seconds = {"imagine": clock.seconds, "search": time.perf_counter() - started - clock.seconds}
+        ended = time.perf_counter()
+        seconds = {"imagine": clock.seconds, "search": ended - started - clock.seconds, "remember": ended - begun}
         return replace(plan, seconds=seconds), TensorDict(carried, batch_size=[searched.shape[0]])
 
     def _fit(self, model: WAM, budget: Budget) -> tuple[int, int, int]:
@@ -247,11 +253,22 @@ class ShootingPlanner:
         return min(self.num_candidates, affordable // iterations), iterations, gated
 
     def _search(
-        self, clock: ModelClock, state: State, plan_state: PlanState, noise: NoiseKey, limits: _Limits
+        self,
+        clock: ModelClock,
+        state: State,
+        plan_state: PlanState,
+        noise: NoiseKey,
+        limits: _Limits,
+        at: Tensor | None = None,
     ) -> _Found:
-        """Search every row of `state`."""
+        """Search every row of `state`; at: their numbers [R] within the plan, None where all are searched."""
         model, looked = cast(WAM, clock), limits.num_candidates
-        pace = None if limits.deadline_s is None else Pace(limits.started + (1.0 - KEPT_BACK) * limits.deadline_s)
+        pace = None
+        if limits.deadline_s is not None:
+            # The gate's look at the plans of all rows takes at most as long as as many candidates of those searched.
+            least = noise.row.shape[0] * min(self.min_candidates, limits.num_candidates)
+            after = max(1.0, limits.rows / least) if foresight_steps(self.gate, self.horizon) else 0.0
+            pace = Pace(limits.started + (1.0 - KEPT_BACK) * limits.deadline_s, after)
         sigma = self.sigma.to(noise.row.device)
         order, key = self._order(noise, 0, limits.num_candidates), noise.fold(1).fold(0)
         evaluate = self._evaluator(clock)
@@ -272,7 +289,7 @@ class ShootingPlanner:
                 spent = proposal.imagined.evaluations
         any_failed = bool(failed.any())
         if any_failed:
-            report_failure(failed, looked, self.on_failure)
+            report_failure(failed, looked, self.on_failure, at)
         best = _best(now) if self.choose == "best" else None
         settled: list[tuple[Tensor, _Found]] = []
         rows = None  # the rows that go on, once some have settled
@@ -339,24 +356,26 @@ class ShootingPlanner:
     def _propose(self, clock: ModelClock, state: State, plan_state: PlanState, num: int, noise: NoiseKey) -> Proposal:
         """The proposer's candidates; where asked for, what it asks of the model are compiled functions."""
         if not self.compile:
-            return self.proposer(cast(WAM, clock), state, plan_state, num, noise)
+            return self.proposer(cast(WAM, clock), state, plan_state, num, noise, 0)
         model, rows = cast(WAM, CompiledQueries(clock, self._queries)), noise.row.shape[0]
         at = padded(torch.arange(rows, device=noise.row.device))
         if at.numel() == rows:
-            return self.proposer(model, state, plan_state, num, noise)
-        return first_rows(self.proposer(model, state[at], plan_state[at], num, noise[at]), rows)
+            return self.proposer(model, state, plan_state, num, noise, 0)
+        return first_rows(self.proposer(model, state[at], plan_state[at], num, noise[at], 0), rows)
 
     def _propose_block(
         self, model: WAM, state: State, plan_state: PlanState, noise: NoiseKey, block: int, first: int, num: int
     ) -> tuple[Tensor, Tensor, Imagined]:
         """`num` candidates of the proposer [R, num, H, A], which of them [R, num] are broken, and their futures."""
-        drawn, key = noise.fold(0), noise.fold(1).fold(0)
         if block:
-            drawn, key = drawn.fold(block), key.fold(block)
+            noise = noise.fold(LATER).fold(block)
+        drawn, key = noise.fold(0), noise.fold(1).fold(0)
         proposal = self.proposer(model, state, plan_state, num, drawn, first)
         actions, broken = _cleaned(proposal.actions)
         if proposal.imagined is None:
-            return actions, broken, model.imagine(state, actions, futures=self.futures, noise=key)
+            imagined = model.imagine(state, actions, futures=self.futures, noise=key)
+            self._check_futures(imagined)
+            return actions, broken, imagined
         self._check_futures(proposal.imagined)
         return actions, broken, proposal.imagined
 
@@ -365,7 +384,7 @@ class ShootingPlanner:
     ) -> tuple[Tensor, Tensor, Imagined]:
         """The candidates `first` to `first + num` of `actions`, which of them are broken, and their futures."""
         part = slice(first, first + num)
-        key = key.fold(block) if block else key
+        key = key.fold(LATER).fold(block) if block else key
         imagined = model.imagine(state, actions[:, part], futures=self.futures, noise=key)
         return actions[:, part], broken[:, part], imagined
 
@@ -416,7 +435,7 @@ class ShootingPlanner:
         if self.futures is not None and imagined.leaf.batch_size[2] != self.futures:
             raise ValueError(
                 f"planner.futures is {self.futures}, but this model imagines {imagined.leaf.batch_size[2]} futures of "
-                "each candidate while it proposes; set planner.futures=null"
+                "each candidate; set planner.futures=null"
             )
 
     def _search_some(
@@ -432,13 +451,11 @@ class ShootingPlanner:
         num = limits.num_candidates
         parts: list[tuple[Tensor, _Found]] = []
         chosen = searched.nonzero()[:, 0]
-        if chosen.numel():
-            parts.append((chosen, self._search(clock, state[chosen], plan_state[chosen], noise[chosen], limits)))
         skipped = (~searched).nonzero()[:, 0]
         if skipped.numel():
             chunk, spent, broken = policy_chunk(cast(WAM, clock), state[skipped], self.horizon, noise[skipped])
             if broken.any():
-                report_failure(broken, 1, self.on_failure)
+                report_failure(broken, 1, self.on_failure, skipped)
             ones = torch.ones(skipped.numel(), device=searched.device)
             policy = _Found(
                 actions=chunk,
@@ -450,6 +467,9 @@ class ShootingPlanner:
                 evaluations=(ones * spent).to(torch.int64),
             )
             parts.append((skipped, policy))
+        if chosen.numel():  # last, so that it has what is left of a deadline
+            found = self._search(clock, state[chosen], plan_state[chosen], noise[chosen], limits, chosen)
+            parts.append((chosen, found))
         return _joined(parts)
 
     def _evaluate(
@@ -464,6 +484,7 @@ class ShootingPlanner:
     ) -> tuple[_Iterate, Tensor, int]:
         """The hot path: imagine `actions`, score them, refit."""
         imagined = model.imagine(state, actions, futures=self.futures, noise=key)
+        self._check_futures(imagined)
         iterate, dead = self._refit(actions, self.scorer(model, state, imagined), broken, sigma, order)
         return iterate, dead, imagined.evaluations
 
@@ -503,6 +524,8 @@ class ShootingPlanner:
         rows = actions.shape[0]
         # The first sigma has no rows, a refitted one may have one: each shape would be compiled by itself.
         sigma = sigma.expand_as(actions[:, 0]).contiguous()
+        # Numbers would be compiled into the function, anew for every iteration.
+        key = NoiseKey(key.row, key.step, key.seed, torch.as_tensor(key.draw, device=actions.device))
         at = padded(torch.arange(rows, device=actions.device))
         if at.numel() > rows:
             state, actions, broken, sigma, key = state[at], actions[at], broken[at], sigma[at], key[at]
@@ -520,6 +543,7 @@ class _Limits:
     iterations: int
     started: float
     deadline_s: float | None
+    rows: int  # of the plan, searched or not
 
 
 class _Iterate(NamedTuple):
@@ -559,9 +583,13 @@ def policy_chunk(model: WAM, state: State, horizon: int, noise: NoiseKey) -> tup
     return chunk, 0 if proposal.imagined is None else proposal.imagined.evaluations, broken
 
 
-def report_failure(failed: Tensor, candidates: int, on_failure: str) -> None:
-    """Tell of the rows [R] in which no candidate is finite: an error, or a warning for `on_failure="hold"`."""
-    error = NonFinitePlanError(failed.nonzero()[:, 0].tolist(), candidates)
+def report_failure(failed: Tensor, candidates: int, on_failure: str, at: Tensor | None = None) -> None:
+    """Tell of the rows [R] in which no candidate is finite: an error, or a warning for `on_failure="hold"`.
+
+    at: the numbers [R] that these rows have within the plan; None: 0 to R - 1.
+    """
+    rows = failed.nonzero()[:, 0]
+    error = NonFinitePlanError((rows if at is None else at[rows]).tolist(), candidates)
     if on_failure == "raise":
         raise error
     warnings.warn(f"zero actions in {len(error.rows)} row(s): {error}", RuntimeWarning, stacklevel=3)

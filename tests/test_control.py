@@ -20,7 +20,15 @@ from wamrl.control import AdaptivePolicy, InteractivePolicy, ModelPolicy, Planne
 from wamrl.evaluation import Start, StepRecord
 from wamrl.film import Film
 from wamrl.interfaces import Context, Layout, Plan, Policy, PolicyState, State
-from wamrl.planners import NoiseProposer, ReturnScorer, ShootingPlanner, make_gradient, make_mcts, make_mppi
+from wamrl.planners import (
+    NoiseProposer,
+    NonFinitePlanError,
+    ReturnScorer,
+    ShootingPlanner,
+    make_gradient,
+    make_mcts,
+    make_mppi,
+)
 from wamrl.planners.toys import TASKS, NoisyWAM, ToyWAM, observation, quadratic
 from wamrl.report import late_words
 from wamrl.results import plan_times, time_decisions
@@ -514,6 +522,37 @@ def test_other_constructor_errors() -> None:
         PlannerPolicy(integrator(), small(), evaluations=0)
     with pytest.raises(ValueError, match="deadline_s is -1"):
         PlannerPolicy(integrator(), small(), deadline_s=-1.0)
+
+
+def test_an_adaptive_controller_leaves_time_for_its_own_look(monkeypatch) -> None:
+    """20 s per query and 1 s per transition; what the look at the first plan took is left of the second's deadline."""
+    now = [0.0]
+
+    class Slow(ToyWAM):
+        def roll(self, state, num, act, horizon):
+            now[0] += 20.0 + num * horizon
+            return super().roll(state, num, act, horizon)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    model = integrator()
+    model.__class__ = Slow
+    for deadline_s in range(100, 200, 7):
+        planner = make_mppi(horizon=4, num_candidates=64, sigma=0.5, proposer=NoiseProposer)
+        policy = AdaptivePolicy(model, planner, threshold=0.0, deadline_s=float(deadline_s), replan_every=4)
+        drive(policy, 3 * [torch.full((2, 1), 0.5)])
+        assert len(policy.log) == 3 and [entry["late"] for entry in policy.log[1:]] == [0, 0]
+
+
+def test_broken_rows_are_named_as_the_batch_counts_them() -> None:
+    """The second of two rows is due for a plan alone, and breaks."""
+    model = quadratic(torch.tensor([0.5]))
+    policy = PlannerPolicy(model, make_mppi(horizon=2, num_candidates=8), replan_every=2)
+    state = policy.initial_state(2)
+    fresh = torch.tensor([True, True])
+    _, state = policy.act(observation(torch.zeros(2, 1)), state, fresh)
+    model.reward_of = lambda z, a, new: a[..., 0] * math.nan
+    with pytest.raises(NonFinitePlanError, match=r"row\(s\) \[1\]"):
+        policy.act(observation(torch.zeros(2, 1)), state, torch.tensor([False, True]))
 
 
 def test_plans_that_miss_their_deadline_are_counted() -> None:

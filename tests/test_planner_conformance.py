@@ -26,6 +26,7 @@ from wamrl.planners import (
 from wamrl.planners.conformance import (
     CHECKS,
     Subject,
+    a_deadline_is_met,
     batched_equals_looped,
     execute,
     linear_system,
@@ -178,6 +179,21 @@ GATED = {
 @pytest.mark.parametrize("planner", GATED)
 def test_gates_keep_rows_apart(planner: str, gate: str, check) -> None:
     check(Subject(GATED[planner](GATES[gate])))
+
+
+class EveryOther:
+    """A gate that lets every other row through."""
+
+    candidates = 0
+
+    def __call__(self, model, state, plan_state, noise):
+        return torch.arange(state.batch_size[0]) % 2 == 0
+
+
+@pytest.mark.parametrize("gate", [Verifier(0.0), EveryOther()], ids=lambda gate: type(gate).__name__)
+@pytest.mark.parametrize("planner", GATED)
+def test_a_deadline_leaves_time_for_what_gates_ask_of_the_model(planner: str, gate) -> None:
+    a_deadline_is_met(Subject(GATED[planner](gate)))
 
 
 @pytest.mark.parametrize("gate", GATES)

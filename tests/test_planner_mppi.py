@@ -27,8 +27,10 @@ from wamrl.planners import (
     ShootingPlanner,
     Uncertainty,
     make_cem,
+    make_mcts,
     make_mppi,
     running,
+    shooting,
 )
 from wamrl.planners.deadlines import Pace
 from wamrl.planners.mppi import mppi_weights
@@ -606,6 +608,60 @@ def test_candidates_that_are_imagined_while_proposed_are_compiled_as_well(monkey
         torch.testing.assert_close(found.scores[:3], eager.scores[:rows], atol=1e-4, rtol=0)
         assert torch.equal(found.evaluations[:3], eager.evaluations[:rows])
     assert compiled == ["_propose"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
+def test_iterations_of_a_model_that_draws_are_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is folded into its key is no constant of the graph; the plan is that of the iterations as they are."""
+    graphs: list[int] = []
+
+    class Drawing(ToyWAM):
+        """Its rewards are drawn; it does not count along, which would be a Python object that changes."""
+
+        def imagine(self, state, actions, **options):  # type: ignore[no-untyped-def]
+            reward = options["noise"].normal(*actions.shape[1:3]) - actions.square().sum(dim=-1)
+            leaf = TensorDict({"z": state["z"][:, None, None].expand(-1, actions.shape[1], 1, -1)},
+                              batch_size=[actions.shape[0], actions.shape[1], 1])  # fmt: skip
+            return Imagined(leaf=leaf, evaluations=actions.shape[1] * actions.shape[2], reward=reward[:, :, None])
+
+    def counted(function, **options):  # type: ignore[no-untyped-def]
+        def compile_graph(graph, inputs):  # type: ignore[no-untyped-def]
+            graphs.append(1)
+            return graph.forward
+
+        return torch.compile(function, fullgraph=True, dynamic=False, backend=compile_graph)
+
+    monkeypatch.setattr(shooting, "compiled", counted)
+    options = dict(
+        horizon=2, num_candidates=16, iterations=5, proposer=NoiseProposer, scorer=ReturnScorer(value_weight=0.0)
+    )
+    model = Drawing(lambda z, a: z, lambda z, a, n: a[..., 0], lambda z: z[..., 0], state_dim=1, action_dim=2)
+    eager, _ = plan(searching(**options), model, torch.zeros(2, 1))
+    found, _ = plan(searching(**options, compile=True), model, torch.zeros(2, 1))
+    torch.testing.assert_close(found.actions, eager.actions, atol=1e-5, rtol=0)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("on_failure", ["raise", "hold"])
+def test_the_rows_of_a_broken_model_are_named_as_the_plan_counts_them(on_failure: str) -> None:
+    """Of four rows, the gate lets the last two through, and the last one breaks; another breaks where none searches."""
+
+    class LastTwo:
+        def __call__(self, model, state, plan_state, noise):  # type: ignore[no-untyped-def]
+            return torch.arange(4) >= 2
+
+    model = BrokenWAM(TARGET, lambda z, a: z[..., 0] > 0, math.nan)
+    z = torch.tensor([[0.0], [0.0], [0.0], [1.0]])
+    for planner in (
+        make_mppi(horizon=2, num_candidates=8, gate=LastTwo(), on_failure=on_failure),
+        make_mcts(chunk=2, depth=1, simulations=8, num_candidates=8, gate=LastTwo(), on_failure=on_failure),
+    ):
+        told = pytest.raises(NonFinitePlanError) if on_failure == "raise" else pytest.warns(RuntimeWarning)
+        with told as caught:
+            plan(planner, model, z)
+        words = str(caught.value) if on_failure == "raise" else str(caught[0].message)
+        assert "row(s) [3]" in words
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")

@@ -41,7 +41,7 @@ from wamrl.planners import (
     make_mppi,
 )
 from wamrl.planners.conformance import plan_once
-from wamrl.planners.scorers import asked_of
+from wamrl.planners.scorers import asked_of, reduce_guesses
 from wamrl.planners.toys import TabularWAM, ToyWAM, quadratic
 
 TARGET = torch.tensor([0.3, -0.6])
@@ -160,6 +160,13 @@ def test_what_a_scorer_needs_depends_on_the_models_success_bonus() -> None:
 def test_values_out_of_range_are_refused(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("risk", ["mean", "lower_bound", "worst", "cvar", "majority", "improvement"])
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_a_candidate_with_a_broken_guess_has_no_finite_score(risk: str, broken: float) -> None:
+    guesses = torch.tensor([[[1.0, 2.0], [broken, 1.0], [0.5, 0.5]]])
+    assert reduce_guesses(guesses, risk, 1.0, 0.5).isfinite().tolist() == [[True, False, True]]
 
 
 def test_the_edge_of_a_tree_is_the_score_taken_apart() -> None:

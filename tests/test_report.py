@@ -203,7 +203,7 @@ def test_the_page_says_where_the_gate_left_a_plan_to_the_policy(tmp_path):
     results["timing"]["batched"] = {**results["timing"]["single"], "searched": 0.75}
     page = _page(tmp_path, results, [trace])
     words = _words(page).replace("&#39;", "'")
-    assert "not searched: the policy's own chunk, as the gate decided (24 model evaluations)" in words
+    assert "not searched: the policy's own chunk, as the gate decided; 24 model evaluations" in words
     assert words.count("(step 4)") == 1 and "(step 6)" not in words
     assert re.search(r"75 ?% ?of the plans were searched", words)
 

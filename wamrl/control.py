@@ -37,6 +37,7 @@ from wamrl.interfaces import (
 from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.gates import device_of, surprise
+from wamrl.planners.shooting import NonFinitePlanError
 
 LOG_LENGTH = 10_000
 COMPARISONS = ("latent", "observation")
@@ -308,7 +309,10 @@ class PlannerPolicy(_ChunkPolicy):
         plan_state["warm"] = plan_state["warm"] & ~is_init
         if "shift" in plan_state.keys():
             plan_state["shift"] = policy_state["used"][index]
-        plan, next_state = self.planner.plan(self.model, state, plan_state, key, self.budget)
+        try:
+            plan, next_state = self.planner.plan(self.model, state, plan_state, key, self._plan_budget())
+        except NonFinitePlanError as error:
+            raise NonFinitePlanError(index[error.rows].tolist(), error.candidates) from None
         evaluations = int(plan.evaluations.sum()) + self._remember(policy_state, index, state, plan, key)
         planned = time.perf_counter()
         late = self.budget.deadline_s is not None and planned - encoded > self.budget.deadline_s
@@ -352,6 +356,10 @@ class PlannerPolicy(_ChunkPolicy):
             context = replace(context, goal=context.observation[:, -1])
         with torch.no_grad():
             return self.model.encode(context)
+
+    def _plan_budget(self) -> Budget:
+        """What the planner may spend on the next plan."""
+        return self.budget
 
     def _remember(self, policy_state: PolicyState, index: Tensor, state: State, plan: Plan, key: NoiseKey) -> int:
         """Note in `policy_state` what is wanted of the plan at later steps; model evaluations that it took."""
@@ -441,6 +449,7 @@ class AdaptivePolicy(PlannerPolicy):
                 "verify; set 2 or more, or use controller=single_step"
             )
         self.threshold, self.compare, self.latent = threshold, compare, latent
+        self._look_s = 0.0  # what the latest look at a chosen chunk took
         if evaluations is not None:
             foreseeing = (self.replan_every - 1) * model.spec.ensemble_size
             try:
@@ -473,8 +482,16 @@ class AdaptivePolicy(PlannerPolicy):
     def _state(self, observation: TensorDict, policy_state: PolicyState, index: Tensor) -> State:
         return policy_state["state"][index]
 
+    def _plan_budget(self) -> Budget:
+        """What is left for the planner: the chosen chunk is imagined once more, for as long as that took before."""
+        deadline_s = self.budget.deadline_s
+        if deadline_s is None:
+            return self.budget
+        return Budget(self.budget.evaluations, max(deadline_s - self._look_s, 1e-3 * deadline_s))
+
     def _remember(self, policy_state: PolicyState, index: Tensor, state: State, plan: Plan, key: NoiseKey) -> int:
         chunk = plan.actions[:, None, : self.replan_every - 1]
+        begun = time.perf_counter()
         imagined = self.model.imagine(state, chunk, noise=key.fold(4), with_frames=True)
         if self.compare == "latent":
             if imagined.frames is None:
@@ -486,6 +503,8 @@ class AdaptivePolicy(PlannerPolicy):
         else:
             frames = _flat(self.model.decode(imagined), self.model.spec.observation)
         policy_state["foreseen"] = _placed(policy_state["foreseen"], index, frames[:, 0].mean(dim=1))
+        _synchronise(state)
+        self._look_s = time.perf_counter() - begun
         return imagined.evaluations * int(index.numel())
 
     def _seen(self, state: State, observation: TensorDict) -> Tensor:

@@ -443,11 +443,10 @@ def _plan_views(traces: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             plan = trace["plans"][index]
             figures = [plan_figure(trace, plan)] + ([tree_figure(trace, plan)] if plan["tree"] else [])
             words = [reason] if reason else []
-            spent = f"{plan['evaluations']:,} model evaluations"
             if not plan["searched"]:
-                words.append(f"not searched: the policy's own chunk, as the gate decided ({spent})")
-            else:
-                words.append(spent)
+                words.append("not searched: the policy's own chunk, as the gate decided")
+            if plan["evaluations"] is not None:
+                words.append(f"{plan['evaluations']:,} model evaluations")
             if plan["value"] is not None:
                 words.append(f"the chosen chunk scores {plan['value']:.4g}")
             words.append(f"the hand ends {100 * _missed(trace, plan):.1f} cm from where it was imagined")

@@ -102,7 +102,9 @@ class Run:
             )
         self.episodes = read_episodes(earlier / "episodes.csv")
         for trace in json.loads((earlier / "traces.json").read_text(encoding="utf-8")):
-            trace["plans"] = [{"values": [], "tree": None, **plan} for plan in trace["plans"]]  # earlier ones lack them
+            trace["plans"] = [
+                {"values": [], "tree": None, "searched": True, "evaluations": None, **plan} for plan in trace["plans"]
+            ]  # earlier ones lack them
             self.traces[trace["task"]] = trace
         self.fidelity, self.timing = before["fidelity"], before["timing"]
         self.evaluations_per_plan = before["evaluations_per_plan"]
