@@ -4,8 +4,8 @@ Everything runs in one process on one CPU core, the methods taking turns in a ne
 machine slows all alike; ratios are medians of the per-turn ratios. Models are random MLPs, float32, the same for all.
 
 * shooting: one plan of one environment, 16 steps, 6 iterations, reward -|z'|^2, with 64 candidates and width 16 and
-  with 512 candidates and width 256: MPPI and CEM, against the loop written by hand, pytorch_mppi, torchrl's MPPIPlanner
-  and CEMPlanner, and stable-worldmodel's MPPISolver and CEMSolver.
+  with 512 candidates and width 256: MPPI and CEM, as they are and with `compile=true`, against the loop written by
+  hand, pytorch_mppi, torchrl's MPPIPlanner and CEMPlanner, and stable-worldmodel's MPPISolver and CEMSolver.
 * rows: 16 environments, in one plan of wamrl, and one after the other with pytorch_mppi; the small size.
 * tree: Gumbel MuZero over 8 discrete actions from 64 roots, a network of width 256: simulations per second of wamrl,
   of wamrl with `compile=true` and of mctx, and their first calls, compilation included.
@@ -75,7 +75,7 @@ Method = Callable[[Tensor], object]
 class OursCEM:
     """`make_cem`, warm-started from plan to plan."""
 
-    def __init__(self, model: MLPDynamics, num: int) -> None:
+    def __init__(self, model: MLPDynamics, num: int, *, compile: bool = False) -> None:
         self.model = model
         self.planner = make_cem(
             horizon=HORIZON,
@@ -86,6 +86,7 @@ class OursCEM:
             sigma=SIGMA,
             scorer=ReturnScorer(value_weight=0.0),
             choose="mean",
+            compile=compile,
         )
         self.plan_state = self.planner.initial_state(model, 1)
         self.step = 0
@@ -235,7 +236,9 @@ def measure_shooting(seconds: float, peers: list[str]) -> dict[str, float]:
         methods: dict[str, Method] = {
             "hand_loop_mppi": HandLoop(model.net, num, ITERATIONS),
             "wamrl_mppi": Ours(model, num, ITERATIONS, compile=False),
+            "wamrl_mppi_compiled": Ours(model, num, ITERATIONS, compile=True),
             "wamrl_cem": OursCEM(model, num),
+            "wamrl_cem_compiled": OursCEM(model, num, compile=True),
         }
         if "pytorch_mppi" in peers:
             methods["pytorch_mppi_mppi"] = PytorchMPPI(model.net, num, ITERATIONS)
@@ -248,9 +251,10 @@ def measure_shooting(seconds: float, peers: list[str]) -> dict[str, float]:
         for name, values in times.items():
             metrics[f"shooting/{setting}/{name}/plan_p50_ms"] = statistics.median(values)
             metrics[f"shooting/{setting}/{name}/plan_p95_ms"] = statistics.quantiles(values, n=20)[-1]
-            ours = "wamrl_" + name.rsplit("_", 1)[1]
-            if name != ours:
-                metrics[f"shooting/{setting}/{ours}/ratio_to_{name}"] = median_ratio(times[ours], values)
+            if not name.startswith("wamrl"):
+                kind = name.rsplit("_", 1)[1]
+                for ours in (f"wamrl_{kind}", f"wamrl_{kind}_compiled"):
+                    metrics[f"shooting/{setting}/{ours}/ratio_to_{name}"] = median_ratio(times[ours], values)
         metrics[f"shooting/{setting}/turns"] = len(times["wamrl_mppi"])
     return metrics
 

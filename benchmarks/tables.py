@@ -140,11 +140,19 @@ def planners(result: Mapping[str, Any]) -> str:
     for key in metrics:
         if key.startswith("shooting/") and key.endswith("/plan_p50_ms"):
             _, setting, method, _ = key.split("/")
-            ours = f"wamrl_{method.rsplit('_', 1)[1]}"
-            ratio = "" if method == ours else f"{metrics[f'shooting/{setting}/{ours}/ratio_to_{method}']:.2f}"
-            p95 = metrics[f"shooting/{setting}/{method}/plan_p95_ms"]
-            rows.append([setting, method, f"{metrics[key]:.1f}", f"{p95:.1f}", ratio])
-    return _grid(["setting", "method", "p50, ms", "p95, ms", "wamrl's of this kind / it"], rows)
+            ours, p95 = f"wamrl_{method.rsplit('_', 1)[1]}", metrics[f"shooting/{setting}/{method}/plan_p95_ms"]
+            ratios = [metrics.get(f"shooting/{setting}/{ours}{how}/ratio_to_{method}") for how in ("", "_compiled")]
+            rows.append(
+                [
+                    setting,
+                    method,
+                    f"{metrics[key]:.1f}",
+                    f"{p95:.1f}",
+                    *("" if r is None else f"{r:.2f}" for r in ratios),
+                ]
+            )
+    head = ["setting", "method", "p50, ms", "p95, ms", "wamrl's of this kind / it", "wamrl's compiled / it"]
+    return _grid(head, rows)
 
 
 def planner_budget(result: Mapping[str, Any]) -> str:
@@ -179,6 +187,30 @@ def planner_gate(result: Mapping[str, Any]) -> str:
             ])  # fmt: skip
     head = ["planner", "evaluations per control step", "of always", "n", "success, %", "minus always, points"]
     return _grid(head, rows)
+
+
+def deadlines(result: Mapping[str, Any]) -> str:
+    """What planners make of a deadline."""
+    metrics = result["metrics"]
+    rows = []
+    for key in metrics:
+        if key.startswith("deadline/") and key.endswith("/late"):
+            _, planner, deadline, _ = key.split("/")
+            p50, p99, count, spent = (
+                metrics[f"deadline/{planner}/{deadline}/{part}"]
+                for part in ("planning_p50_ms", "planning_p99_ms", "plans", "evaluations")
+            )
+            rows.append(
+                [
+                    planner,
+                    deadline.removesuffix("ms"),
+                    f"{p50:.1f}",
+                    f"{p99:.1f}",
+                    f"{metrics[key]} of {count}",
+                    f"{spent:,.0f}",
+                ]
+            )
+    return _grid(["planner", "deadline, ms", "p50, ms", "p99, ms", "late plans", "evaluations per plan"], rows)
 
 
 def _points(value: Mapping[str, float]) -> str:
@@ -435,6 +467,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "tasks": ("plan_metaworld", tasks),
     "paired": ("plan_metaworld", paired),
     "latency": ("plan_latency", latency),
+    "deadlines": ("plan_latency", deadlines),
     "ablation": ("plan_ablation", ablation),
     "overhead": ("planner_overhead", overhead),
     "planners": ("planners", planners),
