@@ -7,6 +7,7 @@ machine slows all alike; ratios are medians of the per-turn ratios. Models are r
   with 512 candidates and width 256: MPPI and CEM, as they are and with `compile=true`, against the loop written by
   hand, pytorch_mppi, torchrl's MPPIPlanner and CEMPlanner, and stable-worldmodel's MPPISolver and CEMSolver.
 * rows: 16 environments, in one plan of wamrl, and one after the other with pytorch_mppi; the small size.
+* default: the plan of `planner=mppi` as it is shipped, in the shipped model, as it is and with `compile=true`.
 * tree: Gumbel MuZero over 8 discrete actions from 64 roots, a network of width 256: simulations per second of wamrl,
   of wamrl with `compile=true` and of mctx, and their first calls, compilation included.
 
@@ -47,6 +48,7 @@ from benchmarks.planner_overhead import (
     median_ratio,
 )
 from benchmarks.stored import RESULTS, Clock
+from wamrl import checkpoint
 from wamrl.interfaces import WAM, Anatomy, Budget, Context, Imagined, Proposal, Spec, State
 from wamrl.noise import NoiseKey
 from wamrl.planners import NoiseProposer, ReturnScorer, make_cem, make_mcts, make_mppi
@@ -276,6 +278,27 @@ def measure_rows(seconds: float) -> dict[str, float]:
     return metrics | {"rows/turns": len(times["wamrl_at_once"])}
 
 
+def measure_default(seconds: float, peers: list[str]) -> dict[str, float]:
+    """One environment's plan of the default planner in the shipped model, and its first call when compiled."""
+    model = checkpoint.load("six").requires_grad_(False)
+    with torch.no_grad():
+        state = model.encode(Context.blank(model.spec, 1, torch.device("cpu")))
+
+    def plans(compile: bool) -> Method:
+        planner, noise = make_mppi(compile=compile), NoiseKey.for_rows(1)
+        plan_state = planner.initial_state(model, 1)
+        return lambda _: planner.plan(model, state, plan_state, noise, Budget())[0].actions
+
+    methods = {"wamrl": plans(False), "wamrl_compiled": plans(True)}
+    begun = time.perf_counter()
+    methods["wamrl_compiled"](torch.zeros(1))
+    metrics = {"default/wamrl_compiled/first_call_s": time.perf_counter() - begun}
+    times = interleave(methods, seconds)
+    for name, values in times.items():
+        metrics[f"default/{name}/plan_p50_ms"] = statistics.median(values)
+    return metrics | {"default/compiled_over_eager": median_ratio(times["wamrl_compiled"], times["wamrl"])}
+
+
 # ----------------------------------------------------------------------------------------------------------- tree
 
 
@@ -443,6 +466,7 @@ def measure_tree(seconds: float) -> dict[str, float]:
 PARTS: dict[str, tuple[str | None, Callable[[float, list[str]], dict[str, float]]]] = {
     "shooting": (None, measure_shooting),
     "rows": ("pytorch_mppi", lambda seconds, _: measure_rows(seconds)),
+    "default": (None, measure_default),
     "tree": ("mctx", lambda seconds, _: measure_tree(seconds)),
 }
 
@@ -465,7 +489,7 @@ def versions_of(peers: list[str]) -> dict[str, str | None]:
 def main() -> None:
     """Measure, print, and store `benchmarks/results/planners.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=30.0, help="per setting; there are four (default 30)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="per setting; there are five (default 30)")
     parser.add_argument(
         "--peers", nargs="*", default=DEFAULT_PEERS, choices=list(PEERS), help=f"default: {' '.join(DEFAULT_PEERS)}"
     )

@@ -229,6 +229,11 @@ def planners_batched(result: Mapping[str, Any]) -> str:
             ]
             for name in ("wamrl_in_turn", "pytorch_mppi_in_turn")
         ]
+    if "default/compiled_over_eager" in metrics:
+        place = "default plan in the shipped model"
+        rows.append([f"{place}: compiled / as it is", f"{metrics['default/compiled_over_eager']:.2f}"])
+        first = metrics["default/wamrl_compiled/first_call_s"]
+        rows.append([f"{place}: compiled, first call (compilation), s", f"{first:.1f}"])
     if "tree/mctx/simulations_per_s" in metrics:
         for name in ("wamrl", "wamrl_compiled", "mctx"):
             method, metric = name.replace("_", " "), f"tree/{name}"
