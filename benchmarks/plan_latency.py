@@ -21,7 +21,7 @@ from benchmarks.stored import RESULTS, ROOT, Clock, run_logged
 
 DEADLINES_MS = (20, 50)
 ENDLESS = {
-    "mppi": ("planner.iterations=100",),
+    "mppi": ("planner.num_candidates=4096",),
     "cem": ("planner.iterations=100",),
     "icem": ("planner.iterations=100",),
     "best_of_n": ("planner.num_candidates=4096",),
