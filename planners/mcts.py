@@ -56,7 +56,8 @@ class _Root(NamedTuple):
 class MCTSPlanner:
     """Tree search with a model that is asked for one chunk per simulation and row.
 
-    scorer: what an edge pays and what its end is worth; of its risks only "mean" has these parts.
+    scorer: what an edge pays and what its end is worth; of its risks not "improvement" and "majority",
+    which weigh each set of candidates by itself.
     chunk: H steps of an edge. depth: the most edges that a path has. simulations: chunks that are imagined per plan.
     num_candidates: edges of the root that are considered, at most as many as simulations, the policy's unperturbed
     chunk among them; with sampled edges they are imagined in one call, which counts as that many simulations.
@@ -123,12 +124,15 @@ class MCTSPlanner:
         check_part("gate", self.gate)
         if self.compile:
             require_compiler()
-        if not isinstance(self.scorer, ReturnScorer) or self.scorer.risk != "mean":
-            named = isinstance(self.scorer, ReturnScorer)
-            kind = f"risk={self.scorer.risk}" if named else type(self.scorer).__name__
+        if not isinstance(self.scorer, ReturnScorer):
             raise ValueError(
-                f"a tree needs the scorer's reward and value apart, which {kind} does not have; "
-                "use scorer=return with risk=mean"
+                f"a tree needs the scorer's reward and value apart, which {type(self.scorer).__name__} does not have; "
+                "use scorer=return"
+            )
+        if self.scorer.risk in ("improvement", "majority"):
+            raise ValueError(
+                f"planner.scorer.risk is {self.scorer.risk}, which weighs each set of candidates by itself, but a tree "
+                "compares candidates of different nodes; use mean, lower_bound, worst or cvar"
             )
         if self.scorer.success_value_weight:
             raise ValueError(

@@ -127,7 +127,8 @@ class ReturnScorer:
     def edge(self, model: WAM, imagined: Imagined) -> tuple[Tensor, Tensor, Tensor]:
         """The parts of the score that a search tree keeps apart: reward, discount and leaf value, each [R, N].
 
-        Means over futures and value heads; score = reward + discount * value is what `risk="mean"` gives.
+        Discount and value are means over futures and value heads, and score = reward + discount * value: what a `risk`
+        other than "mean" takes off is charged to the reward, and stays when a search finds a better value.
         """
         discount = model.spec.discount if self.discount is None else self.discount
         reward = self._gain(model, imagined, discount)
@@ -149,6 +150,8 @@ class ReturnScorer:
         total = torch.zeros_like(value) if reward is None else reward.mean(dim=-1)
         if self.uncertainty_penalty > 0:
             total = total - self._penalty(imagined, discount)
+        if self.risk != "mean":
+            total = self(model, imagined.leaf, imagined) - ahead * survived * value
         return total, ahead * survived, value
 
     def _gain(self, model: WAM, imagined: Imagined, discount: float) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import math
@@ -439,7 +440,11 @@ def test_shuffled_choices_lose() -> None:
         ({"widening": 0.0}, "widening is 0"),
         ({"widening_power": 2.0}, "widening_power is 2"),
         ({"sigma": 0.0}, "sigma is 0"),
-        ({"scorer": ReturnScorer(risk="worst")}, "risk=worst does not have; use scorer=return with risk=mean"),
+        (
+            {"scorer": ReturnScorer(risk="improvement")},
+            "risk is improvement, which weighs each set of candidates by itself",
+        ),
+        ({"scorer": ReturnScorer(risk="majority")}, "risk is majority.*use mean, lower_bound, worst or cvar"),
         ({"scorer": ReturnScorer(success_value_weight=2.0)}, "success_value_weight is 2.0, but a tree"),
         ({"scorer": ReturnScorer(value_weight=0, reward_weight=0, success_weight=0)}, "are all 0: no candidate"),
         ({"on_failure": "ignore"}, "Known: hold, raise"),
@@ -577,3 +582,26 @@ def test_samples_of_the_policy_and_their_futures_draw_from_different_keys() -> N
         (key.fold(i).normal(4) if fold else key.normal(4)).tolist() for key in keys for fold, i in ((0, 0), (1, 1))
     ]
     assert len(keys) == 10 and len({str(numbers) for numbers in drawn}) == len(drawn)
+
+
+class Split(ToyWAM):
+    """Two futures, in which an action pays 4 times and -2 times itself: on average once, at worst never above 0."""
+
+    def roll(self, state, num, act, horizon):
+        actions, imagined = super().roll(state, num, act, horizon)
+        reward = imagined.reward * torch.tensor([4.0, -2.0])[:, None]
+        return actions, dataclasses.replace(imagined, reward=reward)
+
+
+@pytest.mark.parametrize("risk", ["mean", "lower_bound", "worst", "cvar"])
+def test_a_tree_avoids_what_futures_disagree_on_where_risk_says_so(risk):
+    model = Split(
+        lambda z, a: z, lambda z, a, new: a[..., 0], lambda z: 0.0 * z[..., 0], state_dim=1, action_dim=1, members=2
+    )
+    scorer = ReturnScorer(value_weight=0.0, risk=risk, risk_weight=1.0, risk_share=0.5)
+    planner = make_mcts(chunk=1, depth=3, simulations=96, num_candidates=24, sigma=0.5, scorer=scorer)
+    plan, _ = plan_once(planner, model, torch.zeros(4, 1))
+    if risk == "mean":
+        assert (plan.actions > 0.3).all()
+    else:
+        assert plan.actions.abs().max() < 0.2 and (plan.value < 1e-3).all()

@@ -169,14 +169,18 @@ def test_a_candidate_with_a_broken_guess_has_no_finite_score(risk: str, broken: 
     assert reduce_guesses(guesses, risk, 1.0, 0.5).isfinite().tolist() == [[True, False, True]]
 
 
-def test_the_edge_of_a_tree_is_the_score_taken_apart() -> None:
+@pytest.mark.parametrize("risk", ["mean", "lower_bound", "worst", "cvar"])
+def test_the_edge_of_a_tree_is_the_score_taken_apart(risk: str) -> None:
     torch.manual_seed(0)
     alive = (torch.rand(5, 3, 4) > 0.2).float().cumprod(dim=-1)
     imagined = futures(reward=torch.randn(5, 3, 4), success=torch.rand(5, 3, 4), alive=alive, uncertainty=alive * 0.3)
     model = quadratic(TARGET, discount=0.9)
-    scorer = ReturnScorer(value_weight=0.7, success_weight=2.0, uncertainty_penalty=0.4)
+    scorer = ReturnScorer(value_weight=0.7, success_weight=2.0, uncertainty_penalty=0.4, risk=risk)
     state = TensorDict({}, batch_size=[1])
     reward, discount, value = scorer.edge(model, imagined)
+    (_, *plain), cautious = ReturnScorer(value_weight=0.7).edge(model, imagined), (discount, value)
+    for part, other in zip(plain, cautious, strict=True):
+        torch.testing.assert_close(part, other)  # what a search goes on from is the same
     torch.testing.assert_close(reward + discount * value, scorer(model, state, imagined))
 
 
