@@ -94,14 +94,14 @@ class CompiledQueries(ModelClock):
 
     def __init__(self, clock: ModelClock, functions: dict[str, Callable[..., Any]]) -> None:
         super().__init__(clock.model)
-        self._clock, self._functions = clock, functions
+        self._functions = functions
         self.timed = clock.timed  # type: ignore[method-assign]
 
     def _run(self, query: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         name = query.__name__
         if name not in self._functions:
             self._functions[name] = compiled(query)
-        return run_compiled(self._functions[name], self._clock, *arguments, **options)
+        return run_compiled(self._functions[name], self, *arguments, **options)
 
     def imagine(self, *arguments: Any, **options: Any) -> Imagined:
         return cast(Imagined, self._run(_imagine, *arguments, **options))

@@ -147,11 +147,11 @@ class ReturnScorer:
             survival = imagined.alive[..., -1]
             survived = survival.mean(dim=-1)
             value = (value * survival).mean(dim=-1) / survived.where(survived > 0, 1.0)
+        if self.risk != "mean":
+            return self(model, imagined.leaf, imagined) - ahead * survived * value, ahead * survived, value
         total = torch.zeros_like(value) if reward is None else reward.mean(dim=-1)
         if self.uncertainty_penalty > 0:
             total = total - self._penalty(imagined, discount)
-        if self.risk != "mean":
-            total = self(model, imagined.leaf, imagined) - ahead * survived * value
         return total, ahead * survived, value
 
     def _gain(self, model: WAM, imagined: Imagined, discount: float) -> Tensor | None:
