@@ -3,9 +3,14 @@
     python -m benchmarks.fast_wam                                          # both, with the default tasks and seeds
     python -m benchmarks.fast_wam --settings state --state fast_wam.seeds=[0]
     python -m benchmarks.fast_wam --pixels fast_wam.tasks=[metaworld/drawer-open-v3] fast_wam.seeds=[0]
+    python -m benchmarks.fast_wam --settings pixels --pixels fast_wam.seeds=[3] --add   # a seed more than is stored
 
 `--state` and `--pixels` are followed by settings of that run. What is done is not done again; a stopped run's finished
 seeds are stored as they are. The metrics go to benchmarks/results/fast_wam.json.
+
+With `--add`, seeds that the stored file lacks are pooled with those that it has, whose models need not be there any
+more: rates and paired comparisons by their counts, errors of imagination as means over seeds. What depends on the
+machine (latency, memory, seconds of training) stays as it was stored, so that it is of one run.
 """
 
 from __future__ import annotations
@@ -15,11 +20,12 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.stored import RESULTS, ROOT, Clock
-from wamrl import bench
+from benchmarks.stored import RESULTS, ROOT, Clock, rate
+from wamrl import bench, fast_wam
 
 FIRST_TEST_START = 100  # starts 0 to 99 were read while earlier versions were made
 SETTINGS = ("state", "pixels")
@@ -37,6 +43,45 @@ def words(setting: str, out: Path, more: list[str]) -> list[str]:
     ]
 
 
+def pooled(before: Mapping[str, Any], after: Mapping[str, Any], seeds: tuple[int, int]) -> dict[str, Any]:
+    """The metrics of as many seeds before and after as `seeds` says, as if they had been measured in one run."""
+    if before.keys() != after.keys():
+        apart = sorted(before.keys() ^ after.keys())
+        raise ValueError(f"the stored metrics and the new ones differ in {len(apart)} keys, such as {apart[0]}")
+    found: dict[str, Any] = {}
+    for key, old in before.items():
+        new = after[key]
+        if isinstance(old, dict) and "both" in old:
+            both, only, only_fast, n = (old[k] + new[k] for k in ("both", "only", "only_fast", "n"))
+            neither = n - both - only - only_fast
+            mine = [True] * (both + only) + [False] * (only_fast + neither)
+            fast = [True] * both + [False] * only + [True] * only_fast + [False] * neither
+            found[key] = fast_wam.compared(mine, fast)
+        elif isinstance(old, dict):
+            found[key] = rate(round(old["mean"] * old["n"] + new["mean"] * new["n"]), old["n"] + new["n"])
+        elif "/imagined_" in key:
+            found[key] = (old * seeds[0] + new * seeds[1]) / sum(seeds)
+        else:
+            found[key] = old
+    return found
+
+
+def added(stored: Mapping[str, Any], fresh: Mapping[str, Any], setting: str) -> dict[str, Any]:
+    """The metrics of `setting` in the stored file together with those of a run of other seeds; ValueError if unlike."""
+    config = stored["config"][setting]
+    one, other = (dict(c["fast_wam"]) for c in (config, fresh["config"]))
+    before, after = one.pop("seeds"), other.pop("seeds")
+    again = sorted(set(before) & set(after))
+    if again:
+        raise ValueError(f"seeds {again} are in the stored file already; give fast_wam.seeds others than {before}")
+    unlike = [key for key in one.keys() | other.keys() if one.get(key) != other.get(key)]
+    unlike += [key for key in ("split", "episodes") if config[key] != fresh["config"][key]]
+    if unlike:
+        raise ValueError(f"{', '.join(sorted(unlike))} is not as in the stored run, so that nothing can be added to it")
+    mine = {key: value for key, value in stored["metrics"].items() if key.startswith(f"{setting}/")}
+    return pooled(mine, fresh["metrics"], (len(before), len(after)))
+
+
 def main() -> None:
     """Run what is missing and store the metrics."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -44,6 +89,7 @@ def main() -> None:
     parser.add_argument("--state", nargs="*", default=[], help="settings of the run from states")
     parser.add_argument("--pixels", nargs="*", default=[], help="settings of the run from images")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/fast_wam"))
+    parser.add_argument("--add", action="store_true", help="pool with the seeds that are stored")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     clock = Clock()
@@ -51,12 +97,27 @@ def main() -> None:
     for setting in arguments.settings:
         bench.main(words(setting, arguments.out, getattr(arguments, setting)))
         runs[setting] = json.loads((arguments.out / setting / "results.json").read_text())
+    config = {setting: {"command": run["command"], **run["config"]} for setting, run in runs.items()}
+    metrics = {key: value for run in runs.values() for key, value in run["metrics"].items()}
+    seeds = {seed for run in runs.values() for seed in run["seeds"]}
+    if arguments.add:
+        stored = json.loads((RESULTS / "fast_wam.json").read_text())
+        metrics = dict(stored["metrics"])
+        for setting, run in runs.items():
+            metrics |= added(stored, run, setting)
+            before = stored["config"][setting]
+            run_of = {"command": run["command"], "versions": run["versions"], "finished": run["finished"]}
+            config[setting] = {**before, "added": [*before.get("added", []), run_of]}
+            together = before["fast_wam"]["seeds"] + run["config"]["fast_wam"]["seeds"]
+            config[setting]["fast_wam"] = {**before["fast_wam"], "seeds": together}
+        config = {**stored["config"], **config}
+        seeds |= set(stored["seeds"])
     clock.store(
         RESULTS / "fast_wam.json",
-        config={setting: {"command": run["command"], **run["config"]} for setting, run in runs.items()},
-        metrics={key: value for run in runs.values() for key, value in run["metrics"].items()},
+        config=config,
+        metrics=metrics,
         arguments=shlex.join(sys.argv[1:]),
-        seeds=sorted({seed for run in runs.values() for seed in run["seeds"]}),
+        seeds=sorted(seeds),
     )
 
 

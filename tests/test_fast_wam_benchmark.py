@@ -12,6 +12,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from benchmarks import fast_wam as stored
+from benchmarks.stored import rate
 from tests.test_flow_wam import make, observations
 from wamrl import bench, cli, fast_wam
 from wamrl.evaluation import read_episodes
@@ -148,3 +149,41 @@ def test_a_small_comparison_measures_everything_and_goes_on_where_it_stopped(tmp
     left = json.loads(Path("out/results.json").read_text())["metrics"]
     assert left["state/mean/fast/success"] == metrics["state/mean/fast/success"]
     assert not [key for key in left if "mot_uwm" in key or "fast_k1" in key or "start_outside" in key]
+
+
+def _found(mine: list[bool], fast: list[bool], error: float) -> dict:
+    """Metrics of one method beside fast, as a run of some seeds leaves them."""
+    return {
+        "state/mean/fast/success": rate(sum(fast), len(fast)),
+        "state/mean/idm/success": rate(sum(mine), len(mine)),
+        "state/mean/idm/minus_fast": fast_wam.compared(mine, fast),
+        "state/push/idm/imagined_still_h4": error,
+        "state/fast/k4/latency_p50_ms": 5.0 + error,
+    }
+
+
+def test_seeds_added_later_count_as_if_they_had_been_there():
+    draw = torch.Generator().manual_seed(0)
+    mine, fast = ((torch.rand(90, generator=draw) < share).tolist() for share in (0.6, 0.8))
+    one, two = _found(mine[:60], fast[:60], 1.0), _found(mine[60:], fast[60:], 4.0)
+    together = stored.pooled(one, two, (2, 1))
+    whole = _found(mine, fast, 2.0) | {"state/fast/k4/latency_p50_ms": 6.0}  # the machine of the first
+    assert together == whole
+
+
+def test_seeds_of_other_settings_or_there_already_are_not_added():
+    chosen = {"seeds": [0, 1], "steps": 400}
+    metrics = _found([True, False], [True, True], 1.0)
+    before = {"config": {"state": {"fast_wam": chosen, "split": "test", "episodes": 34}}, "metrics": metrics}
+
+    def run(metrics: dict = metrics, episodes: int = 34, **changed: object) -> dict:
+        config = {"fast_wam": {**chosen, **changed}, "split": "test", "episodes": episodes}
+        return {"config": config, "metrics": metrics}
+
+    assert stored.added(before, run(seeds=[2]), "state")["state/mean/idm/success"]["n"] == 4
+    with pytest.raises(ValueError, match="seeds \\[1\\] are in the stored file already"):
+        stored.added(before, run(seeds=[1, 2]), "state")
+    with pytest.raises(ValueError, match="episodes, steps is not as in the stored run"):
+        stored.added(before, run(seeds=[2], steps=500, episodes=20), "state")
+    with pytest.raises(ValueError, match="differ in 1 keys, such as state/push/idm/imagined_still_h4"):
+        stored.added(before, run({k: v for k, v in metrics.items() if "still" not in k}, seeds=[2]), "state")

@@ -437,10 +437,8 @@ def metrics(settings: Mapping[str, Any], finished: Mapping[tuple[str, int], Path
         reference = everything.get(f"fast@{shift}" if shift else "fast", {})
         both = [key for key in episodes if key in reference]
         if method != "fast" and both:
-            gap = paired([episodes[k].success for k in both], [reference[k].success for k in both])
-            found[f"{reads}/mean/{method}/{prefix}minus_fast"] = {
-                "mean": gap.difference, "n": len(both), "low": gap.low, "high": gap.high, "p": gap.p_value,
-            }  # fmt: skip
+            gap = compared([episodes[k].success for k in both], [reference[k].success for k in both])
+            found[f"{reads}/mean/{method}/{prefix}minus_fast"] = gap
     models = [*chosen["variants"], *(name + PLAY for name in chosen["simulators"])]
     for variant in models:
         trained = [json.loads((d / f"train_{variant}" / "results.json").read_text()) for d in finished.values()]
@@ -459,6 +457,18 @@ def metrics(settings: Mapping[str, Any], finished: Mapping[tuple[str, int], Path
                     value = float(np.mean([e[name][step] for e in errors]))
                     found[f"{reads}/{task.rpartition('/')[2]}/{variant}/imagined_{name}_h{step + 1}"] = value
     return found
+
+
+def compared(mine: Sequence[bool], fast: Sequence[bool]) -> dict[str, float]:
+    """A paired comparison with fast as the metrics hold it, with the counts of starts that it rests on.
+
+    both: both succeed. only: only this one does. only_fast. With n, all that is needed to pool it with other seeds'.
+    """
+    gap = paired(mine, fast)
+    return {
+        "mean": gap.difference, "n": gap.n, "low": gap.low, "high": gap.high, "p": gap.p_value,
+        "both": sum(mine) - gap.only_first, "only": gap.only_first, "only_fast": gap.only_second,
+    }  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------- the page
