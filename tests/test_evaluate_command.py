@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from wamrl import checkpoint
+from wamrl import checkpoint, cli
 from wamrl.collect import main as collect
 from wamrl.envs.layouts import METAWORLD
+from wamrl.envs.rendering import RenderingUnavailable, back_end
 from wamrl.evaluate import main
+from wamrl.models.flow_wam import FlowWAM
 from wamrl.models.joint_embedding import JointEmbeddingWAM
 
 pytest.importorskip("metaworld")
@@ -36,6 +38,24 @@ def _save(path: Path, provenance: Any = None, **changes: Any) -> str:
         model = JointEmbeddingWAM(**arguments)
     config = {"wam": {"_target_": "wamrl.models.joint_embedding.JointEmbeddingWAM", **arguments}}
     checkpoint.save(path, model, config=config, provenance=provenance or {"data": [DATA]})
+    return str(path)
+
+
+def _flow(path: Path, observation: dict[str, list[int]], substrate: Any, *, still: bool = False) -> str:
+    """A flow-matching WAM that imagines a frame every 4 control steps, 8 at most; still: that nothing ever moves."""
+    arguments: dict[str, Any] = {
+        "observation": observation, "action_dim": 4, "tasks": [REACH], "control_dt_s": 0.025,
+        "layout": METAWORLD.to_dict(), "substrate": substrate, "futures": 2, "action_steps": 1, "future_steps": 1,
+        "backbone": {"name": "mot", "width": 16, "action_width": 16, "layers": 1, "heads": 2, "head_dim": 8},
+        "coupling": cli.plain(cli.compose("train", ["wam=mot_uwm"]).wam)["coupling"],
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = FlowWAM(**arguments)
+    if still:
+        model.denoiser.moves.zero_()
+    config = {"wam": {"_target_": "wamrl.models.flow_wam.FlowWAM", **arguments}}
+    checkpoint.save(path, model, config=config, provenance={"data": [DATA]})
     return str(path)
 
 
@@ -284,3 +304,38 @@ def test_the_headline_is_over_policies_of_independent_origin(wam, capsys):
     assert results["headline"] == "independent" and "r over 3 independent policies" in page
     assert any("Only 3 policies" in text for text in results["warnings"])
     assert any(text.startswith("middle cannot say which start states") for text in results["warnings"])
+
+
+def test_a_model_that_imagines_less_than_an_episode_at_once_is_measured_over_all_of_it(tmp_path, capsys):
+    """Of one that says nothing moves, the error is how far the world has come, however it is asked."""
+    observation = {"proprioception": [4], "state": [39]}
+    still = _flow(tmp_path / "still.safetensors", observation, {"name": "geometric"}, still=True)
+    assert "such as keyframe_every=8" in _refused(capsys, _arguments(still))
+    assert not Path("outputs/evaluate/latest/cells").exists()  # before any work
+    main(_arguments(still, "env.max_steps=20", "keyframe_every=4", "threshold=0.5"))
+    told, reacting = (_results()["drift"][name]["mean"]["by_horizon"] for name in ("open_loop", "closed_loop"))
+    assert [h["h"] for h in told] == list(range(1, 21)) and told[19]["median"] > 2.0
+    for one, other in zip(told, reacting, strict=True):
+        assert one["median"] == pytest.approx(other["median"], abs=1e-3)
+        assert one["p90"] == pytest.approx(other["p90"], abs=1e-3)
+
+
+def test_a_model_of_images_judges_where_it_decodes_the_state(tmp_path, capsys):
+    try:
+        back_end()
+    except RenderingUnavailable as error:
+        pytest.skip(str(error))
+    observation = {"pixels": [3, 64, 64], "state": [39], "proprioception": [4]}
+    substrate = [{"name": "pixel", "keys": ["pixels"], "channels": 4},
+                 {"name": "geometric", "keys": ["state", "proprioception"]}]  # fmt: skip
+    seeing = _flow(tmp_path / "seeing.safetensors", observation, substrate)
+    quick = ["episodes=2", "env.max_steps=10", "keyframe_every=4", "films=1"]
+    assert "env.pixels=true" in _refused(capsys, _arguments(seeing, *quick))
+    main(_arguments(seeing, *quick, "env.pixels=true"))
+    results = _results()
+    assert results["drift"]["open_loop"]["unit"] == "cm" and results["policies"]["expert"]["mean"]["imagined"]["n"] == 2
+    assert Path("outputs/evaluate/latest/film_1.mp4").stat().st_size > 1000
+    assert (
+        "pixels" in results["wam"]["observation"]
+        and "pixels" in Path("outputs/evaluate/latest/report.html").read_text()
+    )

@@ -59,7 +59,7 @@ def played():
         imagined.append(
             worlds.run_imagined(
                 oracle, frames, entrant.policy, starts, name=entrant.name, num_envs=STARTS, cost=cost,
-                with_paths=True, **common,
+                path_keys=["state"], **common,
             )
         )  # fmt: skip
     return starts, real, imagined, recordings, frames

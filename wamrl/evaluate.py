@@ -133,6 +133,7 @@ def _prepare(settings: dict[str, Any]) -> Bench:
         raise ValueError(
             "contact_veto reads where hand and object are, which this model's observation does not tell; leave it out"
         )
+    worlds.check_keyframes(model, settings["keyframe_every"])
     env_module = str(settings["env"]["_target_"]).rpartition(".")[0]
     if settings["ensemble"] > model.spec.ensemble_size:
         raise ValueError(
@@ -329,7 +330,7 @@ def _play(
                 num_envs=settings["num_envs"],
                 replica=replica,
                 cost=cell.imagined_cost,
-                with_paths=recording is not None and replica == 0 and name == "plain",
+                path_keys=drift_keys(bench.model) if recording and replica == 0 and name == "plain" else (),
                 **how,
                 **common,
             )
@@ -355,8 +356,7 @@ def _drift(
     closed = np.full((len(starts), horizon), np.nan)
     for i, (one, real) in enumerate(zip(imagined, paths, strict=True)):
         length = min(len(real), len(one.path)) - 1
-        found = one.path[1 : length + 1, : real.shape[1]]
-        closed[i, :length] = worlds.errors_of(found, real[1 : length + 1], scale)
+        closed[i, :length] = worlds.errors_of(one.path[1 : length + 1], real[1 : length + 1], scale)
     return worlds.open_loop(bench.model, recording, keys, horizon, scale), closed
 
 

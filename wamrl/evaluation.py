@@ -25,7 +25,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from wamrl.files import write_text
-from wamrl.interfaces import WAM, Context, Layout, Policy, task_id
+from wamrl.interfaces import WAM, Context, Layout, Policy, State, task_id
 from wamrl.noise import NoiseKey
 
 if TYPE_CHECKING:  # torchrl is slow to import
@@ -705,11 +705,40 @@ def imagined_return(model: WAM, recording: Recording, start: Start, every: int) 
     keys = (*model.spec.observation, "task")
     first = torch.stack([seen[t].select(*keys) for t in range(0, steps, every)])
     begins = [(start, t) for t in range(0, steps, every)]
-    state, key = model.encode(Context.from_observation(first)), _keys(begins, first)
+    state, key = model.encode(Context.from_observation(first)), noise_keys(begins, first)
     imagined = model.imagine(state, padded.view(-1, 1, every, done.shape[1]), noise=key)
     if imagined.reward is None:
         raise ValueError("the model lists 'reward' in spec.provides, but its imagined futures have none")
     return float(imagined.reward[:, 0].double().mean(dim=1).flatten()[:steps].sum())
+
+
+@torch.no_grad()
+def imagined_frames(
+    model: WAM, state: State, actions: Tensor, keys: Sequence[str], *, noise: NoiseKey | None = None
+) -> TensorDict:
+    """[R, M, H] decoded `keys` of the M futures of `actions` [R, H, A] from `state` [R].
+
+    Beyond the model's `max_horizon`, every future goes on from where it had got to. noise: keys [R] of the episodes
+    and steps that the states are of; None is that of rows 0 to R - 1.
+    """
+    noise = NoiseKey.for_rows(len(actions), device=state.device or actions.device) if noise is None else noise
+    horizon, most, chunk = actions.shape[1], model.spec.max_horizon, model.spec.chunk_length
+    if horizon <= most:
+        imagined = model.imagine(state, actions[:, None], noise=noise, with_frames=True)
+        return cast(TensorDict, model.decode(imagined, tuple(keys)).select(*keys)[:, 0])
+    part = most // chunk * chunk or most  # whole chunks, so that none ends within a stride
+    futures = []
+    for number in range(model.spec.ensemble_size):
+        now, parts = model.follow(state, noise, share=number / model.spec.ensemble_size), []
+        for first in range(0, horizon, part):
+            key = NoiseKey(noise.row, noise.step + first, noise.seed, noise.draw).fold(number)
+            imagined = model.imagine(
+                now, actions[:, None, first : first + part], futures=1, noise=key, with_frames=True
+            )
+            parts.append(model.decode(imagined, tuple(keys)).select(*keys)[:, 0, 0])
+            now = cast(State, imagined.leaf[:, 0, 0])
+        futures.append(torch.cat(cast(Any, parts), dim=1))
+    return cast(TensorDict, torch.stack(cast(Any, futures), dim=1))
 
 
 def fidelity(model: WAM, recording: Recording, horizon: int) -> dict[str, list[float]] | None:
@@ -738,7 +767,7 @@ def fidelity(model: WAM, recording: Recording, horizon: int) -> dict[str, list[f
         return None
     with torch.no_grad():
         frames = torch.stack(first)
-        state, key = model.encode(Context.from_observation(frames)), _keys(begins, frames)
+        state, key = model.encode(Context.from_observation(frames)), noise_keys(begins, frames)
         imagined = model.imagine(state, torch.stack(actions)[:, None], noise=key, with_frames=True)
         decoded = model.decode(imagined, ("state",))["state"][:, 0].mean(dim=1)  # the members' mean
     truth = torch.stack(measured)
@@ -751,7 +780,7 @@ def fidelity(model: WAM, recording: Recording, horizon: int) -> dict[str, list[f
     return result
 
 
-def _keys(begins: Sequence[tuple[Start, int]], frames: TensorDict) -> NoiseKey:
+def noise_keys(begins: Sequence[tuple[Start, int]], frames: TensorDict) -> NoiseKey:
     """The keys [N] of what is imagined from the step of each of `begins`, where the observations are `frames` [N]."""
     device = frames["task"].device
     row, step = (torch.tensor(x, device=device) for x in zip(*((s.row, t) for s, t in begins), strict=True))

@@ -534,5 +534,6 @@ def _protocol_section(results: Mapping[str, Any]) -> Section:
          f"{p['max_steps']} control steps, seed {results['seeds'][0]}, the same noise for a policy in both worlds. "
          f"Protocol "
          f"hash {results['protocol_hash']}: success rates may be compared between runs with the same hash. Judging WAM "
-         f"{results['wam']['name']}, content {results['wam']['content_hash'][:16]}. {speed}."],
+         f"{results['wam']['name']}, content {results['wam']['content_hash'][:16]}, reads "
+         f"{', '.join(results['wam']['observation'])}. {speed}."],
     )  # fmt: skip

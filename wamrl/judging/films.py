@@ -98,11 +98,10 @@ def film(
     pictured.take()
     one = worlds.run_imagined(
         model, frame[None], policy, [start], num_envs=1, keyframe_every=keyframe_every, replica=0, replicas=replicas,
-        uncertainty=uncertainty, cost=worlds.Cost(), with_paths=True, **common,
+        uncertainty=uncertainty, cost=worlds.Cost(), path_keys=["state"], **common,
     )[0]  # fmt: skip
     measured = worlds.real_path(recording, start, ["state"])
-    at = sum(int(np.prod(model.spec.observation[key])) for key in keys[: keys.index("state")])
-    shown, place = one.path[:, at : at + measured.shape[1]], model.spec.layout.place
+    shown, place = one.path, model.spec.layout.place
     fovy = float(env.simulators[0].raw.model.vis.global_.fovy)
     view = View(**VIDEO_CAMERA, fovy=fovy, height=VIDEO_SIZE[0], width=VIDEO_SIZE[1])
     write_pair(

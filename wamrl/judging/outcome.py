@@ -210,6 +210,7 @@ def results_of(
             "name": str(settings["wam"]["checkpoint"]),
             "content_hash": bench.metadata.content_sha256,
             "parameters": sum(p.numel() for p in bench.model.parameters()),
+            "observation": list(bench.model.spec.observation),
             "trained_horizon": bench.model.spec.max_horizon,
             "failures_in_training": worlds.failures_in_training(bench.metadata.provenance),
         },

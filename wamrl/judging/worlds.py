@@ -23,12 +23,23 @@ from torch import Tensor
 
 from wamrl.envs.base import Shown
 from wamrl.envs.imagined_env import ImaginedEnv
-from wamrl.evaluation import Episode, Recording, Start, StepRecord, run_episodes
+from wamrl.evaluation import Episode, Recording, Start, StepRecord, imagined_frames, run_episodes
 from wamrl.interfaces import WAM, Context, Layout, Policy, PolicyState
 from wamrl.noise import NoiseKey
 
 Floats = NDArray[np.float64]
 NEAR_M = 0.06  # from hand to object, as in `wamrl.evaluation.FailureTags`
+
+
+def check_keyframes(model: WAM, every: int | None) -> None:
+    """ValueError where `model` imagines no frame at every `every`-th control step."""
+    stride = model.spec.frame_stride
+    if every is not None and every % stride:
+        near = max(1, every // stride) * stride
+        raise ValueError(
+            f"keyframe_every is {every}, but the model imagines a frame every {stride} control steps and can be "
+            f"brought back to a decoded one only there; use a multiple, such as keyframe_every={near}"
+        )
 
 
 class Imagination(ImaginedEnv):
@@ -63,11 +74,7 @@ class Imagination(ImaginedEnv):
     ) -> None:
         if keyframe_every is not None and keyframe_every < 1:
             raise ValueError(f"keyframe_every is {keyframe_every}, but must be at least 1, or null")
-        if keyframe_every is not None and keyframe_every % model.spec.frame_stride:
-            raise ValueError(
-                f"keyframe_every is {keyframe_every}, but the model imagines a frame every {model.spec.frame_stride} "
-                "control steps and can be brought back to a decoded one only there; use a multiple"
-            )
+        check_keyframes(model, keyframe_every)
         if len(starts) != frames.batch_size[0]:
             raise ValueError(f"there are {len(starts)} starts, but {frames.batch_size[0]} frames; give one for each")
         self.keyframe_every, self._share = keyframe_every, replica / replicas
@@ -103,8 +110,8 @@ class Imagining:
     """One imagined episode.
 
     probability: [L] of success after each step. uncertainty: [L], zeros where it was not asked for. path: [L + 1, G]
-    what was decoded, the first frame included; empty unless asked for. alone: [L] centimetres that the object has moved
-    so far with the hand more than `NEAR_M` away; zeros where the model does not know their places.
+    what was decoded of the keys asked for, the first frame included; empty without any. alone: [L] centimetres that the
+    object has moved so far with the hand more than `NEAR_M` away; zeros where the model does not know their places.
     """
 
     probability: Floats
@@ -200,9 +207,12 @@ def run_imagined(
     replicas: int = 1,
     uncertainty: bool = False,
     cost: Cost,
-    with_paths: bool = False,
+    path_keys: Sequence[str] = (),
 ) -> list[Imagining]:
-    """The episodes of a policy in imagination, one per start, all of `max_steps` unless the model ends them."""
+    """The episodes of a policy in imagination, one per start, all of `max_steps` unless the model ends them.
+
+    path_keys: what the paths are made of; without them there are none.
+    """
     env = Imagination(
         model,
         frames,
@@ -223,7 +233,7 @@ def run_imagined(
     layout = model.spec.layout
 
     def flat(observation: TensorDict, k: int) -> Tensor:
-        return torch.cat([observation[key][k].flatten().float() for key in env.keys])
+        return torch.cat([observation[key][k].flatten().float() for key in path_keys])
 
     def see(record: StepRecord) -> None:
         p = record.after["success_probability"][:, 0].tolist()
@@ -236,7 +246,7 @@ def run_imagined(
             by_itself = (100 * (after - before)[:, thing].norm(dim=1) * (apart > NEAR_M)).tolist()
         for k, start in enumerate(record.starts):
             alone[start].append(by_itself[k] + (alone[start][-1] if alone[start] else 0.0))
-            if with_paths:
+            if path_keys:
                 if not paths[start]:
                     paths[start].append(flat(record.observation, k))
                 paths[start].append(flat(record.after, k))
@@ -252,7 +262,7 @@ def run_imagined(
             np.asarray(probability[start]),
             np.asarray(disagreement[start]),
             np.asarray(alone[start]),
-            torch.stack(paths[start]).double().cpu().numpy() if with_paths else np.empty((0, 0)),
+            torch.stack(paths[start]).double().cpu().numpy() if path_keys else np.empty((0, 0)),
         )
         for start in starts
     ]
@@ -315,9 +325,8 @@ def open_loop(model: WAM, recording: Recording, keys: Sequence[str], horizon: in
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     row = torch.tensor([s.row for s in starts], device=device)
     key = NoiseKey(row=row, step=torch.zeros_like(row))
-    imagined = model.imagine(state, actions[:, None].clamp(-1, 1).to(device), noise=key, with_frames=True)
-    seen = model.decode(imagined, tuple(keys))
-    decoded = torch.cat([seen[key][:, 0].flatten(3).float() for key in keys], dim=-1).mean(1).double().cpu().numpy()
+    seen = imagined_frames(model, state, actions.clamp(-1, 1).to(device), keys, noise=key)
+    decoded = torch.cat([seen[key].flatten(3).float() for key in keys], dim=-1).mean(1).double().cpu().numpy()
     for i, start in enumerate(starts):
         after = recording.observations[start][1 : lengths[i] + 1]
         measured = torch.stack([torch.cat([o[key].flatten().float() for key in keys]) for o in after])
