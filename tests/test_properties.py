@@ -14,7 +14,9 @@ from tensordict import TensorDict
 
 from wamrl import properties
 from wamrl.envs.layouts import METAWORLD
+from wamrl.evaluation import Recording, Start
 from wamrl.interfaces import WAM, Anatomy, Imagined, Layout, Spec, task_id
+from wamrl.noise import NoiseKey
 from wamrl.properties import Windows
 
 THRESHOLDS = dict(
@@ -112,6 +114,53 @@ def test_a_model_that_looks_ahead_fails_causality(windows):
     assert bad["outputs_changed"].verdict == "fail" and bad["future_gradient"].verdict == "fail"
 
 
+class Striding(Hand):
+    """The same hand, but a frame every 2 steps, 4 at most; each future is beside by a draw of its row's key."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.spec = replace(self.spec, frame_stride=2, max_horizon=4, chunk_length=4)
+
+    def imagine(self, state, actions, *, futures=None, noise=None, with_frames=False):
+        if actions.shape[2] > 4:
+            raise ValueError("4 steps at most")
+        found = super().imagine(state, actions, with_frames=True)
+        frames = found.frames + 0.002 * (noise or NoiseKey.for_rows(len(actions))).normal(1)[:, None, None, None]
+        between = frames[..., : frames.shape[3] // 2 * 2 : 2, :]
+        between += 0.5 * (frames[..., 1::2, :] - between)
+        many = 2 if futures is None else futures
+        leaf = TensorDict({"x": frames[:, :, :many, -1]}, batch_size=[*frames.shape[:2], many])
+        return Imagined(leaf=leaf, evaluations=1, frames=frames[:, :, :many])
+
+
+def test_a_model_of_strides_is_asked_between_its_frames_and_beyond_its_horizon(windows):
+    found = _by_name(properties.causality(Striding(), windows, THRESHOLDS))
+    assert found["outputs_changed"].verdict == "pass" and found["outputs_changed"].detail.endswith("for k = 2")
+    short = replace(windows, actions=windows.actions[:, :2])
+    assert _by_name(properties.causality(Striding(), short, THRESHOLDS))["outputs_changed"].verdict == "not applicable"
+    found = _by_name(properties.interactability(Striding(spread=0.0), windows, THRESHOLDS))
+    assert found["displacement_r2"].value > 0.5
+
+
+def test_what_is_drawn_for_a_window_does_not_depend_on_the_others(windows):
+    keys = NoiseKey(row=torch.arange(40) * 7, step=torch.arange(40))
+    some = torch.tensor([30, 3])
+    model = Striding()
+    whole = properties.imagined_states(model, properties.encoded(model, windows.first), windows.actions, keys)
+    alone = properties.imagined_states(
+        model, properties.encoded(model, windows.first[some]), windows.actions[some], keys[some]
+    )
+    assert torch.equal(alone, whole[some])
+
+
+def test_windows_are_keyed_by_episode_and_step():
+    recording, start = Recording(), Start("toy", 3)
+    seen = TensorDict({"state": torch.zeros(39), "task": torch.tensor(task_id("toy"))}, batch_size=[])
+    recording.observations[start], recording.actions[start] = [seen] * 9, [torch.zeros(4)] * 8
+    noise = properties.windows_of([recording], 3, every=4).noise
+    assert noise.row.tolist() == [start.row] * 2 and noise.step.tolist() == [0, 4]
+
+
 def test_an_object_that_moves_alone_and_states_outside_the_box_are_found(windows):
     good = _by_name(properties.plausibility(Hand(), windows, THRESHOLDS))
     assert {c.verdict for c in good.values()} == {"pass"}
@@ -120,6 +169,12 @@ def test_an_object_that_moves_alone_and_states_outside_the_box_are_found(windows
     assert moved["outside_limits"].verdict == "fail"
     deaf = _by_name(properties.plausibility(Hand(deaf=True), windows, THRESHOLDS))
     assert deaf["inverse_error_ratio"].verdict == "fail"  # no action explains a hand that stands still
+
+
+def test_an_inverse_model_that_learned_nothing_says_nothing(windows):
+    still = replace(windows, measured=windows.first["state"][:, None].repeat(1, 5, 1))  # no action shows in it
+    check = _by_name(properties.plausibility(Hand(), still, THRESHOLDS))["inverse_error_ratio"]
+    assert check.verdict == "not applicable" and "no better than a constant guess" in check.detail
 
 
 def test_r2_of_cases_worked_by_hand():
