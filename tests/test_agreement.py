@@ -125,6 +125,37 @@ def test_the_bootstrap_covers_a_known_gap_of_rates_at_its_rate():
     assert 0.90 <= covered / studies <= 0.99
 
 
+def test_the_interval_of_the_gap_covers_small_and_large_gaps():
+    """Twelve policies, half of them judged rightly; percentiles of a plain bootstrap lie above a true gap of 0."""
+    rng = np.random.default_rng(0)
+    rates, plain_covered = np.linspace(0.05, 0.8, 12), 0
+
+    def gap(*, real, imagined):
+        return float(np.abs(real.mean(1) - imagined.mean(1)).mean())
+
+    for added in (0.0, 0.1, 0.2):
+        judged = rates + added * (np.arange(12) % 2)
+        covered = 0
+        for study in range(60):
+            real, imagined = (rng.random((12, 100)) < r[:, None] for r in (rates, judged))
+            low, high = ag.gap_interval(real=real, imagined=imagined, draws=200, seed=study)
+            assert low <= gap(real=real, imagined=imagined) <= high + 1e-9
+            covered += low <= 0.5 * added <= high
+            if not added and study < 20:
+                plain_covered += ag.bootstrap(gap, real=real, imagined=imagined, draws=200, seed=study)[0] <= 0
+        assert covered >= 50, added  # 9 in 10 of 60 are 54
+    assert plain_covered == 0
+
+
+def test_the_interval_of_the_gap_of_cases_worked_by_hand():
+    real = np.array([[True, False] * 10, [True] * 20])
+    assert ag.gap_interval(real=real, imagined=real, draws=50) == (0.0, 0.0)  # every start alike: no chance in it
+    low, high = ag.gap_interval(real=real, imagined=np.ones_like(real), draws=200)
+    assert 0.1 < low < 0.25 < high < 0.4  # half of 50 points, with the standard error of half of 20 coins
+    with pytest.raises(ValueError, match="both must be"):
+        ag.gap_interval(real=real, imagined=real[:1])
+
+
 def test_the_bootstrap_draws_within_groups_and_the_same_starts_for_all():
     real = np.array([[1, 1, 0, 0], [0, 0, 1, 1]], dtype=bool)
     # Whatever is drawn within the groups {0, 1} and {2, 3}, every policy solves half of it.

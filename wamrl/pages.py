@@ -417,10 +417,11 @@ def _agreement_section(results: Mapping[str, Any]) -> Section:
         "by their "
          "real difference; gap and bias say how far the rates themselves are off; kappa looks at single starts."],
         tables=[TableOf(head, rows, [0]), TableOf(["without", "Pearson"], left_out)],
-        notes=["Pearson: Fisher's 95 % interval over policies, which takes them as independent. MMRV, gap, kappa: "
-        "bootstrap "
-               "over start states, within tasks. Permutation p: one-sided. A pair that differs in reality and ties in "
-               "imagination counts as a violation for both; a tie in reality costs nothing."],
+        notes=["Pearson: Fisher's 95 % interval over policies, which takes them as independent. MMRV, kappa: bootstrap "
+               "over start states, within tasks; where policies lie close together, MMRV's errs upward. Gap: an "
+               "inverted bootstrap test, since chance alone makes absolute differences. Permutation p: one-sided. A "
+               "pair that differs in reality and ties in imagination counts as a violation for both; a tie in reality "
+               "costs nothing."],
     )  # fmt: skip
 
 

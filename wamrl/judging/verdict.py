@@ -54,18 +54,14 @@ def _mmrv(*, real: Bools, imagined: Bools) -> float:
     return ag.mmrv(real=one, imagined=other)
 
 
-def _gap(*, real: Bools, imagined: Bools) -> float:
-    one, other = _rates(real, imagined)
-    return float(np.abs(one - other).mean())
-
-
 def compare(
     real: Bools, imagined: Bools, tasks: Sequence[str], *, draws: int = 1000, seed: int = 0, intervals: bool = True
 ) -> dict[str, Any]:
     """Every agreement statistic of outcomes [K, N] in reality and in imagination; a value is None where undefined.
 
     Rates of a policy are pooled over the tasks. `low` and `high` of `pearson` are Fisher's interval, over policies;
-    those of the others, and `starts_low` and `starts_high` of `pearson`, are bootstrap intervals over start states.
+    those of `gap` are `agreement.gap_interval`, and those of the others, and `starts_low` and `starts_high` of
+    `pearson`, bootstrap intervals over start states.
     """
     count = len(real)
     if count < 2:
@@ -98,7 +94,10 @@ def compare(
         "permutation_floor": 1 / math.factorial(count) if count <= 8 else 1 / 100_001,
         "spearman": ag.spearman(real=one, imagined=other),
         "mmrv": with_interval(ag.mmrv(real=one, imagined=other), spread(_mmrv)),
-        "gap": with_interval(float(np.abs(one - other).mean()), spread(_gap)),
+        "gap": with_interval(
+            float(np.abs(one - other).mean()),
+            ag.gap_interval(real=real, imagined=imagined, groups=groups, draws=draws, seed=seed) if intervals else None,
+        ),
         "bias": float((other - one).mean()),
         "kappa": with_interval(ag.kappa(real=real, imagined=imagined), spread(ag.kappa)),
         "leave_one_out": ag.leave_one_out(real=one, imagined=other),
