@@ -288,6 +288,34 @@ def test_a_stopped_run_goes_on_where_it_was(wam, capsys, monkeypatch):
     assert "there is no cells/run.json" in _refused(capsys, ["resume=part"])
 
 
+def test_another_judge_reads_the_real_episodes_that_were_kept(wam, tmp_path, monkeypatch, capsys):
+    import wamrl.evaluate as module
+
+    other = _save(tmp_path / "other.safetensors", latent_dim=17)
+    main(_arguments(other, "run_dir=apart"))
+    assert _results("apart")["reality"] == {"directory": None, "read": 0, "of": 3}
+    main(_arguments(wam, "reality=kept", "run_dir=first"))
+    assert _results("first")["reality"] == {"directory": "kept", "read": 0, "of": 3}
+    real, run = [], module.worlds.run_real
+    monkeypatch.setattr(module.worlds, "run_real", lambda *a, **k: (real.append(k["name"]), run(*a, **k))[1])
+    main(_arguments(other, "reality=kept", "run_dir=second"))
+    assert not real and _results("second")["reality"]["read"] == 3
+    apart, second = _results("apart"), _results("second")
+    for key in ("agreement", "drift", "calibration"):
+        assert second[key] == apart[key], key
+    assert {e["latency"]["plans"] for e in second["policies"].values()} == {2}
+    assert [x.split(",")[:11] for x in Path("second/episodes.csv").read_text().splitlines()] == [
+        x.split(",")[:11] for x in Path("apart/episodes.csv").read_text().splitlines()
+    ]
+    assert "the real episodes of 3 were read in kept" in Path("second/report.html").read_text()
+    changed = "policies=[expert,{kind: expert,noise: 0.7,name: expert+0.8},random]"
+    main(_arguments(other, "reality=kept", "run_dir=third", changed))  # the name is not what decides
+    assert real == ["expert+0.8"]
+    main(_arguments(other, "reality=kept", "run_dir=fourth", "first_start=1"))
+    assert real[1:] == ["expert", "expert+0.8", "random"]
+    assert "real=false runs none" in _refused(capsys, _arguments(wam, "reality=kept", "real=false", "threshold=0.5"))
+
+
 def test_a_threshold_taken_over_was_not_set_on_the_starts_that_are_judged(wam, capsys):
     main(_arguments(wam, "run_dir=first", "keyframe_every=5"))
     inside = ["first_start=500", "calibration.first_start=0", "keyframe_every=5", "threshold=first"]

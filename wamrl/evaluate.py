@@ -12,7 +12,8 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,10 @@ from tensordict import TensorDict
 from wamrl import budget, checkpoint, provenance
 from wamrl.cli import command, plain
 from wamrl.data import EpisodeDataset, start_frames
-from wamrl.evaluation import Recording, Start, protocol_hash
+from wamrl.evaluation import Start, protocol_hash
 from wamrl.files import write_json, write_text
 from wamrl.interfaces import WAM, task_id
-from wamrl.judging import films, policies, verdict, worlds
+from wamrl.judging import films, policies, reality, verdict, worlds
 from wamrl.judging.cells import Cell, Cells
 from wamrl.judging.outcome import (
     Bench,
@@ -45,6 +46,7 @@ from wamrl.judging.outcome import (
     results_of,
 )
 from wamrl.judging.policies import Entrant, Surroundings
+from wamrl.judging.reality import Reality
 from wamrl.judging.settings import checked
 from wamrl.judging.verdict import Judged
 from wamrl.judging.worlds import Cost, Imagining
@@ -274,16 +276,22 @@ def _run(
         for task in bench.tasks:
             mine = [i for i, start in enumerate(starts) if start.task == task]
             some, first = [starts[i] for i in mine], frames[torch.tensor(mine)]
-            env = None
+            env: Any | None = None
+
+            def simulator(task: str = task, rows: int = len(some)) -> Any:
+                nonlocal env
+                if env is None:
+                    env = make_env({**settings, "split": split}, [task], min(settings["num_envs"], rows))
+                return env
+
             for k, entrant in enumerate(entrants):
                 progress.update(bar, description=f"{entrant.name} {short(task)}".ljust(36)[:36])
                 cell = bench.cells.read(title, task, entrant.name) if bench.cells else None
                 if cell is None:
-                    if env is None and settings["real"]:
-                        env = make_env({**settings, "split": split}, [task], min(settings["num_envs"], len(some)))
-                    cell = _play(bench, entrant, some, first, split, env, timed)
+                    cell = _play(bench, entrant, some, first, split, simulator if settings["real"] else None, timed)
                     if bench.cells:
                         bench.cells.write(cell, title, task, entrant.name)
+                bench.reused += cell.reused
                 played.real[k] += [None] * len(some) if cell.real is None else cell.real
                 played.decisions[k] += cell.decisions
                 for name in roll_outs:
@@ -301,25 +309,28 @@ def _run(
 
 
 def _play(
-    bench: Bench, entrant: Entrant, starts: Sequence[Start], first: TensorDict, split: str, env: Any | None, timed: int
+    bench: Bench,
+    entrant: Entrant,
+    starts: Sequence[Start],
+    first: TensorDict,
+    split: str,
+    simulator: Callable[[], Any] | None,
+    timed: int,
 ) -> Cell:
-    """The episodes of one entrant on the starts of one task, in imagination and, with `env`, in the simulator.
+    """The episodes of one entrant on the starts of one task, in imagination and, with `simulator`, in that.
 
     There, `timed` single decisions on what it saw are timed as well.
     """
-    settings, cell, recording = bench.settings, Cell(), None
+    settings, cell, real = bench.settings, Cell(), None
     common: dict[str, Any] = {
         "name": entrant.name,
         "split": split,
         "seed": settings["seed"],
         "max_steps": bench.max_steps,
     }
-    if env is not None:
-        keys = list(bench.model.spec.observation)
-        cell.real, recording = worlds.run_real(env, entrant.policy, starts, keys=keys, cost=cell.real_cost, **common)
-        if timed:
-            seen = [{key: one[key] for key in (*keys, "task")} for one in recording.some(24)]
-            cell.decisions = time_decisions(entrant.policy, seen, timed, device=settings["device"])
+    if simulator is not None:
+        real, cell.reused = _real(bench, entrant, starts, split, simulator, timed)
+        cell.real, cell.decisions, cell.real_cost = real.episodes, real.decisions, real.cost
     for name, how in asked_roll_outs(settings).items():
         runs = [
             worlds.run_imagined(
@@ -330,34 +341,77 @@ def _play(
                 num_envs=settings["num_envs"],
                 replica=replica,
                 cost=cell.imagined_cost,
-                path_keys=drift_keys(bench.model) if recording and replica == 0 and name == "plain" else (),
+                path_keys=drift_keys(bench.model) if real and replica == 0 and name == "plain" else (),
                 **how,
                 **common,
             )
             for replica in range(how["replicas"])
         ]
-        if recording is not None and name == "plain":
-            cell.open_loop, cell.closed_loop = _drift(bench, recording, runs[0], starts)
+        if real is not None and name == "plain":
+            cell.open_loop, cell.closed_loop = _drift(bench, real, runs[0], starts, first)
         for one in runs[0]:
             one.path = np.empty((0, 0))  # read above; large
         cell.imagined[name] = [list(replicas) for replicas in zip(*runs, strict=True)]
     return cell
 
 
+def _real(
+    bench: Bench, entrant: Entrant, starts: Sequence[Start], split: str, simulator: Callable[[], Any], timed: int
+) -> tuple[Reality, bool]:
+    """The real episodes of one entrant on the starts of one task, and whether they were read, not played."""
+    settings, keys, drift = bench.settings, list(bench.model.spec.observation), drift_keys(bench.model)
+    versions = provenance.versions()
+    asked = {
+        "policy": dict(entrant.settings),
+        "task": starts[0].task,
+        "split": split,
+        "starts": [start.index for start in starts],
+        "seed": settings["seed"],
+        "max_steps": bench.max_steps,
+        # Images cost time and change nothing of what happens.
+        "env": {k: v for k, v in settings["env"].items() if k not in ("tasks", "pixels", "camera")},
+        "versions": {k: str(versions.get(k)) for k in ("mujoco", "metaworld")},
+        "keys": drift,
+        "timed": timed,
+    }
+    path = None if settings["reality"] is None else reality.place(settings["reality"], asked)
+    known = None if path is None else reality.read(path)
+    if known is not None:
+        known.episodes = [replace(episode, method=entrant.name) for episode in known.episodes]
+        return known, True
+    cost = Cost()
+    episodes, recording = worlds.run_real(
+        simulator(), entrant.policy, starts, keys=keys, cost=cost,
+        name=entrant.name, split=split, seed=settings["seed"], max_steps=bench.max_steps,
+    )  # fmt: skip
+    found = Reality(
+        episodes=episodes,
+        actions=[torch.stack(recording.actions[start]).double().cpu().numpy() for start in starts],
+        paths=[worlds.real_path(recording, start, drift) for start in starts],
+        cost=cost,
+    )
+    if timed:
+        seen = [{key: one[key] for key in (*keys, "task")} for one in recording.some(24)]
+        found.decisions = time_decisions(entrant.policy, seen, timed, device=settings["device"])
+    if path is not None:
+        reality.write(path, found, asked)
+    return found, False
+
+
 def _drift(
-    bench: Bench, recording: Recording, imagined: Sequence[Imagining], starts: Sequence[Start]
+    bench: Bench, real: Reality, imagined: Sequence[Imagining], starts: Sequence[Start], first: TensorDict
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """[N, H] errors of imagination by steps ahead, told the executed actions and closed loop; NaN after an end."""
-    keys, horizon = drift_keys(bench.model), bench.max_steps
-    paths = [worlds.real_path(recording, start, keys) for start in starts]
+    keys, horizon, paths = drift_keys(bench.model), bench.max_steps, real.paths
     scale: Any = bench.model.spec.layout
     if not has_positions(bench.model):
         scale = np.maximum(np.concatenate(paths).std(axis=0), 1e-6)
     closed = np.full((len(starts), horizon), np.nan)
-    for i, (one, real) in enumerate(zip(imagined, paths, strict=True)):
-        length = min(len(real), len(one.path)) - 1
-        closed[i, :length] = worlds.errors_of(one.path[1 : length + 1], real[1 : length + 1], scale)
-    return worlds.open_loop(bench.model, recording, keys, horizon, scale), closed
+    for i, (one, path) in enumerate(zip(imagined, paths, strict=True)):
+        length = min(len(path), len(one.path)) - 1
+        closed[i, :length] = worlds.errors_of(one.path[1 : length + 1], path[1 : length + 1], scale)
+    actions = [torch.as_tensor(one, dtype=torch.float32) for one in real.actions]
+    return worlds.told_error(bench.model, starts, first, actions, paths, keys, horizon, scale), closed
 
 
 def _calibrate(bench: Bench, console: Console) -> dict[str, Any]:
@@ -392,7 +446,7 @@ def _calibrate(bench: Bench, console: Console) -> dict[str, Any]:
             "there is 0.5; add others to calibration.policies."
         )
     bench.warnings += verdict.limits_met(found["judge"])
-    bench.real_cost, bench.imagined_cost = Cost(), Cost()  # those of the policies alone are reported
+    bench.real_cost, bench.imagined_cost, bench.reused = Cost(), Cost(), 0  # the policies' alone are reported
     return {
         "source": f"{len(entrants)} policies on {count} dev starts per task, {first} to {first + count - 1}",
         "starts": [first, first + count],

@@ -528,6 +528,12 @@ def _protocol_section(results: Mapping[str, Any]) -> Section:
     if results["real"]:
         share = cost["imagined_us_per_step"] / cost["real_us_per_step"]
         speed += f", the simulator {cost['real_us_per_step']:.0f} ({share:.2f} of it), the policies' own time apart"
+        kept = results["reality"]
+        if kept["read"]:
+            speed += (
+                f". Of {kept['of']} policies times tasks, the real episodes of {kept['read']} were read in "
+                f"{kept['directory']}, with the simulator's time and the policies' latencies of then"
+            )
     return Section(
         "Protocol",
         [f"{p['episodes']} start states per task from the {p['split']} split, from number {p['first_start']} on, at "

@@ -25,7 +25,7 @@ class Cell:
     """The episodes of one policy on the N starts of one task.
 
     imagined: roll-out name -> [N][replicas]. open_loop, closed_loop: errors [N, H]. Without a simulator, these and real
-    are None. decisions: of `wamrl.results.time_decisions`.
+    are None. decisions: of `wamrl.results.time_decisions`. reused: whether the real episodes were read, not played.
     """
 
     real: list[Episode] | None = None
@@ -35,6 +35,7 @@ class Cell:
     real_cost: Cost = field(default_factory=Cost)
     imagined_cost: Cost = field(default_factory=Cost)
     decisions: list[dict[str, Any]] = field(default_factory=list)
+    reused: bool = False
 
 
 class Cells:
@@ -84,6 +85,7 @@ class Cells:
                 real_cost=Cost(**about["real_cost"]),
                 imagined_cost=Cost(**about["imagined_cost"]),
                 decisions=about.get("decisions", []),  # stopped runs of earlier versions have none
+                reused=about.get("reused", False),
             )
             for name in about["roll_outs"]:
                 lengths = found[f"{name}/lengths"]
@@ -100,6 +102,7 @@ class Cells:
             "real_cost": asdict(cell.real_cost),
             "imagined_cost": asdict(cell.imagined_cost),
             "decisions": cell.decisions,
+            "reused": cell.reused,
         }
         arrays: dict[str, Any] = {"about": np.array(json.dumps(about))}
         if cell.open_loop is not None and cell.closed_loop is not None:

@@ -49,6 +49,7 @@ class Bench:
     real_cost: Cost = field(default_factory=Cost)
     imagined_cost: Cost = field(default_factory=Cost)
     cells: Cells | None = None  # where finished policies are kept
+    reused: int = 0  # policies times tasks whose real episodes were read, not played
 
 
 @dataclass
@@ -219,6 +220,7 @@ def results_of(
         "threads": settings["threads"],
         "seeds": [settings["seed"]],
         "real": settings["real"],
+        "reality": {"directory": settings["reality"], "read": bench.reused, "of": len(names) * len(bench.tasks)},
         "tasks": list(bench.tasks),
         "policies": shown,
         "agreement": agreement,

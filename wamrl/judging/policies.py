@@ -11,10 +11,11 @@ A description is a mapping with `kind` and its settings, or a word:
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ class Entrant:
     """A policy that takes part. origin: "independent", or "degraded" for a noisy or weakened version of another.
 
     content_hash, provenance: of the checkpoint behind it, None for others. wam, planner: its name and the import path
-    of the planner that acts in it, "" where there is none.
+    of the planner that acts in it, "" where there is none. settings: what decides how it acts, beside its start state:
+    its description, and hashes of the files that it is made of.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Entrant:
     provenance: Mapping[str, Any] | None = None
     wam: str = ""
     planner: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,8 @@ def _entrant(given: dict[str, Any], around: Surroundings) -> Entrant:
     kind = given["kind"]
     content, provenance, wam, planned = None, None, "", ""
     default = kind
+    settings = {key: value for key, value in given.items() if key not in ("name", "origin")}
+    settings |= {"seed": around.seed, "device": around.device}
     policy: Policy
     if kind == "expert":
         module = importlib.import_module(around.env_module)
@@ -157,8 +162,9 @@ def _entrant(given: dict[str, Any], around: Surroundings) -> Entrant:
         else:
             choice = {**around.planner, **(given.get("planner") or {})}
             planner, planned = instantiate(choice), str(choice["_target_"])
-            controller = instantiate({**around.controller, **(given.get("controller") or {}), "seed": around.seed})
-            policy = controller(model, planner)
+            how = {**around.controller, **(given.get("controller") or {}), "seed": around.seed}
+            policy = instantiate(how)(model, planner)
+            settings |= {"planner": choice, "controller": how}
     elif kind == "sb3":
         path = str(given.get("path"))
         policy = load_sb3(
@@ -169,10 +175,13 @@ def _entrant(given: dict[str, Any], around: Surroundings) -> Entrant:
             observation=given.get("observation"),
         )
         default = Path(path).stem
+        settings["file"] = _hash(Path(path))
     else:
         target = str(given.get("target"))
         policy = from_callable(target, given.get("arguments"))
         default = target.rpartition(":")[2]
+        source = inspect.getsourcefile(importlib.import_module(target.partition(":")[0]))
+        settings["file"] = None if source is None else _hash(Path(source))
     noise = float(given.get("noise", 0.0))
     if noise:
         policy = NoisyPolicy(policy, noise, float(given.get("correlation", 0.5)), seed=around.seed)
@@ -185,7 +194,12 @@ def _entrant(given: dict[str, Any], around: Surroundings) -> Entrant:
         provenance=provenance,
         wam=wam,
         planner=planned,
+        settings={**settings, "content_hash": content},
     )
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _check_fits(name: str, action_dim: int, tasks: Sequence[str], around: Surroundings) -> None:

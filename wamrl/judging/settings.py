@@ -74,6 +74,8 @@ def checked(given: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any], Path]
         raise ValueError(
             "frames names the start states of an evaluation without a simulator; add real=false, or leave it"
         )
+    if given["reality"] is not None and not given["real"]:
+        raise ValueError("reality keeps the episodes of the simulator, but real=false runs none; leave one of them out")
     calibrates = given["threshold"] == "calibrated"
     if calibrates and not given["real"]:
         raise ValueError(

@@ -306,31 +306,47 @@ def errors_of(decoded: Floats, measured: Floats, scale: Floats | Layout) -> Floa
     return np.sqrt(np.mean(((decoded - measured) / scale) ** 2, axis=-1))
 
 
-@torch.no_grad()
 def open_loop(model: WAM, recording: Recording, keys: Sequence[str], horizon: int, scale: Floats | Layout) -> Floats:
+    """`told_error` of recorded episodes, in the order of the recording."""
+    starts = list(recording.actions)
+    if not starts:
+        return np.full((0, horizon), np.nan)
+    first = cast(TensorDict, torch.stack([recording.observations[s][0] for s in starts]))
+    actions = [torch.stack(recording.actions[s]) for s in starts]
+    return told_error(
+        model, starts, first, actions, [real_path(recording, s, keys) for s in starts], keys, horizon, scale
+    )
+
+
+@torch.no_grad()
+def told_error(
+    model: WAM,
+    starts: Sequence[Start],
+    first: TensorDict,
+    actions: Sequence[Tensor],
+    paths: Sequence[Floats],
+    keys: Sequence[str],
+    horizon: int,
+    scale: Floats | Layout,
+) -> Floats:
     """[N, H] error after 1, ..., H steps when the model is told the actions that were executed from the first frame on.
 
-    NaN after an episode's end. The decoded observations are those of the sampled futures' mean.
+    first: [N] frames. actions: [N] of [L, A]. paths: [N] of [L + 1, G], what was measured of `keys`. NaN after an
+    episode's end. The decoded observations are those of the sampled futures' mean.
     """
-    starts = list(recording.actions)
     found = np.full((len(starts), horizon), np.nan)
-    if not starts:
-        return found
-    first = cast(TensorDict, torch.stack([recording.observations[s][0] for s in starts]))
     state = model.encode(Context.from_observation(first.select(*model.spec.observation, "task")))
-    lengths = [min(len(recording.actions[s]), horizon) for s in starts]
-    actions = torch.zeros(len(starts), max(lengths), model.spec.action_dim)
-    for i, start in enumerate(starts):
-        actions[i, : lengths[i]] = torch.stack(recording.actions[start][: lengths[i]])
+    lengths = [min(len(one), horizon) for one in actions]
+    whole = torch.zeros(len(starts), max(lengths), model.spec.action_dim)
+    for i, one in enumerate(actions):
+        whole[i, : lengths[i]] = one[: lengths[i]]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     row = torch.tensor([s.row for s in starts], device=device)
     key = NoiseKey(row=row, step=torch.zeros_like(row))
-    seen = imagined_frames(model, state, actions.clamp(-1, 1).to(device), keys, noise=key)
+    seen = imagined_frames(model, state, whole.clamp(-1, 1).to(device), keys, noise=key)
     decoded = torch.cat([seen[key].flatten(3).float() for key in keys], dim=-1).mean(1).double().cpu().numpy()
-    for i, start in enumerate(starts):
-        after = recording.observations[start][1 : lengths[i] + 1]
-        measured = torch.stack([torch.cat([o[key].flatten().float() for key in keys]) for o in after])
-        found[i, : lengths[i]] = errors_of(decoded[i, : lengths[i]], measured.double().cpu().numpy(), scale)
+    for i, length in enumerate(lengths):
+        found[i, :length] = errors_of(decoded[i, :length], paths[i][1 : length + 1], scale)
     return found
 
 
