@@ -1,13 +1,15 @@
-"""Judging policies of independent origin inside the reference WAM, against the simulator.
+"""Judging policies of independent origin inside the reference WAM and others, against the simulator.
 
     python -m benchmarks.policy_evaluation                         # 200 test starts per policy, four tasks
     python -m benchmarks.policy_evaluation --split dev --tasks push-v3 reach-v3 --episodes 20 --policies 8
+    python -m benchmarks.policy_evaluation --wam six pixels=outputs/train/latest   # two judges side by side
 
 Policies differ in algorithm, data and seed: behaviour cloning by networks, linear maps and nearest neighbours on few or
 many demonstrations, the shipped model's own policy, WAMs trained on little data, planners, the scripted expert and
 random actions. Noisy versions come on top and are reported apart. The judge's threshold is calibrated on imitators of
 other demonstrations. Data sets and policies are made by the commands that users run, in directories below `--out`; what
-is done is not done again. The metrics go to benchmarks/results/policy_evaluation.json.
+is done is not done again, and the real episodes are run once for all judges. The metrics go to
+benchmarks/results/policy_evaluation.json.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +29,16 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from benchmarks.stored import RESULTS, ROOT, Clock, run_logged
+from benchmarks.stored import RESULTS, ROOT, Clock, folder_of, run_logged
+from wamrl import checkpoint
 from wamrl.data import EpisodeDataset
 from wamrl.envs.layouts import METAWORLD
 from wamrl.interfaces import PolicyState, task_id
+from wamrl.naming import unknown_name
 from wamrl.report import short
 
 TASKS = ("reach-v3", "push-v3", "pick-place-v3", "drawer-open-v3")
+KEYFRAME_EVERY = 10  # what evaluate takes; a model whose stride does not divide it, the nearest below that it does
 FIRST_TEST_START = 300  # earlier ones were read by other benchmarks
 
 
@@ -272,48 +278,147 @@ def metrics_of(results: Mapping[str, Any]) -> dict[str, Any]:
     return metrics
 
 
+@dataclass(frozen=True)
+class Judge:
+    """A WAM that judges. settings: of evaluate, for this one alone."""
+
+    name: str
+    checkpoint: str
+    settings: tuple[str, ...] = ()
+
+
+def judges(words: Sequence[str], further: Sequence[Sequence[str]]) -> list[Judge]:
+    """The judges of `--wam`, each CHECKPOINT or NAME=CHECKPOINT, with what their observation and stride ask for.
+
+    further: of `--judge`, a judge's name and settings of evaluate each.
+
+    Raises:
+        ValueError: two of one name, or settings of none of them.
+    """
+    found: dict[str, Judge] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        path = path if equals else word
+        name = name if equals else Path(path).stem
+        spec = checkpoint.read_metadata(path).spec
+        settings = ["env.pixels=true"] if any(len(shape) == 3 for shape in spec.observation.values()) else []
+        if KEYFRAME_EVERY % spec.frame_stride:
+            settings.append(f"keyframe_every={max(1, KEYFRAME_EVERY // spec.frame_stride) * spec.frame_stride}")
+        if name in found:
+            raise ValueError(f"two WAMs are called '{name}'; name one of them, as in --wam {name} other={path}")
+        found[name] = Judge(name, path, tuple(settings))
+    for name, *settings in further:
+        if name not in found:
+            raise unknown_name("WAM of --wam", name, found)
+        given = {word.partition("=")[0] for word in settings}
+        usual = [word for word in found[name].settings if word.partition("=")[0] not in given]
+        found[name] = replace(found[name], settings=(*usual, *settings))
+    return list(found.values())
+
+
+def evaluate(judge: Judge, common: Sequence[str], out: Path, split: str) -> dict[str, Any]:
+    """results.json of the evaluation by `judge`, which is run unless it is there.
+
+    Raises:
+        ValueError: what is there is of another command.
+    """
+    folder = out / f"evaluate_{split}_{folder_of(judge.name)}"
+    words = [
+        *common,
+        "wam=checkpoint",
+        f"wam.checkpoint={judge.checkpoint}",
+        f"reality={out / 'reality'}",
+        *judge.settings,
+    ]
+
+    def check(command: str) -> None:
+        if sorted(shlex.split(command)[3:]) != sorted(words):
+            raise ValueError(f"{folder} is of another command ({command}); remove it to evaluate anew")
+
+    command, stopped = ["wamrl.evaluate", *words, f"run_dir={folder}"], folder / "cells" / "run.json"
+    if stopped.is_file():
+        check(json.loads(stopped.read_text())["settings"]["command"])
+        command = ["wamrl.evaluate", f"resume={folder}"]
+    run(command, folder / "report.html", out / f"evaluate_{folder_of(judge.name)}.log")
+    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    check(results["command"])
+    return results
+
+
+def side_by_side(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """`metrics_of` every judge's results: the first one's as they are, the others' below `wam/<name>/`.
+
+    Raises:
+        ValueError: judges of other protocols, or who saw other real episodes, which are stored once.
+    """
+    (first, leading), *others = results.items()
+    metrics = metrics_of(leading)
+    for name, result in others:
+        if result["protocol_hash"] != leading["protocol_hash"]:
+            raise ValueError(f"{first} and {name} judge under different protocols; give them the same env and starts")
+        for key, value in metrics_of(result).items():
+            if not key.endswith("/real_success"):
+                metrics[f"wam/{name}/{key}"] = value
+            elif value != metrics[key]:
+                raise ValueError(f"{key} is {value} beside {name}, but {metrics[key]} beside {first}")
+    return metrics
+
+
 def main() -> None:
-    """Make what is missing, evaluate, and store the metrics."""
+    """Make what is missing, evaluate by every judge, and store the metrics."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--episodes", type=int, default=200, help="start states per task and policy")
     parser.add_argument("--split", choices=("test", "dev"), default="test")
     parser.add_argument("--policies", type=int, default=None, help="only the first so many independent ones")
-    parser.add_argument("--wam", default="six")
-    parser.add_argument("--settings", nargs="*", default=[], help="more settings of evaluate")
+    parser.add_argument("--wam", nargs="+", default=["six"], metavar="[NAME=]CHECKPOINT",
+                        help="the judges; the first is the headline, the others are stored beside it")  # fmt: skip
+    parser.add_argument("--settings", nargs="*", default=[], help="more settings of evaluate, for all judges")
+    parser.add_argument("--judge", nargs="+", action="append", default=[], metavar=("NAME", "SETTING"),
+                        help="settings of evaluate for one judge, as in --judge pixels device=cuda")  # fmt: skip
     parser.add_argument("--calibration", type=int, default=40, help="dev starts per task for the judge's threshold")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/policy_evaluation"))
     parser.add_argument("--store", type=Path, default=RESULTS / "policy_evaluation.json")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     clock = Clock()
+    judging = judges(arguments.wam, arguments.judge)  # a mistake in them costs no work
     tasks = [f"metaworld/{name}" for name in arguments.tasks]
     described = policies(arguments.out, tasks, arguments.policies)
     first = FIRST_TEST_START if arguments.split == "test" else 0
-    folder = arguments.out / f"evaluate_{arguments.split}"
-    command = [
-        "wamrl.evaluate", "env=metaworld/six", f"env.tasks=[{','.join(tasks)}]", f"wam={arguments.wam}",
-        f"policies={_words(described)}", f"split={arguments.split}", f"episodes={arguments.episodes}",
-        f"first_start={first}", f"calibration.episodes={arguments.calibration}",
+    common = [
+        "env=metaworld/six", f"env.tasks=[{','.join(tasks)}]", f"policies={_words(described)}",
+        f"split={arguments.split}", f"episodes={arguments.episodes}", f"first_start={first}",
+        f"calibration.episodes={arguments.calibration}",
         f"calibration.policies={_words(calibrators(arguments.out, tasks))}", *arguments.settings,
-        f"run_dir={folder}",
     ]  # fmt: skip
-    run(command, folder / "report.html", arguments.out / "evaluate.log")
-    results = json.loads((folder / "results.json").read_text())
-    metrics = metrics_of(results)
+    results = {judge.name: evaluate(judge, common, arguments.out, arguments.split) for judge in judging}
+    leading, metrics = results[judging[0].name], side_by_side(results)
+    wams = {
+        judge.name: {
+            "checkpoint": judge.checkpoint, "settings": list(judge.settings),
+            "observation": results[judge.name]["wam"]["observation"],
+            "content_hash": results[judge.name]["wam"]["content_hash"],
+            "thresholds": results[judge.name]["calibration"]["thresholds"],
+            "warnings": results[judge.name]["warnings"],
+        }
+        for judge in judging
+    }  # fmt: skip
     clock.store(
         arguments.store,
-        config={"wam": arguments.wam, "tasks": tasks, "split": arguments.split, "episodes": arguments.episodes,
+        config={"wam": judging[0].checkpoint, "tasks": tasks, "split": arguments.split, "episodes": arguments.episodes,
                 "first_start": first, "calibration": arguments.calibration, "settings": arguments.settings,
-                "content_hash": results["wam"]["content_hash"], "thresholds": results["calibration"]["thresholds"],
-                "origins": {n: e["origin"] for n, e in results["policies"].items()}, "warnings": results["warnings"]},
+                "content_hash": leading["wam"]["content_hash"], "thresholds": leading["calibration"]["thresholds"],
+                "origins": {n: e["origin"] for n, e in leading["policies"].items()}, "warnings": leading["warnings"],
+                "wams": wams},
         metrics=metrics,
-        arguments=" ".join(sys.argv[1:]),
-        protocol_hash=results["protocol_hash"],
+        arguments=shlex.join(sys.argv[1:]),
+        protocol_hash=leading["protocol_hash"],
     )  # fmt: skip
     for key, value in metrics.items():
-        if key.startswith(("all/", "independent/", "judges/")):
-            print(key, value if not isinstance(value, dict) else {k: v for k, v in value.items()})
+        own = key.split("/", 2)[2] if key.startswith("wam/") else key
+        if own.startswith(("all/", "independent/", "judges/")):
+            print(key, value)
 
 
 if __name__ == "__main__":

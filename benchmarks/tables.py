@@ -249,44 +249,72 @@ def planners_batched(result: Mapping[str, Any]) -> str:
     return _grid(["what", "measured"], rows)
 
 
+def _wams(result: Mapping[str, Any]) -> dict[str, str]:
+    """Judging WAM -> what its metrics begin with; the first one's with nothing. Earlier results are of one alone."""
+    names = list(result["config"].get("wams") or [result["config"]["wam"]])
+    return {name: f"wam/{name}/" if k else "" for k, name in enumerate(names)}
+
+
 def judged(result: Mapping[str, Any]) -> str:
-    """Every policy's success in the simulator and in imagination, in the order of the first."""
-    metrics = result["metrics"]
+    """Every policy's success in the simulator and in each WAM's imagination, in the order of the first."""
+    metrics, wams = result["metrics"], _wams(result)
     names = [key.split("/")[1] for key in metrics if key.startswith("mean/") and key.endswith("/real_success")]
     names.sort(key=lambda name: -metrics[f"mean/{name}/real_success"]["mean"])
     rows = []
     for name in names:
-        real, imagined = metrics[f"mean/{name}/real_success"], metrics[f"mean/{name}/imagined_success"]
-        gap = 100 * (imagined["mean"] - real["mean"])
-        origin = result["config"]["origins"][name]
-        rows.append(
-            [name if origin == "independent" else f"{name} ({origin})", _rate(real), _rate(imagined), f"{gap:+.0f}"]
-        )
+        real, origin = metrics[f"mean/{name}/real_success"], result["config"]["origins"][name]
+        row = [name if origin == "independent" else f"{name} ({origin})", _rate(real)]
+        for prefix in wams.values():
+            imagined = metrics[f"{prefix}mean/{name}/imagined_success"]
+            row += [_rate(imagined), f"{100 * (imagined['mean'] - real['mean']):+.0f}"]
+        rows.append(row)
     n = metrics[f"mean/{names[0]}/real_success"]["n"]
-    return _grid(["policy", f"simulator, %, n = {n}", "imagined, %", "gap, points"], rows)
+    head = ["policy", f"simulator, %, n = {n}"]
+    for name in wams:
+        head += ["imagined, %" if len(wams) == 1 else f"imagined by {name}, %", "gap, points"]
+    return _grid(head, rows)
+
+
+def _value(value: Any, scale: float = 1.0, digits: int = 2) -> str:
+    """A statistic that is stored alone, or with its interval."""
+    if not isinstance(value, Mapping):
+        return "" if value is None else f"{scale * value:.{digits}f}"
+    if value["mean"] is None:
+        return "undefined"
+    bounds = "" if value["low"] is None else f" [{scale * value['low']:.{digits}f}, {scale * value['high']:.{digits}f}]"
+    return f"{scale * value['mean']:.{digits}f}{bounds}"
+
+
+_JUDGED_BY = (("pearson", 1.0, 2), ("mmrv", 1.0, 3), ("gap", 100.0, 1), ("kappa", 1.0, 2))
+
+
+def judging_wams(result: Mapping[str, Any]) -> str:
+    """The judging WAMs side by side, over the independent policies."""
+    metrics, about = result["metrics"], result["config"].get("wams", {})
+    scope = "independent" if "independent/pearson" in metrics else "all"
+    rows = []
+    for name, prefix in _wams(result).items():
+        found = [_value(metrics[f"{prefix}{scope}/{key}"], scale, digits) for key, scale, digits in _JUDGED_BY]
+        found += [_value(metrics[f"{prefix}{scope}/false_positive_rate"])]
+        found += [str(metrics[f"{prefix}mean/open_loop_sustained_steps"])]
+        found += [_value(metrics[f"{prefix}cost/imagined_share_of_real"])]
+        rows.append([name, ", ".join(about.get(name, {}).get("observation", [])), *found])
+    head = ["WAM", "reads", "Pearson", "MMRV", "gap, points", "kappa", "false positives", "H*, steps", "cost"]
+    return _grid(head, rows)
 
 
 def judges(result: Mapping[str, Any]) -> str:
-    """How well each way of judging agrees with the simulator, over the independent policies."""
-    metrics = result["metrics"]
-
-    def cell(key: str, scale: float, digits: int) -> str:
-        value = metrics[key]
-        if not isinstance(value, Mapping):
-            return "" if value is None else f"{scale * value:.{digits}f}"
-        if value["mean"] is None:
-            return "undefined"
-        bounds = (
-            "" if value["low"] is None else f" [{scale * value['low']:.{digits}f}, {scale * value['high']:.{digits}f}]"
-        )
-        return f"{scale * value['mean']:.{digits}f}{bounds}"
-
-    columns = [("pearson", 1.0, 2), ("mmrv", 1.0, 3), ("gap", 100.0, 1), ("kappa", 1.0, 2), ("recall", 1.0, 2),
-               ("false_positive_rate", 1.0, 2)]  # fmt: skip
-    rows = [
-        [name.replace("_", " "), *(cell(f"judges/{name}/{key}", scale, digits) for key, scale, digits in columns)]
-        for name in (key.split("/")[1] for key in metrics if key.startswith("judges/") and key.endswith("/pearson"))
-    ]
+    """How well each way of judging agrees with the simulator, over the independent policies, in each WAM."""
+    metrics, rows, wams = result["metrics"], [], _wams(result)
+    columns = (*_JUDGED_BY, ("recall", 1.0, 2), ("false_positive_rate", 1.0, 2))
+    for wam, prefix in wams.items():
+        start = f"{prefix}judges/"
+        for key in metrics:
+            if key.startswith(start) and key.endswith("/pearson"):
+                name = key.removeprefix(start).removesuffix("/pearson")
+                label = name.replace("_", " ") + ("" if len(wams) == 1 else f", {wam}")
+                found = [_value(metrics[f"{start}{name}/{key}"], scale, digits) for key, scale, digits in columns]
+                rows.append([label, *found])
     return _grid(["judge", "Pearson", "MMRV", "gap, points", "kappa", "recall", "false positives"], rows)
 
 
@@ -481,6 +509,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "planners_batched": ("planners", planners_batched),
     "judged": ("policy_evaluation", judged),
     "judges": ("policy_evaluation", judges),
+    "judging_wams": ("policy_evaluation", judging_wams),
     "collection": ("collect_speed", collection),
     "adapter": ("envs", adapter),
     "env_speed": ("envs", env_speed),

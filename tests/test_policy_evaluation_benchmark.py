@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -9,6 +13,7 @@ from tensordict import TensorDict
 pytest.importorskip("metaworld")
 
 from benchmarks import policy_evaluation as bench
+from benchmarks import tables
 from wamrl.interfaces import Policy, task_id
 from wamrl.judging.policies import describe
 
@@ -98,3 +103,85 @@ def test_what_is_stored_names_who_was_left_out_and_where_a_policy_succeeded():
     }  # fmt: skip
     assert [metrics[f"push/{name}/real_success"]["mean"] for name in results["policies"]] == [0.0, 0.5, 1.0]
     assert metrics["mean/noisy/imagined_success"]["n"] == 2 and metrics["cost/imagined_share_of_real"] == 0.5
+
+
+def _results(imagined: float, real: float = 0.5, protocol: str = "aaaa") -> dict:
+    rate = {"n": 2, "low": 0.1, "high": 0.9}
+    entry = {"real": {**rate, "mean": real}, "imagined": {**rate, "mean": imagined}}
+    spread = {"mean": 0.9, "n": 2, "low": 0.5, "high": 1.0}
+    agreement = dict.fromkeys(("pearson", "mmrv", "gap", "kappa"), spread) | {
+        "spearman": 0.8, "permutation_p": 0.1, "bias": 0.0, "leave_one_out": [0.1], "policies": 2,
+        "judge": {"false_positive_rate": imagined},
+    }  # fmt: skip
+    judge = {"pearson": imagined, "mmrv": 0.1, "gap": 0.1, "bias": 0.0, "kappa": 0.5, "recall": 0.5,
+             "false_positive_rate": 0.1, "ece": 0.1, "intervals": {}}  # fmt: skip
+    return {
+        "protocol_hash": protocol, "tasks": ["metaworld/push-v3"], "headline": "all", "agreement": {"all": agreement},
+        "policies": {"a": {"origin": "independent", "mean": entry, "metaworld/push-v3": entry}},
+        "variants": {"judge": judge}, "cost": {"imagined_us_per_step": 1.0, "real_us_per_step": 2.0},
+        "drift": {"open_loop": {"mean": {"sustained": 7}, "metaworld/push-v3": {"sustained": 7}}},
+    }  # fmt: skip
+
+
+def test_judges_are_stored_and_shown_side_by_side():
+    metrics = bench.side_by_side({"six": _results(0.6), "pixels": _results(0.7)})
+    alone = bench.metrics_of(_results(0.6))
+    assert {key: value for key, value in metrics.items() if not key.startswith("wam/")} == alone
+    assert metrics["wam/pixels/mean/a/imagined_success"]["mean"] == 0.7
+    assert "wam/pixels/mean/a/real_success" not in metrics  # once is enough
+    about = {"six": {"observation": ["state"]}, "pixels": {"observation": ["pixels", "state"]}}
+    stored = {"metrics": metrics, "config": {"wam": "six", "wams": about, "origins": {"a": "independent"}}}
+    assert "| a | 50.0 [10.0, 90.0] | 60.0 [10.0, 90.0] | +10 | 70.0 [10.0, 90.0] | +20 |" in tables.judged(stored)
+    assert "imagined by pixels, %" in tables.judged(stored)
+    rows = tables.judging_wams(stored).splitlines()[2:]
+    assert rows[1] == "| pixels | pixels, state | " + " | ".join(
+        ["0.90 [0.50, 1.00]", "0.900 [0.500, 1.000]", "90.0 [50.0, 100.0]", "0.90 [0.50, 1.00]", "0.70", "7", "0.50 |"]
+    )
+    assert [row.split(" | ")[0] for row in tables.judges(stored).splitlines()[2:]] == [
+        "| judge, six",
+        "| judge, pixels",
+    ]
+    del stored["config"]["wams"]  # as a result of one judge was stored before
+    assert len(tables.judging_wams(stored).splitlines()) == 3 and "imagined, %" in tables.judged(stored)
+    with pytest.raises(ValueError, match="different protocols"):
+        bench.side_by_side({"six": _results(0.6), "pixels": _results(0.7, protocol="bbbb")})
+    with pytest.raises(ValueError, match="mean/a/real_success is"):
+        bench.side_by_side({"six": _results(0.6), "pixels": _results(0.7, real=0.0)})
+
+
+def test_a_judge_gets_the_settings_that_its_observation_and_stride_ask_for(monkeypatch):
+    specs = {"six": ({"state": (39,)}, 1), "seeing.safetensors": ({"pixels": (3, 64, 64), "state": (39,)}, 4)}
+
+    def described(path: str) -> SimpleNamespace:
+        observation, stride = specs[path]
+        return SimpleNamespace(spec=SimpleNamespace(observation=observation, frame_stride=stride))
+
+    monkeypatch.setattr(bench.checkpoint, "read_metadata", described)
+    six, pixels = bench.judges(["six", "pixels=seeing.safetensors"], [["pixels", "device=cuda", "keyframe_every=4"]])
+    assert six == bench.Judge("six", "six") and pixels.checkpoint == "seeing.safetensors"
+    assert pixels.settings == ("env.pixels=true", "device=cuda", "keyframe_every=4")
+    assert bench.judges(["seeing.safetensors"], [])[0].settings == ("env.pixels=true", "keyframe_every=8")
+    with pytest.raises(ValueError, match="two WAMs are called 'six'"):
+        bench.judges(["six", "six=seeing.safetensors"], [])
+    with pytest.raises(ValueError, match="did you mean 'pixels'"):
+        bench.judges(["pixels=seeing.safetensors"], [["pixel", "device=cuda"]])
+
+
+def test_an_evaluation_of_other_settings_is_not_taken_for_this_one(tmp_path, monkeypatch):
+    ran = []
+
+    def run(command, done, log):
+        if not done.exists():
+            ran.append(command)
+            done.parent.mkdir(parents=True)
+            said = shlex.join(["python", "-m", *(w for w in command if not w.startswith("run_dir="))])
+            (done.parent / "results.json").write_text(json.dumps({"command": said}))
+            done.write_text("")
+
+    monkeypatch.setattr(bench, "run", run)
+    judge = bench.Judge("six", "six")
+    for _ in range(2):
+        bench.evaluate(judge, ["episodes=50", "policies=[{'kind':'expert'}]"], tmp_path, "test")
+    assert len(ran) == 1 and f"reality={tmp_path / 'reality'}" in ran[0]
+    with pytest.raises(ValueError, match="is of another command"):
+        bench.evaluate(judge, ["episodes=200", "policies=[{'kind':'expert'}]"], tmp_path, "test")

@@ -140,7 +140,7 @@ def _entrant(given: dict[str, Any], around: Surroundings) -> Entrant:
     content, provenance, wam, planned = None, None, "", ""
     default = kind
     settings = {key: value for key, value in given.items() if key not in ("name", "origin")}
-    settings |= {"seed": around.seed, "device": around.device}
+    settings["seed"] = around.seed
     policy: Policy
     if kind == "expert":
         module = importlib.import_module(around.env_module)
@@ -154,6 +154,7 @@ def _entrant(given: dict[str, Any], around: Surroundings) -> Entrant:
         wam = str(given.get("checkpoint") or around.wam)
         metadata = checkpoint.read_metadata(wam)
         content, provenance = metadata.content_sha256, metadata.provenance
+        settings["device"] = around.device
         _check_fits(wam, metadata.spec.action_dim, metadata.spec.tasks, around)
         model = checkpoint.load(wam, device=around.device, policy=given.get("policy"))
         default = Path(wam).stem if kind == "checkpoint" else f"planner:{Path(wam).stem}"

@@ -66,7 +66,7 @@ def write(path: Path, reality: Reality, asked: Mapping[str, Any]) -> None:
         "cost": asdict(reality.cost),
         "decisions": reality.decisions,
     }
-    arrays = {"actions": np.concatenate(reality.actions), "paths": np.concatenate(reality.paths)}
+    arrays: dict[str, Any] = {"actions": np.concatenate(reality.actions), "paths": np.concatenate(reality.paths)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         np.savez_compressed(temporary, about=np.array(json.dumps(about)), **arrays)
