@@ -1,8 +1,11 @@
-"""Judging policies of independent origin inside the reference WAM and others, against the simulator.
+"""Judging policies of independent origin inside World Action Models, against the simulator.
 
-    python -m benchmarks.policy_evaluation                         # 200 test starts per policy, four tasks
-    python -m benchmarks.policy_evaluation --split dev --tasks push-v3 reach-v3 --episodes 20 --policies 8
-    python -m benchmarks.policy_evaluation --wam six pixels=outputs/train/latest   # two judges side by side
+    python -m benchmarks.policy_evaluation                         # 200 test starts per policy on four tasks together
+    python -m benchmarks.policy_evaluation --split dev --tasks push-v3 reach-v3 --episodes 20 --policies 8 --wam six
+    python -m benchmarks.policy_evaluation --wam judge other=outputs/train/latest   # two judges side by side
+
+Three WAMs judge by default: `judge`, the reference WAM trained on data=judge, from states; `judge_pixels`, the same
+from images beside the state, on the same episodes; and the shipped `six`, which was not made for judging.
 
 Policies differ in algorithm, data and seed: behaviour cloning by networks, linear maps and nearest neighbours on few or
 many demonstrations, the shipped model's own policy, WAMs trained on little data, planners, the scripted expert and
@@ -19,8 +22,8 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,9 @@ from wamrl.report import short
 
 TASKS = ("reach-v3", "push-v3", "pick-place-v3", "drawer-open-v3")
 KEYFRAME_EVERY = 10  # what evaluate takes; a model whose stride does not divide it, the nearest below that it does
-FIRST_TEST_START = 300  # earlier ones were read by other benchmarks
+FIRST_TEST_START = 350  # earlier ones were read by other benchmarks
+JUDGES = ("judge", "judge_pixels")
+"""Judging WAMs that are made here."""
 
 
 # ------------------------------------------------------------------------------------------------ simple learners
@@ -177,6 +182,31 @@ def collect(out: Path, name: str, tasks: Sequence[str], seed: int, first: int, m
     return path
 
 
+def judging_wam(name: str, out: Path, tasks: Sequence[str]) -> str:
+    """The run directory of one of `JUDGES`, which is trained where it is missing."""
+    data, tokenizer, folder = out / "judge_data", out / "judge_tokenizer", out / name
+    common = [f"data={data}", "seed=41", "threads=1", "tensorboard=false"]
+    model = Path("checkpoints") / "model.safetensors"
+    run(
+        ["wamrl.collect", "env=metaworld/six", f"env.tasks=[{','.join(tasks)}]", "data=judge", "env.pixels=true",
+         f"path={data}", "seed=41", "first_start=3000", "snapshots=false", f"run_dir={out / 'judge_data_run'}"],
+        out / "judge_data_run" / "results.json", out / "judge_data.log",
+    )  # fmt: skip
+    if name == "judge":
+        words = ["observation=[state,proprioception]", "steps=8000"]
+    else:
+        run(
+            ["wamrl.train", "wam=tokenizer", *common, "observation=[pixels]", "steps=1200", "batch_size=32", "length=1",
+             "learning_rate=3e-3", "precision=bfloat16", f"run_dir={tokenizer}"],
+            tokenizer / model, out / "judge_tokenizer.log",
+        )  # fmt: skip
+        words = ["observation=[pixels,state,proprioception]", f"tokenizer={tokenizer}", "steps=5000"]
+    run(
+        ["wamrl.train", "wam=reference", *common, *words, f"run_dir={folder}"], folder / model, out / f"{name}.log"
+    )  # fmt: skip
+    return str(folder)
+
+
 def learner(function: str, name: str, data: Path, tasks: Sequence[str], per_task: int, seed: int) -> dict[str, Any]:
     """The description of a simple learner on `per_task` demonstrations of `data`."""
     arguments = {"data": str(data), "per_task": per_task, "tasks": list(tasks), "seed": seed}
@@ -287,33 +317,40 @@ class Judge:
     settings: tuple[str, ...] = ()
 
 
-def judges(words: Sequence[str], further: Sequence[Sequence[str]]) -> list[Judge]:
+def judges(
+    words: Sequence[str], further: Sequence[Sequence[str]], made: Callable[[str], str] | None = None
+) -> list[Judge]:
     """The judges of `--wam`, each CHECKPOINT or NAME=CHECKPOINT, with what their observation and stride ask for.
 
-    further: of `--judge`, a judge's name and settings of evaluate each.
+    further: of `--judge`, a judge's name and settings of evaluate each. made: gives the checkpoint of one of `JUDGES`.
 
     Raises:
         ValueError: two of one name, or settings of none of them.
     """
-    found: dict[str, Judge] = {}
+    named: dict[str, str] = {}
     for word in words:
         name, equals, path = word.partition("=")
         path = path if equals else word
         name = name if equals else Path(path).stem
-        spec = checkpoint.read_metadata(path).spec
+        if name in named:
+            raise ValueError(f"two WAMs are called '{name}'; name one of them, as in --wam {name} other={path}")
+        named[name] = path
+    own: dict[str, list[str]] = {}
+    for name, *settings in further:
+        if name not in named:
+            raise unknown_name("WAM of --wam", name, named)
+        own.setdefault(name, []).extend(settings)
+    found = []
+    for name, path in sorted(named.items(), key=lambda item: item[1] in JUDGES):  # what has to be made comes last
+        path = made(path) if made is not None and path in JUDGES else path
+        spec, given = checkpoint.read_metadata(path).spec, own.get(name, [])
         settings = ["env.pixels=true"] if any(len(shape) == 3 for shape in spec.observation.values()) else []
         if KEYFRAME_EVERY % spec.frame_stride:
             settings.append(f"keyframe_every={max(1, KEYFRAME_EVERY // spec.frame_stride) * spec.frame_stride}")
-        if name in found:
-            raise ValueError(f"two WAMs are called '{name}'; name one of them, as in --wam {name} other={path}")
-        found[name] = Judge(name, path, tuple(settings))
-    for name, *settings in further:
-        if name not in found:
-            raise unknown_name("WAM of --wam", name, found)
-        given = {word.partition("=")[0] for word in settings}
-        usual = [word for word in found[name].settings if word.partition("=")[0] not in given]
-        found[name] = replace(found[name], settings=(*usual, *settings))
-    return list(found.values())
+        said = {word.partition("=")[0] for word in given}
+        usual = [word for word in settings if word.partition("=")[0] not in said]
+        found.append(Judge(name, path, (*usual, *given)))
+    return sorted(found, key=lambda judge: list(named).index(judge.name))
 
 
 def evaluate(judge: Judge, common: Sequence[str], out: Path, split: str) -> dict[str, Any]:
@@ -368,11 +405,12 @@ def main() -> None:
     """Make what is missing, evaluate by every judge, and store the metrics."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
-    parser.add_argument("--episodes", type=int, default=200, help="start states per task and policy")
+    parser.add_argument("--episodes", type=int, default=50, help="start states per task and policy")
     parser.add_argument("--split", choices=("test", "dev"), default="test")
     parser.add_argument("--policies", type=int, default=None, help="only the first so many independent ones")
-    parser.add_argument("--wam", nargs="+", default=["six"], metavar="[NAME=]CHECKPOINT",
-                        help="the judges; the first is the headline, the others are stored beside it")  # fmt: skip
+    parser.add_argument("--wam", nargs="+", default=[*JUDGES, "six"], metavar="[NAME=]CHECKPOINT",
+                        help="the judges; the first is the headline, the others are stored beside it; "
+                        f"{' and '.join(JUDGES)} are made here")  # fmt: skip
     parser.add_argument("--settings", nargs="*", default=[], help="more settings of evaluate, for all judges")
     parser.add_argument("--judge", nargs="+", action="append", default=[], metavar=("NAME", "SETTING"),
                         help="settings of evaluate for one judge, as in --judge pixels device=cuda")  # fmt: skip
@@ -382,8 +420,9 @@ def main() -> None:
     arguments = parser.parse_args()
     os.chdir(ROOT)
     clock = Clock()
-    judging = judges(arguments.wam, arguments.judge)  # a mistake in them costs no work
     tasks = [f"metaworld/{name}" for name in arguments.tasks]
+    # A mistake in them costs no work.
+    judging = judges(arguments.wam, arguments.judge, lambda name: judging_wam(name, arguments.out, tasks))
     described = policies(arguments.out, tasks, arguments.policies)
     first = FIRST_TEST_START if arguments.split == "test" else 0
     common = [

@@ -14,6 +14,7 @@ pytest.importorskip("metaworld")
 
 from benchmarks import policy_evaluation as bench
 from benchmarks import tables
+from wamrl import cli
 from wamrl.interfaces import Policy, task_id
 from wamrl.judging.policies import describe
 
@@ -166,6 +167,18 @@ def test_a_judge_gets_the_settings_that_its_observation_and_stride_ask_for(monke
     with pytest.raises(ValueError, match="did you mean 'pixels'"):
         bench.judges(["pixels=seeing.safetensors"], [["pixel", "device=cuda"]])
 
+    def made(name: str) -> str:
+        asked.append(name)
+        return "seeing.safetensors"
+
+    asked: list[str] = []
+    found = bench.judges(["judge_pixels", "six"], [], made)
+    assert [judge.name for judge in found] == ["judge_pixels", "six"] and asked == ["judge_pixels"]
+    assert found[0].checkpoint == "seeing.safetensors" and "env.pixels=true" in found[0].settings
+    with pytest.raises(ValueError, match="unknown WAM"):
+        bench.judges(["judge_pixels", "six"], [["sixx", "device=cuda"]], made)
+    assert asked == ["judge_pixels"]  # a mistake costs no training
+
 
 def test_an_evaluation_of_other_settings_is_not_taken_for_this_one(tmp_path, monkeypatch):
     ran = []
@@ -185,3 +198,24 @@ def test_an_evaluation_of_other_settings_is_not_taken_for_this_one(tmp_path, mon
     assert len(ran) == 1 and f"reality={tmp_path / 'reality'}" in ran[0]
     with pytest.raises(ValueError, match="is of another command"):
         bench.evaluate(judge, ["episodes=200", "policies=[{'kind':'expert'}]"], tmp_path, "test")
+
+
+def test_the_judges_are_made_by_commands_of_users(tmp_path, monkeypatch):
+    ran: list[list[str]] = []
+    monkeypatch.setattr(bench, "run", lambda command, done, log: ran.append(list(command)))
+    assert [bench.judging_wam(name, tmp_path, ["metaworld/push-v3"]) for name in bench.JUDGES] == [
+        str(tmp_path / name) for name in bench.JUDGES
+    ]
+    collected, *trained = (cli.compose(module.removeprefix("wamrl."), words) for module, *words in map(_words, ran))
+    assert collected.data.mixture.near_miss > 0 and collected.env.pixels
+    paths = [run.dataset for run in trained if "dataset" in run]
+    assert set(paths) == {str(tmp_path / "judge_data")}  # both judges learn from the same episodes
+    assert [list(run.observation) for run in (trained[0], trained[-1])] == [
+        ["state", "proprioception"], ["pixels", "state", "proprioception"],
+    ]  # fmt: skip
+
+
+def _words(command: list[str]) -> list[str]:
+    """A command's words as they are composed: data=<directory> of train is its dataset."""
+    module, *words = command
+    return [module, *(cli.rewritten("train", words)[1] if module == "wamrl.train" else words)]
