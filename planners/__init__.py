@@ -6,7 +6,7 @@ from wamrl.planners.gates import Always, BudgetGate, CriticalPhase, Periodic, Un
 from wamrl.planners.gradient import GradientPlanner, make_gradient
 from wamrl.planners.mcts import MCTSPlanner, make_mcts
 from wamrl.planners.mppi import make_mppi, mppi_refit
-from wamrl.planners.proposers import MakeProposer, NoiseProposer, PolicyProposer, SampleProposer
+from wamrl.planners.proposers import MakeProposer, MakeTreeProposer, NoiseProposer, PolicyProposer, SampleProposer
 from wamrl.planners.scorers import ConsistencyScorer, GoalScorer, ProgressScorer, ReturnScorer, SuccessScorer
 from wamrl.planners.shooting import NonFinitePlanError, Refit, ShootingPlanner
 
@@ -19,6 +19,7 @@ __all__ = [
     "GradientPlanner",
     "MCTSPlanner",
     "MakeProposer",
+    "MakeTreeProposer",
     "NoiseProposer",
     "NonFinitePlanError",
     "Periodic",

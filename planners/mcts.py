@@ -1,9 +1,9 @@
 """Monte-Carlo tree search over action chunks, for all rows at once (`wamrl.planners.tree`).
 
-An edge is a chunk of actions, a node the model's state after it. In continuous action spaces the edges are sampled from
-the policy, more of them the more often a node is visited (progressive widening, Coulom, 2007; the policy's samples have
-equal priors, as in Sampled MuZero, Hubert et al., 2021, arXiv:2104.06303). In discrete ones the edges are all actions,
-with the policy's log-probs as priors. The root is searched by sequential halving and the nodes below it by the improved
+An edge is a chunk of actions, a node the model's state after it. In continuous action spaces a proposer makes edges,
+more of them the more often a node is visited (progressive widening, Coulom, 2007; they have equal priors, as the
+samples of Sampled MuZero, Hubert et al., 2021, arXiv:2104.06303). In discrete ones the edges are all actions, with the
+policy's log-probs as priors. The root is searched by sequential halving and the nodes below it by the improved
 policy (Gumbel MuZero, Danihelka et al., 2022), or all of it by PUCT (MuZero, Schrittwieser et al., 2020).
 
 Shapes: B rows, R rows that are searched, C slots for children, M sampled futures, H steps of a chunk, A action dims.
@@ -16,18 +16,27 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from wamrl.interfaces import WAM, Budget, Context, Gate, Imagined, Plan, PlanState, Proposal, State
+from wamrl.interfaces import WAM, Budget, Context, Gate, Imagined, Plan, PlanState, Proposal, State, TreeProposer
 from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.deadlines import KEPT_BACK, check_deadline
 from wamrl.planners.gates import Always, ask, check_search_cost, device_of, fresh_memory, gate_cost, memory_after
-from wamrl.planners.proposers import check_part, check_sigma, coloured_noise, match_sigma, noise_basis
+from wamrl.planners.proposers import (
+    MakeTreeProposer,
+    PolicyProposer,
+    check_part,
+    check_sigma,
+    coloured_noise,
+    match_sigma,
+    noise_basis,
+)
 from wamrl.planners.running import ModelClock, compiled, padded, require_compiler, run_compiled
 from wamrl.planners.scorers import ReturnScorer, asked_of
 from wamrl.planners.shooting import FAILURES, count_plans, policy_chunk, report_failure
@@ -56,18 +65,18 @@ class _Root(NamedTuple):
 class MCTSPlanner:
     """Tree search with a model that is asked for one chunk per simulation and row.
 
+    proposer: makes the edges of continuous action spaces, from the noise of `sigma` and `basis` that it is given.
     scorer: what an edge pays and what its end is worth; of its risks not "improvement" and "majority",
     which weigh each set of candidates by itself.
     chunk: H steps of an edge. depth: the most edges that a path has. simulations: chunks that are imagined per plan.
-    num_candidates: edges of the root that are considered, at most as many as simulations, the policy's unperturbed
-    chunk among them; with sampled edges they are imagined in one call, which counts as that many simulations.
+    num_candidates: edges of the root that are considered, at most as many as simulations; those of a proposer are
+    imagined in one call, which counts as that many simulations.
     search: "gumbel" or "puct". gumbel_scale: of the noise on the root's candidates; 0 plans, 1 explores.
-    widening, widening_power: a node below the root that was visited n times has widening * n^widening_power sampled
-    edges, rounded down (at least one, at most num_candidates). sigma: standard deviation of the noise around the
-    policy's chunk, which itself is each node's first edge; None samples the policy (`propose(mode="sde")`).
-    basis: [H, H] of that noise.
-    backup: "mean" of a node's visits, or the "max" of its children: sampled edges are tries, most of them poor, and the
-    best will be executed; the mean is the safer one where the model is noisy.
+    widening, widening_power: a node below the root that was visited n times has widening * n^widening_power proposed
+    edges, rounded down (at least one, at most num_candidates).
+    sigma: [1] or [A] standard deviation of the noise that the proposer is given. basis: [H, H] of that noise.
+    backup: "mean" of a node's visits, or the "max" of its children: edges are tries, most of them poor, and the best
+    will be executed; the mean is the safer one where the model is noisy.
     reuse: keep the subtree behind the executed chunk for the next plan, if exactly that chunk was executed and led to
     where it was imagined to: the measured state and the imagined one are at most `reuse_tolerance` apart (root mean
     square over all numbers of the model's state; whole numbers have to be equal). Kept nodes are not imagined anew, so
@@ -81,19 +90,20 @@ class MCTSPlanner:
     With several futures M, rewards and values are their means, and a node goes on from one future, drawn per node.
     """
 
+    proposer: TreeProposer
     scorer: ReturnScorer
     gate: Gate
     chunk: int
     depth: int
     simulations: int
     num_candidates: int
+    sigma: Tensor
+    basis: Tensor
     search: str = "gumbel"
     gumbel_scale: float = 0.0
     backup: str = "max"
     widening: float = 1.0
     widening_power: float = 0.5
-    sigma: Tensor | None = None
-    basis: Tensor | None = None
     reuse: bool = False
     reuse_tolerance: float = 0.05
     shuffle_scores: bool = False
@@ -122,6 +132,17 @@ class MCTSPlanner:
         if not 0.0 <= self.widening_power <= 1.0:
             raise ValueError(f"planner.widening_power is {self.widening_power}, but must be in [0, 1]; 0.5 is usual")
         check_part("gate", self.gate)
+        if not isinstance(self.proposer, TreeProposer):
+            raise ValueError(
+                f"planner.proposer is {type(self.proposer).__name__}, which proposes whole sets of candidates alone, "
+                "but a tree asks for the edges of its nodes: it has to have the method `edges` of "
+                "wamrl.interfaces.TreeProposer; use proposer@planner.proposer=policy_only, policy, noise or samples"
+            )
+        if isinstance(self.proposer, PolicyProposer) and self.proposer.warm_share:
+            raise ValueError(
+                f"planner.proposer.warm_share is {self.proposer.warm_share}, but a tree carries no chunk to the next "
+                "plan; leave it 0, planner.reuse=true carries the subtree"
+            )
         if self.compile:
             require_compiler()
         if not isinstance(self.scorer, ReturnScorer):
@@ -150,7 +171,14 @@ class MCTSPlanner:
         """ValueError when `model` does not answer what this planner asks, or not as far ahead."""
         spec = model.spec
         discrete = spec.action_kind == "discrete"
-        spec.require(*sorted({"rollout", "policy"} | asked_of(spec, self.scorer) | asked_of(spec, self.gate)))
+        needs = {"rollout"} | asked_of(spec, self.scorer) | asked_of(spec, self.gate)
+        if discrete:
+            needs |= {"policy", "log_prob"}
+        else:
+            needs |= asked_of(spec, self.proposer)
+        if not isinstance(self.gate, Always):
+            needs.add("policy")
+        spec.require(*sorted(needs))
         if self.chunk > spec.max_horizon:
             raise ValueError(
                 f"planner.chunk is {self.chunk} steps, but the model is meant to imagine {spec.max_horizon}; "
@@ -161,13 +189,11 @@ class MCTSPlanner:
                 f"planner.chunk * planner.depth is {self.chunk} * {self.depth} steps, but the model is meant to "
                 f"imagine {spec.max_horizon}; set planner.depth={spec.max_horizon // self.chunk} or less"
             )
-        if discrete:
-            spec.require("log_prob")
-            if self.chunk != 1:
-                raise ValueError(f"planner.chunk is {self.chunk}, but discrete actions are searched one by one: set 1")
-        elif self.chunk > spec.chunk_length:
+        if discrete and self.chunk != 1:
+            raise ValueError(f"planner.chunk is {self.chunk}, but discrete actions are searched one by one: set 1")
+        if "policy" in needs and self.chunk > spec.chunk_length:
             raise ValueError(f"planner.chunk is {self.chunk}, but the model proposes {spec.chunk_length} steps at most")
-        if self.sigma is not None and not discrete:
+        if not discrete:
             match_sigma(self.sigma, spec.action_dim)
 
     def check_budget(self, model: WAM, budget: Budget) -> None:
@@ -367,7 +393,7 @@ class MCTSPlanner:
             if i == done:
                 slowest = 0.0
             stop = simulations if deadline_s is None else min(i + BLOCK, simulations)
-            if self.sigma is not None and not discrete:
+            if not discrete:
                 for j in range(i, stop, BLOCK):
                     num = min(BLOCK, simulations - j)
                     offsets[:, j : j + num] = self._offsets(model, noise.fold(4).fold(j), num)
@@ -424,11 +450,8 @@ class MCTSPlanner:
         return cast(Tensor, while_loop(more, simulate, (start, spent))[1])
 
     def _offsets(self, model: WAM, noise: NoiseKey, num: int) -> Tensor:
-        """[R, N, H, A] noise around the policy's chunk; zeros where its samples are wanted."""
-        if self.sigma is None:
-            return torch.zeros(noise.row.shape[0], num, self.chunk, model.spec.action_dim, device=noise.row.device)
-        basis = noise_basis(self.chunk) if self.basis is None else self.basis
-        drawn = coloured_noise(noise, basis.to(noise.row.device), num, action_dim=model.spec.action_dim)
+        """[R, N, H, A] noise for the proposer."""
+        drawn = coloured_noise(noise, self.basis.to(noise.row.device), num, action_dim=model.spec.action_dim)
         return drawn * self.sigma.to(noise.row.device)
 
     def _gumbel(self, noise: NoiseKey, slots: int) -> Tensor:
@@ -438,10 +461,10 @@ class MCTSPlanner:
         return -torch.log(-torch.log(noise.uniform(slots))) * self.gumbel_scale
 
     def _open_root(self, model: WAM, tree: Tree, state: State, num: int, noise: NoiseKey) -> int:
-        """Imagine `num` sampled chunks from the roots in one call, as their first children; evaluations per row."""
+        """Imagine `num` proposed chunks from the roots in one call, as their first children; evaluations per row."""
         slot = torch.arange(num, device=noise.row.device)
         offsets = self._offsets(model, noise, num)
-        proposal = self._sample(model, state, slot.expand(tree.rows, -1), offsets, noise)
+        proposal = self._propose(model, state, slot.expand(tree.rows, -1), offsets, noise)
         imagined = self._imagined(model, state, proposal, noise.fold(1))
         reward, discount, value = self.scorer.edge(model, imagined)
         leaf = _one_future(imagined, noise.fold(2))
@@ -481,7 +504,7 @@ class MCTSPlanner:
             if discrete:
                 proposal = Proposal(actions=root.one_hot[slot][:, :, None])
             else:
-                proposal = self._sample(model, state, slot, offset, noise)
+                proposal = self._propose(model, state, slot, offset, noise)
             imagined = self._imagined(model, state, proposal, noise.fold(1))
             reward, discount, value = self.scorer.edge(model, imagined)
             reached = _one_future(imagined, noise.fold(2))
@@ -501,18 +524,14 @@ class MCTSPlanner:
         tree.back_up(path, leaf)
         return spent
 
-    def _sample(self, model: WAM, state: State, slots: Tensor, offsets: Tensor, noise: NoiseKey) -> Proposal:
-        """Chunks [X, N, H, A] for the edges `slots` [X, N] of the states [X]; with a sigma, slot 0 is unperturbed."""
-        num = slots.shape[1]
-        if self.sigma is None:
-            proposal = model.propose(state, num, mode="sde", noise=noise.fold(0), horizon=self.chunk)
-        else:
-            offsets = offsets.masked_fill((slots == 0)[:, :, None, None], 0.0)
-            proposal = model.propose(state, num, mode="ode", noise=noise.fold(0), perturbation=offsets)
-        if proposal.actions.shape[2] != self.chunk:
+    def _propose(self, model: WAM, state: State, slots: Tensor, offsets: Tensor, noise: NoiseKey) -> Proposal:
+        """The proposer's chunks [X, N, H, A] for the edges `slots` [X, N] of the states [X]; NaN where not finite."""
+        proposal = self.proposer.edges(model, state, slots, offsets, noise.fold(0))
+        steps = proposal.actions.shape[2]
+        if steps != self.chunk:
             raise ValueError(
-                f"planner.chunk is {self.chunk}, but the model proposes chunks of {proposal.actions.shape[2]} steps; "
-                f"set planner.chunk={proposal.actions.shape[2]}"
+                f"planner.chunk is {self.chunk}, but {type(self.proposer).__name__} proposes chunks of {steps} steps; "
+                f"set planner.chunk={steps}"
             )
         # Clamped, infinity would be an action like others; NaN stays, and closes the edge.
         finite = proposal.actions.where(proposal.actions.isfinite(), math.nan)
@@ -641,7 +660,8 @@ def make_mcts(
     backup: str = "max",
     widening: float = 1.0,
     widening_power: float = 0.5,
-    sigma: float | Sequence[float] | None = 0.05,
+    proposer: MakeTreeProposer | None = None,
+    sigma: float | Sequence[float] = 0.05,
     correlation: float = 0.7,
     scorer: ReturnScorer | None = None,
     gate: Gate | None = None,
@@ -653,12 +673,20 @@ def make_mcts(
 ) -> MCTSPlanner:
     """MCTS as `configs/planner/mcts.yaml` builds it; the defaults are the same.
 
-    sigma: one number, one per action dim, or None for the policy's own samples. correlation: of the noise of
-    neighbouring steps, in [0, 1). scorer: None is `ReturnScorer()`. gate: None searches always. The rest: see
-    `MCTSPlanner`.
+    proposer: makes the proposer from H, sigma and basis: `PolicyProposer`, where edges follow the policy (None: with
+    `behaviour_share=0`, no edge follows the behaviour prior), `NoiseProposer` or `SampleProposer`, or a
+    `functools.partial` of one with settings of its own.
+    sigma: one number, or one per action dim. correlation: of the noise of neighbouring steps, in [0, 1).
+    scorer: None is `ReturnScorer()`. gate: None searches always. The rest: see `MCTSPlanner`.
     """
     whole_number("planner.chunk", chunk, 1)
+    if sigma is None:
+        raise ValueError("planner.sigma is null, but must be a number; proposer@planner.proposer=samples takes samples")
+    spread, basis = check_sigma(sigma, "planner.sigma"), noise_basis(chunk, correlation)
+    make = partial(PolicyProposer, behaviour_share=0.0) if proposer is None else proposer
+    check_part("proposer", make)
     return MCTSPlanner(
+        proposer=make(horizon=chunk, sigma=spread, basis=basis),
         scorer=ReturnScorer() if scorer is None else scorer,
         gate=Always() if gate is None else gate,
         chunk=chunk,
@@ -670,8 +698,8 @@ def make_mcts(
         backup=backup,
         widening=widening,
         widening_power=widening_power,
-        sigma=None if sigma is None else check_sigma(sigma, "planner.sigma"),
-        basis=noise_basis(chunk, correlation),
+        sigma=spread,
+        basis=basis,
         reuse=reuse,
         reuse_tolerance=reuse_tolerance,
         shuffle_scores=shuffle_scores,

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from wamrl.interfaces import WAM, Imagined, PlanState, Proposal, Proposer, Spec, State
+from wamrl.interfaces import WAM, Imagined, PlanState, Proposal, Proposer, Spec, State, TreeProposer
 from wamrl.noise import NoiseKey
 
 
@@ -108,6 +108,14 @@ class MakeProposer(Protocol):
         ...
 
 
+class MakeTreeProposer(Protocol):
+    """What trees make their proposer with, as `MakeProposer`; H are the steps of an edge."""
+
+    def __call__(self, *, horizon: int, sigma: Tensor, basis: Tensor) -> TreeProposer:
+        """The proposer of H steps, for noise of standard deviation `sigma` [1] or [A] and shape `basis` [H, H]."""
+        ...
+
+
 def make_proposer(make: MakeProposer | None, *, horizon: int, sigma: Tensor, basis: Tensor) -> Proposer:
     """The proposer that `make` makes, a `PolicyProposer` where it is None."""
     if make is None:
@@ -196,6 +204,21 @@ class PolicyProposer:
         imagined = join_imagined(proposal.imagined, model.imagine(state, around, noise=noise.fold(2)))
         return Proposal(actions=actions, imagined=imagined)
 
+    def edges(self, model: WAM, state: State, slots: Tensor, perturbation: Tensor, noise: NoiseKey) -> Proposal:
+        """Chunks [R, N, H, A] around the policy's, which itself is slot 0; see `wamrl.interfaces.TreeProposer`.
+
+        Part of a root's edges follow the behaviour prior, as in `__call__`; those of the nodes below follow the policy.
+        """
+        num = slots.shape[1]
+        calm = slots == 0
+        behaviour = min(round(self.behaviour_share * num), num - 1)
+        options = {}
+        if behaviour and "behaviour" in model.spec.provides:
+            calm = calm | (slots == num - behaviour)
+            options = {"behaviour": behaviour}
+        followed = perturbation.masked_fill(calm[:, :, None, None], 0.0)
+        return model.propose(state, num, mode="ode", noise=noise, perturbation=followed, **options)
+
 
 @dataclass(frozen=True, eq=False)
 class NoiseProposer:
@@ -222,6 +245,10 @@ class NoiseProposer:
         centre = shifted(plan_state["mean"], plan_state["shift"]) * plan_state["warm"][:, None, None]
         return Proposal(actions=actions.add_(centre[:, None]).clamp_(-1.0, 1.0))
 
+    def edges(self, model: WAM, state: State, slots: Tensor, perturbation: Tensor, noise: NoiseKey) -> Proposal:
+        """Chunks [R, N, H, A] around zero, which itself is slot 0; see `wamrl.interfaces.TreeProposer`."""
+        return Proposal(actions=perturbation.masked_fill((slots == 0)[:, :, None, None], 0.0).clamp(-1.0, 1.0))
+
 
 @dataclass(frozen=True, eq=False)
 class SampleProposer:
@@ -241,8 +268,8 @@ class SampleProposer:
         """`needs`; ValueError where the chunks of a model of this `spec` are shorter than the horizon."""
         if self.horizon > spec.chunk_length:
             raise ValueError(
-                f"planner.horizon is {self.horizon}, but the model proposes chunks of {spec.chunk_length} steps at "
-                f"most; set planner.horizon={spec.chunk_length} or less"
+                f"the proposer's horizon is {self.horizon}, but the model proposes chunks of {spec.chunk_length} steps "
+                f"at most; set planner.horizon={spec.chunk_length} (of a tree, planner.chunk) or less"
             )
         return self.needs
 
@@ -265,3 +292,7 @@ class SampleProposer:
         if calm.imagined is not None and others.imagined is not None:
             imagined = join_imagined(calm.imagined, others.imagined)
         return Proposal(actions=torch.cat([calm.actions, others.actions], dim=1), imagined=imagined)
+
+    def edges(self, model: WAM, state: State, slots: Tensor, perturbation: Tensor, noise: NoiseKey) -> Proposal:
+        """Samples [R, N, H, A] of the policy in every slot, 0 too; see `wamrl.interfaces.TreeProposer`."""
+        return model.propose(state, slots.shape[1], mode="sde", noise=noise, horizon=self.horizon)

@@ -16,7 +16,9 @@ from wamrl import cli, collect, plan, train
 from wamrl.control import RandomPolicy
 from wamrl.data import EpisodeDataset
 from wamrl.evaluation import Start, run_episodes
-from wamrl.planners.conformance import CHECKS
+from wamrl.planners import make_mcts
+from wamrl.planners.conformance import CHECKS, plan_once
+from wamrl.planners.toys import quadratic
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -83,16 +85,17 @@ def own(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     (environment,) = blocks(ROOT / "docs" / "bring_your_own.md", "python")
-    planner, conformance = blocks(ROOT / "docs" / "own_planner_and_model.md", "python")
+    planner, conformance, edges = blocks(ROOT / "docs" / "own_planner_and_model.md", "python")
     Path("point_env.py").write_text(environment)
     Path("my_planner.py").write_text(planner)
     Path("conforms.py").write_text(conformance)
+    Path("my_edges.py").write_text(edges)
     for folder in ("env", "planner"):
         Path("conf", folder).mkdir(parents=True)
     Path("conf/env/point.yaml").write_text(blocks(ROOT / "docs" / "bring_your_own.md", "yaml")[0])
     Path("conf/planner/my_cem.yaml").write_text(blocks(ROOT / "docs" / "own_planner_and_model.md", "yaml")[0])
     yield tmp_path
-    for name in ("point_env", "my_planner", "conforms"):
+    for name in ("point_env", "my_planner", "conforms", "my_edges"):
         sys.modules.pop(name, None)
 
 
@@ -132,3 +135,12 @@ def test_its_planner_conforms(own, check):
     import conforms
 
     conforms.test_my_planner_conforms(check)
+
+
+def test_its_proposer_makes_the_edges_of_a_tree(own):
+    from my_edges import HalfTheTime
+
+    planner = make_mcts(chunk=4, depth=2, simulations=24, num_candidates=8, proposer=HalfTheTime, sigma=0.5)
+    found, _ = plan_once(planner, quadratic(torch.tensor([0.3, -0.6])), torch.zeros(2, 1))
+    assert (found.candidates[:, 0] == 0).all() and (found.candidates[:, 1:, :2] != 0).all()
+    assert (found.candidates[:, :, 2:] == 0).all() and (found.value > -8 * 0.45).all()

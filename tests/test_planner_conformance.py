@@ -154,6 +154,7 @@ SUBJECTS = {
         partial(DiscreteSearch, backup="mean"), regret=0.026, gap=0.3, exhaustive=True, local=True
     ),
     "mcts, gumbel": Subject(mcts, regret=0.12, gap=0.2),
+    "mcts around zero": Subject(lambda horizon: mcts(horizon, proposer=NoiseProposer), regret=0.12, gap=0.2),
     "mcts, puct, with reuse": Subject(reusing, regret=0.12, gap=0.2, whole_chunks=True),
     **{f"{name} as shipped": shipped(name) for name in ("mppi", "cem", "icem", "best_of_n", "gradient", "mcts")},
 }  # fmt: skip

@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import shutil
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,15 @@ import yaml
 
 from wamrl.interfaces import Budget, Imagined, Plan, Proposal
 from wamrl.noise import NoiseKey
-from wamrl.planners import MCTSPlanner, NonFinitePlanError, ReturnScorer, make_mcts
+from wamrl.planners import (
+    MCTSPlanner,
+    NoiseProposer,
+    NonFinitePlanError,
+    PolicyProposer,
+    ReturnScorer,
+    SampleProposer,
+    make_mcts,
+)
 from wamrl.planners.conformance import plan_once
 from wamrl.planners.toys import BrokenWAM, TabularWAM, ToyWAM, quadratic
 from wamrl.planners.tree import RULES, Statistics, Tree, considered_visits
@@ -30,7 +39,7 @@ def test_the_defaults_in_python_are_those_of_the_yaml() -> None:
     assert settings.pop("_target_") == f"{make_mcts.__module__}.{make_mcts.__name__}"
     settings.pop("defaults")
     defaults = {name: option.default for name, option in inspect.signature(make_mcts).parameters.items()}
-    assert settings == {k: v for k, v in defaults.items() if k not in ("scorer", "gate")}
+    assert settings == {k: v for k, v in defaults.items() if k not in ("proposer", "scorer", "gate")}
 
 
 # ---------------------------------------------------------------------------------------------------- golden trees
@@ -440,6 +449,9 @@ def test_shuffled_choices_lose() -> None:
         ({"widening": 0.0}, "widening is 0"),
         ({"widening_power": 2.0}, "widening_power is 2"),
         ({"sigma": 0.0}, "sigma is 0"),
+        ({"sigma": None}, "sigma is null.*proposer@planner.proposer=samples"),
+        ({"proposer": "noise"}, "proposer is 'noise', but must be an object"),
+        ({"proposer": partial(PolicyProposer, warm_share=0.5)}, "warm_share is 0.5, but a tree carries no chunk"),
         (
             {"scorer": ReturnScorer(risk="improvement")},
             "risk is improvement, which weighs each set of candidates by itself",
@@ -577,11 +589,134 @@ def test_samples_of_the_policy_and_their_futures_draw_from_different_keys() -> N
 
     model = quadratic(torch.tensor([0.3]))
     model.__class__ = Watching
-    plan_once(make_mcts(simulations=8, num_candidates=4, sigma=None), model, torch.zeros(1, 1))
+    plan_once(make_mcts(simulations=8, num_candidates=4, proposer=SampleProposer), model, torch.zeros(1, 1))
     drawn = [
         (key.fold(i).normal(4) if fold else key.normal(4)).tolist() for key in keys for fold, i in ((0, 0), (1, 1))
     ]
     assert len(keys) == 10 and len({str(numbers) for numbers in drawn}) == len(drawn)
+
+
+# ---------------------------------------------------------------------------------------------------- proposers
+
+
+class Corners:
+    """A proposer for trees alone: slot c of every node is the corner of [-1, 1]^2 with that number, held."""
+
+    def __init__(self, *, horizon, sigma, basis):
+        self.horizon, self.table = horizon, torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+
+    def edges(self, model, state, slots, perturbation, noise):
+        return Proposal(actions=self.table[slots][:, :, None].expand(-1, -1, self.horizon, -1))
+
+
+def drifting(**options) -> ToyWAM:
+    """A point that is moved by the actions towards (1, -1), where it is best; the policy brings it to 0."""
+    goal = torch.tensor([1.0, -1.0])
+    return ToyWAM(
+        lambda z, a: z + 0.2 * a,
+        lambda z, a, new: -(new - goal).square().sum(dim=-1),
+        lambda z: -3.0 * (z - goal).square().sum(dim=-1),
+        state_dim=2,
+        action_dim=2,
+        gain=-0.5 * torch.eye(2),
+        **options,
+    )
+
+
+SMALL = dict(chunk=2, depth=3, simulations=24, num_candidates=4)
+
+
+def test_a_proposer_of_ones_own_makes_every_edge_of_a_tree():
+    """No policy is asked; the node behind slot c was reached by corner c, at the root as below."""
+    planner = make_mcts(**SMALL, proposer=Corners)
+    trees = watched(planner)
+    plan, _ = plan_once(planner, drifting(leave_out=("policy",)), torch.zeros(2, 2))
+    tree, table = trees[0], planner.proposer.table
+    node, slot = (tree.child >= 0).nonzero().unbind(dim=1)
+    reached = node // (tree.num_nodes + 1) * (tree.num_nodes + 1) + tree.child[node, slot]
+    assert reached.numel() == int((tree.size - 1).sum()) and reached.numel() > 2 * 4 + 16
+    assert torch.equal(tree.action[reached], table[slot][:, None].expand(-1, 2, -1))
+    assert torch.equal(plan.actions, table[1].expand(2, 2, 2))
+
+
+def test_a_proposer_that_cannot_make_edges_is_refused_at_construction():
+    class Shooting:
+        def __init__(self, **options):
+            pass
+
+        def __call__(self, *arguments):
+            raise AssertionError("was asked")
+
+    with pytest.raises(ValueError, match=r"Shooting, which proposes whole sets.*method `edges`.*policy_only"):
+        make_mcts(proposer=Shooting)
+
+
+def test_edges_around_zero_need_no_policy_and_may_be_longer_than_its_chunks():
+    planner = make_mcts(**{**SMALL, "chunk": 5}, proposer=NoiseProposer, sigma=0.5)
+    plan, _ = plan_once(planner, drifting(leave_out=("policy",)), torch.ones(2, 2))
+    assert plan.actions.shape == (2, 5, 2) and (plan.candidates[:, 0] == 0).all()
+    assert (plan.candidates[:, 1:] != 0).all() and (plan.candidates.abs() <= 1).all()
+    with pytest.raises(ValueError, match="does not answer 'policy'"):
+        make_mcts(**SMALL).initial_state(drifting(leave_out=("policy",)), 1)
+
+
+def test_samples_of_the_policy_are_edges_as_they_are():
+    model, z = drifting(spread=0.3), torch.ones(2, 2)
+    one, _ = plan_once(make_mcts(**SMALL, proposer=SampleProposer, sigma=0.5), model, z)
+    other, _ = plan_once(make_mcts(**SMALL, proposer=SampleProposer, sigma=0.1), model, z)
+    assert torch.equal(one.candidates, other.candidates)  # spread is the policy's own affair
+    assert 0.05 < (one.candidates - model.propose(model.state(z), 1, mode="ode").actions[:, :, :2]).std() < 0.6
+
+
+def test_part_of_a_roots_edges_follow_the_behaviour_prior_where_that_is_asked_for():
+    """It is the opposite of the policy, and right here: the policy goes to 0, away from the goal."""
+    model, z = drifting(behaviour=True), torch.tensor([[0.5, -0.5]])
+    calm = {**SMALL, "num_candidates": 6, "sigma": 1e-4}
+    default, _ = plan_once(make_mcts(**calm), model, z)
+    mixed, _ = plan_once(make_mcts(**calm, proposer=PolicyProposer), model, z)
+    assert default.candidates[..., 0].max() < 0 < default.candidates[..., 1].min()
+    assert mixed.candidates[0, :, 0, 0].sign().tolist() == [-1.0] * 3 + [1.0] * 3
+    assert mixed.candidates[0, 3, 0].tolist() == [0.25, -0.25]  # one of them without noise
+    assert (mixed.actions[..., 0] > 0).all() and mixed.value > default.value
+
+
+@pytest.mark.parametrize("proposer", [PolicyProposer, NoiseProposer, SampleProposer, Corners])
+def test_edges_of_every_proposer_are_made_within_the_compiled_loop(proposer, monkeypatch):
+    """One graph for two plans; its trees are those without."""
+    graphs = []
+
+    class Uncounted:
+        """To count along would be a Python object that changes, which a compiled loop must not have."""
+
+        def __getitem__(self, key):
+            return 0
+
+        def __setitem__(self, key, value):
+            pass
+
+    def compiled(function, **options):
+        def compile_graph(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        return torch.compile(function, fullgraph=True, dynamic=False, backend=compile_graph)
+
+    monkeypatch.setattr("wamrl.planners.mcts.compiled", compiled)
+    monkeypatch.setattr("wamrl.planners.mcts.require_compiler", lambda: None)
+    model, z = drifting(), torch.tensor([[0.5, -0.5], [0.0, 0.0]])
+    model.counts = Uncounted()
+    plans = []
+    for compile in (False, True):
+        planner = make_mcts(**{**SMALL, "chunk": 1}, proposer=proposer, sigma=0.3, compile=compile)
+        fresh, keys = planner.initial_state(model, 2), [NoiseKey.for_rows(2, step=step) for step in (0, 1)]
+        plans.append([planner.plan(model, model.state(z), fresh, key, Budget())[0] for key in keys])
+    for eager, quick in zip(*plans, strict=True):
+        torch.testing.assert_close(quick.candidates, eager.candidates)
+        torch.testing.assert_close(quick.value, eager.value)
+    assert len(graphs) == 1
+
+
+# -------------------------------------------------------------------------------------------------------- risks
 
 
 class Split(ToyWAM):

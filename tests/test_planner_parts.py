@@ -298,6 +298,7 @@ def test_a_choice_that_is_unknown_or_out_of_place_is_named() -> None:
         ("mppi", "risk=mean", "'risk'; did you mean 'scorer.risk'"),
         ("cem", "behaviour_share=0", "'behaviour_share'; did you mean 'proposer.behaviour_share'"),
         ("gradient", "behaviour_share=0", "'behaviour_share'; did you mean 'start.proposer.behaviour_share'"),
+        ("mcts", "behaviour_share=0.5", "'behaviour_share'; did you mean 'proposer.behaviour_share'"),
         ("mppi", "proposal=noise", "'proposal'; did you mean 'proposer'"),
         ("mppi", "gate_threshold=0.5", "'gate_threshold'. Known: .*gate,.*scorer"),
     ],
@@ -314,6 +315,9 @@ def test_the_defaults_of_proposers_scorers_and_gates_are_those_of_their_yaml(pat
     settings = yaml.safe_load((CONFIGS / path).read_text(encoding="utf-8"))
     if path == "scorer/improvement.yaml":
         assert settings == {"defaults": ["return", "_self_"], "risk": "improvement"}
+        return
+    if path == "proposer/policy_only.yaml":
+        assert settings == {"defaults": ["policy", "_self_"], "behaviour_share": 0.0}
         return
     module, _, name = settings.pop("_target_").rpartition(".")
     options = fields(getattr(importlib.import_module(module), name))
@@ -355,10 +359,22 @@ def test_every_proposer_goes_with_every_scorer_and_every_gate(planner: str, scor
             named = "return" if scorer == "improvement" else scorer
             assert type(built.scorer).__name__.lower().startswith(named) and isinstance(built.scorer, Scorer)
             inner = getattr(built.proposer, "inner", built.proposer)
-            assert type(inner).__name__.lower().startswith((proposer or "samples").rstrip("s"))
+            assert type(inner).__name__.lower().startswith((proposer or "samples").split("_")[0].rstrip("s"))
             assert isinstance(built.gate, Gate)
             plan, _ = built.plan(model, state, built.initial_state(model, 2), NoiseKey.for_rows(2), Budget())
             assert plan.actions.shape == (2, 2, 2) and bool(plan.actions.isfinite().all())
+
+
+@pytest.mark.parametrize("proposer", CHOICES["proposer"])
+def test_trees_take_every_proposer_with_every_gate(proposer: str) -> None:
+    model, z = quadratic(TARGET, behaviour=True), torch.zeros(2, 1)
+    for gate in CHOICES["gate"]:
+        parts = {group: part("mcts", group, choice) for group, choice in (("proposer", proposer), ("gate", gate))}
+        options = {"chunk": 2, "depth": 2, "simulations": 8, "num_candidates": 4}
+        built = instantiate({**composed("mcts"), **options, **parts})
+        assert type(built.proposer).__name__.lower().startswith(proposer.split("_")[0].rstrip("s"))
+        plan, _ = plan_once(built, model, z)
+        assert plan.actions.shape == (2, 2, 2) and bool(plan.actions.isfinite().all())
 
 
 def test_the_parts_are_chosen_together() -> None:
@@ -369,14 +385,15 @@ def test_the_parts_are_chosen_together() -> None:
             assert together[group] == part(planner, group, choices[-1])
 
 
-@pytest.mark.parametrize("make", [make_mppi, make_cem, make_best_of_n], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [make_mppi, make_cem, make_best_of_n, make_mcts], ids=lambda make: make.__name__)
 def test_the_default_plan_is_that_of_the_config_and_of_its_parts_made_by_hand(make) -> None:
     model = quadratic(TARGET, members=3, behaviour=True, chunk_length=8, gain=torch.tensor([[0.2], [0.1]]))
     z = torch.tensor([[0.5], [1.0]])
     name = make.__name__.removeprefix("make_")
     parts = {"scorer": ReturnScorer(risk="improvement" if make is make_mppi else "mean"), "gate": Always()}
     if make is not make_best_of_n:
-        parts["proposer"] = functools.partial(PolicyProposer, warm_share=0.0, behaviour_share=0.5)
+        share = 0.0 if make is make_mcts else 0.5
+        parts["proposer"] = functools.partial(PolicyProposer, warm_share=0.0, behaviour_share=share)
     plans = [plan_once(planner, model, z)[0] for planner in (make(), make(**parts), instantiate(composed(name)))]
     for other in plans[1:]:
         assert torch.equal(other.actions, plans[0].actions) and torch.equal(other.weights, plans[0].weights)

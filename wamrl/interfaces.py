@@ -416,6 +416,24 @@ class Proposer(Protocol):
 
 
 @runtime_checkable
+class TreeProposer(Protocol):
+    """Where the edges of a search tree over continuous actions come from; a `Proposer` may be one too."""
+
+    def edges(self, model: WAM, state: State, slots: Tensor, perturbation: Tensor, noise: NoiseKey) -> Proposal:
+        """Chunks [R, N, H, A] of the edges in the `slots` [R, N] of nodes, whose states [R] are the model's.
+
+        All edges of a root are asked for at once (N is the number of the candidates), those of the nodes below one by
+        one (N = 1), each node's slots in their order. Slot 0 is the place for what there is only one of, such as the
+        policy's unperturbed chunk.
+
+        perturbation: [R, N, H, A] noise of the planner's sigma and shape over time, drawn ahead; noise: for all else
+        that is drawn. Nothing may depend on other rows, nor Python's control flow on numbers in tensors, which
+        `planner.compile=true` compiles.
+        """
+        ...
+
+
+@runtime_checkable
 class Scorer(Protocol):
     """How good each candidate's futures are.
 
