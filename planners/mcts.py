@@ -39,8 +39,8 @@ from wamrl.planners.proposers import (
 )
 from wamrl.planners.running import ModelClock, compiled, padded, require_compiler, run_compiled
 from wamrl.planners.scorers import ReturnScorer, asked_of
-from wamrl.planners.shooting import FAILURES, count_plans, policy_chunk, report_failure
-from wamrl.planners.tree import BACKUPS, RULES, Tree, considered_visits
+from wamrl.planners.shooting import FAILURES, check_stop_change, count_plans, policy_chunk, report_failure
+from wamrl.planners.tree import BACKUPS, RULES, Statistics, Tree, considered_visits
 
 SEARCHES = tuple(RULES)
 BLOCK = 2
@@ -59,6 +59,10 @@ class _Root(NamedTuple):
     gumbel: Tensor
     noise: NoiseKey
     one_hot: Tensor
+
+    def only(self, rows: Tensor) -> _Root:
+        """The same of the `rows` [X] alone; see `Tree.only`."""
+        return _Root(self.tree.only(rows), self.before[:, rows], self.gumbel[:, rows], self.noise[rows], self.one_hot)
 
 
 @dataclass(eq=False)
@@ -81,6 +85,9 @@ class MCTSPlanner:
     where it was imagined to: the measured state and the imagined one are at most `reuse_tolerance` apart (root mean
     square over all numbers of the model's state; whole numbers have to be equal). Kept nodes are not imagined anew, so
     that errors up to that size stay in them.
+    stop_change: a row is done once the simulations that are left can move no number of its chosen chunk by more than
+    this (in action units), unless the model breaks behind it; None takes all. In PUCT those children can still be
+    chosen that they may bring to the most visits, in sequential halving those that are still in the running.
     shuffle_scores: the null control: the root's choice is drawn among the candidates that were searched.
     compile: all simulations as one compiled loop. It imagines a chunk for every row, also for those whose path has
     already ended; these count as evaluations too. The first plan of every power of two of rows compiles, which takes
@@ -106,6 +113,7 @@ class MCTSPlanner:
     widening_power: float = 0.5
     reuse: bool = False
     reuse_tolerance: float = 0.05
+    stop_change: float | None = None
     shuffle_scores: bool = False
     compile: bool = False
     on_failure: str = "raise"
@@ -131,6 +139,7 @@ class MCTSPlanner:
             raise ValueError(f"planner.widening is {self.widening}, but must be above 0; 1 is usual")
         if not 0.0 <= self.widening_power <= 1.0:
             raise ValueError(f"planner.widening_power is {self.widening_power}, but must be in [0, 1]; 0.5 is usual")
+        check_stop_change(self.stop_change, self.compile)
         check_part("gate", self.gate)
         if not isinstance(self.proposer, TreeProposer):
             raise ValueError(
@@ -377,33 +386,44 @@ class MCTSPlanner:
             # What came from the last tree has been looked at as often as what has just been imagined: once.
             before = (before - 1.0).clamp_min(0.0)
             done = considered
-        gumbel = self._gumbel(noise.fold(2), slots).t()
-        root = _Root(tree, before, gumbel, noise.fold(1), one_hot)
+        whole = root = _Root(tree, before, self._gumbel(noise.fold(2), slots).t(), noise.fold(1), one_hot)
         # As long as the most simulations, so that one function is compiled for all budgets.
         offsets = torch.zeros(rows, self.simulations, self.chunk, model.spec.action_dim, device=device)
+        schedule = considered_visits(considered, simulations)
         visits = torch.zeros(self.simulations, dtype=torch.int64, device=device)
-        visits[:simulations] = torch.tensor(considered_visits(considered, simulations), device=device)
+        visits[:simulations] = torch.tensor(schedule, device=device)
+        left = torch.arange(rows, device=device)  # the rows that go on
         ends = math.inf if deadline_s is None else started + (1.0 - KEPT_BACK) * deadline_s - self._reserve_s(tree)
         slowest, i = time.perf_counter() - started, done
         while i < simulations:
             begun = time.perf_counter()
+            if self.stop_change is not None and i > 0:
+                going = ~self._settled(root, simulations - i, schedule[i])
+                if not going.all():
+                    tree.put_back(root.tree, left)
+                    left, offsets = left[going], offsets[going]
+                    root = whole.only(left)
+                if left.numel() == 0:
+                    break
             # A simulation takes less than the root, whose time is all that is known before the first one.
             if i > 0 and begun + slowest > ends:
                 break
             if i == done:
                 slowest = 0.0
-            stop = simulations if deadline_s is None else min(i + BLOCK, simulations)
+            whole_run = deadline_s is None and self.stop_change is None
+            stop = simulations if whole_run else min(i + BLOCK, simulations)
             if not discrete:
                 for j in range(i, stop, BLOCK):
                     num = min(BLOCK, simulations - j)
-                    offsets[:, j : j + num] = self._offsets(model, noise.fold(4).fold(j), num)
+                    offsets[:, j : j + num] = self._offsets(model, noise[left].fold(4).fold(j), num)
             # Numbers would be compiled into the function.
             work = root, visits, offsets, torch.tensor(i), torch.tensor(stop)
-            spent += self._run_compiled(clock, *work) if self.compile else self._simulations(model, *work)
+            spent[left] += self._run_compiled(clock, *work) if self.compile else self._simulations(model, *work)
             i = stop
             slowest = max(slowest, time.perf_counter() - begun)
         begun = time.perf_counter()
-        found = self._finish(tree, before, gumbel, spent, noise.fold(3), discrete, at)
+        tree.put_back(root.tree, left)
+        found = self._finish(whole, spent, noise.fold(3), at)
         self._keeping_s[rows] = time.perf_counter() - begun
         return found
 
@@ -555,32 +575,66 @@ class MCTSPlanner:
         tree = root.tree
         if self.search == "puct":
             return tree.preferred.max(dim=0).indices
-        counts = tree.edge.view(tree.rows, -1, 3)[:, : tree.slots, 0].t() - root.before
-        counts = counts.masked_fill(tree.preferred == -math.inf, math.inf)
-        # Fewer children may be left than the schedule thinks: then the least visited ones.
-        wanted = torch.where((counts == visits).any(dim=0), visits, counts.amin(dim=0))
+        counts, wanted = self._wanted(root, visits)
         return (root.gumbel + tree.preferred).masked_fill(counts != wanted, -math.inf).max(dim=0).indices
 
-    def _finish(
-        self,
-        tree: Tree,
-        before: Tensor,
-        gumbel: Tensor,
-        spent: Tensor,
-        noise: NoiseKey,
-        discrete: bool,
-        at: Tensor,
-    ) -> tuple[Plan, TensorDict | None]:
+    def _wanted(self, root: _Root, visits: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Visits [C, R] of the roots' children in this plan, inf of the dead, and [R] of the one that is gone to next.
+
+        visits: of that one, by the schedule.
+        """
+        tree = root.tree
+        counts = tree.counts[tree.base].t() - root.before
+        counts = counts.masked_fill(tree.preferred == -math.inf, math.inf)
+        # Fewer children may be left than the schedule thinks: then the least visited ones.
+        return counts, torch.where((counts == visits).any(dim=0), visits, counts.amin(dim=0))
+
+    def _ranked(self, root: _Root) -> tuple[Statistics, Tensor, Tensor]:
+        """What is known of the roots, visits [C, R] of their children as far as they count, and ranks [C, R] of those.
+
+        The highest is chosen; -inf is none.
+        """
+        tree = root.tree
+        now = tree.statistics(tree.base)
+        visited = now.counts > 0
+        # Sequential halving counts what this plan has visited; PUCT goes by all visits, those of a kept subtree too.
+        counts = (now.counts if self.search == "puct" else now.counts - root.before).masked_fill(~visited, -math.inf)
+        ranking = root.gumbel + tree.preferred if self.search == "gumbel" else now.q
+        return now, counts, ranking.masked_fill(~visited | (counts < counts.amax(dim=0)), -math.inf)
+
+    def _candidates(self, root: _Root) -> Tensor:
+        """[R, C, H, A] the chunks behind the roots' slots."""
+        tree = root.tree
+        if tree.open_slots is None:  # the actions are discrete
+            return root.one_hot.expand(tree.rows, -1, -1)[:, :, None]
+        return tree.action[tree.target.view(-1, tree.slots)[tree.base]]
+
+    def _settled(self, root: _Root, left: int, goal: int) -> Tensor:
+        """[R] bool, rows whose chunk the `left` simulations that remain can move by at most `stop_change`.
+
+        goal: visits of the child that the next one goes to, by the schedule, which never falls.
+        """
+        assert self.stop_change is not None
+        _, counts, ranking = self._ranked(root)
+        if self.search == "puct":
+            possible = counts.clamp_min(0.0) + left >= counts.amax(dim=0)
+        else:
+            visits, wanted = self._wanted(root, goal)
+            possible = visits >= wanted
+        possible = possible & (root.tree.preferred > -math.inf)
+        candidates = self._candidates(root)
+        each = torch.arange(root.tree.rows, device=counts.device)
+        moved = (candidates - candidates[each, ranking.argmax(dim=0)][:, None]).abs().amax(dim=(2, 3))
+        return ((moved <= self.stop_change) | ~possible.t()).all(dim=1)
+
+    def _finish(self, root: _Root, spent: Tensor, noise: NoiseKey, at: Tensor) -> tuple[Plan, TensorDict | None]:
         """The root's choice, and the subtree behind it for the next plan."""
-        now, wanted = tree.statistics(tree.base), at.numel()
+        tree, wanted = root.tree, at.numel()
+        now, counts, ranking = self._ranked(root)
         visited = now.counts > 0
         failed = ~visited.any(dim=0)
         if failed[:wanted].any():
             report_failure(failed[:wanted], tree.slots, self.on_failure, at)
-        # Sequential halving counts what this plan has visited; PUCT goes by all visits, those of a kept subtree too.
-        counts = (now.counts if self.search == "puct" else now.counts - before).masked_fill(~visited, -math.inf)
-        ranking = gumbel + tree.preferred if self.search == "gumbel" else now.q
-        ranking = ranking.masked_fill(~visited | (counts < counts.amax(dim=0)), -math.inf)
         if self.shuffle_scores:
             ranking = noise.uniform(tree.slots).t().masked_fill(~visited, -math.inf)
         chosen = ranking.argmax(dim=0)
@@ -589,10 +643,7 @@ class MCTSPlanner:
         else:
             weights = counts.clamp_min(0.0) / counts.clamp_min(0.0).sum(dim=0).clamp_min(1.0)
         weights = weights.t().where(~failed[:, None], 1.0 / tree.slots)
-        if discrete:
-            candidates = torch.eye(tree.slots, device=chosen.device).expand(tree.rows, -1, -1)[:, :, None]
-        else:
-            candidates = tree.action[tree.target.view(-1, tree.slots)[tree.base]]
+        candidates = self._candidates(root)
         each = torch.arange(tree.rows, device=chosen.device)
         plan = Plan(
             actions=candidates[each, chosen].masked_fill(failed[:, None, None], 0.0),
@@ -667,6 +718,7 @@ def make_mcts(
     gate: Gate | None = None,
     reuse: bool = False,
     reuse_tolerance: float = 0.05,
+    stop_change: float | None = None,
     shuffle_scores: bool = False,
     compile: bool = False,
     on_failure: str = "raise",
@@ -702,6 +754,7 @@ def make_mcts(
         basis=basis,
         reuse=reuse,
         reuse_tolerance=reuse_tolerance,
+        stop_change=stop_change,
         shuffle_scores=shuffle_scores,
         compile=compile,
         on_failure=on_failure,

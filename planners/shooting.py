@@ -125,15 +125,7 @@ class ShootingPlanner:
             raise ValueError(
                 f"planner.keep_elites is {self.keep_elites}, but must be below the {self.num_candidates} candidates"
             )
-        if self.stop_change is not None and not 0 <= self.stop_change < math.inf:
-            raise ValueError(
-                f"planner.stop_change is {self.stop_change!r}, but must be a finite number from 0, or null"
-            )
-        if self.stop_change is not None and self.compile:
-            raise ValueError(
-                "planner.stop_change drops rows from the search as they settle, and planner.compile=true would compile "
-                "anew as they become fewer; set one of them to null or false"
-            )
+        check_stop_change(self.stop_change, self.compile)
         if self.choose not in CHOICES:
             raise unknown_name("choose", str(self.choose), CHOICES)
         if self.on_failure not in FAILURES:
@@ -593,6 +585,19 @@ def report_failure(failed: Tensor, candidates: int, on_failure: str, at: Tensor 
     if on_failure == "raise":
         raise error
     warnings.warn(f"zero actions in {len(error.rows)} row(s): {error}", RuntimeWarning, stacklevel=3)
+
+
+def check_stop_change(stop_change: float | None, compile: bool) -> None:
+    """ValueError for what is no `stop_change`, or goes with nothing compiled."""
+    if stop_change is None:
+        return
+    if not 0 <= stop_change < math.inf:
+        raise ValueError(f"planner.stop_change is {stop_change!r}, but must be a finite number from 0, or null")
+    if compile:
+        raise ValueError(
+            "planner.stop_change drops rows from the search as they settle, and planner.compile=true would compile "
+            "anew as they become fewer; set one of them to null or false"
+        )
 
 
 def count_plans(plan_state: PlanState) -> Tensor:

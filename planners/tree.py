@@ -18,6 +18,7 @@ nodes have their slots first, [C, X]: to reduce over few neighbouring numbers ta
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -328,6 +329,23 @@ class Tree:
             others = torch.where(died & (others == -BIG), value[:-1], others)
             reward, discount = reward.masked_fill(died, -BIG), discount.masked_fill(died, 0.0)
         return _passed_up(reward, discount, self.node[leaf, 2], others)
+
+    # ---- some of the rows ------------------------------------------------------------------------------------------
+
+    def only(self, rows: Tensor) -> Tree:
+        """The trees of `rows` [X] alone, in the same memory; `put_back` them once they have grown.
+
+        To search in, not to keep (`below`) or to show (`of_row`): nodes have the numbers that they have here.
+        """
+        part = copy.copy(self)
+        part.rows, part.base, part.trash = rows.numel(), self.base[rows], self.trash[rows]
+        part.fresh, part.preferred = self.fresh[rows], self.preferred[:, rows]
+        return part
+
+    def put_back(self, part: Tree, rows: Tensor) -> None:
+        """What `only(rows)` does not share, after a search in that `part`; nothing where it is these trees."""
+        if part is not self:
+            self.fresh[rows], self.preferred[:, rows] = part.fresh, part.preferred
 
     # ---- from one control step to the next -----------------------------------------------------------------------
 

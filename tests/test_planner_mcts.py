@@ -460,6 +460,8 @@ def test_shuffled_choices_lose() -> None:
         ({"scorer": ReturnScorer(success_value_weight=2.0)}, "success_value_weight is 2.0, but a tree"),
         ({"scorer": ReturnScorer(value_weight=0, reward_weight=0, success_weight=0)}, "are all 0: no candidate"),
         ({"on_failure": "ignore"}, "Known: hold, raise"),
+        ({"stop_change": -0.1}, "stop_change is -0.1, but must be a finite number from 0"),
+        ({"stop_change": 0.1, "compile": True}, "stop_change drops rows.*planner.compile=true would compile anew"),
     ],
 )
 def test_values_out_of_range_are_refused_at_construction(options: dict, message: str) -> None:
@@ -714,6 +716,73 @@ def test_edges_of_every_proposer_are_made_within_the_compiled_loop(proposer, mon
         torch.testing.assert_close(quick.candidates, eager.candidates)
         torch.testing.assert_close(quick.value, eager.value)
     assert len(graphs) == 1
+
+
+# ---------------------------------------------------------------------------------------------------- early stop
+
+
+def test_a_lead_that_cannot_be_made_up_ends_the_search():
+    """The bandit tree above: four simulations of PUCT go to action 0, and only two are left for action 1."""
+    model = bandit_tree()
+    options = dict(chunk=1, depth=3, simulations=6, num_candidates=2, search="puct", backup="mean")
+    planner = make_mcts(**options, stop_change=0.0)
+    trees = watched(planner)
+    plan, _ = planner.plan(
+        model, model.state(torch.tensor([0])), planner.initial_state(model, 1), NoiseKey.for_rows(1), Budget()
+    )
+    assert plan.evaluations.tolist() == [4] and trees[0].counts[0].tolist() == [4.0, 0.0]
+    assert plan.actions[0, 0].tolist() == [1.0, 0.0] and plan.weights[0].tolist() == [1.0, 0.0]
+
+
+SPREAD = torch.linspace(-2.0, 2.0, 12).repeat(2, 1).t() * torch.tensor([1.0, -0.5])
+
+
+@pytest.mark.parametrize("search", ["gumbel", "puct"])
+@pytest.mark.parametrize("change", [0.0, 0.3])
+def test_what_an_early_stop_leaves_out_moves_no_chunk_further_than_that(search: str, change: float):
+    """Where nothing may change, the chunks are the same to the last bit; rows that go on have the same plan."""
+    options = dict(chunk=2, depth=3, simulations=48, num_candidates=8, search=search, sigma=0.3)
+    asked, plans, trees = [], [], []
+    for stop_change in (None, change):
+        model, planner = drifting(), make_mcts(**options, stop_change=stop_change)
+        trees.append(watched(planner))
+        plans.append(plan_once(planner, model, SPREAD)[0])
+        asked.append(model.counts["transitions"])
+    whole, stopped = plans
+    assert (stopped.actions - whole.actions).abs().max() <= change + 1e-6
+    assert [int(plan.evaluations.sum()) for plan in plans] == asked, "what was not imagined was not spent"
+    assert (stopped.evaluations <= whole.evaluations).all()
+    if search == "puct" or change:
+        assert asked[1] < 0.95 * asked[0]
+    for row, tree in enumerate(zip(*(t[0].visits[t[0].base].tolist() for t in trees), strict=True)):
+        if tree[0] == tree[1]:
+            torch.testing.assert_close(stopped.scores[row], whole.scores[row], atol=1e-5, rtol=0)
+    assert plan_once(make_mcts(**options, stop_change=9.0), drifting(), SPREAD)[0].evaluations.tolist() == [16] * 12
+
+
+@pytest.mark.parametrize("search", ["gumbel", "puct"])
+def test_rows_stop_as_they_would_alone(search: str):
+    """Also where single edges break the model, and where a subtree is kept; a stopped row keeps its subtree too."""
+    target = torch.tensor([0.3, -0.6])
+    model = BrokenWAM(target, lambda z, a: a[..., 0] > 0.5, math.nan)
+    planner = make_mcts(
+        chunk=1, depth=3, simulations=40, num_candidates=8, search=search, sigma=0.4, stop_change=0.2, reuse=True
+    )
+    rows, ended = torch.arange(6), []
+    noise, plan_state = NoiseKey.for_rows(6), planner.initial_state(model, 6)
+    alone = [planner.initial_state(model, 1) for _ in rows]
+    for step in range(3):
+        key = NoiseKey(noise.row, noise.step + step)
+        plan, plan_state = planner.plan(model, model.state(torch.zeros(6, 1)), plan_state, key, Budget())
+        ended += plan.evaluations.tolist()
+        for i in rows.tolist():
+            one, alone[i] = planner.plan(
+                model, model.state(torch.zeros(1, 1)), alone[i], key[rows[i : i + 1]], Budget()
+            )
+            assert one.evaluations[0] == plan.evaluations[i]
+            torch.testing.assert_close(one.actions[0], plan.actions[i])
+            assert alone[i]["tree", "number"][0] == plan_state["tree", "number"][i]
+    assert len(set(ended)) > 3
 
 
 # -------------------------------------------------------------------------------------------------------- risks
