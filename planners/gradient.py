@@ -86,6 +86,11 @@ class GradientPlanner:
         steps, first, climb = self._split(model, budget)
         self.start.check_budget(model, Budget(first, budget.deadline_s), beside=climb)
 
+    def warm_up(self, model: WAM, state: State, noise: NoiseKey, budget: Budget) -> None:
+        """That of the search, which is all that is compiled."""
+        _, first, _ = self._split(model, budget)
+        self.start.warm_up(model, state, noise.fold(0), Budget(first, budget.deadline_s))
+
     def plan(
         self, model: WAM, state: State, plan_state: PlanState, noise: NoiseKey, budget: Budget
     ) -> tuple[Plan, PlanState]:

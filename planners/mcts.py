@@ -11,6 +11,7 @@ Shapes: B rows, R rows that are searched, C slots for children, M sampled future
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -37,9 +38,16 @@ from wamrl.planners.proposers import (
     match_sigma,
     noise_basis,
 )
-from wamrl.planners.running import ModelClock, compiled, padded, require_compiler, run_compiled
+from wamrl.planners.running import ModelClock, compiled, every_padding, padded, require_compiler, run_compiled
 from wamrl.planners.scorers import ReturnScorer, asked_of
-from wamrl.planners.shooting import FAILURES, check_stop_change, count_plans, policy_chunk, report_failure
+from wamrl.planners.shooting import (
+    FAILURES,
+    NonFinitePlanError,
+    check_stop_change,
+    count_plans,
+    policy_chunk,
+    report_failure,
+)
 from wamrl.planners.tree import BACKUPS, RULES, Statistics, Tree, considered_visits
 
 SEARCHES = tuple(RULES)
@@ -91,7 +99,7 @@ class MCTSPlanner:
     shuffle_scores: the null control: the root's choice is drawn among the candidates that were searched.
     compile: all simulations as one compiled loop. It imagines a chunk for every row, also for those whose path has
     already ended; these count as evaluations too. The first plan of every power of two of rows compiles, which takes
-    half a minute or more, whatever the deadline: plan once before the clock counts.
+    half a minute or more, whatever the deadline: `warm_up` before the clock counts, as controllers do.
     on_failure: as in `ShootingPlanner`.
 
     With several futures M, rewards and values are their means, and a node goes on from one future, drawn per node.
@@ -282,6 +290,18 @@ class MCTSPlanner:
         self._remembering_s = time.perf_counter() - begun
         seconds = {"imagine": clock.seconds, "search": time.perf_counter() - started - clock.seconds}
         return dataclasses.replace(plan, seconds=seconds), kept
+
+    @torch.no_grad()
+    def warm_up(self, model: WAM, state: State, noise: NoiseKey, budget: Budget) -> None:
+        """Compile what plans of as many rows as `state` [R], and of fewer, run; see `wamrl.interfaces.Planner`."""
+        if not self.compile:
+            return
+        simulations, _ = self._fit(model, budget)
+        for part, key in every_padding(state, noise):
+            rows = torch.arange(key.row.shape[0], device=key.row.device)
+            fresh = self.initial_state(model, rows.numel())
+            with contextlib.suppress(NonFinitePlanError):  # which the plan itself will tell of
+                self._search(ModelClock(model), part, fresh, key, rows, simulations, time.perf_counter(), None)
 
     # ---- before the search -----------------------------------------------------------------------------------------
 

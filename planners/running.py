@@ -6,13 +6,14 @@ Letters: R rows that are searched.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from wamrl.interfaces import WAM, Imagined, Proposal
+from wamrl.interfaces import WAM, Imagined, Proposal, State
+from wamrl.noise import NoiseKey
 from wamrl.provenance import has_cpp_compiler
 
 MOST_GRAPHS = 64
@@ -84,6 +85,14 @@ def padded(rows: Tensor) -> Tensor:
     """
     count = rows.numel()
     return torch.cat([rows, rows[:1].expand((1 << (count - 1).bit_length()) - count)])
+
+
+def every_padding(state: State, noise: NoiseKey) -> Iterator[tuple[State, NoiseKey]]:
+    """`state` and `noise` [R], in every number of rows that `padded` makes of R and fewer."""
+    rows = noise.row.shape[0]
+    for power in range((rows - 1).bit_length() + 1):
+        at = torch.arange(1 << power, device=noise.row.device) % rows
+        yield state[at], noise[at]
 
 
 class CompiledQueries(ModelClock):

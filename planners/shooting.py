@@ -8,6 +8,7 @@ Shapes: B rows, R rows that are searched, N candidates, M sampled futures, H ste
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import warnings
@@ -37,7 +38,15 @@ from wamrl.planners.gates import (
     memory_after,
 )
 from wamrl.planners.proposers import check_part, coloured_noise, first_rows, match_sigma
-from wamrl.planners.running import CompiledQueries, ModelClock, compiled, padded, require_compiler, run_compiled
+from wamrl.planners.running import (
+    CompiledQueries,
+    ModelClock,
+    compiled,
+    every_padding,
+    padded,
+    require_compiler,
+    run_compiled,
+)
 from wamrl.planners.scorers import asked_of, permutation
 
 CHOICES = ("mean", "best")
@@ -226,6 +235,22 @@ class ShootingPlanner:
         ended = time.perf_counter()
         seconds = {"imagine": clock.seconds, "search": ended - started - clock.seconds, "remember": ended - begun}
         return replace(plan, seconds=seconds), TensorDict(carried, batch_size=[searched.shape[0]])
+
+    @torch.no_grad()
+    def warm_up(self, model: WAM, state: State, noise: NoiseKey, budget: Budget) -> None:
+        """Compile what plans of as many rows as `state` [R], and of fewer, run under `budget`; see `Planner`.
+
+        A first iteration that a deadline cuts into parts is not compiled, neither here nor there.
+        """
+        if not self.compile:
+            return
+        num, iterations, _ = self._fit(model, budget)
+        deadline_s = None if budget.deadline_s is None else math.inf  # in parts as well, but all of them
+        for part, key in every_padding(state, noise):
+            rows = key.row.shape[0]
+            limits = _Limits(num, iterations, time.perf_counter(), deadline_s, rows)
+            with contextlib.suppress(NonFinitePlanError):  # which the plan itself will tell of
+                self._search(ModelClock(model), part, self.initial_state(model, rows), key, limits)
 
     def _fit(self, model: WAM, budget: Budget) -> tuple[int, int, int]:
         """Candidates and iterations that fit the budget, and the evaluations per row that the gate takes."""

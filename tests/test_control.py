@@ -19,7 +19,7 @@ from wamrl import cli
 from wamrl.control import AdaptivePolicy, InteractivePolicy, ModelPolicy, PlannerPolicy, RandomPolicy
 from wamrl.evaluation import Start, StepRecord
 from wamrl.film import Film
-from wamrl.interfaces import Context, Layout, Plan, Policy, PolicyState, State
+from wamrl.interfaces import Budget, Context, Layout, Plan, Policy, PolicyState, State
 from wamrl.planners import (
     NoiseProposer,
     NonFinitePlanError,
@@ -567,6 +567,35 @@ def test_plans_that_miss_their_deadline_are_counted() -> None:
     results = {"timing": {"single": {"late": 1, "plans": 9}}, "config": {"controller": {"deadline_s": 0.02}}}
     assert late_words(results) == "1 of 9 single plans took longer than the deadline of 20 ms."
     assert late_words(results | {"config": {"controller": {"deadline_s": None}}}) == ""
+
+
+def test_what_a_planner_compiles_before_its_first_plan_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of its own: to compile takes 100 s per new row, a plan 1 s; it is asked with the key of the plan."""
+    now, asked = [0.0], []
+
+    class Compiles:
+        inner, horizon, warm = small(), 4, 0
+
+        def initial_state(self, model, rows):
+            return self.inner.initial_state(model, rows)
+
+        def warm_up(self, model, state, noise, budget):
+            asked.append((noise.row.tolist(), noise.step.tolist(), noise.seed, budget.deadline_s))
+            now[0] += 100.0 * max(0, len(noise.row) - self.warm)
+            self.warm = max(self.warm, len(noise.row))
+
+        def plan(self, model, state, plan_state, noise, budget):
+            now[0] += 1.0 + 100.0 * max(0, len(noise.row) - self.warm)
+            return self.inner.plan(model, state, plan_state, noise, Budget())
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    policy = PlannerPolicy(integrator(), Compiles(), deadline_s=2.0, seed=7)
+    for rows in (1, 3, 2, 3):
+        drive(policy, [torch.zeros(rows, 1)] * 2)
+    assert [entry["late"] for entry in policy.log] == [0] * 8 and {entry["plan_s"] for entry in policy.log} == {1.0}
+    assert asked == [([0], [0], 7, 2.0), ([0, 1, 2], [0, 0, 0], 7, 2.0)]
+    drive(PlannerPolicy(integrator(), Compiles()), [torch.zeros(2, 1)])
+    assert len(asked) == 2  # where there is no deadline, the first plan may take what it takes
 
 
 @pytest.mark.parametrize(

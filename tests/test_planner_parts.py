@@ -469,6 +469,38 @@ def test_whatever_number_of_rows_a_gate_lets_through_few_are_compiled(kind, monk
     assert set(sizes) == {1, 2, 4, 8, 16} and len(shapes) == 5, shapes
 
 
+@pytest.mark.parametrize("kind", ["shooting", "mcts"])
+def test_what_a_plan_with_a_deadline_runs_is_compiled_before(kind, monkeypatch) -> None:
+    """For all numbers of rows that a gate may let through; here the compiled function is the function itself."""
+    module, shapes = importlib.import_module(f"wamrl.planners.{kind}"), []
+
+    def compiled(function, **options):  # type: ignore[no-untyped-def]
+        def run(model, first, *rest):  # type: ignore[no-untyped-def]
+            rows = first.batch_size[0] if kind == "shooting" else first.tree.rows
+            shapes.append((rows, *(x.shape for x in rest if isinstance(x, torch.Tensor))))
+            return function(model, first, *rest)
+
+        return run
+
+    monkeypatch.setattr(module, "compiled", compiled)
+    monkeypatch.setattr(module, "require_compiler", lambda: None)
+    gate, budget = Last(), Budget(evaluations=200, deadline_s=60.0)
+    search = dict(horizon=2, num_candidates=24, iterations=3, num_elites=4, proposer=NoiseProposer)
+    planner = (
+        make_cem(**search, gate=gate, compile=True) if kind == "shooting"  # type: ignore[arg-type]
+        else make_mcts(chunk=2, depth=2, simulations=8, num_candidates=4, gate=gate, compile=True)
+    )  # fmt: skip
+    model = quadratic(TARGET, members=2)
+    state, noise = model.state(torch.linspace(-0.5, 0.5, 5)[:, None]), NoiseKey.for_rows(5)
+    planner.warm_up(model, state, noise, budget)
+    before = set(shapes)
+    assert {rows for rows, *_ in before} == {1, 2, 4, 8} and len(before) == 4
+    shapes.clear()
+    for gate.number in range(6):
+        planner.plan(model, state, planner.initial_state(model, 5), noise, budget)
+    assert shapes and set(shapes) <= before
+
+
 def test_more_graphs_are_compiled_than_torch_has_by_default(monkeypatch) -> None:
     def eager(function, *, fullgraph, dynamic, options):  # type: ignore[no-untyped-def]
         return plain(function, fullgraph=fullgraph, dynamic=dynamic, backend="eager")

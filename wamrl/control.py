@@ -246,6 +246,7 @@ class PlannerPolicy(_ChunkPolicy):
     plan_s (their sum; seconds for all rows together), evaluations (of all rows together), rows (how many were planned),
     searched (how many the gate let through), early (how many were planned before their chunk was used up), late (1
     where the plan, an adaptive controller's look at it included, took longer than `deadline_s`, else 0), replan_every.
+    What a planner compiles before its first plan with a deadline is in none of these seconds.
     plans: how many there were in all.
     last_plan, last_state, last_rows, last_key: the latest plan, the encoded state it started from, the rows of the
     batch, and their noise keys.
@@ -275,6 +276,7 @@ class PlannerPolicy(_ChunkPolicy):
         self.planner = planner
         self._set_budget(Budget(evaluations=evaluations, deadline_s=deadline_s))
         self.on_plan = on_plan
+        self._warm_rows = 0
         self.log: list[dict[str, Any]] = []
         self.plans = 0
         self.last_plan: Plan | None = None
@@ -304,6 +306,8 @@ class PlannerPolicy(_ChunkPolicy):
         state = self._state(observation, policy_state, index)
         _synchronise(state)
         encoded = time.perf_counter()
+        warming_s = self._warm_up(state, key)
+        begun, encoded = begun + warming_s, encoded + warming_s
         early = ~is_init & (policy_state["used"][index] < self.replan_every)
         plan_state: PlanState = policy_state["plan"][index]
         plan_state["warm"] = plan_state["warm"] & ~is_init
@@ -339,6 +343,16 @@ class PlannerPolicy(_ChunkPolicy):
         if self.on_plan is not None:
             self.on_plan(index, state, plan)
         return plan.actions
+
+    def _warm_up(self, state: State, key: NoiseKey) -> float:
+        """Seconds that the planner took to compile; only with a deadline, and once for as many rows."""
+        warm_up, rows = getattr(self.planner, "warm_up", None), key.row.shape[0]
+        if self.budget.deadline_s is None or warm_up is None or rows <= self._warm_rows:
+            return 0.0
+        begun = time.perf_counter()
+        warm_up(self.model, state, key, self._plan_budget())
+        self._warm_rows = rows
+        return time.perf_counter() - begun
 
     def _state(self, observation: TensorDict, policy_state: PolicyState, index: Tensor) -> State:
         """The model's state [R] of the rows `index`, whose observations [R] are given."""

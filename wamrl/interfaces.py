@@ -466,6 +466,10 @@ class Planner(Protocol):
 
     A planner may have `check_budget(model, budget)`, which raises ValueError for a budget too small for any plan:
     controllers ask it when they are made.
+
+    One that compiles has `warm_up(model, state, noise, budget)`, which does so for as many rows as `state` and `noise`
+    [R] have, and for fewer. Controllers with a deadline call it before the clock of their first plan starts, with the
+    arguments of that plan: whatever is a constant of what is compiled, such as the seed, has to be the same.
     """
 
     def initial_state(self, model: WAM, rows: int) -> PlanState: ...
