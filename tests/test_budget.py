@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -156,6 +157,21 @@ def test_a_stopped_run_or_one_of_another_command_is_refused(tmp_path):
         budget.read_results(_plan(tmp_path / "a", "aaaa", 1.0, partial=True))
     with pytest.raises(ValueError, match="is of 'train'"):
         budget.read_results(_plan(tmp_path / "b", "aaaa", 1.0, name="train"))
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [("UserWarning: old driver\nerror: no such planner\n(--help explains)\n", "error: no such planner"),
+     ("Traceback:\nKilled\n", "Killed"), ("\n", "it said nothing")],
+)  # fmt: skip
+def test_a_configuration_that_fails_says_why(said, why, capsys, monkeypatch):
+    from wamrl import bench
+
+    failed = SimpleNamespace(returncode=2, stdout="", stderr=said)
+    monkeypatch.setattr(bench.subprocess, "run", lambda *a, **k: failed)
+    with pytest.raises(SystemExit):
+        main(["budget", "configurations={a:{planner:mppi}}", "run_dir=out"])
+    assert f"configuration 'a' failed (exit status 2): {why}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("planners", [("mppi", "best_of_n")])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from wamrl import checkpoint, cli
+from wamrl import checkpoint, cli, pages
 from wamrl.collect import main as collect
 from wamrl.envs.layouts import METAWORLD
 from wamrl.envs.rendering import RenderingUnavailable, back_end
@@ -222,6 +222,10 @@ def test_a_calibrated_threshold_can_be_used_again_with_the_same_judge(wam, tmp_p
         (["policies=[expert,random,six]", "env=metaworld/hammer-v3"], "hammer"),
         (["policies=[expert,random,expret]"], "expret"),
         (["wam.policy=joint"], "the WAM that judges does not act"),
+        (["uncertainty_penalty=nan"], "uncertainty_penalty is nan"),
+        (["policies=[expert,random,expert+-1]"], "the noise's deviation, above 0"),
+        (["policies=[expert,random,{kind: expert,noise: loud,name: x}]"], "noise of the expert policy is 'loud'"),
+        (["policies=[expert,random,{kind: expert,noise: 1,origin: degrade}]"], "did you mean 'degraded'"),
     ],
 )
 def test_mistakes_are_one_message(wam, capsys, words, reason):
@@ -235,10 +239,14 @@ def test_a_wam_or_policy_trained_on_the_evaluation_starts_is_refused(tmp_path, w
     assert "the policy 'spoilt' was trained on dev" in _refused(capsys, _arguments(wam, policies))
 
 
-def test_a_judge_without_failures_in_its_data_is_warned_of(tmp_path):
-    only = {"data": [{"split": "train", "plan": {"mixture": {"expert": 5}}}]}
-    main(_arguments(_save(tmp_path / "rosy.safetensors", only)))
-    assert any("no episodes that were made to fail" in text for text in _results()["warnings"])
+def test_a_judge_without_failures_in_its_data_and_policies_of_one_origin_are_warned_of(tmp_path):
+    rosy = _save(tmp_path / "rosy.safetensors", {"data": [{"plan": {"mixture": {"expert": 5}}}]})
+    twin = "{kind: checkpoint,checkpoint: " + rosy + ",name: twin}"
+    main(_arguments(rosy, f"policies=[expert,{rosy},{twin}]"))
+    said = _results()["warnings"]
+    assert any("no episodes that were made to fail" in text for text in said)
+    assert any("rosy, twin have the same weights" in text for text in said)
+    assert any("judging WAM does not say which start states it was trained on" in text for text in said)
     assert "made to fail" in Path("outputs/evaluate/latest/report.html").read_text()
 
 
@@ -332,6 +340,10 @@ def test_the_headline_is_over_policies_of_independent_origin(wam, capsys):
     assert results["headline"] == "independent" and "r over 3 independent policies" in page
     assert any("Only 3 policies" in text for text in results["warnings"])
     assert any(text.startswith("middle cannot say which start states") for text in results["warnings"])
+    numbers, without = pages._agreement_section(results).tables
+    assert [row[0] for row in without.rows] == ["expert", "random", "middle"]
+    assert [numbers.rows[k][0] for k in numbers.bold] == ["independent policies"]
+    assert "Over independent policies: of" in page and "judging WAM does not say" not in page
 
 
 def test_a_model_that_imagines_less_than_an_episode_at_once_is_measured_over_all_of_it(tmp_path, capsys):

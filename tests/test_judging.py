@@ -245,6 +245,18 @@ def test_the_score_is_the_best_step_less_the_accumulated_uncertainty():
     assert worlds.first_step([one], 0.8) == 2 and worlds.first_step([one], 0.95) is None
 
 
+def test_the_first_step_is_that_of_the_judge_who_says_success():
+    one = Imagining(np.array([0.1, 0.9, 0.95]), np.array([0.0, 0.2, 0.0]), np.array([0.0, 5.0, 5.0]))
+    other = Imagining(np.array([0.1, 0.2, 0.9]), np.zeros(3), np.zeros(3))
+    assert worlds.first_step([one, other], 0.5) == 2 and worlds.first_step([one, other], 0.9) == 3
+    assert worlds.first_step([one], 0.75, penalty=1.0) == 3  # at the second step the members disagree
+    assert worlds.first_step([one], 0.8, penalty=1.0) is None and worlds.first_step([one], 0.5, veto=4.0) is None
+    for threshold in np.linspace(0.05, 0.95, 19):
+        for how in ({}, {"penalty": 0.7}, {"veto": 4.0}):
+            said = worlds.score([one, other], **how) >= threshold
+            assert (worlds.first_step([one, other], threshold, **how) is not None) == said
+
+
 def test_drift_is_the_models_error_by_steps_ahead():
     from wamrl.evaluation import Recording
 

@@ -128,9 +128,9 @@ def _budget(settings: Mapping[str, Any], run_dir: Path, console: Console) -> dic
         console.print(f"running {name}: python -m wamrl.plan {shlex.join(words)}", highlight=False)
         done = subprocess.run([sys.executable, "-m", "wamrl.plan", *words], capture_output=True, text=True)
         if done.returncode:
-            raise ValueError(
-                f"configuration '{name}' failed: {done.stderr.strip().splitlines()[0] if done.stderr else done}"
-            )
+            said = done.stderr.strip().splitlines()
+            why = next((line for line in said if line.startswith("error: ")), said[-1] if said else "it said nothing")
+            raise ValueError(f"configuration '{name}' failed (exit status {done.returncode}): {why}")
         named[str(name)] = budget.read_results(where)
     if not named:
         raise ValueError(

@@ -190,6 +190,11 @@ def _prepare(settings: dict[str, Any]) -> Bench:
             f"The judging WAM's training data {known}; a success head that saw few failures tends to imagine success. "
             "Collect some with data=rich, or data.mixture.failing=<episodes>, and train again."
         )
+    if not worlds.training_splits(metadata.provenance):
+        bench.warnings.append(
+            "The judging WAM does not say which start states it was trained on, so only you can know that those of "
+            "this evaluation were not among them."
+        )
     silent = [e.name for e in entrants if e.kind in ("sb3", "callable")]
     silent += [e.name for e in entrants if e.provenance is not None and not worlds.training_splits(e.provenance)]
     if silent:
@@ -197,6 +202,16 @@ def _prepare(settings: dict[str, Any]) -> Bench:
             f"{', '.join(silent)} cannot say which start states {'it was' if len(silent) == 1 else 'they were'} made "
             "from, so only you can know that these were not among them."
         )
+    kin: dict[str, list[str]] = {}
+    for entrant in entrants:
+        if entrant.content_hash is not None and entrant.origin == "independent":
+            kin.setdefault(entrant.content_hash, []).append(entrant.name)
+    bench.warnings += [
+        f"{', '.join(names)} have the same weights: they count as {len(names)} policies of independent origin, which "
+        "flatters the correlation; origin=degraded sets one apart."
+        for names in kin.values()
+        if len(names) > 1
+    ]
     same = [e.name for e in entrants if e.content_hash == metadata.content_sha256]
     if same:
         bench.warnings.append(

@@ -409,14 +409,17 @@ def _agreement_section(results: Mapping[str, Any]) -> Section:
             ]
         )  # fmt: skip
     head = ["", "policies", "Pearson", "Spearman", "permutation p", "MMRV", "gap, points", "bias, points", "kappa"]
-    without = results["agreement"]["all"]["leave_one_out"]
-    left_out = [[name, number(r)] for name, r in zip(results["policies"], without, strict=True)]
+    lead = results["headline"]
+    names = [n for n, e in results["policies"].items() if lead == "all" or e["origin"] == lead]
+    without = results["agreement"][lead]["leave_one_out"]
+    left_out = [[name, number(r)] for name, r in zip(names, without, strict=True)]
     return Section(
         "Agreement in numbers",
         ["A correlation says whether differences between policies carry over; MMRV weighs pairs in the wrong order "
         "by their "
          "real difference; gap and bias say how far the rates themselves are off; kappa looks at single starts."],
-        tables=[TableOf(head, rows, [0]), TableOf(["without", "Pearson"], left_out)],
+        tables=[TableOf(head, rows, [list(results["agreement"]).index(lead)]),
+                TableOf(["without", "Pearson"], left_out)],
         notes=["Pearson: Fisher's 95 % interval over policies, which takes them as independent. MMRV, kappa: bootstrap "
                "over start states, within tasks; where policies lie close together, MMRV's errs upward. Gap: an "
                "inverted bootstrap test, since chance alone makes absolute differences. Permutation p: one-sided. A "
@@ -471,22 +474,21 @@ def _judge_section(results: Mapping[str, Any]) -> Section:
         "false positives",
         "ECE",
     ]
-    judge = results["agreement"]["all"]["judge"]
+    judge = results["agreement"][results["headline"]]["judge"]
+    whose = "independent" if results["headline"] == "independent" else "all"
     calibration = results["calibration"]
     levels = ", ".join(f"{short(t)} {v:.2f}" for t, v in calibration["thresholds"].items())
     return Section(
         "Can the judge be trusted?",
-        [f"Of {judge['hits'] + judge['misses']} real successes the judge saw {judge['hits']}; of "
-         f"{judge['false_alarms'] + judge['rejections']} real failures it called {judge['false_alarms']} successes. "
-         f"Its "
-         f"thresholds ({calibration['source']}): {levels}."],
+        [f"Over {whose} policies: of {judge['hits'] + judge['misses']} real successes the judge saw {judge['hits']}; "
+         f"of {judge['false_alarms'] + judge['rejections']} real failures it called {judge['false_alarms']} successes. "
+         f"Its thresholds ({calibration['source']}): {levels}."],
         [calibration_figure("score against reality", calibration["bins"])],
         [TableOf(head, rows, [len(rows) - 1])],
-        [f"Expected calibration error of the score: {calibration['ece']:.3f}. Numbers beside the dots are episodes. "
-        f"Each remedy "
-         "stands alone in its row, with a threshold of its own; the last row is the judge of this page. Failures in "
-         "the judging "
-         f"WAM's training data: {results['wam']['failures_in_training']}."],
+        [f"The curve is over all policies, with an expected calibration error of {calibration['ece']:.3f}; numbers "
+         f"beside the dots are episodes. The table is over {whose} policies: each remedy stands alone in its row, with "
+         "a threshold of its own; the last row is the judge of this page. Failures in the judging WAM's training data: "
+         f"{results['wam']['failures_in_training']}."],
     )  # fmt: skip
 
 

@@ -299,8 +299,9 @@ def episodes_csv(bench: Bench, played: Played, results: Mapping[str, Any]) -> st
         for i, start in enumerate(played.starts):
             real = played.real[k][i]
             threshold = results["variants"]["judge"]["thresholds"][start.task]
-            replicas = played.imagined[variants["judge"]["roll_out"]][k][i]
-            step = worlds.first_step(replicas, threshold)
+            judge = variants["judge"]
+            replicas = played.imagined[judge["roll_out"]][k][i]
+            step = worlds.first_step(replicas, threshold, penalty=judge["penalty"], veto=judge["veto"])
             row: dict[str, Any] = {
                 "policy": entrant.name,
                 "origin": entrant.origin,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ SETTINGS = {
     "sb3": {"path", "algorithm", "trust", "observation", "noise", "correlation"},
     "callable": {"target", "arguments", "noise", "correlation"},
 }
+ORIGINS = ("independent", "degraded")
 _SB3 = ("A2C", "DDPG", "DQN", "PPO", "SAC", "TD3")
 _FOLD = 0x4E01  # of the noise added to actions, apart from a policy's own draws
 
@@ -114,6 +116,12 @@ def describe(description: Any) -> dict[str, Any]:
     for key in description:
         if key not in SETTINGS[kind] | {"kind", "name", "origin"}:
             raise unknown_name(f"setting of a policy of kind {kind}", str(key), SETTINGS[kind] | {"name", "origin"})
+    if description.get("origin", ORIGINS[0]) not in ORIGINS:
+        raise unknown_name("origin of a policy", str(description["origin"]), ORIGINS)
+    for key in ("noise", "correlation"):
+        value = description.get(key, 0.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(f"{key} of the {kind} policy is {value!r}, but must be a number above 0, or 0 for none")
     return dict(description)
 
 
@@ -121,9 +129,12 @@ def _from_word(word: str) -> dict[str, Any]:
     head, plus, level = word.rpartition("+")
     if plus and head == "expert":
         try:
-            return {"kind": "expert", "noise": float(level), "name": word}
+            noise = float(level)
         except ValueError:
-            raise ValueError(f"policy '{word}': after the + comes the noise's deviation, as in expert+0.5") from None
+            noise = math.nan
+        if not 0 < noise < math.inf:
+            raise ValueError(f"policy '{word}': after the + comes the noise's deviation, above 0, as in expert+0.5")
+        return {"kind": "expert", "noise": noise, "name": word}
     if word in ("expert", "random", "planner"):
         return {"kind": word, "name": word}
     if word.startswith("planner:"):

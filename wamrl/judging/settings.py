@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,12 +42,12 @@ def checked(given: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any], Path]
         if (
             isinstance(value, bool)
             or not isinstance(value, int | float)
-            or value < 0
+            or not 0 <= value < math.inf
             or (key == "epsilon" and not value)
         ):
             raise ValueError(f"{key} is {value!r}, but must be a number of at least 0 (epsilon: above 0)")
     veto = given["contact_veto"]
-    if veto is not None and (isinstance(veto, bool) or not isinstance(veto, int | float) or veto < 0):
+    if veto is not None and (isinstance(veto, bool) or not isinstance(veto, int | float) or not 0 <= veto < math.inf):
         raise ValueError(f"contact_veto is {veto!r}, but must be centimetres of at least 0, or null")
     if not isinstance(given["real"], bool):
         raise ValueError(f"real is {given['real']!r}, but must be true or false")

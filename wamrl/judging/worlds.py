@@ -268,6 +268,14 @@ def run_imagined(
     ]
 
 
+def _by_step(one: Imagining, penalty: float, veto: float | None) -> Floats:
+    """[L] how sure the judge is after each step that an episode has succeeded by then, in [0, 1]."""
+    sure = one.probability - penalty * np.cumsum(one.uncertainty)
+    if veto is not None:
+        sure = np.where(one.alone <= veto, sure, 0.0)
+    return np.clip(np.maximum.accumulate(sure), 0.0, 1.0)
+
+
 def score(replicas: Sequence[Imagining], *, penalty: float = 0.0, veto: float | None = None) -> float:
     """How sure the judge is that an episode succeeds, in [0, 1]: the mean over replicas of the best step's probability.
 
@@ -275,18 +283,17 @@ def score(replicas: Sequence[Imagining], *, penalty: float = 0.0, veto: float | 
     which the ensemble lost track of on the way counts less. veto: centimetres; steps at which the object has moved by
     itself farther than that count as failures, since nothing real moves without being touched.
     """
-    found = []
-    for one in replicas:
-        sure = one.probability - penalty * np.cumsum(one.uncertainty)
-        if veto is not None:
-            sure = np.where(one.alone <= veto, sure, 0.0)
-        found.append(float(np.clip(sure.max(initial=0.0), 0.0, 1.0)))
-    return float(np.mean(found))
+    return float(np.mean([_by_step(one, penalty, veto)[-1] if len(one.probability) else 0.0 for one in replicas]))
 
 
-def first_step(replicas: Sequence[Imagining], threshold: float) -> int | None:
-    """Control steps until the first replica's probability reaches `threshold`; None when it never does."""
-    over = np.flatnonzero(replicas[0].probability >= threshold)
+def first_step(
+    replicas: Sequence[Imagining], threshold: float, *, penalty: float = 0.0, veto: float | None = None
+) -> int | None:
+    """Control steps until the `score` of what was imagined by then reaches `threshold`; None when it never does."""
+    paths = [_by_step(one, penalty, veto) for one in replicas]
+    longest = max(map(len, paths))
+    sure = np.mean([np.pad(path, (0, longest - len(path)), mode="edge") for path in paths if len(path)], axis=0)
+    over = np.flatnonzero(sure >= threshold)
     return int(over[0]) + 1 if len(over) else None
 
 
