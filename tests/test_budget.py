@@ -174,6 +174,7 @@ def test_a_configuration_that_fails_says_why(said, why, capsys, monkeypatch):
     assert f"configuration 'a' failed (exit status 2): {why}" in capsys.readouterr().err
 
 
+@pytest.mark.timeout(900)  # two commands of their own, slow to start on a busy machine
 @pytest.mark.parametrize("planners", [("mppi", "best_of_n")])
 def test_configurations_are_run_and_compared(planners):
     pytest.importorskip("metaworld")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -85,6 +87,32 @@ def test_mappings_name_kind_settings_and_origin():
 def test_what_does_not_fit_is_refused(given, reason):
     with pytest.raises((ValueError, FileNotFoundError), match=reason):
         build(given, AROUND)
+
+
+def test_what_decides_how_a_policy_acts_is_told(tmp_path, monkeypatch):
+    """Kept episodes are found by it: other code, weights, noise or planners are another policy, another name is not."""
+    import sys
+
+    from wamrl.evaluate import _identity
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def written(text: str) -> dict:
+        (tmp_path / "own_policy_of_mine.py").write_text(f"def act(observation):\n    return {text}\n")
+        sys.modules.pop("own_policy_of_mine", None)
+        (entrant,) = build(["own_policy_of_mine:act"], AROUND)
+        bench = SimpleNamespace(digest="a", metadata=SimpleNamespace(content_sha256="b"), settings={"command": "c"},
+                                entrants=[entrant])  # fmt: skip
+        return {"settings": entrant.settings, "identity": _identity(bench)}
+
+    assert written("0") == written("0") and written("0")["settings"] != written("1")["settings"]
+    assert written("0")["identity"] != written("1")["identity"]  # a stopped run does not go on with other code
+    plain, named, loud = build(["expert", {"kind": "expert", "name": "x"}, "expert+0.5"], AROUND)
+    assert plain.settings == named.settings != loud.settings
+    planner = {"_target_": "wamrl.planners.best_of_n.make_best_of_n", "num_candidates": 4}
+    around = replace(AROUND, planner=planner, controller={"_target_": "wamrl.control.PlannerPolicy", "_partial_": True})
+    few, many = build(["planner", {"kind": "planner", "planner": {"num_candidates": 8}, "name": "many"}], around)
+    assert few.settings["content_hash"] == many.settings["content_hash"] and few.settings != many.settings
 
 
 def test_policies_for_other_actions_or_tasks_are_refused():

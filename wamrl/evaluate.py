@@ -114,7 +114,7 @@ def _identity(bench: Bench) -> dict[str, Any]:
     return {
         "protocol_hash": bench.digest,
         "wam": bench.metadata.content_sha256,
-        "policies": [[e.name, e.content_hash] for e in bench.entrants],
+        "policies": [[e.name, e.content_hash or e.settings.get("file")] for e in bench.entrants],
         "command": bench.settings["command"],
     }
 
