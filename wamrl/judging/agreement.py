@@ -177,10 +177,10 @@ def gap_interval(
 
     Chance alone makes absolute differences: where the rates are equal the mean of a sample's is above 0, and those of
     samples drawn again from it higher still, so that their percentiles do not reach down to it. Here a bootstrap test
-    is inverted (Carpenter, 1999): the true differences are taken for t times the measured ones, shrunk by what chance
-    makes of them (James and Stein, 1961), and that chance for what drawing the start states again shows. The interval
-    holds the gaps of all t with which the measured one is neither among the lowest nor the highest 2.5 %, and the
-    measured one in any case.
+    is inverted (Carpenter, 1999): the true differences are taken for t times the measured ones, as they are and shrunk
+    by what chance makes of them (James and Stein, 1961), and that chance for what drawing the start states again shows.
+    The interval holds the gaps of all t with which the measured one is neither among the lowest nor the highest 2.5 %,
+    and the measured one in any case.
     """
     if real.shape != imagined.shape or real.ndim != 2:
         raise ValueError(f"real has shape {real.shape} and imagined {imagined.shape}, but both must be [K, N]")
@@ -191,13 +191,14 @@ def gap_interval(
     if gap == 0:
         return 0.0, most
     shrunk = apart * np.maximum(0.0, 1.0 - chance.var(axis=0) / np.maximum(apart**2, 1e-12))
-    true = shrunk if shrunk.any() else apart
-    size, held = float(np.abs(true).mean()), [gap]
-    for t in np.linspace(0.0, (gap + most) / size, 201):  # beyond, chance cannot bring it down to the measured one
-        found = np.abs(t * true + chance).mean(axis=1)
-        lowest, highest = (found <= gap).mean(), (found >= gap).mean()
-        if min(lowest, highest) >= 0.025 or (t == 0.0 and lowest < 0.025):  # the latter: less than chance would make
-            held.append(float(t) * size)
+    held = [gap]
+    for true in (apart, shrunk) if shrunk.any() else (apart,):
+        size = float(np.abs(true).mean())
+        for t in np.linspace(0.0, (gap + most) / size, 201):  # beyond, chance cannot bring it down to the measured one
+            found = np.abs(t * true + chance).mean(axis=1)
+            lowest, highest = (found <= gap).mean(), (found >= gap).mean()
+            if min(lowest, highest) >= 0.025 or (t == 0.0 and lowest < 0.025):  # the latter: less than chance makes
+                held.append(float(t) * size)
     return min(held), max(held)
 
 
