@@ -46,6 +46,7 @@ class Subject:
     known best plans then ask that it does better than the policy, or for `regret` and `gap` where they are given.
     whole_chunks: the checks that execute plans do not plan anew in every step, but once a chunk is used up; for
     planners that go on from a plan where exactly its chunk was executed.
+    unstopped: of a planner whose rows stop early once their plan no longer changes, the same without that.
     """
 
     make: Callable[[int], Planner]
@@ -55,6 +56,7 @@ class Subject:
     exhaustive: bool = False
     local: bool = False
     whole_chunks: bool = False
+    unstopped: Callable[[int], Planner] | None = None
 
 
 Check = Callable[[Subject], None]
@@ -391,10 +393,48 @@ def rows_do_not_influence_each_other(subject: Subject) -> None:
         for rows in (torch.arange(6), order)
     ]
     torch.testing.assert_close(plans[1].actions, plans[0].actions[order], atol=1e-5, rtol=0.0)
+    assert torch.equal(plans[1].evaluations, plans[0].evaluations[order]), "what a row spends depends on its place"
     ours, _ = plan_once(subject.make(2), quadratic(TARGET), torch.zeros(3, 1))
     broken = BrokenWAM(TARGET, lambda z, a: (z[..., 0] > 0) & (a[..., 0] > 0), math.nan)
     theirs, _ = plan_once(subject.make(2), broken, torch.tensor([[0.0], [1.0], [0.0]]))
     assert torch.equal(ours.actions[[0, 2]], theirs.actions[[0, 2]])
+    assert torch.equal(ours.evaluations[[0, 2]], theirs.evaluations[[0, 2]]), "what a row spends depends on others"
+
+
+def what_an_early_stop_saves_is_not_spent(subject: Subject) -> None:
+    """For subjects with `unstopped`: some rows take fewer evaluations, each as many as it would alone, and none more.
+
+    The model counts along, as far as it does for the planner without the stop. A plan without the last evaluations is
+    hardly worse, and that of a row that took all is the same.
+    """
+    if subject.unstopped is None:
+        return
+    z = 0.5 * torch.randn(12, 2, generator=torch.Generator().manual_seed(0))
+    plans, asked = [], []
+    for make in (subject.unstopped, subject.make):
+        model = linear_system()[0]
+        plans.append(plan_once(make(4), model, z)[0])
+        asked.append(model.counts["transitions"])
+    whole, stopped = plans
+    told = [int(plan.evaluations.sum()) for plan in plans]
+    assert bool((stopped.evaluations <= whole.evaluations).all()) and told[1] < told[0], "nothing was saved"
+    assert asked[1] < asked[0], f"the model was asked for {asked[1]} transitions, as often as without the stop"
+    if asked[0] == told[0]:
+        assert asked[1] == told[1], f"the model was asked for {asked[1]} transitions, but the plan tells of {told[1]}"
+    same = stopped.evaluations == whole.evaluations
+    torch.testing.assert_close(stopped.actions[same], whole.actions[same], atol=1e-5, rtol=0.0)
+    model, planner, noise = linear_system()[0], subject.make(4), NoiseKey.for_rows(12)
+    for row in torch.arange(12).split(1):
+        alone, _ = planner.plan(model, model.state(z[row]), planner.initial_state(model, 1), noise[row], Budget())
+        assert torch.equal(alone.evaluations, stopped.evaluations[row]), "what a row spends depends on the others"
+    worth = []
+    for plan in plans:
+        imagined = model.imagine(model.state(z), plan.actions[:, None])
+        worth.append(_reward(imagined)[:, 0].sum(dim=1) + model.value_of(imagined.leaf["z"][:, 0, 0]))
+    own = model.imagine(model.state(z), model.propose(model.state(z), 1, mode="ode", horizon=4).actions)
+    policy = _reward(own)[:, 0].sum(dim=1) + model.value_of(own.leaf["z"][:, 0, 0])
+    gain, kept = float((worth[0] - policy).mean()), float((worth[1] - policy).mean())
+    assert kept >= 0.9 * gain, f"of a gain of {gain:.4f} over the policy, {kept:.4f} was left"
 
 
 def a_plan_never_encodes(subject: Subject) -> None:
@@ -429,5 +469,6 @@ CHECKS: tuple[Check, ...] = (
     the_same_key_gives_the_same_plan,
     batched_equals_looped,
     rows_do_not_influence_each_other,
+    what_an_early_stop_saves_is_not_spent,
     a_plan_never_encodes,
 )

@@ -15,6 +15,7 @@ from wamrl.planners import (
     CriticalPhase,
     NoiseProposer,
     ReturnScorer,
+    SampleProposer,
     Uncertainty,
     Verifier,
     make_best_of_n,
@@ -141,7 +142,7 @@ SUBJECTS = {
     ),
     "cem": Subject(cem),
     "icem": Subject(lambda horizon: cem(horizon, keep_elites=8, momentum=0.1, exponent=1.0, proposer=NoiseProposer)),
-    "cem that stops early": Subject(lambda horizon: cem(horizon, stop_change=0.02)),
+    "cem that stops early": Subject(lambda horizon: cem(horizon, stop_change=0.02), unstopped=cem),
     "gradient": Subject(
         lambda horizon: make_gradient(start=cem(horizon), steps=10, num_starts=4, learning_rate=0.02), regret=0.005
     ),
@@ -154,7 +155,15 @@ SUBJECTS = {
         partial(DiscreteSearch, backup="mean"), regret=0.026, gap=0.3, exhaustive=True, local=True
     ),
     "mcts, gumbel": Subject(mcts, regret=0.12, gap=0.2),
+    "mcts that stops early": Subject(
+        lambda horizon: mcts(horizon, stop_change=0.1), regret=0.12, gap=0.2, unstopped=mcts
+    ),
+    "mcts, puct, that stops early": Subject(
+        lambda horizon: mcts(horizon, search="puct", stop_change=0.0), regret=0.12, gap=0.2,
+        unstopped=lambda horizon: mcts(horizon, search="puct"),
+    ),
     "mcts around zero": Subject(lambda horizon: mcts(horizon, proposer=NoiseProposer), regret=0.12, gap=0.2),
+    "mcts of samples": Subject(lambda horizon: mcts(horizon, proposer=SampleProposer), regret=0.12, gap=0.25),
     "mcts, puct, with reuse": Subject(reusing, regret=0.12, gap=0.2, whole_chunks=True),
     **{f"{name} as shipped": shipped(name) for name in ("mppi", "cem", "icem", "best_of_n", "gradient", "mcts")},
 }  # fmt: skip
@@ -227,8 +236,8 @@ def test_the_checks_of_a_tree_with_reuse_do_reuse(monkeypatch) -> None:
 class Around:
     """CEM, to be broken by a subclass."""
 
-    def __init__(self, horizon: int) -> None:
-        self.inner = cem(horizon)
+    def __init__(self, horizon: int, **options) -> None:
+        self.inner = cem(horizon, **options)
 
     def initial_state(self, model, rows):
         return self.inner.initial_state(model, rows)
@@ -284,6 +293,31 @@ class TellsOfHalf(Around):
         return super().plan(model, state, plan_state, noise, budget)
 
 
+class TellsOfTheSlowest(Around):
+    """Rows stop early, but all are said to have taken what the last one did."""
+
+    def plan(self, model, state, plan_state, noise, budget):
+        plan, after = super().plan(model, state, plan_state, noise, budget)
+        return dataclasses.replace(plan, evaluations=plan.evaluations.amax().expand_as(plan.evaluations)), after
+
+
+class StopsTogether(Around):
+    """Rows stop early, all of them with the first."""
+
+    def plan(self, model, state, plan_state, noise, budget):
+        first, _ = super().plan(model, state, plan_state, noise, budget)
+        return super().plan(model, state, plan_state, noise, Budget(int(first.evaluations.min())))
+
+
+class StopsTooEarly(Around):
+    """A tenth of what was there to look at, and the policy's own chunk for a plan."""
+
+    def plan(self, model, state, plan_state, noise, budget):
+        plan, after = super().plan(model, state, plan_state, noise, Budget(4 * 24))
+        own = model.propose(state, 1, mode="ode", horizon=4).actions[:, 0]
+        return dataclasses.replace(plan, actions=own), after
+
+
 class KeepsItsNeighboursTree(Around):
     """A tree that goes on from the subtree of another row; where no chunk is executed as a whole, nobody sees it."""
 
@@ -337,6 +371,9 @@ DEFECTS = {
     "rows_do_not_influence_each_other": breaking(
         lambda plan, *_: dataclasses.replace(plan, actions=plan.actions + 1e-6 * plan.candidates.mean())
     ),
+    "what_an_early_stop_saves_is_not_spent": Subject(
+        lambda horizon: TellsOfTheSlowest(horizon, stop_change=0.02), unstopped=cem
+    ),
     "a_plan_never_encodes": Subject(EncodesAgain),
 }
 
@@ -347,6 +384,9 @@ FURTHER_DEFECTS = [
     ("the_evaluation_budget_is_hard", Subject(TellsOfHalf)),
     ("it_finds_the_peak_of_a_quadratic", dataclasses.replace(SUBJECTS["mcts, discrete"], make=ChoosesAtRandom)),
     ("it_comes_near_the_riccati_solution", dataclasses.replace(SUBJECTS["mcts, discrete"], make=ChoosesAtRandom)),
+    ("what_an_early_stop_saves_is_not_spent", Subject(cem, unstopped=cem)),
+    ("what_an_early_stop_saves_is_not_spent", Subject(StopsTogether, unstopped=cem)),
+    ("what_an_early_stop_saves_is_not_spent", Subject(StopsTooEarly, unstopped=cem)),
     ("batched_equals_looped", Subject(KeepsItsNeighboursTree, whole_chunks=True)),
     ("it_finds_the_peak_of_a_quadratic", LOCAL),
     ("it_comes_near_the_riccati_solution", LOCAL),
