@@ -70,13 +70,15 @@ class SB3:
         """Build the algorithm on an SB3 `VecEnv` whose rows run the tasks of these ids."""
         import stable_baselines3
 
+        from wamrl.agents.sb3_sac import LeanSAC
+
         self.keys, self.tasks, self.decisions = keys, tasks if len(tasks) > 1 else (), decisions
         settings = {"device": "cpu", "seed": self.seed, "verbose": 0, **self.settings}
         if self.algorithm_name == "ppo":
             settings.setdefault("n_steps", decisions)
             self.algorithm = stable_baselines3.PPO("MultiInputPolicy", vec_env, **settings)
         else:
-            self.algorithm = stable_baselines3.SAC("MultiInputPolicy", vec_env, **settings)
+            self.algorithm = LeanSAC("MultiInputPolicy", vec_env, **settings)
 
     def demonstrate(self, transitions: TensorDict) -> int:
         """Put transitions [X] in TorchRL's layout into SAC's buffer, whole rows of the VecEnv; how many."""
