@@ -5,7 +5,9 @@ Letters: B rows, T control steps of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import random
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from wamrl.agents.base import WorldBatch
+from wamrl.agents.base import WorldBatch, part_of
 from wamrl.interfaces import WAM, PolicyState
 
 ALGORITHMS = ("ppo", "sac")
@@ -44,9 +46,10 @@ class SB3Policy:
 class SB3:
     """SB3's algorithm with a policy for dict observations; of kind "sb3", driven by `python -m wamrl.posttrain`.
 
-    algorithm: "ppo" or "sac". policy: keyword arguments of SB3's constructor, such as batch_size or learning_rate.
-    demonstrations: whether SAC's buffer begins with the transitions of the data. Its runs cannot be resumed: SB3 saves
-    pickles, which this library does not read.
+    algorithm: "ppo" or "sac". settings: keyword arguments of SB3's constructor, such as batch_size or learning_rate.
+    demonstrations: whether SAC's buffer begins with the transitions of the data. Every iteration begins with fresh
+    episodes and with random numbers of its own, as those of the other learners, so that a resumed run goes on bit for
+    bit. SAC's replay buffer is part of the state: whatever it holds is written every `save_every` iterations.
     """
 
     kind = "sb3"
@@ -67,18 +70,23 @@ class SB3:
         self.algorithm: Any = None
 
     def attach(self, vec_env: Any, *, decisions: int, keys: tuple[str, ...], tasks: tuple[int, ...]) -> None:
-        """Build the algorithm on an SB3 `VecEnv` whose rows run the tasks of these ids."""
+        """Build the algorithm on an SB3 `VecEnv` whose rows run the tasks of these ids.
+
+        Raises ValueError for settings whose state would not be kept.
+        """
         import stable_baselines3
 
         from wamrl.agents.sb3_sac import LeanSAC
 
+        if self.settings.get("replay_buffer_class") is not None:
+            raise ValueError("agent.settings.replay_buffer_class: only SB3's own buffer can be saved; leave it out")
         self.keys, self.tasks, self.decisions = keys, tasks if len(tasks) > 1 else (), decisions
         settings = {"device": "cpu", "seed": self.seed, "verbose": 0, **self.settings}
+        kind = LeanSAC if self.algorithm_name == "sac" else stable_baselines3.PPO
         if self.algorithm_name == "ppo":
             settings.setdefault("n_steps", decisions)
-            self.algorithm = stable_baselines3.PPO("MultiInputPolicy", vec_env, **settings)
-        else:
-            self.algorithm = LeanSAC("MultiInputPolicy", vec_env, **settings)
+        with _generators_kept():
+            self.algorithm = kind("MultiInputPolicy", vec_env, **settings)
 
     def demonstrate(self, transitions: TensorDict) -> int:
         """Put transitions [X] in TorchRL's layout into SAC's buffer, whole rows of the VecEnv; how many."""
@@ -107,16 +115,92 @@ class SB3:
         return None
 
     def begin(self, iteration: int) -> None:
-        """Nothing: SB3 keeps its own generators."""
+        """Fresh episodes, and a seed for all that SB3 draws from: its space's generator, NumPy's, its environment's.
+
+        PyTorch's is the caller's, as for every learner.
+        """
+        self.iteration, self._draws = iteration, self.seed * 1_000_003 + iteration
+        self.algorithm.action_space.seed(self._draws % 2**32)
+        self.algorithm.env.seed(self._draws)
+        self.algorithm._last_obs = None  # SB3 resets the environment where there is none
+        if getattr(self.algorithm, "action_noise", None) is not None:
+            self.algorithm.action_noise.reset()
 
     def learn(self, batch: TensorDict) -> dict[str, float]:
-        """Let the algorithm run T control steps of every row; `batch` is empty."""
-        rows = self.algorithm.n_envs
-        self.algorithm.learn(self.decisions * rows, reset_num_timesteps=False, log_interval=None)
-        return {"steps": float(self.decisions * rows)}
+        """Let the algorithm run at least T control steps of every row, and say how many; `batch` is empty."""
+        before = self.algorithm.num_timesteps
+        with _generators_kept():
+            np.random.seed(self._draws % 2**32)
+            self.algorithm.learn(self.decisions * self.algorithm.n_envs, reset_num_timesteps=False, log_interval=None)
+        return {"steps": float(self.algorithm.num_timesteps - before)}
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {}
+        """Weights, the optimisers' moments, SB3's counters and what SAC's replay buffer holds."""
+        algorithm = self.algorithm
+        counts = (algorithm.num_timesteps, algorithm._n_updates, algorithm._episode_num)
+        found = {"counts": torch.tensor(counts)}
+        found |= {f"policy.{name}": tensor for name, tensor in algorithm.policy.state_dict().items()}
+        for owner, optimiser in self._optimisers().items():
+            for index, values in optimiser.state_dict()["state"].items():
+                found |= {f"{owner}.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
+        if getattr(algorithm, "log_ent_coef", None) is not None:
+            found["log_ent_coef"] = algorithm.log_ent_coef
+        buffer = getattr(algorithm, "replay_buffer", None)
+        if buffer is not None:
+            found["replay_place"] = torch.tensor([buffer.pos, int(buffer.full)])
+            found |= {f"replay.{name}": torch.from_numpy(x[: buffer.size()]) for name, x in _arrays(buffer).items()}
+        return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        raise ValueError("a run of agent=sb3 cannot be resumed; start it anew in another directory")
+        """What `state_dict` gave, once the environment is attached.
+
+        Raises ValueError for the state of an earlier version, which held nothing of SB3.
+        """
+        if "counts" not in state:
+            raise ValueError(
+                "this run of agent=sb3 was begun by a version of wamrl that kept nothing of SB3, so it cannot be "
+                "resumed; start it anew in another directory"
+            )
+        algorithm = self.algorithm
+        algorithm.num_timesteps, algorithm._n_updates, algorithm._episode_num = state["counts"].tolist()
+        algorithm.policy.load_state_dict(part_of(state, "policy."))
+        for owner, optimiser in self._optimisers().items():
+            whole = optimiser.state_dict()
+            for name, tensor in part_of(state, f"{owner}.").items():
+                index, key = name.split(".", 1)
+                whole["state"].setdefault(int(index), {})[key] = tensor
+            optimiser.load_state_dict(whole)
+        if "log_ent_coef" in state:
+            algorithm.log_ent_coef.data.copy_(state["log_ent_coef"])
+        if "replay_place" in state:
+            buffer = algorithm.replay_buffer
+            buffer.pos, buffer.full = int(state["replay_place"][0]), bool(state["replay_place"][1])
+            for name, array in _arrays(buffer).items():
+                array[: buffer.size()] = state[f"replay.{name}"].numpy()
+
+    def _optimisers(self) -> dict[str, torch.optim.Optimizer]:
+        algorithm = self.algorithm
+        if self.algorithm_name == "ppo":
+            return {"optimiser": algorithm.policy.optimizer}
+        found = {"optimiser_actor": algorithm.actor.optimizer, "optimiser_critic": algorithm.critic.optimizer}
+        if algorithm.ent_coef_optimizer is not None:
+            found["optimiser_entropy"] = algorithm.ent_coef_optimizer
+        return found
+
+
+def _arrays(buffer: Any) -> dict[str, Any]:
+    """The arrays of an SB3 replay buffer for dict observations, [places, B, ...], by the names they are kept under."""
+    shown = {f"{name}.{key}": array for name in ("observations", "next_observations")
+             for key, array in getattr(buffer, name).items()}  # fmt: skip
+    return {**shown, **{name: getattr(buffer, name) for name in ("actions", "rewards", "dones", "timeouts")}}
+
+
+@contextlib.contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Python's and NumPy's global generators, which SB3 seeds and draws from, are afterwards as they were."""
+    plain, numbers = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(numbers)

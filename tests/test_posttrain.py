@@ -20,7 +20,6 @@ from wamrl.agents.latent import Latent
 from wamrl.agents.ppo import PPO
 from wamrl.agents.rft import RFT
 from wamrl.agents.sac import SAC
-from wamrl.agents.sb3 import SB3
 from wamrl.data import start_frames
 from wamrl.envs.imagined_env import ImaginedEnv
 from wamrl.interfaces import Context, task_id
@@ -267,22 +266,6 @@ def test_it_trains_and_resumes_on_a_gpu(tmp_path, agent):
         found = small(tmp_path / "run", model=model, learner=make(), data=data, iterations=iterations, measuring=how,
                       world_length=4, save_model=lambda *_: None, **options)  # fmt: skip
     assert found["iterations"] == 4 and found["skipped_steps"] == 0
-
-
-@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
-def test_stable_baselines3_learns_in_the_same_environment(tmp_path, algorithm):
-    pytest.importorskip("stable_baselines3")
-    data = write_dataset(tmp_path / "data")
-    settings = {"learning_rate": 3e-3, "batch_size": 48, "gamma": 0.5}
-    settings |= {"learning_starts": 48} if algorithm == "sac" else {"n_epochs": 8, "n_steps": 6}
-    learner = SB3(algorithm=algorithm, demonstrations=algorithm == "sac", settings=settings)
-    model = reference_model()
-    found = small(tmp_path / "run", model=model, learner=learner, data=data, iterations=30)
-    assert found["real_steps"] == 30 * 16 * 6
-    assert found["after"]["real"]["reward"] > found["before"]["real"]["reward"] + 0.1
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in reference_model().state_dict().items())
-    with pytest.raises(ValueError, match="cannot be resumed"):
-        small(tmp_path / "run", learner=SB3(algorithm=algorithm, settings=settings), data=data)
 
 
 def test_the_latent_actor_critic_needs_no_environment(tmp_path):

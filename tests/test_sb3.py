@@ -1,20 +1,36 @@
-"""The promises of agent=sb3: the algorithms are SB3's."""
+"""The promises of agent=sb3: the algorithms are SB3's, a stopped run goes on bit for bit, and steps are counted."""
 
 from __future__ import annotations
+
+import json
+import random
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from tests.agent_toys import AimEnv, reference_model
+from tests.agent_toys import AimEnv, reference_model, write_dataset
+from tests.test_posttrain import MEASURING, small
+from wamrl import training
 from wamrl.agents.sb3 import SB3
 from wamrl.envs.base import RowsEnv
+from wamrl.measuring import Measuring
+from wamrl.training import find_state, write_state
 
 stable_baselines3 = pytest.importorskip("stable_baselines3", reason="needs the extra sb3")
 QUICK = {
     "sac": {"batch_size": 16, "learning_starts": 48, "gamma": 0.5, "policy_kwargs": {"net_arch": [16, 16]}},
     "ppo": {"batch_size": 20, "n_epochs": 2},
 }
+
+
+class Killed(BaseException):
+    pass
+
+
+def learner(name: str, **settings) -> SB3:
+    return SB3(algorithm=name, demonstrations=name == "sac", settings={**QUICK[name], **settings})
 
 
 def attached(env: RowsEnv | None = None, *, algorithm: str = "sac", decisions: int = 5, **settings) -> SB3:
@@ -57,3 +73,120 @@ def test_a_gradient_step_of_sac_is_that_of_stable_baselines3(settings):
         assert float(mine.log_ent_coef.detach()) != 0.0
     assert said[0] == pytest.approx(said[1], rel=1e-4) and mine._n_updates == plain._n_updates == 7
     assert mine.lean == ("use_sde" not in settings)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+def test_stable_baselines3_learns_in_the_same_environment(tmp_path, algorithm):
+    data = write_dataset(tmp_path / "data")
+    settings = {"learning_rate": 3e-3, "batch_size": 48, "gamma": 0.5}
+    settings |= {"learning_starts": 48} if algorithm == "sac" else {"n_epochs": 8, "n_steps": 6}
+    learner = SB3(algorithm=algorithm, demonstrations=algorithm == "sac", settings=settings)
+    model = reference_model()
+    found = small(tmp_path / "run", model=model, learner=learner, data=data, iterations=30)
+    assert found["real_steps"] == 30 * 16 * 6
+    assert found["after"]["real"]["reward"] > found["before"]["real"]["reward"] + 0.1
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in reference_model().state_dict().items())
+
+
+RESUMED = {
+    "ppo": lambda: learner("ppo"),
+    "sac": lambda: learner("sac", gradient_steps=-1, learning_starts=200),  # killed while it still acts at random
+    "sac whose buffer is full": lambda: learner("sac", buffer_size=16 * 12),
+    "sac with gSDE and a fixed entropy": lambda: learner("sac", use_sde=True, ent_coef=0.1),
+}
+
+
+@pytest.mark.parametrize("moment", ["learning", "writing"])
+@pytest.mark.parametrize("agent", RESUMED)
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, monkeypatch, agent, moment):
+    if moment == "writing" and agent != "sac":
+        pytest.skip("once is enough")
+    data = write_dataset(tmp_path / "data")
+
+    def run(folder):
+        # What a process does beside draws from the global generators, another number of times in each of them.
+        for draw in (random.random, np.random.rand, lambda: torch.rand(1)):
+            for _ in range(3 if folder == "whole" else 5):
+                draw()
+        # Five steps of episodes of six: an iteration ends within an episode.
+        how = Measuring(simulator=MEASURING.simulator, episodes=2, rows=2)
+        return small(tmp_path / folder, learner=RESUMED[agent](), data=data, decisions=5, iterations=5,
+                     evaluate_every=1, save_model=lambda *_: None, measuring=how)  # fmt: skip
+
+    whole = run("whole")
+    learn, calls = SB3.learn, []
+
+    def dies(*given):
+        calls.append(given)
+        if len(calls) == 4:
+            raise Killed
+        return learn(*given)
+
+    def dies_writing(folder, tensors, facts):
+        if facts["iteration"] < 4:
+            return write_state(folder, tensors, facts)
+        monkeypatch.setattr(training, "write_json", lambda *_: (_ for _ in ()).throw(Killed))  # the tensors are there
+        return write_state(folder, tensors, facts)
+
+    if moment == "learning":
+        monkeypatch.setattr(SB3, "learn", dies)
+    else:
+        monkeypatch.setattr("wamrl.posttraining.write_state", dies_writing)
+    with pytest.raises(Killed):
+        run("parts")
+    monkeypatch.undo()
+    assert json.loads((find_state(tmp_path / "parts" / "checkpoints") / "state.json").read_text())["iteration"] == 2
+    parts = run("parts")
+    folders = [find_state(tmp_path / name / "checkpoints") for name in ("whole", "parts")]
+    states = [load_file(folder / "state.safetensors") for folder in folders]
+    assert states[0].keys() == states[1].keys()
+    assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
+    assert whole["curve"] == parts["curve"] and whole["real_steps"] == parts["real_steps"] == 5 * 16 * 5
+    logs = [(tmp_path / name / "log.csv").read_text() for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
+    if "full" in agent:
+        assert states[0]["learner.replay_place"].tolist()[1] == 1 and len(states[0]["learner.replay.actions"]) == 12
+    elif agent != "ppo":
+        kept = states[0]["learner.replay.rewards"]
+        assert len(kept) * 16 == data.num_steps // 16 * 16 + 5 * 16 * 5  # the demonstrations, and every step since
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path):
+    data = write_dataset(tmp_path / "data")
+
+    def run(folder, iterations):
+        return small(tmp_path / folder, learner=learner("sac"), data=data, iterations=iterations, evaluate_every=2)
+
+    whole = run("whole", 6)
+    first = run("parts", 4)
+    assert [point["iteration"] for point in first["curve"]] == [0, 2, 4]
+    assert run("parts", 6)["curve"] == whole["curve"]
+    assert [point["iteration"] for point in whole["curve"]] == [0, 2, 4, 6]
+
+
+def test_the_state_of_an_earlier_version_is_refused():
+    with pytest.raises(ValueError, match="kept nothing of SB3"):
+        attached().load_state_dict({})
+    with pytest.raises(ValueError, match="only SB3's own buffer can be saved"):
+        attached(replay_buffer_class="her")
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+def test_global_generators_are_left_alone(algorithm):
+    def states():
+        return random.getstate(), [part.tolist() if hasattr(part, "tolist") else part for part in np.random.get_state()]
+
+    before = states()
+    made = attached(algorithm=algorithm)
+    made.begin(0)
+    made.learn(None)
+    assert states() == before
+
+
+def test_steps_beyond_what_was_asked_for_are_counted():
+    made = attached(algorithm="ppo", n_steps=8, batch_size=16)
+    made.begin(0)
+    assert made.learn(None)["steps"] == 4 * 8  # SB3's PPO collects whole buffers
+    made = attached(train_freq=3)
+    made.begin(0)
+    assert made.learn(None)["steps"] == 4 * 6

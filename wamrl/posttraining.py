@@ -207,6 +207,8 @@ class _Run:
             self.seconds = before + time.perf_counter() - started
             self.experience.close(for_good=self.learner.kind != "sb3")
             after = self._measure()
+            if evaluate_every and self.iteration % evaluate_every == 0 and self.curve[-1]["iteration"] < self.iteration:
+                self.curve.append(self._point(after.plain()))  # a run that is made longer would have it on its way
             self._save()
         finally:
             self.experience.close()
@@ -287,6 +289,7 @@ class _Run:
 
     def _results(self, after: Measurement, reason: str) -> dict[str, Any]:
         plain = after.plain()
+        known = self.curve[-1]["iteration"] == self.iteration > 0
         results: dict[str, Any] = {
             "name": "posttrain",
             "iterations": self.iteration,
@@ -297,7 +300,7 @@ class _Run:
             "split": self.measuring.split,
             "before": self.before,
             "after": plain,
-            "curve": [*self.curve, self._point(plain)],
+            "curve": self.curve if known else [*self.curve, self._point(plain)],
             "world": _decay(self.before.get("world_error"), after.world_error),
             "last_iteration": {name: value for name, value in self.metrics.items() if math.isfinite(value)},
             "seed": self.seed,
