@@ -2,22 +2,24 @@
 
     python -m benchmarks.posttrain                                # all variants, three seeds
     python -m benchmarks.posttrain --seeds 0 --variants expert_iteration
+    python -m benchmarks.posttrain --variants sb3_sac --steps 128000    # SB3's SAC up to there; later on, further
     python -m benchmarks.posttrain --report                       # store what is finished, whole seeds of a variant
 
 What is stored of variants that are not finished here stays, where it was run by the same commands.
 
 The weak policy is the reference model taught by three labelled demonstrations per task and 42 other episodes, for 4000
 steps. Every stage is one of the commands that users run, in a directory of its own under `--out`; a stage that is done
-is not done again, and a stopped one goes on. Settings were chosen on dev starts with seed 0; success is on test starts.
-The metrics go to benchmarks/results/posttrain.json.
+is not done again, and a stopped one goes on; SB3's SAC goes on from fewer steps to more, too, and is measured where it
+stands if that is beyond `--steps`. Settings were chosen on dev starts with seed 0; success is on test starts. The
+metrics go to benchmarks/results/posttrain.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -48,10 +50,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
             "evaluate_every=1", "agent.updates=600", *_IMITATION),
     "distil_imagined": _IMAGINED,
     "distil_shuffled": (*_IMAGINED, "agent.planner.shuffle_scores=true"),
-    "sb3_sac": ("env=metaworld/six", f"env.tasks={ENV}", "num_envs=16", "decisions=2000", "iterations=4",
-                "evaluate_every=1", "agent=sb3", "agent.algorithm=sac", "agent.demonstrations=true",
+    # Iterations of whole episodes, so that cutting them there, which makes a run resumable, cuts none.
+    "sb3_sac": ("env=metaworld/six", f"env.tasks={ENV}", "num_envs=20", "decisions=100", "evaluate_every=15",
+                "save_every=5", "agent=sb3", "agent.algorithm=sac", "agent.demonstrations=true",
                 "+agent.settings.gradient_steps=-1"),
 }  # fmt: skip
+BUDGETED = ("sb3_sac",)  # variants whose iterations are not among their settings: a longer run is the same one
+STEPS, STEPS_PER_ITERATION = 300_000, 20 * 100
 
 
 def stages(seed: int, directory: Path, variants: Sequence[str]) -> list[tuple[str, str, list[str]]]:
@@ -71,17 +76,24 @@ def stages(seed: int, directory: Path, variants: Sequence[str]) -> list[tuple[st
     return [(name, command, [*words, f"run_dir={directory / name}"]) for name, command, words in found]
 
 
-def run(seed: int, out: Path, variants: Sequence[str]) -> None:
-    """Run the missing stages of one seed; RuntimeError with the log's end when one fails."""
+def run(seed: int, out: Path, variants: Sequence[str], steps: int = STEPS) -> None:
+    """Run the missing stages of one seed; RuntimeError with the log's end when one fails.
+
+    steps: of the simulator, for variants in `BUDGETED`, rounded up to whole iterations.
+    """
     directory = out / f"seed{seed}"
     directory.mkdir(parents=True, exist_ok=True)
     for name, command, words in stages(seed, directory, variants):
         call = _call(command)
-        if name == "sb3_sac" and not stage_done(name, [*call, *words], directory):
-            shutil.rmtree(directory / name, ignore_errors=True)  # a stopped one cannot go on, and refuses its directory
         stopped = command != "collect" and (directory / name / "checkpoints" / "last").is_dir()
         resume = [*call, f"resume={directory / name}"] if stopped else None
-        run_stage(name, [*call, *words], directory, resume=resume, label=f"seed {seed}")
+        longer = False
+        if name in BUDGETED:
+            iterations = math.ceil(steps / STEPS_PER_ITERATION)
+            resume = [*(resume or [*call, *words]), f"iterations={iterations}"]
+            if stage_done(name, [*call, *words], directory):
+                longer = json.loads((directory / name / "results.json").read_text())["iterations"] < iterations
+        run_stage(name, [*call, *words], directory, resume=resume, again=longer, label=f"seed {seed}")
 
 
 def _call(command: str) -> list[str]:
@@ -92,7 +104,8 @@ def finished(out: Path, seeds: Sequence[int]) -> dict[str, dict[int, dict[str, A
     """Variant -> seed -> results.json, of the seeds that have finished a variant.
 
     Raises:
-        ValueError: one was run with other settings than those of `VARIANTS`.
+        ValueError: one was run with other settings than those of `VARIANTS`, or its seeds took different numbers of
+            steps.
     """
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for name in VARIANTS:
@@ -101,6 +114,12 @@ def finished(out: Path, seeds: Sequence[int]) -> dict[str, dict[int, dict[str, A
             *_, (_, command, words) = stages(seed, directory, [name])
             if stage_done(name, [*_call(command), *words], directory):
                 found.setdefault(name, {})[seed] = json.loads((directory / name / "results.json").read_text())
+        steps = {seed: results["real_steps"] for seed, results in found.get(name, {}).items()}
+        if name in BUDGETED and len(set(steps.values())) > 1:
+            each = ", ".join(f"{taken:,} for seed {seed}" for seed, taken in steps.items())
+            raise ValueError(
+                f"{name} took {each} steps, which are no one number; go on with --steps {max(steps.values())}"
+            )
     return found
 
 
@@ -115,10 +134,11 @@ def commits(out: Path, found: Mapping[str, Mapping[int, Any]]) -> dict[str, str]
 
 def config_of(out: Path, variants: Sequence[str]) -> dict[str, str]:
     """What was run for `variants`, by stage, as a user would type it for seed 0."""
-    return {
-        name: " ".join(("python", "-m", f"wamrl.{command}", *words)).replace(str(out), "<out>")
-        for name, command, words in stages(0, out / "seed0", variants)
-    }
+    found = {}
+    for name, command, words in stages(0, out / "seed0", variants):
+        length = [f"iterations=<real steps / {STEPS_PER_ITERATION}>"] if name in BUDGETED else []
+        found[name] = " ".join(("python", "-m", f"wamrl.{command}", *words, *length)).replace(str(out), "<out>")
+    return found
 
 
 def collect_metrics(finished: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any]:
@@ -194,13 +214,15 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS),
                         help="none: the weak models alone")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/posttrain"))
+    parser.add_argument("--steps", type=int, default=STEPS,
+                        help=f"of the simulator, for {', '.join(BUDGETED)} (default: %(default)s)")  # fmt: skip
     parser.add_argument("--report", action="store_true", help="run nothing; store the metrics of what is finished")
     arguments = parser.parse_args()
     os.chdir(ROOT)  # checkpoints record their data's path, so that it must not be one of this machine
     clock = Clock()
     if not arguments.report:
         for seed in arguments.seeds:
-            run(seed, arguments.out, arguments.variants)
+            run(seed, arguments.out, arguments.variants, arguments.steps)
     found = finished(arguments.out, arguments.seeds)
     if not found:
         parser.error(f"no variant is finished in {arguments.out}; run without --report first")

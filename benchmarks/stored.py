@@ -43,14 +43,21 @@ def stage_done(name: str, command: Sequence[str], directory: Path) -> bool:
 
 
 def run_stage(
-    name: str, command: Sequence[str], directory: Path, *, resume: Sequence[str] | None = None, label: str | None = None
+    name: str,
+    command: Sequence[str],
+    directory: Path,
+    *,
+    resume: Sequence[str] | None = None,
+    again: bool = False,
+    label: str | None = None,
 ) -> None:
     """Run a stage unless it is done, and say so in `<directory>/<name>.done`.
 
-    resume: the command that goes on with a stopped one, run in its place. label: of what is printed; None is the
+    resume: the command that goes on with a stopped one, run in its place. again: run it although it is done, which it
+    stays until then. label: of what is printed; None is the
     directory's name.
     """
-    if stage_done(name, command, directory):
+    if stage_done(name, command, directory) and not again:
         return
     seconds = run_logged(resume or command, directory / f"{name}.log", append=resume is not None)
     write_json(

@@ -7,18 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import posttrain
+from benchmarks import posttrain, stored
 
 
-def done(out: Path, name: str, seed: int, *, changed: str = "") -> None:
+def done(out: Path, name: str, seed: int, *, changed: str = "", iterations: int = 1) -> None:
     """What a finished stage leaves behind."""
     directory = out / f"seed{seed}"
     *_, (_, command, words) = posttrain.stages(seed, directory, [name])
-    (directory / name).mkdir(parents=True)
+    (directory / name).mkdir(parents=True, exist_ok=True)
     rate = {"success": 0.5, "successes": 2, "n": 4}
     real = {"real": rate, "real_by_task": {"metaworld/push-v3": rate}}
     results = {
-        "before": real, "after": real, "curve": [{"iteration": 0, "real_steps": 0, **real}], "real_steps": 10,
+        "before": real, "after": real, "curve": [{"iteration": 0, "real_steps": 0, **real}],
+        "iterations": iterations, "real_steps": 10 * iterations,
         "gain": {"difference": 0.0, "n": 4, "low": -0.5, "high": 0.5, "only_first": 1, "only_second": 1},
         "world": {"growth": 0.0}, "seconds": 1.0,
     }  # fmt: skip
@@ -50,6 +51,7 @@ def test_what_is_stored_of_other_variants_stays_where_its_commands_are_those_of_
     stored["distil_imagined"] += " agent.updates=1"
     path.write_text(json.dumps({"config": stored, "metrics": {"rft/seeds": 3, "distil_imagined/seeds": 3}}))
     config = {**posttrain.config_of(out, ["sb3_sac"]), "commits": {"sb3_sac": "c"}}
+    assert config["sb3_sac"].endswith("iterations=<real steps / 2000>")
     merged, metrics = posttrain.with_stored(path, config, {"sb3_sac/seeds": 1})
     assert metrics == {"rft/seeds": 3, "sb3_sac/seeds": 1}
     assert merged["commits"] == {"rft": "a", "sb3_sac": "c"} and merged["rft"] == stored["rft"]
@@ -62,3 +64,53 @@ def test_a_variant_that_was_run_with_other_settings_is_refused(tmp_path):
     done(tmp_path, "rft", 0, changed="agent.updates=1")
     with pytest.raises(ValueError, match="is of another command"):
         posttrain.finished(tmp_path, [0])
+
+
+def test_sac_goes_on_where_it_was_stopped_and_from_fewer_steps_to_more(tmp_path, monkeypatch):
+    ran: list[list[str]] = []
+    fails = False
+
+    def runs(command, log, *, append=False):
+        ran.append(list(command[3:]))
+        directory = tmp_path / "seed0" / "sb3_sac"
+        (directory / "checkpoints" / "last").mkdir(parents=True, exist_ok=True)
+        if fails:
+            raise RuntimeError("killed")
+        (directory / "results.json").write_text(
+            json.dumps({"iterations": int(command[-1].partition("=")[2]), "real_steps": 0})
+        )
+        return 1.0
+
+    def run(steps: int) -> list[list[str]]:
+        ran.clear()
+        posttrain.run(0, tmp_path, ["sb3_sac"], steps)
+        return ran
+
+    monkeypatch.setattr(stored, "run_logged", runs)
+    for name, command, words in posttrain.stages(0, tmp_path / "seed0", []):
+        (tmp_path / "seed0").mkdir(exist_ok=True)
+        (tmp_path / "seed0" / f"{name}.done").write_text(json.dumps({"command": [*posttrain._call(command), *words]}))
+    resume = f"resume={tmp_path / 'seed0' / 'sb3_sac'}"
+    fails = True
+    with pytest.raises(RuntimeError):
+        run(127_000)
+    assert ran[0][0].startswith("env=") and ran[0][-1] == "iterations=64"
+    fails = False
+    assert run(127_000) == [[resume, "iterations=64"]]
+    assert run(127_000) == [] and run(60_000) == []
+    fails = True
+    with pytest.raises(RuntimeError):
+        run(300_000)
+    found = posttrain.finished(tmp_path, [0])
+    assert found["sb3_sac"][0]["iterations"] == 64  # what is done stays so until the longer one is
+    fails = False
+    assert run(300_000) == [[resume, "iterations=150"]] and run(300_000) == []
+
+
+def test_seeds_of_different_lengths_are_not_pooled(tmp_path):
+    done(tmp_path, "sb3_sac", 0, iterations=150)
+    done(tmp_path, "sb3_sac", 1, iterations=64)
+    with pytest.raises(ValueError, match="1,500 for seed 0, 640 for seed 1 steps.*--steps 1500"):
+        posttrain.finished(tmp_path, [0, 1])
+    metrics = posttrain.collect_metrics(posttrain.finished(tmp_path, [1]))
+    assert metrics["sb3_sac/real_steps"] == 640
