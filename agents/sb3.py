@@ -76,13 +76,11 @@ class SB3:
         """
         import stable_baselines3
 
-        from wamrl.agents.sb3_sac import LeanSAC
-
         if self.settings.get("replay_buffer_class") is not None:
             raise ValueError("agent.settings.replay_buffer_class: only SB3's own buffer can be saved; leave it out")
         self.keys, self.tasks, self.decisions = keys, tasks if len(tasks) > 1 else (), decisions
         settings = {"device": "cpu", "seed": self.seed, "verbose": 0, **self.settings}
-        kind = LeanSAC if self.algorithm_name == "sac" else stable_baselines3.PPO
+        kind = stable_baselines3.SAC if self.algorithm_name == "sac" else stable_baselines3.PPO
         if self.algorithm_name == "ppo":
             settings.setdefault("n_steps", decisions)
         with _generators_kept():
