@@ -33,13 +33,15 @@ from wamrl.evaluation import Episode, compare, read_episodes
 BUDGETS = (512, 1536, 4608)
 SINGLE = "planner.num_candidates=72"  # of planners with one iteration: what the greatest budget allows
 RANDOM = ("proposer@planner.proposer=noise", "planner.sigma=0.5")
+_TREE = ("planner=mcts", "planner.simulations=288", "planner.num_candidates=32")
 PLANNERS: dict[str, tuple[str, ...]] = {
     "mppi": ("planner=mppi", SINGLE),
     "cem": ("planner=cem",),
     "icem": ("planner=icem",),
     "best_of_n": ("planner=best_of_n", SINGLE),
     "gradient": ("planner=gradient",),
-    "mcts": ("planner=mcts", "planner.simulations=288", "planner.num_candidates=32"),
+    "mcts": _TREE,
+    "mcts, behaviour prior": (*_TREE, "proposer@planner.proposer=policy"),
     "random proposals": ("planner=mppi", SINGLE, *RANDOM),
 }
 CURVE_EPISODES, FIRST_TEST_START = 6, 700  # starts per task and model; the first that was not read before
@@ -67,7 +69,7 @@ def jobs(seed: int, weak: Path, out: Path, only: Sequence[str]) -> list[tuple[st
         found |= {f"gate/{name}": run for name, run in GATED.items()}
     if "curve" in only:
         for name, overrides in PLANNERS.items():
-            for budget in BUDGETS[:2] if name == "mcts" else BUDGETS:  # simulations come one after the other: slow
+            for budget in BUDGETS[:2] if _TREE[0] in overrides else BUDGETS:  # simulations come one after the other: slow
                 methods = "planner,shuffled" if budget == SHUFFLED_BUDGET else "planner"
                 found[f"curve/{name}/{budget}"] = (
                     CURVE_EPISODES, methods, (*overrides, f"controller.evaluations={budget}")
