@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from unittest import SkipTest
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from wamrl.planners.conformance import (
     execute,
     linear_system,
     rows_do_not_influence_each_other,
+    what_an_early_stop_saves_is_not_spent,
 )
 from wamrl.planners.toys import NoisyWAM, observation
 from wamrl.planners.tree import Tree
@@ -173,6 +175,11 @@ SUBJECTS = {
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_every_planner_conforms(name: str, check) -> None:
     check(SUBJECTS[name])
+
+
+def test_a_check_that_does_not_apply_is_skipped() -> None:
+    with pytest.raises(SkipTest, match="no `unstopped`"):
+        what_an_early_stop_saves_is_not_spent(Subject(cem))
 
 
 # What a gate asks of a model that draws is drawn with the rows' own keys. Thresholds let about half of them through.
