@@ -610,6 +610,14 @@ def test_a_budget_without_room_for_one_candidate_is_refused_before_the_first_pla
     assert policy.log[0]["evaluations"] == least
 
 
+def test_a_tree_that_could_never_reuse_what_it_keeps_is_refused() -> None:
+    planner = make_mcts(chunk=2, depth=1, reuse=True)
+    for controller in (PlannerPolicy, AdaptivePolicy):
+        assert controller(integrator(), planner, replan_every=None).replan_every == 2
+    with pytest.raises(ValueError, match="of 2 steps, but replan_every is 1.*set controller.replan_every=2, or"):
+        PlannerPolicy(integrator(), planner, replan_every=1)
+
+
 def test_a_policy_that_proposes_nan_is_refused() -> None:
     model = quadratic(TARGET, gain=torch.full((2, 1), math.nan))
     with pytest.raises(ValueError, match=r"NaN or infinite actions in row\(s\) \[0, 1\].*numbers up to 0;"):
