@@ -8,14 +8,13 @@ Shapes: R rows, N candidates, K elites, H steps, A action dims.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from wamrl.interfaces import Gate, Scorer
-from wamrl.naming import whole_number
+from wamrl.naming import is_number, whole_number
 from wamrl.planners.elites import EliteProposer, check_elites
 from wamrl.planners.gates import Always
 from wamrl.planners.proposers import MakeProposer, check_sigma, make_proposer
@@ -31,10 +30,12 @@ def cem_refit(*, num_elites: int = 8, momentum: float = 0.0, min_sigma: float = 
     units; the search never becomes narrower. Where a budget leaves fewer candidates than `num_elites`, all are elites.
     """
     whole_number("planner.num_elites", num_elites, 1)
-    if not 0.0 <= momentum < 1.0:
-        raise ValueError(f"planner.momentum is {momentum}, but must be in [0, 1): the share of the old mean that stays")
-    if not math.isfinite(min_sigma) or min_sigma < 0:
-        raise ValueError(f"planner.min_sigma is {min_sigma}, but must be a finite number of at least 0")
+    if not is_number(momentum) or not 0.0 <= momentum < 1.0:
+        raise ValueError(
+            f"planner.momentum is {momentum!r}, but must be in [0, 1): the share of the old mean that stays"
+        )
+    if not is_number(min_sigma) or min_sigma < 0:
+        raise ValueError(f"planner.min_sigma is {min_sigma!r}, but must be a finite number of at least 0")
 
     def refit(actions: Tensor, scores: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         best = scores.topk(min(num_elites, scores.shape[1]), dim=1)

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from wamrl.interfaces import WAM, Budget, Plan, PlanState, State
-from wamrl.naming import whole_number
+from wamrl.naming import is_number, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.cem import make_cem
 from wamrl.planners.deadlines import KEPT_BACK, check_deadline
 from wamrl.planners.gates import foresight_steps, memory_after
 from wamrl.planners.scorers import check_comparable, permutation
-from wamrl.planners.shooting import ShootingPlanner
+from wamrl.planners.shooting import ShootingPlanner, check_stop_change
 
 _STEP = 3.0
 """A step forward and backward takes about that many times as long as the pass forward alone."""
@@ -62,12 +62,11 @@ class GradientPlanner:
                 f"planner.num_starts is {self.num_starts}, but the search that gives the starts has only "
                 f"{self.start.num_candidates} candidates"
             )
-        if not math.isfinite(self.learning_rate) or self.learning_rate <= 0:
+        if not is_number(self.learning_rate) or self.learning_rate <= 0:
             raise ValueError(
-                f"planner.learning_rate is {self.learning_rate}, but must be above 0 (actions span [-1, 1])"
+                f"planner.learning_rate is {self.learning_rate!r}, but must be a number above 0 (actions span [-1, 1])"
             )
-        if self.stop_change is not None and not self.stop_change >= 0:
-            raise ValueError(f"planner.stop_change is {self.stop_change!r}, but must be at least 0, or null")
+        check_stop_change(self.stop_change, compile=False)
         check_comparable(self.start.scorer, "a gradient planner compares its steps")
 
     @property

@@ -11,7 +11,6 @@ Shapes: B rows, R rows that are searched, C slots for children, M sampled future
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -25,7 +24,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from wamrl.interfaces import WAM, Budget, Context, Gate, Imagined, Plan, PlanState, Proposal, State, TreeProposer
-from wamrl.naming import unknown_name, whole_number
+from wamrl.naming import is_number, unknown_name, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.deadlines import KEPT_BACK, check_deadline
 from wamrl.planners.gates import Always, ask, check_search_cost, device_of, fresh_memory, gate_cost, memory_after
@@ -42,9 +41,9 @@ from wamrl.planners.running import ModelClock, compiled, every_padding, padded, 
 from wamrl.planners.scorers import ReturnScorer, asked_of
 from wamrl.planners.shooting import (
     FAILURES,
-    NonFinitePlanError,
     check_stop_change,
     count_plans,
+    failures_unreported,
     policy_chunk,
     report_failure,
 )
@@ -139,14 +138,14 @@ class MCTSPlanner:
             raise unknown_name("planner.backup", str(self.backup), BACKUPS)
         if self.on_failure not in FAILURES:
             raise unknown_name("on_failure", str(self.on_failure), FAILURES)
-        if not math.isfinite(self.gumbel_scale) or self.gumbel_scale < 0:
-            raise ValueError(f"planner.gumbel_scale is {self.gumbel_scale}, but must be at least 0; 1 explores")
-        if not math.isfinite(self.reuse_tolerance) or self.reuse_tolerance < 0:
-            raise ValueError(f"planner.reuse_tolerance is {self.reuse_tolerance}, but must be at least 0")
-        if not math.isfinite(self.widening) or self.widening <= 0:
-            raise ValueError(f"planner.widening is {self.widening}, but must be above 0; 1 is usual")
-        if not 0.0 <= self.widening_power <= 1.0:
-            raise ValueError(f"planner.widening_power is {self.widening_power}, but must be in [0, 1]; 0.5 is usual")
+        if not is_number(self.gumbel_scale) or self.gumbel_scale < 0:
+            raise ValueError(f"planner.gumbel_scale is {self.gumbel_scale!r}, but must be a number from 0; 1 explores")
+        if not is_number(self.reuse_tolerance) or self.reuse_tolerance < 0:
+            raise ValueError(f"planner.reuse_tolerance is {self.reuse_tolerance!r}, but must be a number from 0")
+        if not is_number(self.widening) or self.widening <= 0:
+            raise ValueError(f"planner.widening is {self.widening!r}, but must be a number above 0; 1 is usual")
+        if not is_number(self.widening_power) or not 0.0 <= self.widening_power <= 1.0:
+            raise ValueError(f"planner.widening_power is {self.widening_power!r}, but must be in [0, 1]; 0.5 is usual")
         check_stop_change(self.stop_change, self.compile)
         check_part("gate", self.gate)
         if not isinstance(self.proposer, TreeProposer):
@@ -300,7 +299,7 @@ class MCTSPlanner:
         for part, key in every_padding(state, noise):
             rows = torch.arange(key.row.shape[0], device=key.row.device)
             fresh = self.initial_state(model, rows.numel())
-            with contextlib.suppress(NonFinitePlanError):  # which the plan itself will tell of
+            with failures_unreported():
                 self._search(ModelClock(model), part, fresh, key, rows, simulations, time.perf_counter(), None)
 
     # ---- before the search -----------------------------------------------------------------------------------------
@@ -567,11 +566,12 @@ class MCTSPlanner:
     def _propose(self, model: WAM, state: State, slots: Tensor, offsets: Tensor, noise: NoiseKey) -> Proposal:
         """The proposer's chunks [X, N, H, A] for the edges `slots` [X, N] of the states [X]; NaN where not finite."""
         proposal = self.proposer.edges(model, state, slots, offsets, noise.fold(0))
-        steps = proposal.actions.shape[2]
-        if steps != self.chunk:
+        shape, asked = [*proposal.actions.shape], [*slots.shape, self.chunk, model.spec.action_dim]
+        if shape != asked:
+            longer = len(shape) == 4 and shape[2] != self.chunk
             raise ValueError(
-                f"planner.chunk is {self.chunk}, but {type(self.proposer).__name__} proposes chunks of {steps} steps; "
-                f"set planner.chunk={steps}"
+                f"{type(self.proposer).__name__} proposes edges of shape {shape}, but was asked for {asked}: rows, "
+                "edges of each, steps of a chunk, action dims" + (f"; set planner.chunk={shape[2]}" if longer else "")
             )
         # Clamped, infinity would be an action like others; NaN stays, and closes the edge.
         finite = proposal.actions.where(proposal.actions.isfinite(), math.nan)

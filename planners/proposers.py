@@ -254,6 +254,8 @@ class NoiseProposer:
 class SampleProposer:
     """Candidate 0 is the policy's deterministic chunk, the others are samples of the policy.
 
+    So it is at a tree's root, where that has several edges; all edges of the nodes below are samples.
+
     horizon: H steps, at most the model's chunk length. sigma, basis: not read, how far samples spread is the policy's
     own affair; they are there because planners make all proposers alike, see `MakeProposer`.
     """
@@ -287,12 +289,24 @@ class SampleProposer:
             check_steps(part, self.horizon)
         if len(parts) == 1:
             return parts[0]
-        calm, others = parts
-        imagined = None
-        if calm.imagined is not None and others.imagined is not None:
-            imagined = join_imagined(calm.imagined, others.imagined)
-        return Proposal(actions=torch.cat([calm.actions, others.actions], dim=1), imagined=imagined)
+        return _joined(*parts)
 
     def edges(self, model: WAM, state: State, slots: Tensor, perturbation: Tensor, noise: NoiseKey) -> Proposal:
-        """Samples [R, N, H, A] of the policy in every slot, 0 too; see `wamrl.interfaces.TreeProposer`."""
-        return model.propose(state, slots.shape[1], mode="sde", noise=noise, horizon=self.horizon)
+        """Chunks [R, N, H, A] as in `__call__`, but where there is one alone it is a sample, in slot 0 too.
+
+        A policy answers either deterministically or by samples: which one a slot wants would take both, in every
+        simulation. See `wamrl.interfaces.TreeProposer`.
+        """
+        num = slots.shape[1]
+        if num == 1:
+            return model.propose(state, 1, mode="sde", noise=noise, horizon=self.horizon)
+        calm = model.propose(state, 1, mode="ode", noise=noise.fold(0), horizon=self.horizon)
+        return _joined(calm, model.propose(state, num - 1, mode="sde", noise=noise, horizon=self.horizon))
+
+
+def _joined(first: Proposal, second: Proposal) -> Proposal:
+    """The candidates of two proposals for the same rows, one after the other; imagined where both are."""
+    imagined = None
+    if first.imagined is not None and second.imagined is not None:
+        imagined = join_imagined(first.imagined, second.imagined)
+    return Proposal(actions=torch.cat([first.actions, second.actions], dim=1), imagined=imagined)

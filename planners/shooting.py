@@ -12,7 +12,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
@@ -22,7 +22,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from wamrl.interfaces import WAM, Budget, Gate, Imagined, Plan, PlanState, Proposal, Proposer, Scorer, State
-from wamrl.naming import unknown_name, whole_number
+from wamrl.naming import is_number, unknown_name, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.deadlines import KEPT_BACK, Pace, check_deadline, in_blocks
 from wamrl.planners.gates import (
@@ -245,11 +245,13 @@ class ShootingPlanner:
         if not self.compile:
             return
         num, iterations, _ = self._fit(model, budget)
+        if budget.deadline_s is not None and iterations == 1:
+            return
         deadline_s = None if budget.deadline_s is None else math.inf  # in parts as well, but all of them
         for part, key in every_padding(state, noise):
             rows = key.row.shape[0]
             limits = _Limits(num, iterations, time.perf_counter(), deadline_s, rows)
-            with contextlib.suppress(NonFinitePlanError):  # which the plan itself will tell of
+            with failures_unreported():
                 self._search(ModelClock(model), part, self.initial_state(model, rows), key, limits)
 
     def _fit(self, model: WAM, budget: Budget) -> tuple[int, int, int]:
@@ -612,11 +614,19 @@ def report_failure(failed: Tensor, candidates: int, on_failure: str, at: Tensor 
     warnings.warn(f"zero actions in {len(error.rows)} row(s): {error}", RuntimeWarning, stacklevel=3)
 
 
+@contextlib.contextmanager
+def failures_unreported() -> Iterator[None]:
+    """Within it `report_failure` neither raises nor warns; for searches before a plan, which will tell of it itself."""
+    with contextlib.suppress(NonFinitePlanError), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "zero actions in", RuntimeWarning)
+        yield
+
+
 def check_stop_change(stop_change: float | None, compile: bool) -> None:
     """ValueError for what is no `stop_change`, or goes with nothing compiled."""
     if stop_change is None:
         return
-    if not 0 <= stop_change < math.inf:
+    if not is_number(stop_change) or stop_change < 0:
         raise ValueError(f"planner.stop_change is {stop_change!r}, but must be a finite number from 0, or null")
     if compile:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from importlib import resources
 
@@ -98,7 +99,9 @@ def test_shuffled_gradients_lose() -> None:
         ("num_starts", 0, "num_starts is 0"),
         ("num_starts", 65, "only 64 candidates"),
         ("learning_rate", 0.0, "learning_rate is 0"),
+        ("learning_rate", "0.1", "learning_rate is '0.1', but must be a number"),
         ("stop_change", -1.0, "stop_change is -1"),
+        ("stop_change", math.inf, "stop_change is inf, but must be a finite number"),
         ("start", make_best_of_n(scorer=ReturnScorer(risk="improvement")), "compares its steps"),
         ("start", make_mcts(), "start is MCTSPlanner, but has to be a search that samples whole chunks"),
     ],

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import math
+import re
 import shutil
 from functools import partial
 from importlib import resources
@@ -460,6 +461,10 @@ def test_shuffled_choices_lose() -> None:
         ({"scorer": ReturnScorer(success_value_weight=2.0)}, "success_value_weight is 2.0, but a tree"),
         ({"scorer": ReturnScorer(value_weight=0, reward_weight=0, success_weight=0)}, "are all 0: no candidate"),
         ({"on_failure": "ignore"}, "Known: hold, raise"),
+        ({"gumbel_scale": "1"}, "gumbel_scale is '1', but must be a number from 0"),
+        ({"reuse_tolerance": True}, "reuse_tolerance is True, but must be a number from 0"),
+        ({"widening": "1"}, "widening is '1', but must be a number above 0"),
+        ({"widening_power": "0.5"}, "widening_power is '0.5', but must be in"),
         ({"stop_change": -0.1}, "stop_change is -0.1, but must be a finite number from 0"),
         ({"stop_change": 0.1, "compile": True}, "stop_change drops rows.*planner.compile=true would compile anew"),
     ],
@@ -595,7 +600,7 @@ def test_samples_of_the_policy_and_their_futures_draw_from_different_keys() -> N
     drawn = [
         (key.fold(i).normal(4) if fold else key.normal(4)).tolist() for key in keys for fold, i in ((0, 0), (1, 1))
     ]
-    assert len(keys) == 10 and len({str(numbers) for numbers in drawn}) == len(drawn)
+    assert len(keys) == 11 and len({str(numbers) for numbers in drawn}) == len(drawn)
 
 
 # ---------------------------------------------------------------------------------------------------- proposers
@@ -662,12 +667,26 @@ def test_edges_around_zero_need_no_policy_and_may_be_longer_than_its_chunks():
         make_mcts(**SMALL).initial_state(drifting(leave_out=("policy",)), 1)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 2, 2), (1, 4, 2, 2), (2, 4, 2, 1), (2, 4, 4), (2, 4, 3, 2)])
+def test_edges_of_another_shape_than_was_asked_for_are_refused(shape):
+    class Others(Corners):
+        def edges(self, *arguments):
+            return Proposal(actions=torch.zeros(shape))
+
+    hint = "; set planner.chunk=3" if shape == (2, 4, 3, 2) else "action dims$"
+    message = re.escape(f"Others proposes edges of shape {list(shape)}, but was asked for [2, 4, 2, 2]") + ".*" + hint
+    with pytest.raises(ValueError, match=message):
+        plan_once(make_mcts(**SMALL, proposer=Others), drifting(), torch.zeros(2, 2))
+
+
 def test_samples_of_the_policy_are_edges_as_they_are():
     model, z = drifting(spread=0.3), torch.ones(2, 2)
     one, _ = plan_once(make_mcts(**SMALL, proposer=SampleProposer, sigma=0.5), model, z)
     other, _ = plan_once(make_mcts(**SMALL, proposer=SampleProposer, sigma=0.1), model, z)
     assert torch.equal(one.candidates, other.candidates)  # spread is the policy's own affair
-    assert 0.05 < (one.candidates - model.propose(model.state(z), 1, mode="ode").actions[:, :, :2]).std() < 0.6
+    policy = model.propose(model.state(z), 1, mode="ode").actions[:, :, :2]
+    assert torch.equal(one.candidates[:, :1], policy)  # the root's first edge is the deterministic chunk
+    assert 0.05 < (one.candidates[:, 1:] - policy).std() < 0.6 and (one.candidates[:, 1:] != policy).all()
 
 
 def test_part_of_a_roots_edges_follow_the_behaviour_prior_where_that_is_asked_for():

@@ -42,7 +42,7 @@ from wamrl.planners import (
 )
 from wamrl.planners.conformance import plan_once
 from wamrl.planners.scorers import asked_of, reduce_guesses
-from wamrl.planners.toys import TabularWAM, ToyWAM, quadratic
+from wamrl.planners.toys import BrokenWAM, TabularWAM, ToyWAM, quadratic
 
 TARGET = torch.tensor([0.3, -0.6])
 CONFIGS = resources.files("wamrl.configs")
@@ -499,6 +499,28 @@ def test_what_a_plan_with_a_deadline_runs_is_compiled_before(kind, monkeypatch) 
     for gate.number in range(6):
         planner.plan(model, state, planner.initial_state(model, 5), noise, budget)
     assert shapes and set(shapes) <= before
+
+
+def test_nothing_is_warmed_up_where_a_deadline_leaves_nothing_compiled(monkeypatch) -> None:
+    monkeypatch.setattr("wamrl.planners.shooting.require_compiler", lambda: None)
+    model, noise = quadratic(TARGET), NoiseKey.for_rows(5)
+    make_mppi(compile=True).warm_up(model, model.state(torch.zeros(5, 1)), noise, Budget(deadline_s=60.0))
+    assert not any(model.counts.values())
+
+
+@pytest.mark.parametrize("kind", ["shooting", "mcts"])
+def test_a_model_that_breaks_is_left_to_the_plan_to_tell_of(kind, monkeypatch) -> None:
+    """Nothing is executed of what is compiled before; pytest makes errors of warnings."""
+    monkeypatch.setattr(f"wamrl.planners.{kind}.compiled", lambda function, **options: function)
+    monkeypatch.setattr(f"wamrl.planners.{kind}.require_compiler", lambda: None)
+    model, noise, budget = BrokenWAM(TARGET, lambda z, a: a[..., 0] < 9.0, math.nan), NoiseKey.for_rows(1), Budget()
+    for on_failure in ("hold", "raise"):
+        planner = (
+            make_cem(proposer=NoiseProposer, compile=True, on_failure=on_failure) if kind == "shooting"
+            else make_mcts(simulations=8, num_candidates=4, compile=True, on_failure=on_failure)
+        )  # fmt: skip
+        planner.warm_up(model, model.state(torch.zeros(1, 1)), noise, budget)
+    assert model.counts["transitions"] > 0
 
 
 def test_more_graphs_are_compiled_than_torch_has_by_default(monkeypatch) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 
 class RunError(RuntimeError):
@@ -39,6 +40,11 @@ def near_checkpoints(name: str) -> list[str]:
     }
     near = difflib.get_close_matches(path.name.removesuffix(suffix), beside, n=3, cutoff=0.5)
     return [beside[key] for key in near]
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether `value` is a finite number, and not True or False."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def whole_number(name: str, value: Any, least: int) -> int:

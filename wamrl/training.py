@@ -33,7 +33,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from wamrl.files import atomic_path, write_json, write_tensors
 from wamrl.interfaces import WAM, Context
-from wamrl.naming import RunError, whole_number
+from wamrl.naming import RunError, is_number, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.provenance import has_cpp_compiler
 
@@ -51,10 +51,6 @@ class WindowSource(Protocol):
 
 class TrainingDiverged(RunError):
     """Loss or gradient stayed NaN or infinite; the last good state is kept on disk."""
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -100,14 +96,14 @@ class TrainingOptions:
         for name, zero in (("learning_rate", False), ("clip_norm", False), ("final_learning_rate", True),
                            ("warmup_steps", True), ("weight_decay", True)):  # fmt: skip
             value = getattr(self, name)
-            if not (_is_number(value) and (value > 0 or (zero and value == 0))):
+            if not (is_number(value) and (value > 0 or (zero and value == 0))):
                 raise ValueError(f"{name} is {value!r}, expected {'0 or more' if zero else 'a number above 0'}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed is {self.seed!r}, expected a whole number")
         for name in ("compile", "tensorboard"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected true or false")
-        if not (_is_number(self.ema) and 0.0 <= self.ema < 1.0):
+        if not (is_number(self.ema) and 0.0 <= self.ema < 1.0):
             raise ValueError(f"ema is {self.ema!r}, expected a decay from 0 (no average) to below 1, such as 0.995")
         if self.final_learning_rate > self.learning_rate:
             raise ValueError(
@@ -116,7 +112,7 @@ class TrainingOptions:
             )
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"precision is '{self.precision}', expected auto, float32 or bfloat16")
-        if self.max_seconds is not None and not (_is_number(self.max_seconds) and self.max_seconds > 0):
+        if self.max_seconds is not None and not (is_number(self.max_seconds) and self.max_seconds > 0):
             raise ValueError(f"max_seconds is {self.max_seconds!r}, expected a time above 0, or null for no limit")
         if self.threads is not None:
             whole_number("threads", self.threads, 1)
