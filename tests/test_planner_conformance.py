@@ -165,7 +165,9 @@ SUBJECTS = {
         unstopped=lambda horizon: mcts(horizon, search="puct"),
     ),
     "mcts around zero": Subject(lambda horizon: mcts(horizon, proposer=NoiseProposer), regret=0.12, gap=0.2),
-    "mcts of samples": Subject(lambda horizon: mcts(horizon, proposer=SampleProposer), regret=0.12, gap=0.25),
+    "mcts of samples": Subject(
+        lambda horizon: mcts(horizon, proposer=SampleProposer), local=True, regret=0.12, gap=0.25
+    ),
     "mcts, puct, with reuse": Subject(reusing, regret=0.12, gap=0.2, whole_chunks=True),
     **{f"{name} as shipped": shipped(name) for name in ("mppi", "cem", "icem", "best_of_n", "gradient", "mcts")},
 }  # fmt: skip
