@@ -304,17 +304,14 @@ def judging_wams(result: Mapping[str, Any]) -> str:
 
 
 def judges(result: Mapping[str, Any]) -> str:
-    """How well each way of judging agrees with the simulator, over the independent policies, in each WAM."""
-    metrics, rows, wams = result["metrics"], [], _wams(result)
+    """How well each way of judging by the first WAM agrees with the simulator, over the independent policies."""
+    metrics, rows = result["metrics"], []
     columns = (*_JUDGED_BY, ("recall", 1.0, 2), ("false_positive_rate", 1.0, 2))
-    for wam, prefix in wams.items():
-        start = f"{prefix}judges/"
-        for key in metrics:
-            if key.startswith(start) and key.endswith("/pearson"):
-                name = key.removeprefix(start).removesuffix("/pearson")
-                label = name.replace("_", " ") + ("" if len(wams) == 1 else f", {wam}")
-                found = [_value(metrics[f"{start}{name}/{key}"], scale, digits) for key, scale, digits in columns]
-                rows.append([label, *found])
+    for key in metrics:
+        if key.startswith("judges/") and key.endswith("/pearson"):
+            name = key.removeprefix("judges/").removesuffix("/pearson")
+            found = [_value(metrics[f"judges/{name}/{key}"], scale, digits) for key, scale, digits in columns]
+            rows.append([name.replace("_", " "), *found])
     return _grid(["judge", "Pearson", "MMRV", "gap, points", "kappa", "recall", "false positives"], rows)
 
 
