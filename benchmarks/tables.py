@@ -19,6 +19,7 @@ from benchmarks.stored import RESULTS, ROOT
 from wamrl import fast_wam
 from wamrl.files import write_text
 from wamrl.naming import unknown_name
+from wamrl.report import short
 
 PAGES = ("README.md", "docs/*.md")
 BLOCK = re.compile(r"(<!-- table: (?P<name>[a-z_]+) -->\n)(?P<body>.*?)(<!-- end table -->)", re.DOTALL)
@@ -285,7 +286,7 @@ def _value(value: Any, scale: float = 1.0, digits: int = 2) -> str:
     return f"{scale * value['mean']:.{digits}f}{bounds}"
 
 
-_JUDGED_BY = (("pearson", 1.0, 2), ("mmrv", 1.0, 3), ("gap", 100.0, 1), ("kappa", 1.0, 2))
+_JUDGED_BY = (("pearson", 1.0, 3), ("mmrv", 1.0, 3), ("gap", 100.0, 1), ("kappa", 1.0, 2))
 
 
 def judging_wams(result: Mapping[str, Any]) -> str:
@@ -297,9 +298,21 @@ def judging_wams(result: Mapping[str, Any]) -> str:
         found = [_value(metrics[f"{prefix}{scope}/{key}"], scale, digits) for key, scale, digits in _JUDGED_BY]
         found += [_value(metrics[f"{prefix}{scope}/false_positive_rate"])]
         found += [str(metrics[f"{prefix}mean/open_loop_sustained_steps"])]
-        found += [_value(metrics[f"{prefix}cost/imagined_share_of_real"])]
+        found += [_value(metrics[f"{prefix}cost/imagined_share_of_real"], digits=3)]
         rows.append([name, ", ".join(about.get(name, {}).get("observation", [])), *found])
     head = ["WAM", "reads", "Pearson", "MMRV", "gap, points", "kappa", "false positives", "H*, steps", "cost"]
+    return _grid(head, rows)
+
+
+def judged_tasks(result: Mapping[str, Any]) -> str:
+    """How well each WAM judges on each task, over all policies."""
+    metrics, rows = result["metrics"], []
+    for name, prefix in _wams(result).items():
+        for task in map(short, result["config"]["tasks"]):
+            found = [_value(metrics[f"{prefix}{task}/{key}"], scale, digits) for key, scale, digits in _JUDGED_BY]
+            found.append(f"{100 * metrics[f'{prefix}{task}/bias']:+.1f}")
+            rows.append([name, task, *found, _value(metrics[f"{prefix}{task}/false_positive_rate"])])
+    head = ["WAM", "task", "Pearson", "MMRV", "gap, points", "kappa", "bias, points", "false positives"]
     return _grid(head, rows)
 
 
@@ -507,6 +520,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "judged": ("policy_evaluation", judged),
     "judges": ("policy_evaluation", judges),
     "judging_wams": ("policy_evaluation", judging_wams),
+    "judged_tasks": ("policy_evaluation", judged_tasks),
     "collection": ("collect_speed", collection),
     "adapter": ("envs", adapter),
     "env_speed": ("envs", env_speed),

@@ -124,6 +124,11 @@ def _results(imagined: float, real: float = 0.5, protocol: str = "aaaa") -> dict
     }  # fmt: skip
 
 
+def _pushed(metrics: dict) -> dict:
+    """Metrics in which the agreement over all tasks is also that on push."""
+    return metrics | {key.replace("all/", "push/"): value for key, value in metrics.items() if "all/" in key}
+
+
 def test_judges_are_stored_and_shown_side_by_side():
     metrics = bench.side_by_side({"six": _results(0.6), "pixels": _results(0.7)})
     alone = bench.metrics_of(_results(0.6))
@@ -131,15 +136,30 @@ def test_judges_are_stored_and_shown_side_by_side():
     assert metrics["wam/pixels/mean/a/imagined_success"]["mean"] == 0.7
     assert "wam/pixels/mean/a/real_success" not in metrics  # once is enough
     about = {"six": {"observation": ["state"]}, "pixels": {"observation": ["pixels", "state"]}}
-    stored = {"metrics": metrics, "config": {"wam": "six", "wams": about, "origins": {"a": "independent"}}}
+    config = {"wam": "six", "wams": about, "origins": {"a": "independent"}, "tasks": ["metaworld/push-v3"]}
+    stored = {"metrics": metrics, "config": config}
     assert "| a | 50.0 [10.0, 90.0] | 60.0 [10.0, 90.0] | +10 | 70.0 [10.0, 90.0] | +20 |" in tables.judged(stored)
     assert "imagined by pixels, %" in tables.judged(stored)
+    assert [
+        row.split(" | ")[:2] for row in tables.judged_tasks({**stored, "metrics": _pushed(metrics)}).splitlines()[2:]
+    ] == [
+        ["| six", "push"],
+        ["| pixels", "push"],
+    ]
     rows = tables.judging_wams(stored).splitlines()[2:]
     assert rows[1] == "| pixels | pixels, state | " + " | ".join(
-        ["0.90 [0.50, 1.00]", "0.900 [0.500, 1.000]", "90.0 [50.0, 100.0]", "0.90 [0.50, 1.00]", "0.70", "7", "0.50 |"]
+        [
+            "0.900 [0.500, 1.000]",
+            "0.900 [0.500, 1.000]",
+            "90.0 [50.0, 100.0]",
+            "0.90 [0.50, 1.00]",
+            "0.70",
+            "7",
+            "0.500 |",
+        ]
     )
     assert tables.judges(stored).splitlines()[2:] == [
-        "| judge | 0.60 | 0.100 | 10.0 | 0.50 | 0.50 | 0.10 |"  # the ways of judging by the first one alone
+        "| judge | 0.600 | 0.100 | 10.0 | 0.50 | 0.50 | 0.10 |"  # the ways of judging by the first one alone
     ]
     del stored["config"]["wams"]  # as a result of one judge was stored before
     assert len(tables.judging_wams(stored).splitlines()) == 3 and "imagined, %" in tables.judged(stored)

@@ -383,9 +383,13 @@ def _real(
         "starts": [start.index for start in starts],
         "seed": settings["seed"],
         "max_steps": bench.max_steps,
-        # Images cost time and change nothing of what happens.
-        "env": {k: v for k, v in settings["env"].items() if k not in ("tasks", "pixels", "camera")},
-        "versions": {k: str(versions.get(k)) for k in ("mujoco", "metaworld")},
+        # Images cost time, and change nothing of what policies do that read none.
+        "env": {
+            k: v
+            for k, v in settings["env"].items()
+            if k != "tasks" and (entrant.images or k not in ("pixels", "camera"))
+        },
+        "versions": {k: str(versions.get(k)) for k in ("wamrl", "commit", "torch", "mujoco", "metaworld")},
         "keys": drift,
         "timed": timed,
     }

@@ -51,7 +51,7 @@ class Entrant:
 
     content_hash, provenance: of the checkpoint behind it, None for others. wam, planner: its name and the import path
     of the planner that acts in it, "" where there is none. settings: what decides how it acts, beside its start state:
-    its description, and hashes of the files that it is made of.
+    its description, and hashes of the files that it is made of. images: whether it may read some.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Entrant:
     wam: str = ""
     planner: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    images: bool = True
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _from_word(word: str) -> dict[str, Any]:
 def _entrant(given: dict[str, Any], around: Surroundings) -> Entrant:
     kind = given["kind"]
     content, provenance, wam, planned = None, None, "", ""
-    default = kind
+    default, images = kind, kind not in ("expert", "random")
     settings = {key: value for key, value in given.items() if key not in ("name", "origin")}
     settings["seed"] = around.seed
     policy: Policy
@@ -165,6 +166,7 @@ def _entrant(given: dict[str, Any], around: Surroundings) -> Entrant:
         wam = str(given.get("checkpoint") or around.wam)
         metadata = checkpoint.read_metadata(wam)
         content, provenance = metadata.content_sha256, metadata.provenance
+        images = any(len(shape) == 3 for shape in metadata.spec.observation.values())
         settings["device"] = around.device
         _check_fits(wam, metadata.spec.action_dim, metadata.spec.tasks, around)
         model = checkpoint.load(wam, device=around.device, policy=given.get("policy"))
@@ -207,6 +209,7 @@ def _entrant(given: dict[str, Any], around: Surroundings) -> Entrant:
         wam=wam,
         planner=planned,
         settings={**settings, "content_hash": content},
+        images=images,
     )
 
 
