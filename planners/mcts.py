@@ -183,6 +183,11 @@ class MCTSPlanner:
         """H steps of the chunk that is chosen, the most that can be executed before the next plan."""
         return self.chunk
 
+    @property
+    def whole_chunk(self) -> int | None:
+        """Steps that have to be executed for the subtree to be kept; None where none is."""
+        return self.chunk if self.reuse else None
+
     def check(self, model: WAM) -> None:
         """ValueError when `model` does not answer what this planner asks, or not as far ahead."""
         spec = model.spec

@@ -37,7 +37,6 @@ from wamrl.interfaces import (
 from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.gates import device_of, surprise
-from wamrl.planners.mcts import MCTSPlanner
 from wamrl.planners.shooting import NonFinitePlanError
 
 LOG_LENGTH = 10_000
@@ -241,8 +240,8 @@ class PlannerPolicy(_ChunkPolicy):
     planner's noise. on_plan: called after every plan. goal: what each row's observation shall look like; models that
     answer "goal" encode it with the observation.
 
-    Raises ValueError for a goal that no scorer reads, or a scorer that reads a goal where there is none, and for a tree
-    with `reuse` of whose chunks not all steps are executed.
+    Raises ValueError for a goal that no scorer reads, or a scorer that reads a goal where there is none, and for a
+    planner that goes on from whole chunks only (`whole_chunk`) where not all of their steps are executed.
 
     log: one dict per plan, of the latest `LOG_LENGTH`: encode_s (all since the plan before), imagine_s, search_s,
     plan_s (their sum; seconds for all rows together), evaluations (of all rows together), rows (how many were planned),
@@ -268,11 +267,12 @@ class PlannerPolicy(_ChunkPolicy):
     ) -> None:
         horizon = getattr(planner, "horizon", model.spec.max_horizon)
         super().__init__(model, replan_every=replan_every, seed=seed, longest=horizon)
-        if isinstance(planner, MCTSPlanner) and planner.reuse and self.replan_every != planner.chunk:
+        whole = getattr(planner, "whole_chunk", None)
+        if whole is not None and self.replan_every != whole:
             raise ValueError(
-                f"planner.reuse goes on from a chunk that was executed as a whole, of {planner.chunk} steps, but "
-                f"replan_every is {self.replan_every}, so that no subtree would ever be kept; set "
-                f"controller.replan_every={planner.chunk}, or planner.reuse=false"
+                f"planner.reuse goes on from a chunk that was executed as a whole, of {whole} steps, but "
+                f"replan_every is {self.replan_every}, so that nothing would ever be kept; set "
+                f"controller.replan_every={whole}, or planner.reuse=false"
             )
         if evaluations is not None:
             whole_number("evaluations", evaluations, 1)

@@ -465,7 +465,8 @@ class Planner(Protocol):
     """Pure: the same arguments give the same plan, and rows do not influence each other.
 
     A planner may have `check_budget(model, budget)`, which raises ValueError for a budget too small for any plan:
-    controllers ask it when they are made.
+    controllers ask it when they are made. One that carries over what only holds where all of a chunk was executed has
+    `whole_chunk`, its steps, or None where it carries nothing; controllers that execute less of it refuse.
 
     One that compiles has `warm_up(model, state, noise, budget)`, which does so for as many rows as `state` and `noise`
     [R] have, and for fewer. Controllers with a deadline call it before the clock of their first plan starts, with the
@@ -513,6 +514,11 @@ class Env(Protocol):
     def step(self, tensordict: TensorDict) -> TensorDict:
         """What rows show after `action` [B, A] in [-1, 1], under `next`."""
         ...
+
+
+def keys_of_images(observation: Mapping[str, Sequence[int]]) -> list[str]:
+    """The keys of an observation, key -> shape of a frame, that are images: those of three dimensions."""
+    return [key for key, shape in observation.items() if len(shape) == 3]
 
 
 def task_id(name: str) -> int:
