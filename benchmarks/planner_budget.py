@@ -69,9 +69,8 @@ def jobs(seed: int, weak: Path, out: Path, only: Sequence[str]) -> list[tuple[st
         found |= {f"gate/{name}": run for name, run in GATED.items()}
     if "curve" in only:
         for name, overrides in PLANNERS.items():
-            for budget in (
-                BUDGETS[:2] if _TREE[0] in overrides else BUDGETS
-            ):  # simulations come one after the other: slow
+            # A tree's simulations come one after the other: slow.
+            for budget in BUDGETS[:2] if _TREE[0] in overrides else BUDGETS:
                 methods = "planner,shuffled" if budget == SHUFFLED_BUDGET else "planner"
                 found[f"curve/{name}/{budget}"] = (
                     CURVE_EPISODES, methods, (*overrides, f"controller.evaluations={budget}")

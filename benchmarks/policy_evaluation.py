@@ -36,7 +36,8 @@ from benchmarks.stored import RESULTS, ROOT, Clock, folder_of, run_logged
 from wamrl import checkpoint
 from wamrl.data import EpisodeDataset
 from wamrl.envs.layouts import METAWORLD
-from wamrl.interfaces import PolicyState, task_id
+from wamrl.interfaces import PolicyState, keys_of_images, task_id
+from wamrl.judging.worlds import nearest_keyframes
 from wamrl.naming import unknown_name
 from wamrl.report import short
 
@@ -340,17 +341,19 @@ def judges(
         if name not in named:
             raise unknown_name("WAM of --wam", name, named)
         own.setdefault(name, []).extend(settings)
+    specs = {path: checkpoint.read_metadata(path).spec for path in named.values() if path not in JUDGES}
     found = []
-    for name, path in sorted(named.items(), key=lambda item: item[1] in JUDGES):  # what has to be made comes last
-        path = made(path) if made is not None and path in JUDGES else path
-        spec, given = checkpoint.read_metadata(path).spec, own.get(name, [])
-        settings = ["env.pixels=true"] if any(len(shape) == 3 for shape in spec.observation.values()) else []
+    for name, path in named.items():
+        if path in JUDGES and made is not None:  # after the others, of which none may be missing
+            path = made(path)
+        spec, given = specs.get(path) or checkpoint.read_metadata(path).spec, own.get(name, [])
+        settings = ["env.pixels=true"] if keys_of_images(spec.observation) else []
         if KEYFRAME_EVERY % spec.frame_stride:
-            settings.append(f"keyframe_every={max(1, KEYFRAME_EVERY // spec.frame_stride) * spec.frame_stride}")
+            settings.append(f"keyframe_every={nearest_keyframes(KEYFRAME_EVERY, spec.frame_stride)}")
         said = {word.partition("=")[0] for word in given}
         usual = [word for word in settings if word.partition("=")[0] not in said]
         found.append(Judge(name, path, (*usual, *given)))
-    return sorted(found, key=lambda judge: list(named).index(judge.name))
+    return found
 
 
 def evaluate(judge: Judge, common: Sequence[str], out: Path, split: str) -> dict[str, Any]:

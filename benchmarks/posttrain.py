@@ -43,6 +43,7 @@ _IMAGINED = ("env=imagined", "env@simulator=metaworld/six", f"simulator.tasks={E
              "decisions=8", "iterations=4", "evaluate_every=2", "agent.max_plans=2000", "agent.buffer=16000",
              "agent.planner.num_candidates=32", "agent.planner.sigma=0.1", "agent.updates=600",
              "agent.planner.proposer.behaviour_share=0", *_IMITATION)  # fmt: skip
+SAC_ROWS, SAC_DECISIONS = 20, 100
 VARIANTS: dict[str, tuple[str, ...]] = {
     "expert_iteration": _EXPERT_ITERATION,
     "expert_iteration_shuffled": (*_EXPERT_ITERATION, "agent.planner.shuffle_scores=true"),
@@ -51,12 +52,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "distil_imagined": _IMAGINED,
     "distil_shuffled": (*_IMAGINED, "agent.planner.shuffle_scores=true"),
     # Iterations of whole episodes, so that cutting them there, which makes a run resumable, cuts none.
-    "sb3_sac": ("env=metaworld/six", f"env.tasks={ENV}", "num_envs=20", "decisions=100", "evaluate_every=15",
-                "save_every=5", "agent=sb3", "agent.algorithm=sac", "agent.demonstrations=true",
+    "sb3_sac": ("env=metaworld/six", f"env.tasks={ENV}", f"num_envs={SAC_ROWS}", f"decisions={SAC_DECISIONS}",
+                "evaluate_every=15", "save_every=5", "agent=sb3", "agent.algorithm=sac", "agent.demonstrations=true",
                 "+agent.settings.gradient_steps=-1"),
 }  # fmt: skip
 BUDGETED = ("sb3_sac",)  # variants whose iterations are not among their settings: a longer run is the same one
-STEPS, STEPS_PER_ITERATION = 300_000, 20 * 100
+STEPS, STEPS_PER_ITERATION = 300_000, SAC_ROWS * SAC_DECISIONS
 
 
 def stages(seed: int, directory: Path, variants: Sequence[str]) -> list[tuple[str, str, list[str]]]:

@@ -54,8 +54,7 @@ def run_stage(
     """Run a stage unless it is done, and say so in `<directory>/<name>.done`.
 
     resume: the command that goes on with a stopped one, run in its place. again: run it although it is done, which it
-    stays until then. label: of what is printed; None is the
-    directory's name.
+    stays until then. label: of what is printed; None is the directory's name.
     """
     if stage_done(name, command, directory) and not again:
         return

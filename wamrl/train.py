@@ -16,7 +16,7 @@ from wamrl import checkpoint, cli
 from wamrl.data import EpisodeDataset, observation_keys
 from wamrl.files import write_json, write_text
 from wamrl.image_quality import decoded_quality, image_keys, metrics
-from wamrl.interfaces import WAM, Layout
+from wamrl.interfaces import WAM, Layout, keys_of_images
 from wamrl.models.foundation import advice, load_foundation
 from wamrl.models.images import ImageSubstrate, check_image_shape
 from wamrl.models.tokenizer import Tokenizer
@@ -289,7 +289,7 @@ def _tokenizer(name: str | Path, dataset: EpisodeDataset) -> ImageSubstrate:
     """The substrate of a trained tokenizer's checkpoint, or the autoencoder in a directory that diffusers saved."""
     folder = Path(name)
     if folder.is_dir() and not (folder / "checkpoints").is_dir() and not (folder / "model.safetensors").is_file():
-        return load_foundation(folder, {key: shape for key, shape in dataset.observation.items() if len(shape) == 3})
+        return load_foundation(folder, {key: dataset.observation[key] for key in keys_of_images(dataset.observation)})
     try:
         model = checkpoint.load(name)
     except FileNotFoundError as error:

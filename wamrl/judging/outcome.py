@@ -288,7 +288,7 @@ def _metrics(results: Mapping[str, Any]) -> dict[str, Any]:
 def episodes_csv(bench: Bench, played: Played, results: Mapping[str, Any]) -> str:
     """One line per policy and start state, with what every judge said of it."""
     variants = asked_judges(bench.settings)
-    scores = {name: played.scores(variant) for name, variant in variants.items()}
+    judge, scores = variants["judge"], {name: played.scores(variant) for name, variant in variants.items()}
     columns = ["policy", "origin", "task", "start", "split", "seed", "real_success", "real_first_success_step"]
     columns += ["real_length", "real_tag", "imagined_success", "imagined_score", "imagined_first_step"]
     columns += ["max_uncertainty", *(f"score_{name}" for name in variants)]
@@ -299,7 +299,6 @@ def episodes_csv(bench: Bench, played: Played, results: Mapping[str, Any]) -> st
         for i, start in enumerate(played.starts):
             real = played.real[k][i]
             threshold = results["variants"]["judge"]["thresholds"][start.task]
-            judge = variants["judge"]
             replicas = played.imagined[judge["roll_out"]][k][i]
             step = worlds.first_step(replicas, threshold, penalty=judge["penalty"], veto=judge["veto"])
             row: dict[str, Any] = {

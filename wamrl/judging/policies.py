@@ -28,8 +28,8 @@ from torch import Tensor
 
 from wamrl import checkpoint
 from wamrl.control import ModelPolicy, RandomPolicy
-from wamrl.interfaces import Policy, PolicyState
-from wamrl.naming import unknown_name
+from wamrl.interfaces import Policy, PolicyState, keys_of_images
+from wamrl.naming import is_number, unknown_name
 from wamrl.noise import NoiseKey
 
 SETTINGS = {
@@ -121,7 +121,7 @@ def describe(description: Any) -> dict[str, Any]:
         raise unknown_name("origin of a policy", str(description["origin"]), ORIGINS)
     for key in ("noise", "correlation"):
         value = description.get(key, 0.0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        if not is_number(value) or value < 0:
             raise ValueError(f"{key} of the {kind} policy is {value!r}, but must be a number above 0, or 0 for none")
     return dict(description)
 
@@ -166,7 +166,7 @@ def _entrant(given: dict[str, Any], around: Surroundings) -> Entrant:
         wam = str(given.get("checkpoint") or around.wam)
         metadata = checkpoint.read_metadata(wam)
         content, provenance = metadata.content_sha256, metadata.provenance
-        images = any(len(shape) == 3 for shape in metadata.spec.observation.values())
+        images = bool(keys_of_images(metadata.spec.observation))
         settings["device"] = around.device
         _check_fits(wam, metadata.spec.action_dim, metadata.spec.tasks, around)
         model = checkpoint.load(wam, device=around.device, policy=given.get("policy"))

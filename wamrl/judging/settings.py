@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from omegaconf import OmegaConf
 from wamrl.evaluation import check_starts
 from wamrl.files import write_text
 from wamrl.judging.cells import Cells
-from wamrl.naming import unknown_name, whole_number
+from wamrl.naming import is_number, unknown_name, whole_number
 
 
 def checked(given: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any], Path]:
@@ -39,15 +38,10 @@ def checked(given: dict[str, Any], run_dir: Path) -> tuple[dict[str, Any], Path]
         whole_number("keyframe_every", given["keyframe_every"], 1)
     for key in ("uncertainty_penalty", "epsilon"):
         value = given[key]
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not 0 <= value < math.inf
-            or (key == "epsilon" and not value)
-        ):
+        if not is_number(value) or value < 0 or (key == "epsilon" and not value):
             raise ValueError(f"{key} is {value!r}, but must be a number of at least 0 (epsilon: above 0)")
     veto = given["contact_veto"]
-    if veto is not None and (isinstance(veto, bool) or not isinstance(veto, int | float) or not 0 <= veto < math.inf):
+    if veto is not None and (not is_number(veto) or veto < 0):
         raise ValueError(f"contact_veto is {veto!r}, but must be centimetres of at least 0, or null")
     if not isinstance(given["real"], bool):
         raise ValueError(f"real is {given['real']!r}, but must be true or false")

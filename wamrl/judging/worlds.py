@@ -31,14 +31,19 @@ Floats = NDArray[np.float64]
 NEAR_M = 0.06  # from hand to object, as in `wamrl.evaluation.FailureTags`
 
 
+def nearest_keyframes(every: int, stride: int) -> int:
+    """The multiple of `stride` that is nearest below `every`, or the first."""
+    return max(1, every // stride) * stride
+
+
 def check_keyframes(model: WAM, every: int | None) -> None:
     """ValueError where `model` imagines no frame at every `every`-th control step."""
     stride = model.spec.frame_stride
     if every is not None and every % stride:
-        near = max(1, every // stride) * stride
         raise ValueError(
             f"keyframe_every is {every}, but the model imagines a frame every {stride} control steps and can be "
-            f"brought back to a decoded one only there; use a multiple, such as keyframe_every={near}"
+            "brought back to a decoded one only there; use a multiple, such as keyframe_every="
+            f"{nearest_keyframes(every, stride)}"
         )
 
 

@@ -39,7 +39,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Layout, Proposal, Spec, State, task_id
+from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Layout, Proposal, Spec, State, keys_of_images, task_id
 from wamrl.models.images import ImageSubstrate, uint8_images
 from wamrl.models.parts import EnsembleLinear, ensemble_mlp, mlp, mlp_block, normalise, task_rows, weights_of_losses
 from wamrl.models.substrate import make_substrate
@@ -699,7 +699,7 @@ def _places(member: Tensor, members: int) -> tuple[Tensor, int]:
 
 def _substrate(observation: Mapping[str, Sequence[int]], tokenizer: Mapping[str, Any] | None) -> ImageSubstrate | None:
     """The frozen tokenizer of the one image in `observation`; ValueError when the two do not belong together."""
-    images = [key for key, shape in observation.items() if len(shape) == 3]
+    images = keys_of_images(observation)
     if tokenizer is None:
         if images:
             raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Layout, Spec, State
+from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Layout, Spec, State, keys_of_images
 from wamrl.models.images import TrainedSubstrate, uint8_images, unit_images
 from wamrl.models.substrate import make_substrate
 from wamrl.naming import unknown_name
@@ -35,7 +35,7 @@ class Tokenizer(WAM):
         layout: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        images = {key: tuple(shape) for key, shape in observation.items() if len(shape) == 3}
+        images = {key: tuple(observation[key]) for key in keys_of_images(observation)}
         if len(images) != 1:
             raise ValueError(
                 f"a tokenizer reads one camera, but observation={list(observation)} has {len(images)} image keys; "
