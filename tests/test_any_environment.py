@@ -166,6 +166,11 @@ def test_a_preset_is_collected_trained_on_and_planned_in(tmp_path: Path, monkeyp
     plan.main([*env, *wam, "episodes=1", "workers=1", "num_envs=1", "latency_plans=1"])
     results = json.loads(Path("outputs/plan/latest/results.json").read_text())
     assert results["methods"] == ["planner", "policy", "shuffled", "random"]  # there is no expert
+    (trace,) = json.loads(Path("outputs/plan/latest/traces.json").read_text())
+    assert [plan["step"] for plan in trace["plans"]] == [0, 3, 6, 9] and len(trace["path"]) == 13
+    assert all(len(plan["candidates"]) == 4 and len(plan["path"]) == 4 for plan in trace["plans"])
+    assert trace["axes"][0].startswith("principal component 1 of the state (")
+    assert trace["axes"][0] in Path("outputs/plan/latest/report.html").read_text()
     one = "env.tasks=gymnasium/Pendulum-v1"  # a single task may stand without brackets
     collect_main([*env, one, *wam, "data=planner", "data.mixture.policy=2", "first_start=6", "path=more"])
     assert {e["behaviour"] for e in EpisodeDataset.open("more").episodes} == {"policy"}

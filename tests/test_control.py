@@ -18,7 +18,7 @@ from tensordict import TensorDict
 from wamrl import cli
 from wamrl.control import AdaptivePolicy, InteractivePolicy, ModelPolicy, PlannerPolicy, RandomPolicy
 from wamrl.evaluation import Start, StepRecord
-from wamrl.film import Film
+from wamrl.film import Film, _drawing
 from wamrl.interfaces import Budget, Context, Layout, Plan, Policy, PolicyState, State
 from wamrl.planners import (
     NoiseProposer,
@@ -286,13 +286,19 @@ def test_the_last_plan_is_kept_and_announced() -> None:
     assert imagined.frames.shape == (2, 1, 1, 4, 1)
 
 
-def filmed(rows: list[int], film: int) -> dict:
+def filmed(
+    rows: list[int],
+    film: int,
+    names: tuple[str, ...] = ("hand", "object", "goal"),
+    search: object = None,
+    **toy: object,
+) -> dict:
     """The trace of the episode whose start has the number `film`, run beside those of the other starts `rows`."""
-    model = NoisyWAM(dims=3)
-    places = {"state": {"hand": (0, 3), "object": (0, 3), "goal": (0, 3)}}
+    model = NoisyWAM(dims=3, **toy)  # type: ignore[arg-type]
+    places = {"state": {name: (0, 3) for name in names}}
     model.spec = dataclasses.replace(model.spec, layout=Layout.of({"places": places}, model.spec.observation))
     starts = [Start(TASKS[0], row) for row in rows]
-    policy = PlannerPolicy(model, small(), replan_every=2)
+    policy = PlannerPolicy(model, search or small(), replan_every=2)  # type: ignore[arg-type]
     watched = Film(policy, None, Start(TASKS[0], film), pictures=False)
     policy_state = policy.initial_state(len(rows))
     policy_state["row"] = torch.tensor([start.row for start in starts])
@@ -301,19 +307,77 @@ def filmed(rows: list[int], film: int) -> dict:
         before = observation(z)
         action, policy_state = watched.act(before, policy_state, torch.full((len(rows),), step == 0))
         z = model.transition(z, action)
-        shown = {"state": z, "reward": flags, "success": flags > 0, "done": flags > 0}
-        after = TensorDict(shown, batch_size=[len(rows)])
+        shown = {"reward": flags, "success": flags > 0, "done": flags > 0}
+        after = observation(z).update(shown)
         watched.see(StepRecord(torch.arange(len(rows)), before, action, after, [step] * len(rows), starts))
-    trace = watched.trace()
-    assert trace is not None and len(trace["plans"]) == 2
-    return trace
+    return watched.trace()
 
 
 def test_what_a_film_shows_of_an_episode_does_not_depend_on_those_beside_it() -> None:
     alone, among = filmed([2], 2), filmed([5, 2, 7], 2)
-    assert among["plans"] == alone["plans"]
+    assert len(alone["plans"]) == 2 and among["plans"] == alone["plans"]
     first, second = (plan["uncertainty"] for plan in alone["plans"])
     assert first != second  # each plan is drawn anew
+
+
+def test_a_film_of_a_hand_alone_has_its_paths_and_no_others() -> None:
+    everything, trace = filmed([2], 2), filmed([2], 2, ("hand",))
+    assert trace["axes"] is None and trace["goal"] == trace["object"] == []
+    assert trace["path"] == everything["path"] and np.shape(trace["path"]) == (5, 3)
+    for plan, whole in zip(trace["plans"], everything["plans"], strict=True):
+        assert plan["candidates"] == whole["candidates"] and plan["path"] == whole["path"] and plan["object"] == []
+
+
+@pytest.mark.parametrize(("toy", "name"), [({}, "state"), ({"leave_out": ("decode",)}, "latent")])
+@pytest.mark.parametrize("tree", [False, True])
+def test_without_a_hand_a_film_shows_two_components_of_the_state_or_else_of_the_latent(toy, name, tree) -> None:
+    search = make_mcts(simulations=6, num_candidates=3, chunk=2, depth=2) if tree else None
+    trace = filmed([2], 2, (), search, **toy)
+    shares = [float(axis.rpartition("(")[2].removesuffix(" %)")) for axis in trace["axes"]]
+    assert trace["axes"] == [f"principal component {k} of the {name} ({shares[k - 1]:.0f} %)" for k in (1, 2)]
+    assert 100 >= shares[0] >= shares[1] > 0 and sum(shares) <= 101
+    assert np.shape(trace["path"]) == (5, 2) and trace["goal"] == trace["object"] == []
+    assert len(trace["plans"]) == 2
+    for plan in trace["plans"]:
+        assert plan["path"][0] == trace["path"][plan["step"]] and len(plan["path"]) == (3 if tree else 5)
+        if tree:
+            assert np.shape(plan["tree"]["path"]) == (plan["tree"]["nodes"], 2) and plan["tree"]["nodes"] > 3
+            assert plan["tree"]["path"][0] == plan["path"][0]
+        else:
+            assert len(plan["candidates"]) == 16
+            assert all(len(c["path"]) == 5 and c["path"][0] == plan["path"][0] for c in plan["candidates"])
+            assert len({tuple(c["path"][-1]) for c in plan["candidates"]}) > 8
+
+
+def test_the_plane_of_a_film_is_the_one_of_most_variance_and_its_signs_are_settled() -> None:
+    """Two numbers go together, a third on its own and a fourth not at all; their units do not matter."""
+    x, y = torch.tensor([-1.0, -1.0, 1.0, 1.0]), torch.tensor([1.0, -1.0, 1.0, -1.0])
+    lived = torch.stack([x, -1000 * x, 0.01 * y, torch.full((4,), 0.7)], dim=1)
+    broken = torch.full((1, 4), math.nan)
+    draw, axes = _drawing(Layout(), "state", torch.cat([lived, broken]))
+    assert axes == ["principal component 1 of the state (67 %)", "principal component 2 of the state (33 %)"]
+    np.testing.assert_allclose(draw("path", lived), torch.stack([math.sqrt(2) * x, y], dim=1), atol=1e-4)
+    assert draw("goal", lived) == []
+    draw, axes = _drawing(Layout(), None, lived[:, 1:2])  # there is one component of one number
+    assert axes is not None and axes[0].endswith("(100 %)") and axes[1].endswith("(0 %)")
+    np.testing.assert_allclose(draw("path", lived[:, 1:2]), torch.stack([-x, 0 * x], dim=1), atol=1e-4)
+
+
+def test_a_film_says_why_a_model_shows_nothing() -> None:
+    class Silent(NoisyWAM):
+        def imagine(self, *args, **options):  # type: ignore[no-untyped-def]
+            return dataclasses.replace(super().imagine(*args, **options), frames=None)
+
+    policy = PlannerPolicy(Silent(dims=3), small())
+    watched = Film(policy, None, Start(TASKS[0], 0), pictures=False)
+    assert "nothing was planned" in watched.trace()["note"]
+    policy_state = policy.initial_state(1)
+    policy_state["row"] = torch.tensor([Start(TASKS[0], 0).row])
+    before = observation(torch.full((1, 3), 0.3))
+    action, _ = watched.act(before, policy_state, flags(1))
+    after = before.clone().update({name: torch.zeros(1, 1) for name in ("reward", "success", "done")})
+    watched.see(StepRecord(torch.arange(1), before, action, after, [0], [Start(TASKS[0], 0)]))
+    assert watched.trace()["note"].startswith("Silent shows nothing of what it imagines; let imagine(")
 
 
 def test_the_budget_reaches_the_planner() -> None:

@@ -64,7 +64,10 @@ def test_a_model_of_images_plans_in_the_simulator_that_gives_them(work, tmp_path
     plan.main([*words, "env.pixels=true", "run_dir=plan"])
     results = json.loads(Path("plan/results.json").read_text())
     assert set(results["summary"]) == {"planner", "policy"} and not results["partial"]
-    assert "does not decode 'state'" in results["video_note"]
+    (trace,) = json.loads(Path("plan/traces.json").read_text())
+    assert trace["axes"] is None and trace["object"] == []  # proprioception tells of the hand alone
+    assert all(len(point) == 3 for point in trace["plans"][0]["path"]) and trace["plans"][0]["candidates"]
+    assert results["plan_note"] is None
     card = ["env=metaworld/reach-v3", "env.max_steps=12", "wam=wam", "episodes=1", "num_envs=1", "horizon=4",
             "shifts=[none,light]"]  # fmt: skip
     bench.main(["properties", *card, "env.pixels=true", "run_dir=card"])

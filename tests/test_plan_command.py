@@ -221,7 +221,7 @@ def test_the_report_of_a_tree_search_shows_the_tree(wam):
     for plan in trace["plans"]:
         tree = plan["tree"]
         assert 4 <= len(tree["parent"]) == tree["nodes"] <= 7 and tree["visits"][0] == 7 and tree["parent"][0] == -1
-        assert tree["parent"][tree["chosen"]] == 0 and len(tree["hand"][0]) == 3
+        assert tree["parent"][tree["chosen"]] == 0 and len(tree["path"][0]) == 3
         assert len(plan["values"]) == 3
     assert "In the tree, a node is a chunk" in (_latest() / "report.html").read_text()
 

@@ -55,7 +55,7 @@ def _trace(task: str = PUSH) -> dict[str, Any]:
     plan = {
         "step": 0,
         "value": 1.0,
-        "hand": line,
+        "path": line,
         "object": line,
         "reward": [1.0, 2.0, 3.0],
         "uncertainty": [0.1, 0.1, 0.2],
@@ -63,9 +63,10 @@ def _trace(task: str = PUSH) -> dict[str, Any]:
         "searched": True,
         "evaluations": 512,
         "tree": None,
-        "candidates": [{"score": 0.5, "hand": line}, {"score": 1.5, "hand": line}],
+        "candidates": [{"score": 0.5, "path": line}, {"score": 1.5, "path": line}],
     }
-    positions = {"hand": [[0.0, 0.6, 0.1]] * 5, "object": [[0.1, 0.7, 0.02]] * 5, "goal": [0.1, 0.8, 0.02]}
+    positions = {"path": [[0.0, 0.6, 0.1]] * 5, "object": [[0.1, 0.7, 0.02]] * 5, "goal": [0.1, 0.8, 0.02]}
+    positions |= {"axes": None}
     return {"task": task, "start": 0, "success": True, **positions, "reward": [1.0, 2.0, 3.0, 4.0], "plans": [plan]}
 
 
@@ -126,6 +127,7 @@ def _results(episodes: list[Episode]) -> dict[str, Any]:
         },
         "videos": [],
         "video_note": None,
+        "plan_note": None,
         "config": {"planner": {"horizon": 8}},
     }
 
@@ -176,14 +178,14 @@ def _many_plans() -> dict[str, Any]:
     line = [[0.01 * k, 0.6, 0.1] for k in range(40)]
     plans = [
         trace["plans"][0]
-        | {"step": 2 * i, "hand": line[2 * i : 2 * i + 5], "uncertainty": [0.1] * 4, "values": [1.0] * 5}
+        | {"step": 2 * i, "path": line[2 * i : 2 * i + 5], "uncertainty": [0.1] * 4, "values": [1.0] * 5}
         for i in range(12)
     ]
     plans[3] |= {"uncertainty": [0.1, 0.1, 0.1, 0.9]}
     plans[5] |= {"values": [3.0, 2.0, 1.0, 0.5, 0.0]}
     hand = [list(p) for p in line[:25]]
     hand[16] = [0.16, 0.7, 0.1]  # where plan 8 was made
-    return trace | {"plans": plans, "hand": hand, "object": line[:25], "reward": [1.0] * 24}
+    return trace | {"plans": plans, "path": hand, "object": line[:25], "reward": [1.0] * 24}
 
 
 def test_the_plans_that_are_shown_are_those_that_tell_something():
@@ -252,8 +254,8 @@ def test_rewards_of_any_sign_stand_inside_their_axis(rewards, ticks):
 
 def test_better_candidates_are_further_up_the_scale_and_the_paths_are_where_they_belong():
     trace = _many_plans()
-    here = trace["plans"][0]["hand"]
-    plan = trace["plans"][0] | {"candidates": [{"score": float(k), "hand": here} for k in range(40)]}
+    here = trace["plans"][0]["path"]
+    plan = trace["plans"][0] | {"candidates": [{"score": float(k), "path": here} for k in range(40)]}
     text = plan_figure(trace, plan).inline
     shades = re.findall(r'class="s-q(\d)"', text)
     assert len(shades) == 2 * 18 and shades[:18] == sorted(shades[:18])
@@ -264,13 +266,54 @@ def test_better_candidates_are_further_up_the_scale_and_the_paths_are_where_they
     assert heights[3] == pytest.approx(66.0) and heights[0] == pytest.approx(66 / 9, abs=0.1)
 
 
+def _on_components() -> dict[str, Any]:
+    """The episode goes right and up by 1 in each step; a candidate goes down instead."""
+    axes = [f"principal component {k} of the state ({share} %)" for k, share in ((1, 80), (2, 20))]
+    up, down = [[float(k), float(k)] for k in range(5)], [[float(k), -float(k)] for k in range(4)]
+    candidates = [{"score": 0.0, "path": down}, {"score": 1.0, "path": up[:4]}]
+    plan = _trace()["plans"][0] | {"path": up[:4], "object": [], "candidates": candidates}
+    return _trace() | {"axes": axes, "path": up, "object": [], "goal": [], "plans": [plan]}
+
+
+def test_paths_without_a_hand_are_drawn_on_axes_that_are_named(tmp_path):
+    trace = _on_components()
+    text = plan_figure(trace, trace["plans"][0]).inline
+    assert "↑ principal component 2 of the state (20 %): -3 to 3" in text
+    assert "principal component 1 of the state (80 %): 0 to 3 →" in text
+    line = r'<path d="M10.0,93.0L[^"]*L330.0,(\S+)" fill="none" class="{}"'
+    ends = [re.findall(line.format(name), text) for name in ("s-q0", "s-q4", "", "s-oracle")]
+    assert ends == [["156.0"], ["30.0"], ["30.0"], ["30.0"]]
+    assert "s-policy" not in text and "s-expert" not in text and text.count('fill="none" stroke="var(--line)"') == 1
+    words = _words(_page(tmp_path, _results(_episodes()), [trace])).replace("&#39;", "'")
+    assert "where the episode would go with each candidate" in words and "0 (in the axes' units) from" in words
+    assert "This model decodes no hand in metres" in words and "Orange : the object" not in words
+
+
+def test_a_hand_alone_is_drawn_without_object_and_goal(tmp_path):
+    trace = _trace() | {"object": [], "goal": []}
+    trace["plans"][0] |= {"object": []}
+    text = plan_figure(trace, trace["plans"][0]).inline
+    assert "from above (x, y)" in text and text.count('class="s-q') == 4
+    assert "s-policy" not in text and "f-policy" not in text and "s-expert" not in text
+    words = _words(_page(tmp_path, _results(_episodes()), [trace]))
+    assert "where the hand would go" in words and "the goal, at the edge" not in words
+
+
+def test_the_page_says_why_there_are_no_plans_to_see(tmp_path):
+    results = _results(_episodes())
+    assert "No plans to look into" not in _page(tmp_path, results)
+    assert "No plans to look into: the run stopped before" in _words(_page(tmp_path, results, traces=[]))
+    results["plan_note"] = "Silent shows nothing of what it imagines"
+    assert "No plans to look into: Silent shows nothing" in _words(_page(tmp_path, results, traces=[]))
+
+
 def test_a_tree_shows_visits_values_and_the_chosen_way(tmp_path):
     """Root, three children, two of the second's; the second is chosen and its better visited child follows."""
     tree = {
         "parent": [-1, 0, 0, 0, 2, 2],
         "visits": [9, 1, 6, 1, 1, 4],
         "value": [2.0, 0.0, 4.0, 1.0, 3.0, 4.0],
-        "hand": [[0.01 * k, 0.6, 0.1] for k in range(6)],
+        "path": [[0.01 * k, 0.6, 0.1] for k in range(6)],
         "chosen": 2,
         "nodes": 8,
     }
@@ -378,11 +421,16 @@ def test_projection_of_a_point_straight_ahead_and_beside():
     assert np.isnan(pixels[3]).all()
 
 
-def test_a_video_is_written(tmp_path):
+@pytest.mark.parametrize("known", [True, False])
+def test_a_video_is_written(tmp_path, known):
     ffmpeg = pytest.importorskip("imageio_ffmpeg")
     view = View(azimuth=150.0, elevation=-30.0, distance=1.0, lookat=(0.0, 0.7, 0.1), fovy=45.0, height=90, width=100)
     frames = [np.full((90, 100, 3), 40 * k, dtype=np.uint8) for k in range(5)]
-    write_video(tmp_path / "x.mp4", frames, _trace(), view, fps=10, hold=2)
+    trace = _trace()
+    if not known:  # a hand alone
+        trace |= {"object": [], "goal": []}
+        trace["plans"][0]["object"] = []
+    write_video(tmp_path / "x.mp4", frames, trace, view, fps=10, hold=2)
     count, seconds = ffmpeg.count_frames_and_secs(tmp_path / "x.mp4")
     assert count == 7
     assert seconds == pytest.approx(0.7, abs=0.1)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wamrl.control import PlannerPolicy
 from wamrl.evaluation import Start, StepRecord
-from wamrl.interfaces import PolicyState, State
+from wamrl.interfaces import WAM, Context, Imagined, Layout, PolicyState, State
 from wamrl.noise import NoiseKey
 from wamrl.report import short
 from wamrl.video import View, write_video
@@ -25,6 +25,9 @@ VIDEO_SIZE = (360, 400)
 VIDEO_FPS = 10
 TREE_NODES = 64
 _FOLD = 8  # of a plan's key; those before are the planner's and its controller's
+
+Draw: TypeAlias = Callable[[str, Tensor], Any]
+"""Plain points of "path", "object" or "goal" out of the vectors [..., D] that are drawn; [] where nobody knows them."""
 
 
 class _Seen(NamedTuple):
@@ -46,14 +49,14 @@ class _Seen(NamedTuple):
 
 
 class Film:
-    """A planner policy that is watched while it runs the episode of `start`: its plans, positions and pictures."""
+    """A planner policy that is watched while it runs the episode of `start`: its plans, observations and pictures."""
 
     def __init__(self, policy: PlannerPolicy, env: Any, start: Start, pictures: bool) -> None:
         self.policy, self.env, self.start = policy, env, start
         self.note: str | None = None
         self.frames: list[np.ndarray] = []
         self._plans: list[_Seen] = []
-        self._states: list[Tensor] = []
+        self._observations: list[TensorDict] = []
         self._rewards: list[float] = []
         self._success = False
         self._pictures = pictures and all(hasattr(env, name) for name in ("render_rgb", "camera", "simulators"))
@@ -94,11 +97,12 @@ class Film:
 
     def see(self, record: StepRecord) -> None:
         """Take in the step that followed."""
+        keys = (*self.policy.model.spec.observation, "task")
         for k, start in enumerate(record.starts):
-            if start == self.start and "state" in record.after.keys():
-                if not self._states:
-                    self._states.append(record.observation["state"][k])
-                self._states.append(record.after["state"][k])
+            if start == self.start:
+                if not self._observations:
+                    self._observations.append(record.observation[k].select(*keys))
+                self._observations.append(record.after[k].select(*keys))
                 self._rewards.append(float(record.after["reward"][k]))
                 over = bool(record.after["success"][k]) or bool(record.after["done"][k])
                 self._success = self._success or bool(record.after["success"][k])
@@ -118,30 +122,48 @@ class Film:
         fovy = float(self.env.simulators[row].raw.model.vis.global_.fovy)
         self.view = View(**VIDEO_CAMERA, fovy=fovy, height=VIDEO_SIZE[0], width=VIDEO_SIZE[1])
 
-    def trace(self) -> dict[str, Any] | None:
-        """Positions, rewards and plans of the episode as plain values; None where nobody says what has which place."""
-        if not (self._states and self._plans and self.policy.model.spec.layout.has("hand", "object", "goal")):
-            return None
-        states, place = torch.stack(self._states), self.policy.model.spec.layout.place
+    @torch.no_grad()
+    def trace(self) -> dict[str, Any]:
+        """Paths, rewards and plans of the episode as plain values; {"note": why} where no plan can be drawn.
+
+        Where the model decodes a hand, paths are the hand's, [..., 3] metres, and `axes` is None. Elsewhere they are
+        [..., 2], what is decoded or else the latent on two principal components, and `axes` says of what.
+        """
+        model, plans = self.policy.model, self._plans
+        if not (plans and self._observations):
+            return {"note": "nothing was planned in the episode that was to be filmed"}
+        key = _key(model, plans[0].state)
+        chosen = [model.imagine(p.state, p.chosen[None, None], noise=p.key, with_frames=True) for p in plans]
+        if chosen[0].frames is None or (key is None and "z" not in plans[0].state.keys()):
+            return {
+                "note": f"{type(model).__name__} shows nothing of what it imagines; let imagine(..., with_frames=True) "
+                "give Imagined.frames, and decode give a vector of the observation or the state hold its latent as 'z'"
+            }
+        seen = cast(TensorDict, torch.stack(self._observations))
+        if key is None:
+            executed = torch.cat([model.encode(Context.from_observation(part))["z"] for part in seen.split(32)])
+        else:
+            executed = seen[key].float()
+        foreseen = [_vectors(model, key, c)[0, 0].mean(dim=0) for c in chosen]
+        draw, axes = _drawing(model.spec.layout, key, torch.cat([executed.to(foreseen[0].device), *foreseen]))
         return {
             "task": self.start.task,
             "start": self.start.index,
             "success": self._success,
-            "goal": _plain(states[-1, place("goal")]),
-            "hand": _plain(states[:, place("hand")]),
-            "object": _plain(states[:, place("object")]),
+            "axes": axes,
+            "goal": draw("goal", executed[-1]),
+            "path": draw("path", executed),
+            "object": draw("object", executed),
             "reward": _plain(torch.tensor(self._rewards)),
-            "plans": [self._plan_trace(plan) for plan in self._plans],
+            "plans": [self._plan_trace(plan, key, executed[plan.step], draw) for plan in plans],
         }
 
-    @torch.no_grad()
-    def _plan_trace(self, plan: _Seen) -> dict[str, Any]:
-        state, chosen = plan.state, plan.chosen
-        model, place = self.policy.model, self.policy.model.spec.layout.place
+    def _plan_trace(self, plan: _Seen, key: str | None, here: Tensor, draw: Draw) -> dict[str, Any]:
+        """here: [D] what was drawn of the observation at the time."""
+        state, chosen, model = plan.state, plan.chosen, self.policy.model
         imagined = model.imagine(state, torch.cat([chosen[None], plan.others])[None], noise=plan.key, with_frames=True)
-        decoded = model.decode(imagined, ("state",))["state"][0].mean(dim=1)  # [1 + N, H, ...]
-        begin = self._states[plan.step].to(decoded.device).expand(decoded.shape[0], 1, -1)
-        path = torch.cat([begin, decoded], dim=1)
+        ahead = _vectors(model, key, imagined)[0].mean(dim=1)  # [1 + N, H, D]
+        path = torch.cat([here.to(ahead.device).expand(ahead.shape[0], 1, -1), ahead], dim=1)
         uncertainty = imagined.uncertainty
         values = []
         if "value" in model.spec.provides:  # along the chosen chunk: where it stands, then after each of its steps
@@ -154,30 +176,28 @@ class Film:
             "value": plan.value if math.isfinite(plan.value) else None,
             "searched": plan.searched,
             "evaluations": plan.evaluations,
-            "hand": _plain(path[0, :, place("hand")]),
-            "object": _plain(path[0, :, place("object")]),
+            "path": draw("path", path[0]),
+            "object": draw("object", path[0]),
             "reward": [] if imagined.reward is None else _plain(imagined.reward[0, 0].mean(dim=0)),
             "uncertainty": [] if uncertainty is None else _plain(uncertainty[0, 0].mean(dim=0), 6),
             "values": [round(v, 4) for v in values],
-            "tree": None if plan.tree is None else self._tree_trace(plan.tree),
+            "tree": None if plan.tree is None else self._tree_trace(plan.tree, key, draw),
             "candidates": [
-                {"score": float(s), "hand": _plain(path[i + 1, :, place("hand")])}
+                {"score": float(s), "path": draw("path", path[i + 1])}
                 for i, s in enumerate(plan.scores)
                 if math.isfinite(float(s))
             ],
         }
 
-    def _tree_trace(self, tree: TensorDict) -> dict[str, Any]:
+    def _tree_trace(self, tree: TensorDict, key: str | None, draw: Draw) -> dict[str, Any]:
         """The `TREE_NODES` most visited nodes; a parent has more visits than its children, so that none is left out."""
         kept = tree["visits"].argsort(descending=True, stable=True)[:TREE_NODES].sort().values
         number = {old: new for new, old in enumerate(kept.tolist())}
-        model = self.policy.model
-        hand = model.decode(tree["state"][kept], ("state",))["state"][:, model.spec.layout.place("hand")]
         return {
             "parent": [number.get(p, -1) for p in tree["parent"][kept].tolist()],
             "visits": [int(v) for v in tree["visits"][kept].tolist()],
             "value": _plain(tree["value"][kept]),
-            "hand": _plain(hand),
+            "path": draw("path", _vectors(self.policy.model, key, tree["state"][kept])),
             "chosen": next((number[i] for i in tree["chosen"].nonzero()[:, 0].tolist() if i in number), None),
             "nodes": tree.batch_size[0],
         }
@@ -186,6 +206,8 @@ class Film:
         """Write the film as an mp4 and tell what it shows; {"note": why} if there is none."""
         if self.note is not None or self.view is None:
             return {"note": self.note or "this environment draws no pictures (it has no render_rgb)"}
+        if trace["axes"] is not None:
+            return {"note": "the film draws the hand's paths in metres, and the model decodes none; see report.html"}
         name = f"{short(trace['task'])}.mp4"
         try:
             write_video(directory / name, self.frames, trace, self.view, fps=VIDEO_FPS)
@@ -199,6 +221,48 @@ class Film:
             "steps": len(trace["reward"]),
             "slowdown": 1.0 / (VIDEO_FPS * self.env.control_dt_s),
         }
+
+
+def _key(model: WAM, state: State) -> str | None:
+    """The vector of the observation that is drawn, one with a hand before `state` before others; None: the latent."""
+    if "decode" not in model.spec.provides:
+        return None
+    decoded = model.decode(state).keys()
+    vectors = [k for k, shape in model.spec.observation.items() if len(shape) == 1 and k in decoded]
+    return max(vectors, key=lambda k: (model.spec.layout.has("hand", key=k), k == "state"), default=None)
+
+
+def _vectors(model: WAM, key: str | None, of: State | Imagined) -> Tensor:
+    """[*batch, D] of a state or of imagined futures: the decoded vector `key`, or the latent."""
+    if key is not None:
+        return model.decode(of, (key,))[key]
+    return cast(Tensor, of.frames if isinstance(of, Imagined) else of["z"])
+
+
+def _drawing(layout: Layout, key: str | None, lived: Tensor) -> tuple[Draw, list[str] | None]:
+    """How vectors are drawn, and the names of the two axes; None where it is the hand's place in metres.
+
+    Without a hand it is the plane in which `lived` [P, D], executed and chosen, varies most, each number in units of
+    its own standard deviation: what is only tried may lie far off and would bend the axes.
+    """
+    if key is not None and layout.has("hand", key=key):
+        names = {"path": "hand", "object": "object", "goal": "goal"}
+        spans = {name: layout.place(of, key) for name, of in names.items() if layout.has(of, key=key)}
+        return lambda name, vectors: _plain(vectors[..., spans[name]]) if name in spans else [], None
+    points = lived[lived.isfinite().all(dim=1)].cpu().double()
+    mean, spread = points.mean(dim=0), points.std(dim=0, correction=0)
+    spread = spread.where(spread > 1e-9, 1.0)  # of a constant, whose deviation is rounding
+    _, sizes, ways = torch.linalg.svd((points - mean) / spread, full_matrices=False)
+    ways = torch.nn.functional.pad(ways[:2], (0, 0, 0, max(0, 2 - len(ways))))  # a single number has one component
+    large = ways.abs() > 0.5 * ways.abs().amax(dim=1, keepdim=True)
+    ways = ways * ways.gather(1, large.int().argmax(dim=1, keepdim=True)).sign()  # else the sign is open
+    shares = [*(100 * sizes.square() / sizes.square().sum().clamp(min=1e-12)).tolist(), 0.0]
+    axes = [f"principal component {k + 1} of the {key or 'latent'} ({shares[k]:.0f} %)" for k in range(2)]
+
+    def draw(name: str, vectors: Tensor) -> Any:
+        return _plain((vectors.cpu().double() - mean) / spread @ ways.T) if name == "path" else []
+
+    return draw, axes
 
 
 def _plain(values: Tensor, digits: int = 4) -> Any:

@@ -242,8 +242,9 @@ def _views(points: Sequence[Sequence[float]]) -> tuple[float, float, float, floa
 def telling_plans(trace: Mapping[str, Any], most: int = PLANS_SHOWN) -> list[tuple[int, str]]:
     """Plans of an episode that are worth a look, by their index, and why; in the order of time.
 
-    The first and the last one, where the members disagreed most, where the hand went furthest from where it was
-    imagined, and where the value along the chosen chunk fell most; then evenly spread ones, at most `most` in all.
+    The first and the last one, where the members disagreed most, where the hand (or what stands for it) went furthest
+    from where it was imagined, and where the value along the chosen chunk fell most; then evenly spread ones, at most
+    `most` in all.
     """
     plans = trace["plans"]
     reasons: dict[int, list[str]] = {}
@@ -258,7 +259,7 @@ def telling_plans(trace: Mapping[str, Any], most: int = PLANS_SHOWN) -> list[tup
     fallen = [p["values"][0] - p["values"][-1] if p["values"] else 0.0 for p in plans]
     for numbers, reason in (
         (spread, "the members disagree most"),
-        (missed, "the hand goes furthest from where it was imagined"),
+        (missed, f"{_who(trace)} goes furthest from where it was imagined"),
         (fallen, "the value falls most along the chunk"),
     ):
         if max(numbers) > 0:
@@ -271,25 +272,28 @@ def telling_plans(trace: Mapping[str, Any], most: int = PLANS_SHOWN) -> list[tup
 
 
 def _missed(trace: Mapping[str, Any], plan: Mapping[str, Any]) -> float:
-    """Metres between the imagined and the measured hand, when the next plan was made or the episode was over."""
+    """Between the imagined and the executed path, when the next plan was made or the episode was over, in its units."""
     later = [p["step"] for p in trace["plans"] if p["step"] > plan["step"]]
-    ahead = min(min(later, default=len(trace["hand"]) - 1) - plan["step"], len(plan["hand"]) - 1)
-    return math.dist(plan["hand"][ahead], trace["hand"][plan["step"] + ahead])
+    ahead = min(min(later, default=len(trace["path"]) - 1) - plan["step"], len(plan["path"]) - 1)
+    return math.dist(plan["path"][ahead], trace["path"][plan["step"] + ahead])
 
 
-def plan_figure(trace: Mapping[str, Any], plan: Mapping[str, Any]) -> Figure:
-    """One plan: the candidates' hand paths from above and from the side, and what is imagined along the chosen one.
+def _who(trace: Mapping[str, Any]) -> str:
+    """Of whom a path is."""
+    return "the episode" if trace["axes"] else "the hand"
 
-    Candidates are coloured by score; of a tree, all of its chunks by value. Beside them the chosen path, the path that
-    was executed, with a ring where the next plan was made, the object's imagined path and the goal. Below: value and
-    disagreement along the chosen chunk.
-    """
-    figure = Figure(340, 322, f"plan on {trace['task']} at step {plan['step']}")
-    begin, ahead = plan["step"], len(plan["hand"]) - 1
-    executed = trace["hand"][begin : begin + ahead + 1]
-    lines = _lines(plan)
-    everything = [*executed, *plan["hand"], *(p for _, line in lines for p in line)]
-    x0, x1, y0, y1, z0, z1 = _views(everything)
+
+Panel = tuple[
+    tuple[float, float, float, float],
+    Callable[[Sequence[float]], tuple[float, float]],
+    list[tuple[float, float, str, str]],
+]
+"""A box (x, y, width, height), where in the picture a point of a path is, and words: (x, y, text, anchor)."""
+
+
+def _metres(points: Sequence[Sequence[float]]) -> list[Panel]:
+    """Two panels of one scale for `points` [P, 3] in metres, seen from above and from the side."""
+    x0, x1, y0, y1, z0, z1 = _views(points)
     half, top, high = 162, 26, 150
     scale = min(half / (x1 - x0), half / (y1 - y0), high / (y1 - y0), high / max(z1 - z0, 1e-6))
     x_mid, y_mid, z_mid, middle = (x0 + x1) / 2, (y0 + y1) / 2, (z0 + z1) / 2, top + high / 2
@@ -300,16 +304,47 @@ def plan_figure(trace: Mapping[str, Any], plan: Mapping[str, Any]) -> Figure:
     def from_the_side(p: Sequence[float]) -> tuple[float, float]:
         return 16 + half * 1.5 + (p[1] - y_mid) * scale, middle - (p[2] - z_mid) * scale
 
-    panels: list[tuple[str, float, Callable[[Sequence[float]], tuple[float, float]]]] = [
-        ("from above (x, y)", 0.0, from_above),
-        ("from the side (y, z)", half + 16, from_the_side),
+    return [
+        ((left, top - 6, half, high + 12), project, [(left + half / 2, top - 12, name, "middle")])
+        for name, left, project in (
+            ("from above (x, y)", 0.0, from_above),
+            ("from the side (y, z)", half + 16, from_the_side),
+        )
     ]
+
+
+def _plane(points: Sequence[Sequence[float]], axes: Sequence[str]) -> list[Panel]:
+    """One panel for `points` [P, 2] of what `axes` name, each axis with a range of its own."""
+    (x0, x1), (y0, y1) = ((min(numbers), max(numbers)) for numbers in zip(*points, strict=True))
+    words = [f"{name}: {low:.3g} to {high:.3g}" for name, low, high in zip(axes, (x0, y0), (x1, y1), strict=True)]
+
+    def project(p: Sequence[float]) -> tuple[float, float]:
+        return 10 + 320 * (p[0] - x0) / max(x1 - x0, 1e-9), 156 - 126 * (p[1] - y0) / max(y1 - y0, 1e-9)
+
+    return [((0.0, 20, 340, 146), project, [(0, 14, f"↑ {words[1]}", "start"), (340, 180, f"{words[0]} →", "end")])]
+
+
+def plan_figure(trace: Mapping[str, Any], plan: Mapping[str, Any]) -> Figure:
+    """One plan: the candidates' paths, and what is imagined along the chosen one.
+
+    Those of a hand are seen from above and from the side, others on the two axes that `trace["axes"]` names.
+
+    Candidates are coloured by score; of a tree, all of its chunks by value. Beside them the chosen path, the path that
+    was executed, with a ring where the next plan was made, and the object's imagined path and the goal, if there are
+    any. Below: value and disagreement along the chosen chunk.
+    """
+    figure = Figure(340, 322, f"plan on {trace['task']} at step {plan['step']}")
+    begin, ahead = plan["step"], len(plan["path"]) - 1
+    executed = trace["path"][begin : begin + ahead + 1]
+    lines = _lines(plan)
+    everything = [*executed, *plan["path"], *(p for _, line in lines for p in line)]
+    panels = _metres(everything) if trace["axes"] is None else _plane(everything, trace["axes"])
     worst, best = min((score for score, _ in lines), default=0.0), max((score for score, _ in lines), default=0.0)
     later = min((p["step"] for p in trace["plans"] if p["step"] > begin), default=begin + ahead)
     replanned = executed[min(later - begin, len(executed) - 1)]
-    for name, left, project in panels:
-        figure.text(left + half / 2, top - 12, name, "soft small", "middle")
-        box = (left, top - 6, half, high + 12)
+    for box, project, words in panels:
+        for x, y, text, anchor in words:
+            figure.text(x, y, text, "soft small", anchor)
         figure.rect(*box, rx="6", fill="none", stroke="var(--line)")
 
         def inside(p: Sequence[float], box: Any = box, project: Any = project) -> tuple[float, float]:
@@ -320,37 +355,39 @@ def plan_figure(trace: Mapping[str, Any], plan: Mapping[str, Any]) -> Figure:
             shade = round(4 * (score - worst) / (best - worst)) if best > worst else 4
             figure.path([inside(p) for p in line], f"s-q{shade}", stroke_width="1.3")
         figure.path([inside(p) for p in plan["object"]], "s-policy", stroke_width="2.4", stroke_linecap="round")
-        figure.path([inside(p) for p in plan["hand"]], "", stroke="var(--ink)", stroke_width="2.4")
+        figure.path([inside(p) for p in plan["path"]], "", stroke="var(--ink)", stroke_width="2.4")
         figure.path([inside(p) for p in executed], "s-oracle", stroke_width="2.2", stroke_dasharray="4 3")
         figure.circle(*inside(replanned), r=4, cls="s-oracle", fill="none", stroke_width="1.6")
-        gx, gy = inside(trace["goal"])
-        figure.path([(gx - 5, gy - 5), (gx + 5, gy + 5)], "s-expert", stroke_width="2")
-        figure.path([(gx - 5, gy + 5), (gx + 5, gy - 5)], "s-expert", stroke_width="2")
-        figure.circle(*inside(plan["hand"][0]), r=3.2, cls="", fill="var(--ink)")
-        figure.circle(*inside(plan["object"][0]), r=3.2, cls="f-policy")
-    y = top + high + 22
+        if trace["goal"]:
+            gx, gy = inside(trace["goal"])
+            figure.path([(gx - 5, gy - 5), (gx + 5, gy + 5)], "s-expert", stroke_width="2")
+            figure.path([(gx - 5, gy + 5), (gx + 5, gy - 5)], "s-expert", stroke_width="2")
+        figure.circle(*inside(plan["path"][0]), r=3.2, cls="", fill="var(--ink)")
+        for point in plan["object"][:1]:
+            figure.circle(*inside(point), r=3.2, cls="f-policy")
+    y = 198
     for k in range(5):
         figure.rect(k * 13, y - 8, 13, 8, f"f-q{k}")
     figure.text(71, y, f"{'values' if plan['tree'] else 'scores'} {worst:.4g} to {best:.4g}", "soft small")
-    _along(figure, plan, top + high + 52, 66)
+    _along(figure, plan, 228, 66)
     return figure
 
 
 def _lines(plan: Mapping[str, Any]) -> list[tuple[float, list[Sequence[float]]]]:
-    """(score, hand path) of what was searched, worst first: a third of them the worst ones, the others the best."""
+    """(score, path) of what was searched, worst first: a third of them the worst ones, the others the best."""
     if plan["tree"]:
         tree = plan["tree"]
-        steps = [(v, a, h) for v, a, h in zip(tree["value"], tree["parent"], tree["hand"], strict=True) if a >= 0]
-        lines = [(value, [tree["hand"][above], hand]) for value, above, hand in steps]
+        steps = [(v, a, p) for v, a, p in zip(tree["value"], tree["parent"], tree["path"], strict=True) if a >= 0]
+        lines = [(value, [tree["path"][above], point]) for value, above, point in steps]
         return sorted(lines, key=lambda line: line[0])
-    lines = sorted(((c["score"], c["hand"]) for c in plan["candidates"]), key=lambda line: line[0])
+    lines = sorted(((c["score"], c["path"]) for c in plan["candidates"]), key=lambda line: line[0])
     few = CANDIDATES_SHOWN // 3
     return lines[:few] + lines[few:][-2 * few :]
 
 
 def _along(figure: Figure, plan: Mapping[str, Any], top: float, height: float) -> None:
     """Value (line, left) and disagreement (bars, right) after each step of the chosen chunk, into `figure`."""
-    left, right, steps = 44, 44, max(len(plan["hand"]) - 1, 1)
+    left, right, steps = 44, 44, max(len(plan["path"]) - 1, 1)
     w, base = figure.width - left - right, top + height
     at = lambda k: left + w * k / steps  # noqa: E731
     figure.line(left, base, left + w, base)
@@ -449,13 +486,17 @@ def _plan_views(traces: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 words.append(f"{plan['evaluations']:,} model evaluations")
             if plan["value"] is not None:
                 words.append(f"the chosen chunk scores {plan['value']:.4g}")
-            words.append(f"the hand ends {100 * _missed(trace, plan):.1f} cm from where it was imagined")
+            missed = _missed(trace, plan)
+            far = f"{missed:.2g} (in the axes' units)" if trace["axes"] else f"{100 * missed:.1f} cm"
+            words.append(f"{_who(trace)} ends {far} from where it was imagined")
             views_of = [Markup(f.inline) for f in figures]
             about = {"step": plan["step"], "telling": bool(reason), "searched": plan["searched"]}
             shown.append({**about, "words": "; ".join(words) + ".", "figures": views_of})
         if shown:
             outcome = "solved" if trace["success"] else "not solved"
-            views.append({"task": short(trace["task"]), "start": trace["start"], "outcome": outcome, "plans": shown})
+            there = {"axes": trace["axes"], "object": bool(trace["object"]), "goal": bool(trace["goal"])}
+            about = {"task": short(trace["task"]), "start": trace["start"], "outcome": outcome}
+            views.append({**about, **there, "who": _who(trace), "plans": shown})
     return views
 
 

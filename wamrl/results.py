@@ -66,6 +66,7 @@ class Run:
     observations: list[dict[str, np.ndarray]] = field(default_factory=list)
     videos: list[dict[str, Any]] = field(default_factory=list)
     video_note: str | None = None
+    plan_note: str | None = None
     evaluations_per_plan: float | None = None
     steps_per_plan: float | None = None
     worker_rss_mib: float = 0.0
@@ -101,7 +102,9 @@ class Run:
                 "(other simulator versions or start states?); start a new run"
             )
         self.episodes = read_episodes(earlier / "episodes.csv")
-        for trace in json.loads((earlier / "traces.json").read_text(encoding="utf-8")):
+        traces = (earlier / "traces.json").read_text(encoding="utf-8")
+        for trace in json.loads(traces.replace('"hand":', '"path":')):  # what earlier ones say for it
+            trace.setdefault("axes", None)
             trace["plans"] = [
                 {"values": [], "tree": None, "searched": True, "evaluations": None, **plan} for plan in trace["plans"]
             ]  # earlier ones lack them
@@ -110,7 +113,7 @@ class Run:
         self.evaluations_per_plan = before["evaluations_per_plan"]
         self.steps_per_plan = before.get("steps_per_plan")
         self.worker_rss_mib = before["peak_rss_mib"]["worker"]
-        self.video_note = before["video_note"]
+        self.video_note, self.plan_note = before["video_note"], before.get("plan_note")
         kept = before.get("resume_data", {})
         self.plan_log, self.oracle_log = kept.get("plan_log", []), kept.get("oracle_log", [])
         self.observations = [
@@ -130,6 +133,8 @@ class Run:
         elif kind == "fidelity":
             task, errors = value
             self.fidelity[task] = errors
+        elif kind == "trace" and "note" in value:
+            self.plan_note = value["note"]
         elif kind == "trace":
             self.traces[value["task"]] = value
         elif kind == "video" and "note" in value:
@@ -199,6 +204,7 @@ class Run:
             "fidelity": self.fidelity,
             "videos": self.videos,
             "video_note": self.video_note,
+            "plan_note": self.plan_note,
             "config": self.settings,
         }
         results["metrics"] = _metrics(results)

@@ -105,32 +105,32 @@ def _picture(frames: Sequence[NDArray[np.uint8]], trace: Mapping[str, Any], view
     done = trace["success"] and step == len(frames) - 1
     _label(draw, (10, 8), f"simulator, step {step}" + ("   solved" if done else ""), _GREEN if done else _WHITE)
     if plan is not None:
-        _label(draw, (width + 10, 8), f"imagined at step {plan['step']}, {len(plan['hand']) - 1} steps ahead", _BLUE)
-        _legend(draw, width, height)
+        _label(draw, (width + 10, 8), f"imagined at step {plan['step']}, {len(plan['path']) - 1} steps ahead", _BLUE)
+        _legend(draw, width, height, [name for name in ("object", "goal") if not trace[name]])
     _rewards(draw, trace, plan, step, 2 * width, height)
     return np.asarray(sheet.resize((2 * width, height + _STRIP), Image.Resampling.LANCZOS))
 
 
 def _draw_plan(draw: Any, plan: Mapping[str, Any], trace: Mapping[str, Any], view: View, step: int) -> None:
     def pixels(points: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
-        found = view.project(np.asarray(points, dtype=np.float64)) * _SCALE
+        found = view.project(np.asarray(points, dtype=np.float64).reshape(-1, 3)) * _SCALE
         return [(float(x), float(y)) for x, y in found if math.isfinite(x) and math.isfinite(y)]
 
     scores = [c["score"] for c in plan["candidates"]]
     worst, best = (min(scores), max(scores)) if scores else (0.0, 0.0)
     for candidate in sorted(plan["candidates"], key=lambda c: c["score"]):
         good = (candidate["score"] - worst) / (best - worst) if best > worst else 1.0
-        draw.line(pixels(candidate["hand"]), fill=(*_BLUE, int(45 + 130 * good)), width=2)
-    draw.line(pixels(plan["object"]), fill=(*_ORANGE, 255), width=6, joint="curve")
-    draw.line(pixels(plan["hand"]), fill=(*_BLUE, 255), width=7, joint="curve")
-    ahead = min(step - plan["step"], len(plan["hand"]) - 1)
-    for name, colour in (("object", _ORANGE), ("hand", _BLUE)):
-        for x, y in pixels([plan[name][ahead]]):
+        draw.line(pixels(candidate["path"]), fill=(*_BLUE, int(45 + 130 * good)), width=2)
+    if plan["object"]:
+        draw.line(pixels(plan["object"]), fill=(*_ORANGE, 255), width=6, joint="curve")
+    draw.line(pixels(plan["path"]), fill=(*_BLUE, 255), width=7, joint="curve")
+    ahead = min(step - plan["step"], len(plan["path"]) - 1)
+    for name, colour in (("object", _ORANGE), ("path", _BLUE)):
+        for x, y in pixels(plan[name][ahead : ahead + 1]):
             draw.ellipse((x - 9, y - 9, x + 9, y + 9), fill=(*colour, 255))
-        measured = trace[name][min(step, len(trace[name]) - 1)]
-        for x, y in pixels([measured]):
+        for x, y in pixels(trace[name][: step + 1][-1:]):
             draw.ellipse((x - 14, y - 14, x + 14, y + 14), outline=(*_WHITE, 255), width=3)
-    for x, y in pixels([trace["goal"]]):
+    for x, y in pixels([trace["goal"]] if trace["goal"] else []):
         draw.line([(x - 11, y - 11), (x + 11, y + 11)], fill=(*_GREEN, 255), width=5)
         draw.line([(x - 11, y + 11), (x + 11, y - 11)], fill=(*_GREEN, 255), width=5)
 
@@ -241,11 +241,12 @@ def _label(draw: Any, at: tuple[float, float], text: str, colour: tuple[int, int
     draw.text((x, y), text, fill=colour, font=_font(size * _SCALE), stroke_width=2 * _SCALE, stroke_fill=_DARK)
 
 
-def _legend(draw: Any, width: int, height: int) -> None:
+def _legend(draw: Any, width: int, height: int, lacking: Sequence[str] = ()) -> None:
     x = width + 10
     for text, colour in (("hand", _BLUE), ("object", _ORANGE), ("goal", _GREEN), ("ring: measured", _WHITE)):
-        _label(draw, (x, height - 22), text, colour, 12)
-        x += 18 + 7 * len(text)
+        if text not in lacking:
+            _label(draw, (x, height - 22), text, colour, 12)
+            x += 18 + 7 * len(text)
 
 
 def _rewards(

@@ -164,18 +164,15 @@ class Worker:
         self._episodes(env, film or policy, "planner", starts, memory, on_step=on_step)
         self.emit("plan_log", policy.log)
         self.emit("observations", memory.some(24))
-        reads_state = "decode" in self.model.spec.provides and "state" in self.model.spec.observation
-        if reads_state:
+        if "decode" in self.model.spec.provides and "state" in self.model.spec.observation:
             horizon = int(getattr(policy.planner, "horizon", self.model.spec.max_horizon))
             errors = fidelity(self.model, memory, horizon)
             if errors is not None:
                 self.emit("fidelity", (job.task, errors))
-        trace = film.trace() if film is not None and reads_state else None
-        if film is not None and trace is not None:
+        if film is not None:
+            trace = film.trace()
             self.emit("trace", trace)
-            self.emit("video", film.write(self.directory, trace))
-        elif film is not None and not reads_state:
-            self.emit("video", {"note": "the model does not decode 'state', from which the film draws its paths"})
+            self.emit("video", trace if "note" in trace else film.write(self.directory, trace))
 
     def _run_oracle(self, task: str, starts: Sequence[Start]) -> None:
         env = self._env(task, min(self.settings["num_envs"], len(starts)), snapshots=True)
