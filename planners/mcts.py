@@ -37,7 +37,7 @@ from wamrl.planners.proposers import (
     match_sigma,
     noise_basis,
 )
-from wamrl.planners.running import ModelClock, compiled, every_padding, padded, require_compiler, run_compiled
+from wamrl.planners.running import ModelClock, compiled, every_padding, padding, require_compiler, run_compiled
 from wamrl.planners.scorers import ReturnScorer, asked_of
 from wamrl.planners.shooting import (
     FAILURES,
@@ -270,7 +270,8 @@ class MCTSPlanner:
         at = searched.nonzero()[:, 0]
         plan, kept = self._outside(cast(WAM, clock), state, noise, searched, gated), plan_state.copy()
         if at.numel():
-            taken = padded(at) if self.compile else at
+            fill = padding(at.numel(), device) if self.compile else None
+            taken = at if fill is None else at[fill]
             everyone = taken.numel() == at.numel() == rows
             part = (state, plan_state, noise) if everyone else (state[taken], plan_state[taken], noise[taken])
             found, tree = self._search(clock, *part, at, simulations, started, budget.deadline_s)

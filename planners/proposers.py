@@ -6,7 +6,7 @@ Shapes: R rows, N candidates, M sampled futures, H steps, A action dims. Actions
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -32,12 +32,17 @@ def noise_basis(horizon: int, correlation: float = 0.0) -> Tensor:
     return basis.to(torch.float32)
 
 
-def coloured_noise(noise: NoiseKey, basis: Tensor, *shape: int, action_dim: int) -> Tensor:
-    """[R, *shape, H, A] noise of unit variance, coloured over time by `basis` [H, K], see `temporal_basis`."""
+def coloured_noise(
+    noise: NoiseKey, basis: Tensor, *shape: int, action_dim: int, normal: Callable[..., Tensor] = NoiseKey.normal
+) -> Tensor:
+    """[R, *shape, H, A] noise of unit variance, coloured over time by `basis` [H, K], see `temporal_basis`.
+
+    normal: what draws it, called as `NoiseKey.normal` with the key first.
+    """
     horizon, knots = basis.shape
     if horizon == 1 or (knots == horizon and basis[1, 0] == 0):
-        return noise.normal(*shape, horizon, action_dim)
-    return (noise.normal(*shape, action_dim, knots) @ basis.T).transpose(-1, -2)
+        return normal(noise, *shape, horizon, action_dim)
+    return (normal(noise, *shape, action_dim, knots) @ basis.T).transpose(-1, -2)
 
 
 def check_sigma(sigma: float | Sequence[float], name: str = "sigma") -> Tensor:

@@ -77,18 +77,20 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     return torch.compile(function, fullgraph=True, dynamic=False, options={"cpp_wrapper": True, **options})
 
 
-def padded(rows: Tensor) -> Tensor:
-    """`rows` [R], and the first of them again, up to a power of two.
+def padding(rows: int, device: torch.device) -> Tensor | None:
+    """Numbers of `rows` rows, and the first of them again up to a power of two; None where they are one.
 
     A compiled function is compiled anew for every number of rows, which takes seconds, and after `MOST_GRAPHS` of them
     torch gives up. Gates and episodes that end let any number through, of which few are powers of two.
     """
-    count = rows.numel()
-    return torch.cat([rows, rows[:1].expand((1 << (count - 1).bit_length()) - count)])
+    if rows & (rows - 1) == 0:
+        return None
+    at = torch.arange(1 << rows.bit_length(), device=device)
+    return at.where(at < rows, 0)
 
 
 def every_padding(state: State, noise: NoiseKey) -> Iterator[tuple[State, NoiseKey]]:
-    """`state` and `noise` [R], in every number of rows that `padded` makes of R and fewer."""
+    """`state` and `noise` [R], in every number of rows that `padding` makes of R and fewer."""
     rows = noise.row.shape[0]
     for power in range((rows - 1).bit_length() + 1):
         at = torch.arange(1 << power, device=noise.row.device) % rows

@@ -43,7 +43,7 @@ from wamrl.planners.running import (
     ModelClock,
     compiled,
     every_padding,
-    padded,
+    padding,
     require_compiler,
     run_compiled,
 )
@@ -330,7 +330,8 @@ class ShootingPlanner:
                 if within == 0:
                     ahead = min(NOISE_BLOCK, limits.iterations - i)
                     draw = noise.fold(2).fold(block)
-                    offsets = coloured_noise(draw, basis, ahead, limits.num_candidates, action_dim=action_dim)
+                    num, normal = limits.num_candidates, self._normal(clock)
+                    offsets = coloured_noise(draw, basis, ahead, num, action_dim=action_dim, normal=normal)
                     offsets[:, :, 0] = 0.0  # candidate 0 is the mean
                 order, key = self._order(noise, i, limits.num_candidates), noise.fold(1).fold(i)
                 spread = now.sigma[:, None] if now.sigma.dim() == 3 else now.sigma
@@ -377,8 +378,8 @@ class ShootingPlanner:
         if not self.compile:
             return self.proposer(cast(WAM, clock), state, plan_state, num, noise, 0)
         model, rows = cast(WAM, CompiledQueries(clock, self._queries)), noise.row.shape[0]
-        at = padded(torch.arange(rows, device=noise.row.device))
-        if at.numel() == rows:
+        at = padding(rows, noise.row.device)
+        if at is None:
             return self.proposer(model, state, plan_state, num, noise, 0)
         return first_rows(self.proposer(model, state[at], plan_state[at], num, noise[at], 0), rows)
 
@@ -521,6 +522,20 @@ class ShootingPlanner:
         mean, sigma, weights = self.refit(actions, scores.masked_fill(dead[:, None], 0.0), sigma)
         return _Iterate(actions, scores, mean.clamp(-1.0, 1.0), sigma, weights), dead
 
+    def _normal(self, clock: ModelClock) -> Callable[..., Tensor]:
+        """`NoiseKey.normal`, compiled where asked for."""
+        if not self.compile:
+            return NoiseKey.normal
+        if "normal" not in self._queries:
+            self._queries["normal"] = compiled(_normal)
+        return partial(self._normal_compiled, clock)
+
+    def _normal_compiled(self, clock: ModelClock, noise: NoiseKey, *shape: int) -> Tensor:
+        rows = noise.row.shape[0]
+        at = padding(rows, noise.row.device)
+        noise = _uncompiled(noise if at is None else noise[at])
+        return cast(Tensor, run_compiled(self._queries["normal"], clock, noise, *shape))[:rows]
+
     def _evaluator(self, clock: ModelClock) -> Callable[..., tuple[_Iterate, Tensor, int]]:
         """`_evaluate` bound to the model, compiled where asked for."""
         if not self.compile:
@@ -543,13 +558,15 @@ class ShootingPlanner:
         rows = actions.shape[0]
         # The first sigma has no rows, a refitted one may have one: each shape would be compiled by itself.
         sigma = sigma.expand_as(actions[:, 0]).contiguous()
-        # Numbers would be compiled into the function, anew for every iteration.
-        key = NoiseKey(key.row, key.step, key.seed, torch.as_tensor(key.draw, device=actions.device))
-        at = padded(torch.arange(rows, device=actions.device))
-        if at.numel() > rows:
+        at = padding(rows, actions.device)
+        if at is not None:
             state, actions, broken, sigma, key = state[at], actions[at], broken[at], sigma[at], key[at]
             order = None if order is None else order[at]
-        iterate, dead, spent = run_compiled(self._compiled, clock, state, actions, broken, sigma, key, order)
+        iterate, dead, spent = run_compiled(
+            self._compiled, clock, state, actions, broken, sigma, _uncompiled(key), order
+        )
+        if at is None:
+            return iterate, dead, spent
         return _Iterate(*(part[:rows] for part in iterate)), dead[:rows], spent
 
     def _order(self, noise: NoiseKey, iteration: int, num: int) -> Tensor | None:
@@ -586,6 +603,15 @@ class _Found:
     candidates: Tensor
     scores: Tensor
     evaluations: Tensor
+
+
+def _normal(model: WAM, noise: NoiseKey, *shape: int) -> Tensor:
+    return noise.normal(*shape)
+
+
+def _uncompiled(key: NoiseKey) -> NoiseKey:
+    """The same keys, whose draw is a tensor: a number would be compiled into the function, anew for every iteration."""
+    return NoiseKey(key.row, key.step, key.seed, torch.as_tensor(key.draw, device=key.row.device))
 
 
 def policy_chunk(model: WAM, state: State, horizon: int, noise: NoiseKey) -> tuple[Tensor, int, Tensor]:

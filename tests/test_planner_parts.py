@@ -433,6 +433,13 @@ class Last:
         return torch.arange(rows) >= rows - self.number
 
 
+def rows_of(first) -> int:  # type: ignore[no-untyped-def]
+    """Rows of what a compiled function is given first: a state, a key or the root of a tree."""
+    if isinstance(first, NoiseKey):
+        return first.row.numel()
+    return first.batch_size[0] if isinstance(first, TensorDict) else first.tree.rows
+
+
 @pytest.mark.parametrize("kind", ["shooting", "mcts"])
 def test_whatever_number_of_rows_a_gate_lets_through_few_are_compiled(kind, monkeypatch) -> None:
     """Torch gives up after eight numbers of rows. Here the compiled function is the function itself."""
@@ -440,8 +447,8 @@ def test_whatever_number_of_rows_a_gate_lets_through_few_are_compiled(kind, monk
 
     def compiled(function, **options):  # type: ignore[no-untyped-def]
         def run(model, first, *rest):  # type: ignore[no-untyped-def]
-            sizes.append(first.batch_size[0] if kind == "shooting" else first.tree.rows)
-            shapes.add((sizes[-1], *(x.shape for x in rest if isinstance(x, torch.Tensor))))
+            sizes.append(rows_of(first))
+            shapes.add((function.__name__, sizes[-1], *(x.shape for x in rest if isinstance(x, torch.Tensor))))
             return function(model, first, *rest)
 
         return run
@@ -466,7 +473,8 @@ def test_whatever_number_of_rows_a_gate_lets_through_few_are_compiled(kind, monk
         assert after.batch_size == then.batch_size
         for key in after.keys(True, True):
             assert after[key].shape == then[key].shape
-    assert set(sizes) == {1, 2, 4, 8, 16} and len(shapes) == 5, shapes
+    functions = 2 if kind == "shooting" else 1  # an iteration, and the noise of those that follow the first
+    assert set(sizes) == {1, 2, 4, 8, 16} and len(shapes) == 5 * functions, shapes
 
 
 @pytest.mark.parametrize("kind", ["shooting", "mcts"])
@@ -476,8 +484,7 @@ def test_what_a_plan_with_a_deadline_runs_is_compiled_before(kind, monkeypatch) 
 
     def compiled(function, **options):  # type: ignore[no-untyped-def]
         def run(model, first, *rest):  # type: ignore[no-untyped-def]
-            rows = first.batch_size[0] if kind == "shooting" else first.tree.rows
-            shapes.append((rows, *(x.shape for x in rest if isinstance(x, torch.Tensor))))
+            shapes.append((rows_of(first), function.__name__, *(x.shape for x in rest if isinstance(x, torch.Tensor))))
             return function(model, first, *rest)
 
         return run
@@ -494,7 +501,7 @@ def test_what_a_plan_with_a_deadline_runs_is_compiled_before(kind, monkeypatch) 
     state, noise = model.state(torch.linspace(-0.5, 0.5, 5)[:, None]), NoiseKey.for_rows(5)
     planner.warm_up(model, state, noise, budget)
     before = set(shapes)
-    assert {rows for rows, *_ in before} == {1, 2, 4, 8} and len(before) == 4
+    assert {rows for rows, *_ in before} == {1, 2, 4, 8} and len(before) == 4 * (2 if kind == "shooting" else 1)
     shapes.clear()
     for gate.number in range(6):
         planner.plan(model, state, planner.initial_state(model, 5), noise, budget)
