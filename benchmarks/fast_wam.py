@@ -1,12 +1,14 @@
 """Store the Fast-WAM comparison: `python -m wamrl.bench fast_wam` on fresh test starts, from states and from images.
 
-    python -m benchmarks.fast_wam                                          # both, with the default tasks and seeds
+    python -m benchmarks.fast_wam                                          # all, with the default tasks and seeds
+    python -m benchmarks.fast_wam --settings push                          # fast on push alone, with `PUSH`'s steps
     python -m benchmarks.fast_wam --settings state --state fast_wam.seeds=[0]
     python -m benchmarks.fast_wam --pixels fast_wam.tasks=[metaworld/drawer-open-v3] fast_wam.seeds=[0]
     python -m benchmarks.fast_wam --settings pixels --pixels fast_wam.seeds=[3] --add   # a seed more than is stored
 
-`--state` and `--pixels` are followed by settings of that run. What is done is not done again; a stopped run's finished
-seeds are stored as they are. The metrics go to benchmarks/results/fast_wam.json.
+`--state`, `--pixels` and `--push` are followed by settings of that run. What is done is not done again; a stopped run's
+finished seeds are stored as they are. The metrics go to benchmarks/results/fast_wam.json, where the settings that were
+not run stay as they were stored.
 
 With `--add`, seeds that the stored file lacks are pooled with those that it has, whose models need not be there any
 more: rates and paired comparisons by their counts, errors of imagination as means over seeds. What depends on the
@@ -28,7 +30,10 @@ from benchmarks.stored import RESULTS, ROOT, Clock, rate
 from wamrl import bench, fast_wam
 
 FIRST_TEST_START = 100  # starts 0 to 99 were read while earlier versions were made
-SETTINGS = ("state", "pixels")
+PUSH = ("fast_wam.tasks=[metaworld/push-v3]", "fast_wam.variants=[fast]", "fast_wam.simulators=[]",
+        "fast_wam.denoising_steps=[]", "fast_wam.steps=4000")  # fmt: skip
+"""From images as well, with the optimiser steps that fit into twelve minutes of one core."""
+SETTINGS = ("state", "pixels", "push")
 
 
 def words(setting: str, out: Path, more: list[str]) -> list[str]:
@@ -37,7 +42,8 @@ def words(setting: str, out: Path, more: list[str]) -> list[str]:
     return [
         "fast_wam",
         *fixed,
-        f"fast_wam.pixels={str(setting == 'pixels').lower()}",
+        f"fast_wam.pixels={str(setting != 'state').lower()}",
+        *(PUSH if setting == "push" else ()),
         *more,
         f"run_dir={out / setting}",
     ]
@@ -88,6 +94,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--state", nargs="*", default=[], help="settings of the run from states")
     parser.add_argument("--pixels", nargs="*", default=[], help="settings of the run from images")
+    parser.add_argument("--push", nargs="*", default=[], help="settings of the run on push alone")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/fast_wam"))
     parser.add_argument("--add", action="store_true", help="pool with the seeds that are stored")
     arguments = parser.parse_args()
@@ -96,13 +103,15 @@ def main() -> None:
     runs: dict[str, Any] = {}
     for setting in arguments.settings:
         bench.main(words(setting, arguments.out, getattr(arguments, setting)))
-        runs[setting] = json.loads((arguments.out / setting / "results.json").read_text())
+        run = json.loads((arguments.out / setting / "results.json").read_text())
+        run["metrics"] = {f"{setting}/{key.partition('/')[2]}": value for key, value in run["metrics"].items()}
+        runs[setting] = run
     config = {setting: {"command": run["command"], **run["config"]} for setting, run in runs.items()}
     metrics = {key: value for run in runs.values() for key, value in run["metrics"].items()}
     seeds = {seed for run in runs.values() for seed in run["seeds"]}
+    path = RESULTS / "fast_wam.json"
+    stored = json.loads(path.read_text()) if path.exists() else {"config": {}, "metrics": {}, "seeds": []}
     if arguments.add:
-        stored = json.loads((RESULTS / "fast_wam.json").read_text())
-        metrics = dict(stored["metrics"])
         for setting, run in runs.items():
             metrics |= added(stored, run, setting)
             before = stored["config"][setting]
@@ -110,10 +119,11 @@ def main() -> None:
             config[setting] = {**before, "added": [*before.get("added", []), run_of]}
             together = before["fast_wam"]["seeds"] + run["config"]["fast_wam"]["seeds"]
             config[setting]["fast_wam"] = {**before["fast_wam"], "seeds": together}
-        config = {**stored["config"], **config}
-        seeds |= set(stored["seeds"])
+    kept = {key: value for key, value in stored["metrics"].items() if key.partition("/")[0] not in runs}
+    metrics, config = {**kept, **metrics}, {**stored["config"], **config}
+    seeds |= set(stored["seeds"])
     clock.store(
-        RESULTS / "fast_wam.json",
+        path,
         config=config,
         metrics=metrics,
         arguments=shlex.join(sys.argv[1:]),

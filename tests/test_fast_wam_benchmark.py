@@ -88,7 +88,7 @@ def test_the_words_of_a_stored_run_are_settings_of_bench():
         words = stored.words(setting, Path("out"), ["fast_wam.seeds=[0]"])
         chosen = settings(*words[1:])
         fast_wam.check(chosen)
-        assert chosen["fast_wam"]["pixels"] == (setting == "pixels") and chosen["split"] == "test"
+        assert chosen["fast_wam"]["pixels"] == (setting != "state") and chosen["split"] == "test"
 
 
 def in_this_process(stage: Stage, folder: Path) -> dict:
@@ -169,6 +169,31 @@ def test_seeds_added_later_count_as_if_they_had_been_there():
     together = stored.pooled(one, two, (2, 1))
     whole = _found(mine, fast, 2.0) | {"state/fast/k4/latency_p50_ms": 6.0}  # the machine of the first
     assert together == whole
+
+
+def test_settings_that_are_not_run_stay_as_they_were_stored(tmp_path, monkeypatch):
+    old = {"state/mean/fast/success": rate(5, 10), "push/mean/fast/success": rate(1, 10)}
+    before = {"config": {"state": {"a": 1}, "push": {"a": 2}}, "metrics": old, "seeds": [0, 3]}
+    (tmp_path / "fast_wam.json").write_text(json.dumps(before))
+
+    def run(words):  # type: ignore[no-untyped-def]
+        folder = tmp_path / "push"
+        folder.mkdir()
+        found = {
+            "command": "bench",
+            "config": {"a": 3},
+            "seeds": [1],
+            "metrics": {"pixels/mean/fast/success": rate(9, 10)},
+        }
+        (folder / "results.json").write_text(json.dumps(found))
+
+    monkeypatch.setattr(stored.bench, "main", run)
+    monkeypatch.setattr(stored, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["fast_wam", "--settings", "push", "--out", str(tmp_path)])
+    stored.main()
+    after = json.loads((tmp_path / "fast_wam.json").read_text())
+    assert after["metrics"] == {**old, "push/mean/fast/success": rate(9, 10)}
+    assert after["config"] == {"state": {"a": 1}, "push": {"command": "bench", "a": 3}} and after["seeds"] == [0, 1, 3]
 
 
 def test_seeds_of_other_settings_or_there_already_are_not_added():
