@@ -100,6 +100,19 @@ def test_a_run_directory_of_ones_own_is_used_and_kept(demo):
     assert not Path("outputs").exists()
 
 
+def test_a_refused_command_leaves_the_settings_of_the_run_that_is_there(demo):
+    assert demo("run_dir=mine") == 0
+    good = Path("mine/config.yaml").read_text()
+    for failing in ("input", "late"):
+        assert demo("run_dir=mine", "planner=deep", f"fail={failing}") == 2
+        assert Path("mine/config.yaml").read_text() == good
+    with pytest.raises(ZeroDivisionError):
+        demo("run_dir=mine", "planner=deep", "fail=defect")
+    assert Path("mine/config.yaml").read_text() == good
+    assert demo("run_dir=mine", "episodes=20", "fail=stop") == 130  # taken over: it says how to go on
+    assert "episodes: 20" in Path("mine/config.yaml").read_text()
+
+
 def test_a_multirun_gives_each_job_a_directory(demo, capsys):
     assert demo("-m", "planner=fast,deep", "env=toy/push,toy/reach") == 0
     (sweep,) = runs()

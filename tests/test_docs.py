@@ -59,7 +59,7 @@ def test_a_command_on_the_pages_composes(line, tmp_path, monkeypatch):
     assert any(sign in line for sign in "'\"") or not re.search(r"\{[^}]*,", line), "a shell would expand the braces"
     name, *words = shlex.split(line.removeprefix("python -m wamrl."))
     if name in ("train", "posttrain"):
-        words = cli.rewritten(name, words)[1]
+        words = cli.rewritten(name, words)
     if name == "bench":
         words[0] = f"check={words[0]}"
     single = [

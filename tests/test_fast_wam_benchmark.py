@@ -44,7 +44,7 @@ def test_every_stage_composes(tmp_path, monkeypatch, pixels):
     assert "data.mixture.expert=300" in found[0].overrides
     for stage in found:
         words = list(stage.overrides)
-        config = cli.compose(stage.command, cli.rewritten("train", words)[1] if stage.command == "train" else words)
+        config = cli.compose(stage.command, cli.rewritten("train", words) if stage.command == "train" else words)
         if stage.name.startswith("train_"):
             label = stage.name.removeprefix("train_")
             assert config.tokenizer == ("out/tokenizer" if pixels else None)

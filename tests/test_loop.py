@@ -25,7 +25,7 @@ def test_every_command_of_a_round_composes(number, tmp_path, monkeypatch):
     for stage in stages(settings(environment_overrides=["env.max_steps=80"]), number, Path("run")):
         words = list(stage.overrides)
         if stage.command in ("train", "posttrain"):
-            words = cli.rewritten(stage.command, words)[1]
+            words = cli.rewritten(stage.command, words)
         config = cli.compose(stage.command, [word for word in words if not word.startswith("env.data=")])
         assert config.seed == 0
         if stage.command == "posttrain":
@@ -86,6 +86,15 @@ def test_a_loop_starts_from_given_data_and_a_given_model():
     assert train[:2] == (f"data=[{data}]", "wam=reference")
     going_on = next(s for s in stages({**given, "anew": False}, 1, Path("run")) if s.command == "train")
     assert going_on.overrides[:2] == (rounds[1][1][1][0], "wam=own/weak")
+
+
+def test_a_refused_loop_leaves_the_settings_of_the_one_that_is_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("episodes: 7\n")
+    with pytest.raises(SystemExit):
+        loop.main(["learner=sb3", "run_dir=run"])
+    assert Path("run/config.yaml").read_text() == "episodes: 7\n"
 
 
 def test_a_round_without_real_steps_has_a_report(tmp_path):

@@ -237,4 +237,4 @@ def test_the_judges_are_made_by_commands_of_users(tmp_path, monkeypatch):
 def _words(command: list[str]) -> list[str]:
     """A command's words as they are composed: data=<directory> of train is its dataset."""
     module, *words = command
-    return [module, *(cli.rewritten("train", words)[1] if module == "wamrl.train" else words)]
+    return [module, *(cli.rewritten("train", words) if module == "wamrl.train" else words)]

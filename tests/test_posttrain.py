@@ -413,3 +413,15 @@ def test_the_command_learns_in_metaworld_and_resumes(push, capsys):
     # Evaluation refuses starts that a policy was trained on, so that its checkpoint has to say all of them.
     known = [checkpoint.read_metadata(name).provenance["data"] for name in ("six", "run")]
     assert known[1][: len(known[0])] == known[0] and known[1][-1]["split"] == "train" and len(known[1]) > len(known[0])
+
+
+def test_a_command_that_is_refused_leaves_the_run_resumable(push, capsys):
+    Path("conf/env").mkdir(parents=True)
+    Path("conf/env/aim.yaml").write_text("_target_: tests.agent_toys.AimEnv\n")
+    save(push / "model.safetensors", reference_model(), 0)
+    words = ["--config-dir", "conf", "env=aim", "wam=model.safetensors", "episodes=0", "num_envs=4", "decisions=6",
+             "agent.world_weight=0", "run_dir=run"]  # fmt: skip
+    posttrain.main([*words, "iterations=1"])
+    assert "the state of another run" in said(capsys, *words, "agent.epochs=3")
+    posttrain.main(["--config-dir", "conf", "resume=run", "iterations=2"])
+    assert json.loads(Path("run/results.json").read_text())["iterations"] == 2

@@ -21,7 +21,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -74,9 +74,10 @@ def command(name: str, *, help: str, examples: Sequence[str] = ()) -> Callable[[
     one string such as "env=metaworld/push-v3 planner.horizon=8".
 
     The result takes an optional list of arguments (default: those of the process). It returns after success and
-    raises SystemExit otherwise. `run_dir` exists and holds config.yaml. A config key `run_dir`, when the command's
-    YAML has one and it is not null, names the directory instead of outputs/<name>/<date>_<time>; without it a config
-    key `resume` does, the directory of a stopped run, in which the command itself checks and writes everything.
+    raises SystemExit otherwise. `run_dir` exists and holds config.yaml; one that was there before comes back when the
+    command fails. A config key `run_dir`, when the command's YAML has one and it is not null, names the directory
+    instead of outputs/<name>/<date>_<time>; without it a config key `resume` does, the directory of a stopped run, in
+    which the command itself checks and writes everything.
     The last line printed names the directory, or the config's `path` where it has one: what the command is there for.
     A KeyboardInterrupt that the command raises with a text says how to resume; the text is printed. In a multirun the
     value returned by `main` goes to Hydra's sweeper. The undecorated function is `main.__wrapped__`.
@@ -250,17 +251,24 @@ def _job(name: str, main: Main, config: DictConfig, folders: Sequence[str]) -> A
     else:
         run_dir, made = new_run_dir(name), True
         link_latest(run_dir)
+    settings = run_dir / "config.yaml"
+    earlier = settings.read_text(encoding="utf-8") if settings.is_file() else None
     try:
         # Resolved here, once: a missing value or a dangling reference is an error before any work is done.
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         _check_kinds(_primary(name, folders), config)
         _check_added(name, folders)
         if not resumed:  # these are not the settings of the stopped run, which the command takes from there
-            files.write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved)))
+            files.write_text(settings, OmegaConf.to_yaml(OmegaConf.create(resolved)))
         value = main(config, run_dir)
     except BaseException as error:
         if made:
             _discard(run_dir)
+        elif earlier is not None and not (isinstance(error, KeyboardInterrupt) and str(error)):
+            # The run that is there was made with its own settings. Only a command that was interrupted and says how to
+            # go on has taken it over, with more iterations, say.
+            with suppress(OSError):  # a full disk, which is what the command failed of
+                files.write_text(settings, earlier)
         if run_dir.exists() and not _is_bare(run_dir):
             error.add_note(f"what was done so far is in {run_dir}")
         raise
@@ -581,15 +589,15 @@ def device(name: str) -> str:
 _RESUMED_GROUPS = {"train": ("wam",), "posttrain": ("wam", "agent", "env")}
 
 
-def rewritten(name: str, given: list[str]) -> tuple[Path | None, list[str]]:
-    """Let `data=` name the dataset although configs/data is a group, and `resume=` bring back a run's settings.
+def rewritten(name: str, given: list[str]) -> list[str]:
+    """The arguments of train or posttrain as Hydra takes them.
 
-    Returns the directory to resume, or None, and the arguments as Hydra takes them.
+    `data=` names the dataset although configs/data is a group, and `resume=` brings back a run's settings.
     """
     words = ["dataset=" + word.removeprefix("data=") if word.startswith("data=") else word for word in given]
     folders = [word.removeprefix("resume=") for word in words if word.startswith("resume=")]
     if not folders or folders[-1] in ("", "null"):
-        return None, words
+        return words
     folder = Path(folders[-1]).resolve()
     if not (folder / "checkpoints").is_dir() or not (folder / "config.yaml").is_file():
         raise FileNotFoundError(
@@ -600,7 +608,7 @@ def rewritten(name: str, given: list[str]) -> tuple[Path | None, list[str]]:
     earlier = [f"++{word}" for word in overrides_of(stored)]
     # Without the default choices of groups, whose settings the stored choices do not have.
     groups = [f"~{group}" for group in _RESUMED_GROUPS[name]]
-    return folder, [*groups, *earlier, *(word for word in words if not word.startswith("resume="))]
+    return [*groups, *earlier, *(word for word in words if not word.startswith("resume="))]
 
 
 def overrides_of(settings: Mapping[str, Any], prefix: str = "") -> list[str]:

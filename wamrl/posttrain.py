@@ -25,7 +25,6 @@ from wamrl.envs.base import RowsEnv
 from wamrl.envs.imagined_env import ImaginedEnv
 from wamrl.evaluation import check_starts
 from wamrl.experience import MakeEnv
-from wamrl.files import write_text
 from wamrl.interfaces import WAM, Layout
 from wamrl.measuring import Measuring
 from wamrl.naming import unknown_name, whole_number
@@ -40,20 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         _refuse_unheeded(given)
-        folder, given = cli.rewritten("posttrain", given)
+        given = cli.rewritten("posttrain", given)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     if "env=imagined" in given and not any(word.startswith("env.data=") for word in given):
         given.append("env.data=${dataset}")  # the start frames are those of the data
-    settings = (folder / "config.yaml").read_text(encoding="utf-8") if folder else ""
-    try:
-        _command(given)
-    except SystemExit as stopped:
-        if folder and stopped.code == 2:
-            # The settings of a refused resume are not those of the run.
-            write_text(folder / "config.yaml", settings)
-        raise
+    _command(given)
 
 
 def _refuse_unheeded(given: Sequence[str]) -> None:

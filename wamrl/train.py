@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from wamrl import checkpoint, cli
 from wamrl.data import EpisodeDataset, observation_keys
-from wamrl.files import write_json, write_text
+from wamrl.files import write_json
 from wamrl.image_quality import decoded_quality, image_keys, metrics
 from wamrl.interfaces import WAM, Layout, keys_of_images
 from wamrl.models.foundation import advice, load_foundation
@@ -179,18 +179,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; see `python -m wamrl.train --help`."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        folder, given = cli.rewritten("train", given)
+        given = cli.rewritten("train", given)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    settings = (folder / "config.yaml").read_text(encoding="utf-8") if folder else ""
-    try:
-        _command(given)
-    except SystemExit as stopped:
-        if folder and stopped.code == 2:
-            # The settings of a refused resume are not those of the run.
-            write_text(folder / "config.yaml", settings)
-        raise
+    _command(given)
 
 
 @cli.command(
