@@ -84,7 +84,7 @@ def test_a_run_leaves_its_config_and_the_last_line_names_it(demo, capsys):
     assert Path("outputs/demo/latest").resolve() == run.resolve()
     # Nothing else: no log file, no .hydra.
     assert sorted(path.name for path in Path().iterdir()) == ["conf", "outputs"]
-    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "result.txt"]
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "config.yaml", "result.txt"]
 
 
 def test_latest_follows_the_newest_run(demo):
@@ -111,6 +111,17 @@ def test_a_refused_command_leaves_the_settings_of_the_run_that_is_there(demo):
     assert Path("mine/config.yaml").read_text() == good
     assert demo("run_dir=mine", "episodes=20", "fail=stop") == 130  # taken over: it says how to go on
     assert "episodes: 20" in Path("mine/config.yaml").read_text()
+
+
+def test_one_process_at_a_time_writes_into_a_directory(demo, capsys):
+    Path("mine").mkdir()
+    with cli._locked(Path("mine")):
+        assert demo("run_dir=mine") == 2
+        told = capsys.readouterr().err
+        assert f"another process (pid {os.getpid()}) is writing into" in told and "another run_dir" in told
+        assert [path.name for path in Path("mine").iterdir()] == [".lock"]
+        assert demo("run_dir=other") == 0
+    assert demo("run_dir=mine") == 0
 
 
 def test_a_multirun_gives_each_job_a_directory(demo, capsys):
@@ -289,6 +300,50 @@ def test_a_real_process_prints_warnings_but_no_small_talk_and_ends_with_130_at_c
     _, told = process.communicate(timeout=30)
     assert process.returncode == 130
     assert told.startswith("mind this\ninterrupted\nwhat was done so far is in outputs/slow/")
+
+
+def test_a_stage_of_a_command_that_is_terminated_has_saved_and_ended(tmp_path):
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "outer.yaml").write_text("run_dir: null\n")
+    (tmp_path / "python").write_text(
+        textwrap.dedent(
+            f"""\
+            #!{sys.executable}
+            import pathlib, signal, sys, time
+            def save(*_):
+                time.sleep(0.5)
+                pathlib.Path("saved").touch()
+                sys.exit(130)
+            signal.signal(signal.SIGTERM, save)
+            pathlib.Path("begun").touch()
+            time.sleep(60)
+            """
+        )
+    )
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "outer.py").write_text(
+        textwrap.dedent(
+            """
+            from wamrl import stages
+            from wamrl.cli import command
+            stages.sys.executable = "./python"
+            @command("outer", help="Waits for a stage.")
+            def main(config, run_dir):
+                stages.run_stage(stages.Stage("one", "train", ()), run_dir)
+            main()
+            """
+        )
+    )
+    process = subprocess.Popen(
+        [sys.executable, "outer.py", "--config-dir", "conf", "run_dir=run"], cwd=tmp_path, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert (tmp_path / "saved").exists() and not (tmp_path / "run/one.done").exists()
 
 
 # ------------------------------------------------------------------------------------ the shipped commands

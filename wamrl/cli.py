@@ -14,14 +14,17 @@ Exit codes: 0 done, 2 a mistake in the input (one message on stderr), 130 interr
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import re
 import shlex
+import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -79,8 +82,9 @@ def command(name: str, *, help: str, examples: Sequence[str] = ()) -> Callable[[
     instead of outputs/<name>/<date>_<time>; without it a config key `resume` does, the directory of a stopped run, in
     which the command itself checks and writes everything.
     The last line printed names the directory, or the config's `path` where it has one: what the command is there for.
-    A KeyboardInterrupt that the command raises with a text says how to resume; the text is printed. In a multirun the
-    value returned by `main` goes to Hydra's sweeper. The undecorated function is `main.__wrapped__`.
+    While a command runs, others are refused in its directory. SIGTERM and SIGHUP interrupt it like Ctrl-C. A
+    KeyboardInterrupt that it raises with a text says how to resume; the text is printed. In a multirun the value
+    returned by `main` goes to Hydra's sweeper. The undecorated function is `main.__wrapped__`.
     """
 
     def decorate(main: Main) -> Callable[..., None]:
@@ -93,7 +97,8 @@ def command(name: str, *, help: str, examples: Sequence[str] = ()) -> Callable[[
             if "--version" in given:
                 print("\n".join(f"{key} {value or '-'}" for key, value in provenance.versions().items()))
                 return
-            code = _guarded(name, given, lambda: _run(name, main, given))
+            with _signals():
+                code = _guarded(name, given, lambda: _run(name, main, given))
             if code:
                 raise SystemExit(code)
 
@@ -154,7 +159,7 @@ def link_latest(run_dir: Path) -> None:
 
 def _is_bare(run_dir: Path) -> bool:
     """Whether nothing but a description of the run is in there."""
-    return {path.name for path in run_dir.iterdir()} <= {"config.yaml", "multirun.yaml"}
+    return {path.name for path in run_dir.iterdir()} <= {"config.yaml", "multirun.yaml", ".lock"}
 
 
 def _discard(run_dir: Path) -> None:
@@ -174,7 +179,52 @@ def _discard(run_dir: Path) -> None:
             latest.unlink()
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing into `folder`; one that dies, however it does, lets go of it.
+
+    Raises:
+        RunError: another process writes there.
+    """
+    try:
+        file = (folder / ".lock").open("a+", encoding="utf-8")
+    except OSError:  # there is no such folder, or nothing can be written into it: the command says so itself
+        yield
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise RunError(
+                f"another process (pid {file.read() or 'unknown'}) is writing into {folder}; wait for it, or choose "
+                "another run_dir"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
 # ---------------------------------------------------------------------------------------------- running
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP stop a command as Ctrl-C does, with what is done saved and stages below it stopped, too."""
+    taken = []
+    if threading.current_thread() is threading.main_thread():
+        # Others than the default stay: nohup, say, has SIGHUP ignored.
+        taken = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class _JobFailed(BaseException):
@@ -251,27 +301,30 @@ def _job(name: str, main: Main, config: DictConfig, folders: Sequence[str]) -> A
     else:
         run_dir, made = new_run_dir(name), True
         link_latest(run_dir)
-    settings = run_dir / "config.yaml"
-    earlier = settings.read_text(encoding="utf-8") if settings.is_file() else None
-    try:
-        # Resolved here, once: a missing value or a dangling reference is an error before any work is done.
-        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        _check_kinds(_primary(name, folders), config)
-        _check_added(name, folders)
-        if not resumed:  # these are not the settings of the stopped run, which the command takes from there
-            files.write_text(settings, OmegaConf.to_yaml(OmegaConf.create(resolved)))
-        value = main(config, run_dir)
-    except BaseException as error:
-        if made:
-            _discard(run_dir)
-        elif earlier is not None and not (isinstance(error, KeyboardInterrupt) and str(error)):
-            # The run that is there was made with its own settings. Only a command that was interrupted and says how to
-            # go on has taken it over, with more iterations, say.
-            with suppress(OSError):  # a full disk, which is what the command failed of
-                files.write_text(settings, earlier)
-        if run_dir.exists() and not _is_bare(run_dir):
-            error.add_note(f"what was done so far is in {run_dir}")
-        raise
+    with ExitStack() as locks:
+        for place in {Path(folder).resolve() for folder in (run_dir, resumed) if folder}:
+            locks.enter_context(_locked(place))
+        settings = run_dir / "config.yaml"
+        earlier = settings.read_text(encoding="utf-8") if settings.is_file() else None
+        try:
+            # Resolved here, once: a missing value or a dangling reference is an error before any work is done.
+            resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+            _check_kinds(_primary(name, folders), config)
+            _check_added(name, folders)
+            if not resumed:  # these are not the settings of the stopped run, which the command takes from there
+                files.write_text(settings, OmegaConf.to_yaml(OmegaConf.create(resolved)))
+            value = main(config, run_dir)
+        except BaseException as error:
+            if made:
+                _discard(run_dir)
+            elif earlier is not None and not (isinstance(error, KeyboardInterrupt) and str(error)):
+                # The run that is there was made with its own settings. Only a command that was interrupted and says how
+                # to go on has taken it over, with more iterations, say.
+                with suppress(OSError):  # a full disk, which is what the command failed of
+                    files.write_text(settings, earlier)
+            if run_dir.exists() and not _is_bare(run_dir):
+                error.add_note(f"what was done so far is in {run_dir}")
+            raise
     _say_where(Path(config.get("path") or run_dir))
     return value
 

@@ -296,12 +296,13 @@ def _run_episodes(run: Run, console: Console) -> None:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Any:
-    """A second Ctrl-C does not stop the writing of what is done."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A second Ctrl-C or SIGTERM does not stop the writing of what is done."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _time_single_decisions(run: Run, console: Console) -> None:

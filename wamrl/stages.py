@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from wamrl.files import write_json
 from wamrl.naming import RunError
@@ -33,6 +33,7 @@ def run_stage(stage: Stage, folder: Path) -> dict[str, Any]:
     Raises:
         RunError: the command failed; the message ends with the end of its log.
         ValueError: the directory holds this stage with other settings.
+        KeyboardInterrupt: this process was interrupted; the command was told, and has ended.
     """
     done, directory = folder / f"{stage.name}.done", folder / stage.name
     words = [*stage.overrides, f"run_dir={directory}"]
@@ -47,13 +48,29 @@ def run_stage(stage: Stage, folder: Path) -> dict[str, Any]:
             given = [f"resume={directory}"]
         log = folder / f"{stage.name}.log"
         with log.open("a", encoding="utf-8") as file:
-            command = [sys.executable, "-m", f"wamrl.{stage.command}", *given]
-            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=dict(os.environ)).returncode
+            code, interrupted = _run([sys.executable, "-m", f"wamrl.{stage.command}", *given], file)
+        if interrupted and code:
+            raise KeyboardInterrupt
         if code:
             end = log.read_text(encoding="utf-8")[-1500:]
             raise RunError(f"python -m wamrl.{stage.command} {' '.join(given)} exited with {code}:\n{end}")
         write_json(done, {"overrides": words, "seconds": time.perf_counter() - begun, "versions": versions()})
+        if interrupted:
+            raise KeyboardInterrupt
     return json.loads((directory / "results.json").read_text(encoding="utf-8"))
+
+
+def _run(command: Sequence[str], log: IO[str]) -> tuple[int, bool]:
+    """The exit code of `command`, and whether this process was interrupted meanwhile, which it hands on every time."""
+    # In a group of its own: Ctrl-C in a terminal would reach it a second time, which stops it before it has saved.
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, process_group=0)
+    interrupted = False
+    while True:
+        try:
+            return process.wait(), interrupted
+        except KeyboardInterrupt:
+            interrupted = True
+            process.terminate()
 
 
 def _partial(directory: Path) -> bool:
