@@ -32,6 +32,7 @@ from typing import Any
 
 import hydra
 import yaml
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import (
     CompactHydraException,
@@ -116,16 +117,33 @@ def compose(name: str, overrides: Sequence[str] = ()) -> DictConfig:
         raise _explain(name, overrides, (), error) or error from error
 
 
+def check(name: str, words: Sequence[str]) -> dict[str, Any]:
+    """The settings that a command given `words` would begin with; ValueError says what is wrong with them."""
+    given = rewritten(name, list(words)) if name in _RESUMED_GROUPS else list(words)
+    config = compose(name, given)
+    try:
+        settings = plain(config)
+    except OmegaConfBaseException as error:
+        raise _explain(name, given, (), error) or error from error
+    _check_kinds(_primary(name, ()), config)
+    _check_added(name, (), given)
+    return settings
+
+
 def _composed(name: str, overrides: Sequence[str], folders: Sequence[str]) -> DictConfig:
     home = next((Path(folder).resolve() for folder in folders if (Path(folder) / f"{name}.yaml").is_file()), None)
-    start = (
-        hydra.initialize_config_dir(str(home), version_base="1.3")
-        if home
-        else hydra.initialize_config_module(CONFIGS, version_base="1.3")
-    )
-    places = [f"file://{Path(folder).resolve()}" for folder in folders] + [f"pkg://{CONFIGS}"]
-    with start:
-        return hydra.compose(name, overrides=[*overrides, f"hydra.searchpath=[{','.join(places)}]"])
+    running, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a command that composes another one's
+    try:
+        start = (
+            hydra.initialize_config_dir(str(home), version_base="1.3")
+            if home
+            else hydra.initialize_config_module(CONFIGS, version_base="1.3")
+        )
+        places = [f"file://{Path(folder).resolve()}" for folder in folders] + [f"pkg://{CONFIGS}"]
+        with start:
+            return hydra.compose(name, overrides=[*overrides, f"hydra.searchpath=[{','.join(places)}]"])
+    finally:
+        GlobalHydra.instance().hydra = running
 
 
 # ---------------------------------------------------------------------------------------------- run directories
@@ -310,7 +328,7 @@ def _job(name: str, main: Main, config: DictConfig, folders: Sequence[str]) -> A
             # Resolved here, once: a missing value or a dangling reference is an error before any work is done.
             resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
             _check_kinds(_primary(name, folders), config)
-            _check_added(name, folders)
+            _check_added(name, folders, HydraConfig.get().overrides.task)
             if not resumed:  # these are not the settings of the stopped run, which the command takes from there
                 files.write_text(settings, OmegaConf.to_yaml(OmegaConf.create(resolved)))
             value = main(config, run_dir)
@@ -340,10 +358,10 @@ def _check_kinds(defaults: Mapping[str, Any], config: DictConfig) -> None:
             raise ValueError(f"{key} is {value!r}, but must be {kinds[kind]}")
 
 
-def _check_added(name: str, folders: Sequence[str]) -> None:
+def _check_added(name: str, folders: Sequence[str], words: Sequence[str]) -> None:
     """Raise UnknownNameError for +<setting>=<value> beside the command's own settings, which nothing would read."""
     known = {key for key in (*_primary(name, folders), *_default_groups(name, folders)) if key != "defaults"}
-    for word in HydraConfig.get().overrides.task:
+    for word in words:
         added = re.fullmatch(r"\+(\w+)=.*", word, re.DOTALL)
         if added and added[1] not in known and not options(added[1], folders):
             raise unknown_name("setting", added[1], known, hint="Nothing would read it.")
@@ -645,9 +663,12 @@ _RESUMED_GROUPS = {"train": ("wam",), "posttrain": ("wam", "agent", "env")}
 def rewritten(name: str, given: list[str]) -> list[str]:
     """The arguments of train or posttrain as Hydra takes them.
 
-    `data=` names the dataset although configs/data is a group, and `resume=` brings back a run's settings.
+    `data=` names the dataset although configs/data is a group, `env=imagined` begins at the frames of the data, and
+    `resume=` brings back a run's settings.
     """
     words = ["dataset=" + word.removeprefix("data=") if word.startswith("data=") else word for word in given]
+    if "env=imagined" in words and not any(word.startswith("env.data=") for word in words):
+        words.append("env.data=${dataset}")
     folders = [word.removeprefix("resume=") for word in words if word.startswith("resume=")]
     if not folders or folders[-1] in ("", "null"):
         return words

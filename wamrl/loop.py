@@ -20,9 +20,8 @@ from wamrl import cli
 from wamrl.files import write_json, write_text
 from wamrl.naming import whole_number
 from wamrl.provenance import versions
-from wamrl.stages import Stage, run_stage
+from wamrl.stages import Stage, is_done, run_stage
 
-_FREE = ("rounds", "budget", "run_dir")
 MOST_SHARE = 3.0
 """The most times `episodes` that one task is given with `by_failures`."""
 
@@ -154,6 +153,28 @@ def _at_simulator(word: str) -> str:
     return "simulator." + word.removeprefix("env.") if word.startswith("env.") else word
 
 
+def check(settings: Mapping[str, Any], folder: Path) -> None:
+    """Compose the commands of the first rounds as they would be, and compare what is there with the settings.
+
+    Raises:
+        ValueError: a command would be refused, or a stage was done or begun with other settings.
+    """
+    wrong: dict[str, str] = {}
+    for number in range(settings["rounds"]):
+        if number > 1 and not any(folder.glob(f"round{number}_*.done")):
+            break  # what it would collect may depend on results that are not there yet
+        for stage in stages(settings, number, folder):
+            if not is_done(stage, folder) and number < 2:
+                try:
+                    # A run that is not there yet is no choice of wam; a checkpoint of any name is.
+                    cli.check(stage.command, [f"{w}/model.safetensors" if w.startswith(f"wam={folder}/") else w
+                                              for w in stage.overrides])  # fmt: skip
+                except ValueError as error:
+                    wrong.setdefault(stage.command, str(error))
+    if wrong:
+        raise ValueError("\n".join(f"python -m wamrl.{name} would say: {text}" for name, text in wrong.items()))
+
+
 def run_round(settings: Mapping[str, Any], number: int, folder: Path, steps_before: int) -> dict[str, Any]:
     """All stages of a round, and what the report says of it."""
     collected, found = 0, {}
@@ -200,11 +221,7 @@ def main(config: DictConfig, run_dir: Path) -> None:
         )
     if not settings["collect_by"] or set(settings["collect_by"]) - {"policy", "planner"}:
         raise ValueError(f"collect_by is {settings['collect_by']!r}, but must name policy, planner or both")
-    kept = {name: value for name, value in settings.items() if name not in _FREE}
-    record = run_dir / "loop.json"
-    if record.exists() and json.loads(record.read_text(encoding="utf-8")) != kept:
-        raise ValueError(f"{run_dir} holds a loop of other settings; choose another run_dir, or give the same ones")
-    write_json(record, kept)
+    check(settings, run_dir)
     rounds: list[dict[str, Any]] = []
     steps, stopped = 0, "all rounds done"
     for number in range(settings["rounds"]):

@@ -43,8 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    if "env=imagined" in given and not any(word.startswith("env.data=") for word in given):
-        given.append("env.data=${dataset}")  # the start frames are those of the data
     _command(given)
 
 

@@ -27,6 +27,20 @@ class Stage:
     overrides: tuple[str, ...]
 
 
+def is_done(stage: Stage, folder: Path) -> bool:
+    """Whether a stage is done; ValueError when it is, or what it would go on with was begun, with other settings."""
+    done, begun = folder / f"{stage.name}.done", folder / f"{stage.name}.begun"
+    kept = done if done.exists() else begun if begun.exists() and _resumable(stage, folder) else None
+    if kept is not None:
+        stored = json.loads(kept.read_text(encoding="utf-8"))["overrides"]
+        if stored != _words(stage, folder):
+            raise ValueError(
+                f"{kept} is of other settings ({' '.join(stored)}); give the same ones, choose another run_dir, or "
+                f"remove {folder / stage.name} and {kept} to do this stage again"
+            )
+    return done.exists()
+
+
 def run_stage(stage: Stage, folder: Path) -> dict[str, Any]:
     """Run a stage unless it is done, going on where it stopped; its results.json.
 
@@ -35,18 +49,12 @@ def run_stage(stage: Stage, folder: Path) -> dict[str, Any]:
         ValueError: the directory holds this stage with other settings.
         KeyboardInterrupt: this process was interrupted; the command was told, and has ended.
     """
-    done, directory = folder / f"{stage.name}.done", folder / stage.name
-    words = [*stage.overrides, f"run_dir={directory}"]
-    if done.exists():
-        stored = json.loads(done.read_text(encoding="utf-8"))["overrides"]
-        if stored != words:
-            raise ValueError(f"{done} is of other settings ({' '.join(stored)}); choose another run_dir")
-    else:
-        given, begun = words, time.perf_counter()
-        resumable = stage.command not in _WITHOUT_RESUME and (directory / "checkpoints" / "last").is_dir()
-        if resumable or (stage.command == "plan" and _partial(directory)):
-            given = [f"resume={directory}"]
-        log = folder / f"{stage.name}.log"
+    directory = folder / stage.name
+    if not is_done(stage, folder):
+        words, started = _words(stage, folder), time.perf_counter()
+        begun, log = folder / f"{stage.name}.begun", folder / f"{stage.name}.log"
+        given = [f"resume={directory}"] if _resumable(stage, folder) else words
+        write_json(begun, {"overrides": words})
         with log.open("a", encoding="utf-8") as file:
             code, interrupted = _run([sys.executable, "-m", f"wamrl.{stage.command}", *given], file)
         if interrupted and code:
@@ -54,10 +62,26 @@ def run_stage(stage: Stage, folder: Path) -> dict[str, Any]:
         if code:
             end = log.read_text(encoding="utf-8")[-1500:]
             raise RunError(f"python -m wamrl.{stage.command} {' '.join(given)} exited with {code}:\n{end}")
-        write_json(done, {"overrides": words, "seconds": time.perf_counter() - begun, "versions": versions()})
+        seconds = time.perf_counter() - started
+        write_json(folder / f"{stage.name}.done", {"overrides": words, "seconds": seconds, "versions": versions()})
+        begun.unlink()
         if interrupted:
             raise KeyboardInterrupt
     return json.loads((directory / "results.json").read_text(encoding="utf-8"))
+
+
+def _words(stage: Stage, folder: Path) -> list[str]:
+    return [*stage.overrides, f"run_dir={folder / stage.name}"]
+
+
+def _resumable(stage: Stage, folder: Path) -> bool:
+    """Whether a stage goes on with resume=, which brings back the settings that it was begun with."""
+    if stage.command in _WITHOUT_RESUME:
+        return False
+    results = folder / stage.name / "results.json"
+    if stage.command == "plan" and results.is_file():
+        return bool(json.loads(results.read_text(encoding="utf-8")).get("partial"))
+    return (folder / stage.name / "checkpoints" / "last").is_dir()
 
 
 def _run(command: Sequence[str], log: IO[str]) -> tuple[int, bool]:
@@ -71,8 +95,3 @@ def _run(command: Sequence[str], log: IO[str]) -> tuple[int, bool]:
         except KeyboardInterrupt:
             interrupted = True
             process.terminate()
-
-
-def _partial(directory: Path) -> bool:
-    results = directory / "results.json"
-    return results.is_file() and bool(json.loads(results.read_text(encoding="utf-8")).get("partial"))
