@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -306,6 +307,18 @@ def test_rewards_that_stay_nan_stop_it_with_the_last_good_checkpoint(tmp_path):
         small(tmp_path, learner=learner, env=AimEnv(16, nan_after=0))
     kept = load_file(tmp_path / "checkpoints" / "model.safetensors")
     assert all(torch.equal(kept[name], tensor) for name, tensor in reference_model().state_dict().items())
+
+
+def test_an_iteration_that_learns_nothing_takes_no_column_from_the_later_ones(tmp_path):
+    class NaNAtFirst(AimEnv):
+        def _advance(self, rows, action):
+            shown = super()._advance(rows, action)
+            return {**shown, "reward": shown["reward"] * torch.nan} if self.taken <= 3 else shown
+
+    assert small(tmp_path, env=NaNAtFirst(16))["skipped_steps"] > 0
+    rows = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
+    assert len(rows) == 4 and all(float(row["loss_policy"]) == float(row["loss_policy"]) for row in rows[1:])
+    assert not rows[0]["loss_policy"]
 
 
 def test_a_full_disk_stops_it_and_nothing_is_lost(tmp_path):

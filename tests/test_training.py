@@ -18,7 +18,7 @@ from tensordict import TensorDict
 
 from wamrl import checkpoint, training
 from wamrl.interfaces import task_id
-from wamrl.training import TrainingOptions, fit
+from wamrl.training import Log, TrainingOptions, fit
 
 TASKS = ("metaworld/push-v3", "metaworld/reach-v3")
 MODEL = {
@@ -388,3 +388,19 @@ def test_training_on_a_gpu_resumes_and_its_checkpoint_loads_on_a_cpu(tmp_path):
 def test_a_compiled_loss_trains_to_nearly_the_same_weights(tmp_path):
     plain, compiled = train(tmp_path / "plain"), train(tmp_path / "compiled", compile=True)
     assert compiled.validation["losses"]["loss"] == pytest.approx(plain.validation["losses"]["loss"], rel=1e-3)
+
+
+def test_a_row_with_new_columns_gets_them_and_keeps_the_earlier_rows(tmp_path):
+    rows = [{"loss": 1.0}, {"loss": 2.0, "kl": 0.5}, {"kl": 0.25}, {"loss": 4.0, "gain": 3.0}]
+    with Log(tmp_path / "whole", 0, tensorboard=False) as log:
+        for step, row in enumerate(rows):
+            log.write("log", step, row)
+    told = (tmp_path / "whole" / "log.csv").read_text()
+    assert told == "step,loss,kl,gain\n0,1.0,,\n1,2.0,0.5,\n2,,0.25,\n3,4.0,,3.0\n"
+    with Log(tmp_path / "parts", 0, tensorboard=False) as log:
+        for step, row in enumerate(rows[:3]):
+            log.write("log", step, row)
+    with Log(tmp_path / "parts", 1, tensorboard=False) as log:  # the row of step 2 was not in the state
+        for step, row in enumerate(rows[2:], 2):
+            log.write("log", step, row)
+    assert (tmp_path / "parts" / "log.csv").read_text() == told

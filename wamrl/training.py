@@ -577,7 +577,7 @@ def find_state(folder: Path) -> Path | None:
 
 
 class Log:
-    """CSV files that only grow, and TensorBoard beside them; rows after the resumed step are dropped."""
+    """CSV files that grow, and TensorBoard beside them; rows after the resumed step are dropped."""
 
     def __init__(self, run_dir: Path, step: int, *, tensorboard: bool) -> None:
         self.run_dir, self.step = run_dir, step
@@ -598,28 +598,34 @@ class Log:
             self.board.close()
 
     def write(self, name: str, step: int, row: Mapping[str, float]) -> None:
+        """Add a row to <name>.csv; columns that no row had before are empty in the earlier ones."""
+        whole = {"step": step, **row}
         if name not in self.files:
-            self.files[name] = self._open(self.run_dir / f"{name}.csv", ["step", *row])
+            self.files[name] = self._open(self.run_dir / f"{name}.csv", list(whole), self.step or -1)
+        elif not whole.keys() <= set(self.files[name][1].fieldnames):
+            self.files[name][0].close()
+            self.files[name] = self._open(self.run_dir / f"{name}.csv", list(whole), step)
         file, writer = self.files[name]
-        writer.writerow({"step": step, **row})
+        writer.writerow(whole)
         file.flush()
         if self.board is not None:
             for key, value in row.items():
                 self.board.add_scalar(f"{name}/{key}", value, step)
 
-    def _open(self, path: Path, columns: list[str]) -> tuple[Any, Any]:
+    def _open(self, path: Path, columns: list[str], last: int) -> tuple[Any, Any]:
+        """The file with its rows up to step `last`, in its columns and `columns`; below 0 a new one."""
         rows: list[dict[str, str]] = []
-        if path.is_file() and self.step:
+        if path.is_file() and last >= 0:
             with path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
-                columns = list(reader.fieldnames or columns)
-                rows = [row for row in reader if None not in row.values() and int(row["step"]) <= self.step]
+                columns = list(dict.fromkeys([*(reader.fieldnames or ()), *columns]))
+                rows = [row for row in reader if None not in row.values() and int(row["step"]) <= last]
         with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
+            writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows(rows)
         file = path.open("a", newline="", encoding="utf-8")
-        return file, csv.DictWriter(file, columns, restval="", extrasaction="ignore")
+        return file, csv.DictWriter(file, columns, restval="")
 
 
 @contextlib.contextmanager
