@@ -321,6 +321,40 @@ def test_an_iteration_that_learns_nothing_takes_no_column_from_the_later_ones(tm
     assert not rows[0]["loss_policy"]
 
 
+def test_a_spoiled_head_of_rewards_and_success_is_told(tmp_path):
+    class Spoils(PPO):
+        def learn(self, batch):
+            with torch.no_grad():
+                for parameter in self.model.outcome.parameters():
+                    parameter += 10.0
+            return super().learn(batch)
+
+    data = write_dataset(tmp_path / "data")
+    options = {"data": data, "iterations": 1, "measuring": replace(MEASURING, episodes=0), "validation_windows": 9}
+    found = small(tmp_path / "run", learner=Spoils(world_weight=0.0), **options)
+    world = found["world"]
+    assert world["decayed"] is False and world["growth"] == 0.0  # of the state alone
+    assert world["parts"].keys() == {"reward", "success"}
+    assert all(part["decayed"] and part["growth"] > 1.0 for part in world["parts"].values())
+    told = posttrain.summary(found)
+    assert "says of reward decayed" in told and "says of success decayed" in told and "MODEL DECAYED" not in told
+    kept = small(tmp_path / "kept", learner=PPO(world_weight=0.0), **options)
+    assert all(part["growth"] == 0.0 and not part["decayed"] for part in kept["world"]["parts"].values())
+    assert "WARNING" not in posttrain.summary(kept)
+
+
+def test_the_parts_of_a_flow_model_are_measured_on_whole_chunks(tmp_path):
+    model = flow_model()
+    windows = RealWindows(write_dataset(tmp_path), model, batch=8, length=4, fraction=0.25, windows=8)
+    parts = windows.parts(model)
+    assert parts.keys() == {"reward", "success"} and parts == windows.parts(model)
+
+
+def test_an_error_that_is_next_to_nothing_may_grow():
+    assert not posttraining._decay(1e-6, 5e-5, 1e-4)["decayed"]
+    assert posttraining._decay(1e-6, 2e-4, 1e-4)["decayed"] and posttraining._decay(0.5, 0.6, 1e-4)["decayed"]
+
+
 def test_a_full_disk_stops_it_and_nothing_is_lost(tmp_path):
     small(tmp_path, iterations=2)
     size = (find_state(tmp_path / "checkpoints") / "state.safetensors").stat().st_size

@@ -272,15 +272,13 @@ def _cells(one: Mapping[str, Any]) -> list[str]:
         return "-" if value is None else f"{100 * value:+.0f}"
 
     gain = one["real_gain"]["difference"] if one["real_gain"] else None
-    world = one["world"]
-    error = (
-        "-"
-        if world is None or world["growth"] is None
-        else f"{world['error_before']:.3f} -> {world['error_after']:.3f}"
-    )
+    world = one["world"] or {"growth": None, "decayed": None}
+    parts = [name for name, part in world.get("parts", {}).items() if part["decayed"]]
+    decayed = [*(["all"] if world["decayed"] else []), *parts]
+    error = "-" if world["growth"] is None else f"{world['error_before']:.3f} -> {world['error_after']:.3f}"
     return [str(one["round"]), f"{one['real_steps']:,}", rate(one["before"]), rate(one["after"]), rate(one["planner"]),
             signed(one["imagined_gain"]), signed(gain), signed(one["imagined_gain_minus_real_gain"]),
-            error + (" DECAYED" if world and world["decayed"] else "")]  # fmt: skip
+            error + (f" DECAYED ({', '.join(decayed)})" if decayed else "")]  # fmt: skip
 
 
 def _lines(rounds: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -6,11 +6,13 @@ Letters: W windows, B rows.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -31,16 +33,18 @@ class Measurement:
     """What is known of a model at one moment.
 
     real: episodes in the simulator. imagined: success in its own imagination from the data's first frames, or None.
-    world_error: see `RealWindows.error`; None without data.
+    world_error: see `RealWindows.error`; None without data. world_parts: see `RealWindows.parts`.
     """
 
     real: list[Episode] = field(default_factory=list)
     imagined: float | None = None
     world_error: float | None = None
+    world_parts: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
         """For results.json."""
-        found: dict[str, Any] = {"imagined_success": self.imagined, "world_error": self.world_error}
+        found: dict[str, Any] = {"imagined_success": self.imagined, "world_error": self.world_error,
+                                 "world_parts": self.world_parts}  # fmt: skip
         if self.real:
             found["real"] = asdict(summarise(self.real))
             found["real_by_task"] = {
@@ -65,11 +69,11 @@ class RealWindows:
         self, data: EpisodeDataset, model: WAM, *, batch: int, length: int | None, fraction: float, windows: int
     ) -> None:
         self.data, self.batch, self.length = data, batch, length or window_length(model)
-        self.training, validation = data.split(fraction, seed=0)
+        self.training, self.validation = data.split(fraction, seed=0)
         self.added: TensorDict | None = None
         self.scale = {key: value["std"] for key, value in self.training.statistics().items()}
         horizon = min(10, model.spec.max_horizon)
-        self.held_out = validation.sample(windows, horizon, torch.Generator().manual_seed(2))
+        self.held_out = self.validation.sample(windows, horizon, torch.Generator().manual_seed(2))
 
     def draw(self, generator: torch.Generator) -> TensorDict:
         """Windows [W] in the batch contract of `WAM.loss`."""
@@ -124,6 +128,27 @@ class RealWindows:
                 return sum(errors) / len(errors)
         with loss_weights(model, policy=0.0, value=0.0):
             return float(model.loss(windows, noise=torch.Generator(device=device).manual_seed(3))["loss"])
+
+    @torch.no_grad()
+    def parts(self, model: WAM) -> dict[str, dict[str, float]]:
+        """How wrong `model` is about reward, success and life, those it has a loss for, on held-out windows.
+
+        Returns by name:
+            error: the part of `WAM.loss`, smooth L1 of rewards or cross-entropy in nats. floor: below which an error
+            counts as none: 1 % of what the mean reward as a guess gets (1e-4 at least), and of a coin's ln 2.
+        """
+        if type(model).loss is WAM.loss:
+            return {}
+        device, members = next(model.parameters()).device, getattr(model, "members", 1)
+        rows = max(members, len(self.held_out) // members * members)  # an ensemble shares them out
+        windows = self.validation.sample(rows, window_length(model), torch.Generator().manual_seed(4)).to(device)
+        losses = model.loss(windows, noise=torch.Generator(device=device).manual_seed(5))
+        reward = windows["reward"][windows["valid"]]
+        guess = float(F.smooth_l1_loss(reward.mean().expand_as(reward), reward))
+        floors = {"reward": max(1e-4, 0.01 * guess), "success": 0.01 * math.log(2.0), "alive": 0.01 * math.log(2.0)}
+        return {
+            name: {"error": float(losses[name]), "floor": floor} for name, floor in floors.items() if name in losses
+        }
 
     def first_frames(self, model: WAM) -> TensorDict:
         """The first frame of every episode, as `model` observes it."""
@@ -190,7 +215,7 @@ class Measuring:
             )
             env.close()
         if windows is not None:
-            found.world_error = windows.error(model)
+            found.world_error, found.world_parts = windows.error(model), windows.parts(model)
             needed = {"rollout", "reward", "success", "decode"}
             if imagined and self.episodes and needed <= set(model.spec.provides):
                 found.imagined = self._imagined_success(model, policy, windows)

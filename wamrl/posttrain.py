@@ -292,6 +292,12 @@ def summary(results: Mapping[str, Any]) -> str:
             f"WARNING: THE WORLD MODEL DECAYED by {world['growth']:.0%} (more than {DECAY:.0%}); its imagination and "
             "its plans are worse than before. Raise agent.world_weight or lower the learning rates"
         )
+    for name, part in world["parts"].items():
+        if part["decayed"]:
+            lines.append(
+                f"WARNING: what the world model says of {name} decayed: held-out error {part['error_before']:.4f} -> "
+                f"{part['error_after']:.4f}. Raise agent.world_weight or lower the learning rates"
+            )
     return "\n".join(lines)
 
 

@@ -301,7 +301,13 @@ class _Run:
             "before": self.before,
             "after": plain,
             "curve": self.curve if known else [*self.curve, self._point(plain)],
-            "world": _decay(self.before.get("world_error"), after.world_error),
+            "world": {
+                **_decay(self.before.get("world_error"), after.world_error),
+                "parts": {
+                    name: _decay(before["error"], after.world_parts[name]["error"], before["floor"])
+                    for name, before in self.before.get("world_parts", {}).items()  # earlier states have none
+                },
+            },
             "last_iteration": {name: value for name, value in self.metrics.items() if math.isfinite(value)},
             "seed": self.seed,
             "versions": versions(),
@@ -324,11 +330,15 @@ class _Run:
         return results
 
 
-def _decay(before: float | None, after: float | None) -> dict[str, Any]:
-    """The world model's validation error before and after, and whether it grew by more than a tenth."""
+def _decay(before: float | None, after: float | None, floor: float = 0.0) -> dict[str, Any]:
+    """The world model's validation error before and after, and whether it grew by more than a tenth.
+
+    floor: what its growth is relative to at least.
+    """
     if before is None or after is None:
         return {"error_before": before, "error_after": after, "growth": None, "decayed": None}
-    growth = after / before - 1.0 if before else math.inf
+    unit = max(before, floor)
+    growth = after / unit - 1.0 if unit else math.inf
     return {"error_before": before, "error_after": after, "growth": growth, "decayed": not growth <= DECAY}  # NaN too
 
 
