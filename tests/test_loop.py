@@ -129,6 +129,8 @@ def test_what_is_not_done_yet_may_be_set_anew(tmp_path):
     for stage in stages(given, 0, tmp_path)[:2]:
         done = {"overrides": [*stage.overrides, f"run_dir={tmp_path / stage.name}"]}
         (tmp_path / f"{stage.name}.done").write_text(json.dumps(done))
+        (tmp_path / stage.name).mkdir()
+        (tmp_path / stage.name / "results.json").write_text('{"steps": 7}')
     loop.check({**given, "learner": "ppo", "posttrain": ["iterations=3"], "episodes": 5}, tmp_path)
     with pytest.raises(ValueError, match="round0_train.done is of other settings"):
         loop.check({**given, "train": ["steps=3"]}, tmp_path)
@@ -145,6 +147,42 @@ def test_a_stage_that_has_begun_goes_on_with_its_own_settings_alone(tmp_path):
     assert not is_done(stage, tmp_path)
     with pytest.raises(ValueError, match="to do this stage again"):
         is_done(other, tmp_path)
+
+
+def test_a_budget_that_the_first_collection_can_exceed_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "run_stage", lambda *_: pytest.fail("a stage was begun"))
+    with pytest.raises(SystemExit):
+        loop.main(["budget=4999", "run_dir=run"])  # scarce: 50 episodes of at most 100 steps
+    assert "can take 5,000 real steps, but the budget is 4,999" in capsys.readouterr().err
+
+
+def test_no_round_begins_that_can_exceed_the_budget(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rate = {"success": 0.5, "low": 0.2, "high": 0.8}
+    ran = []
+
+    def fake(stage, folder):
+        ran.append(stage.name)
+        found = {"steps": 1500, "summary": {"policy": {"mean": rate}, "planner": {"mean": rate}}}
+        (folder / stage.name).mkdir(exist_ok=True)
+        words = {"overrides": [*stage.overrides, f"run_dir={folder / stage.name}"]}
+        (folder / f"{stage.name}.done").write_text(json.dumps(words))
+        return found
+
+    monkeypatch.setattr(loop, "run_stage", fake)
+    # 1,500 steps, then 2 x 20 episodes of at most 100 that take 3,000: 4,500, and 1,000 are left for 4,000.
+    loop.main(["budget=5500", "learner=null", "rounds=3", "run_dir=run", "first_collect=" + words("env.max_steps=60")])
+    results = json.loads(Path("run/results.json").read_text())
+    assert [one["real_steps"] for one in results["rounds"]] == [1500, 4500]
+    assert "it can take 4,000 real steps, and of 5,500 there are 1,000 left" in results["stopped"]
+    assert results["stopped"] in capsys.readouterr().out
+    assert not any(name.startswith("round2") for name in ran)
+
+
+def test_more_failures_are_counted_with_their_shares(tmp_path):
+    given = settings(environment="metaworld/six", by_failures=True, episodes=10)
+    assert loop.most_steps(given, 1, tmp_path) == 2 * 6 * 10 * 100
 
 
 def test_sizes_of_the_model_are_given_to_the_new_one_alone():

@@ -166,13 +166,44 @@ def check(settings: Mapping[str, Any], folder: Path) -> None:
         for stage in stages(settings, number, folder):
             if not is_done(stage, folder) and number < 2:
                 try:
-                    # A run that is not there yet is no choice of wam; a checkpoint of any name is.
-                    cli.check(stage.command, [f"{w}/model.safetensors" if w.startswith(f"wam={folder}/") else w
-                                              for w in stage.overrides])  # fmt: skip
+                    _composed(stage, folder)
                 except ValueError as error:
                     wrong.setdefault(stage.command, str(error))
     if wrong:
         raise ValueError("\n".join(f"python -m wamrl.{name} would say: {text}" for name, text in wrong.items()))
+    most = most_steps(settings, 0, folder)
+    if most > settings["budget"]:
+        raise ValueError(
+            f"the first collection can take {most:,} real steps, but the budget is {settings['budget']:,}; raise it, "
+            "or collect fewer or shorter episodes (first_collect, mixture, environment_overrides)"
+        )
+
+
+def _composed(stage: Stage, folder: Path) -> dict[str, Any]:
+    """The settings that the command of a stage begins with."""
+    # A run that is not there yet is no choice of wam; a checkpoint of any name is.
+    words = [f"{w}/model.safetensors" if w.startswith(f"wam={folder}/") else w for w in stage.overrides]
+    return cli.check(stage.command, words)
+
+
+def most_steps(settings: Mapping[str, Any], number: int, folder: Path) -> int:
+    """The most control steps in the simulator that round `number` takes: those it took, and the longest episodes else.
+
+    An environment whose own limit holds (env.max_steps=null) counts nothing before it has acted.
+    """
+    most = 0
+    for stage in stages(settings, number, folder):
+        if stage.command != "collect":
+            continue
+        if is_done(stage, folder):
+            most += int(run_stage(stage, folder)["steps"])
+            continue
+        own = _composed(stage, folder)
+        tasks = [own["env"]["tasks"]] if isinstance(own["env"]["tasks"], str) else own["env"]["tasks"]
+        shares, counts = own["shares"] or {}, own["data"]["mixture"].values()
+        episodes = sum(round(shares.get(task, 1.0) * count) for task in tasks for count in counts)
+        most += episodes * (own["env"].get("max_steps") or 0)
+    return most
 
 
 def run_round(settings: Mapping[str, Any], number: int, folder: Path, steps_before: int) -> dict[str, Any]:
@@ -225,8 +256,13 @@ def main(config: DictConfig, run_dir: Path) -> None:
     rounds: list[dict[str, Any]] = []
     steps, stopped = 0, "all rounds done"
     for number in range(settings["rounds"]):
-        if steps >= settings["budget"]:
-            stopped = f"the budget of {settings['budget']} real steps is spent"
+        most, left = most_steps(settings, number, run_dir), settings["budget"] - steps
+        if left <= 0 or most > left:
+            stopped = (
+                f"round {number} and later ones are left out: it can take {most:,} real steps, and of "
+                f"{settings['budget']:,} there are {max(0, left):,} left"
+            )
+            print(stopped, flush=True)
             break
         try:
             rounds.append(run_round(settings, number, run_dir, steps))
