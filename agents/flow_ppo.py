@@ -50,10 +50,11 @@ class ChainActor(GaussianActor):
         self.chunk, self.horizon = chunk, horizon
         self.times: Tensor | None = None
 
-    def get_dist(self, tensordict: TensorDictBase) -> ChainDistribution:
-        """The distribution of `chain` at these observations [F]."""
-        times = self.times if self.times is not None else tensordict["times"][0]
-        return ChainDistribution(self.model, state_of(self.model, tensordict, gradient=self.gradient), times)
+    def get_dist(self, tensordict: TensorDictBase, model: WAM | None = None) -> ChainDistribution:
+        """See `GaussianActor`; the times are those of the chains that were sampled last."""
+        assert self.times is not None, "get_dist was called before a chain was sampled"
+        model = model or self.model
+        return ChainDistribution(model, state_of(model, tensordict, gradient=self.gradient), self.times)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Sample a chunk for observations [B]."""

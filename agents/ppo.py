@@ -62,9 +62,10 @@ class GaussianActor(TensorDictModuleBase):
         self.tick += 1
         return key
 
-    def get_dist(self, tensordict: TensorDictBase) -> Distribution:
-        """The distribution of `chain` [F, A] at these observations [F]."""
-        mean, log_std = cast(Any, self.model).gaussian(state_of(self.model, tensordict, gradient=self.gradient))
+    def get_dist(self, tensordict: TensorDictBase, model: WAM | None = None) -> Distribution:
+        """The distribution of `chain` [F, A] at these observations [F]; of another `model` than the actor's own."""
+        model = model or self.model
+        mean, log_std = cast(Any, model).gaussian(state_of(model, tensordict, gradient=self.gradient))
         return Independent(Normal(mean, log_std.exp().clamp(*self.noise), validate_args=False), 1, validate_args=False)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -207,7 +208,7 @@ class PPO(CollectingLearner):
         )
         self.loss.set_keys(action="chain", sample_log_prob="action_log_prob")
         self.updater = Updater(model, world, train_all=self.train_encoder, **self._rates)
-        self.reference = self._actor(reference_of(model)) if self.kl_reference else None
+        self.reference = reference_of(model) if self.kl_reference else None
 
     def learn(self, batch: TensorDict) -> dict[str, float]:
         """One iteration on batch [B, T] of the collector."""
@@ -223,7 +224,7 @@ class PPO(CollectingLearner):
         flat["advantage"] = (advantage - advantage.mean()) / advantage.std().clamp(min=1e-6)
         if self.reference is not None:
             with torch.no_grad():
-                flat["reference_log_prob"] = self.reference.get_dist(flat).log_prob(flat["chain"])
+                flat["reference_log_prob"] = self._acting.get_dist(flat, self.reference).log_prob(flat["chain"])
         if kept is not None:
             flat = flat.exclude(*self.model.spec.observation, "task").set("state_kept", kept)
         flat = flat.exclude(
@@ -303,11 +304,11 @@ class PPO(CollectingLearner):
     def state_dict(self) -> dict[str, Tensor]:
         found = self.updater.state_dict()
         if self.reference is not None:
-            weights = self.reference.model.state_dict()
+            weights = self.reference.state_dict()
             found |= {f"reference.{name}": tensor for name, tensor in weights.items()}
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.updater.load_state_dict(state)
         if self.reference is not None:
-            self.reference.model.load_state_dict(part_of(state, "reference."))
+            self.reference.load_state_dict(part_of(state, "reference."))

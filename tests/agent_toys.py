@@ -112,7 +112,7 @@ class FlowToy(WAM):
     """
 
     def __init__(
-        self, *, chunk: int = 2, action_dim: int = 2, steps: int = 4, scale: float = 0.3, velocity=None
+        self, *, chunk: int = 2, action_dim: int = 2, steps: int = 4, scale: float = 0.3, velocity=None, seed: int = 0
     ) -> None:
         super().__init__()
         self.spec = Spec(
@@ -122,8 +122,10 @@ class FlowToy(WAM):
         )  # fmt: skip
         self.steps, self.scale = steps, scale
         size = chunk * action_dim
-        self.network = nn.Sequential(nn.Linear(size + 4, 32), nn.SiLU(), nn.Linear(32, size))
-        self.critic = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 1))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.network = nn.Sequential(nn.Linear(size + 4, 32), nn.SiLU(), nn.Linear(32, size))
+            self.critic = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 1))
         nn.init.zeros_(self.critic[-1].weight)
         self.velocity = velocity or (lambda x, t, s: self.network(torch.cat([x, t, s], dim=-1)))
 
