@@ -178,6 +178,7 @@ class SAC(CollectingLearner):
         if len(self.replay):
             stored = self.replay[: len(self.replay)].flatten_keys("/")
             found |= {f"replay.{name}": tensor for name, tensor in stored.items() if name != "index"}
+            found["replay_place"] = torch.tensor(self.replay.writer.state_dict()["_cursor"])
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -188,3 +189,6 @@ class SAC(CollectingLearner):
             rows = len(next(iter(stored.values())))
             self.replay.empty()
             self.replay.extend(TensorDict(stored, batch_size=[rows]).unflatten_keys("/"))
+            # Where the next transition goes, which a full buffer does not tell; earlier versions did not keep it.
+            place = int(state["replay_place"]) if "replay_place" in state else rows % self.capacity
+            self.replay.writer.load_state_dict({"_cursor": place})

@@ -72,12 +72,14 @@ RESUMED = {
     "ppo": lambda: PPO(world_weight=0.0, learning_rate=3e-3, minibatch=48, kl_reference=0.1),
     "ppo with data": lambda: PPO(world_weight=0.1, learning_rate=3e-3, minibatch=48, kl_reference=0.1),
     "ppo with refresh": lambda: PPO(world_weight=0.1, learning_rate=3e-3, minibatch=48, kl_reference=0.1),
-    "flow_ppo": lambda: FlowPPO(chunk=2, world_weight=0.1, learning_rate=1e-3, minibatch=24, epochs=2,
-                                kl_reference=0.1),
+    "flow_ppo": lambda: FlowPPO(
+        chunk=2, world_weight=0.1, learning_rate=1e-3, minibatch=24, epochs=2, kl_reference=0.1
+    ),
     "rft": lambda: RFT(world_weight=0.1, learning_rate=1e-2, updates=3, batch=8, noise=(0.3, 0.5)),
     "rft of a flow model": lambda: RFT(world_weight=0.1, learning_rate=1e-2, updates=2, batch=8),
     "expert_iteration": _expert_iteration,
     "sac": lambda: SAC(world_weight=0.1, learning_rate=3e-3, updates=3, batch=16, warmup=64, width=8, critic_only=1),
+    "sac whose buffer is full": lambda: SAC(learning_rate=3e-3, updates=3, batch=16, warmup=64, width=8, buffer=130),
     "latent": lambda: Latent(learning_rate=1e-3, horizon=4, updates=2),
 }
 
