@@ -15,7 +15,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from wamrl.agents.base import WorldBatch, part_of
+from wamrl.agents.base import LearningDiverged, WorldBatch, part_of
 from wamrl.interfaces import WAM, PolicyState
 
 ALGORITHMS = ("ppo", "sac")
@@ -50,6 +50,8 @@ class SB3:
     demonstrations: whether SAC's buffer begins with the transitions of the data. Every iteration begins with fresh
     episodes and with random numbers of its own, as those of the other learners, so that a resumed run goes on bit for
     bit. SAC's replay buffer is part of the state: whatever it holds is written every `save_every` iterations.
+
+    SB3's own loop cannot leave out a step, so the first reward, observation or weight that is not finite stops the run.
     """
 
     kind = "sb3"
@@ -125,12 +127,24 @@ class SB3:
             self.algorithm.action_noise.reset()
 
     def learn(self, batch: TensorDict) -> dict[str, float]:
-        """Let the algorithm run at least T control steps of every row, and say how many; `batch` is empty."""
-        before = self.algorithm.num_timesteps
+        """Let the algorithm run at least T control steps of every row, and say how many; `batch` is empty.
+
+        Raises LearningDiverged where a reward, an observation or a weight of the policy is NaN or infinite.
+        """
+        before, steps = self.algorithm.num_timesteps, self.decisions * self.algorithm.n_envs
         with _generators_kept():
             np.random.seed(self._draws % 2**32)
-            self.algorithm.learn(self.decisions * self.algorithm.n_envs, reset_num_timesteps=False, log_interval=None)
+            try:
+                self.algorithm.learn(steps, _require_finite, reset_num_timesteps=False, log_interval=None)
+            except ValueError:  # what PyTorch or the environment say of the actions of weights that are not finite
+                self._require_finite_weights()
+                raise
+        self._require_finite_weights()
         return {"steps": float(self.algorithm.num_timesteps - before)}
+
+    def _require_finite_weights(self) -> None:
+        if not all(bool(torch.isfinite(weight).all()) for weight in self.algorithm.policy.parameters()):
+            raise _diverged("a weight of the policy")
 
     def state_dict(self) -> dict[str, Tensor]:
         """Weights, the optimisers' moments, SB3's counters and what SAC's replay buffer holds."""
@@ -184,6 +198,23 @@ class SB3:
         if algorithm.ent_coef_optimizer is not None:
             found["optimiser_entropy"] = algorithm.ent_coef_optimizer
         return found
+
+
+def _require_finite(found: Mapping[str, Any], _: Mapping[str, Any]) -> bool:
+    """SB3's callback: raises LearningDiverged for what came of a step, the local variables of its loop."""
+    ends = [info["terminal_observation"] for info in found["infos"] if "terminal_observation" in info]
+    if not np.isfinite(found["rewards"]).all():
+        raise _diverged("a reward")
+    if not all(np.isfinite(array).all() for shown in (found["new_obs"], *ends) for array in shown.values()):
+        raise _diverged("an observation")
+    return True
+
+
+def _diverged(what: str) -> LearningDiverged:
+    return LearningDiverged(
+        f"{what} was NaN or infinite, and Stable-Baselines3 cannot leave out a step; stopped. The last good checkpoint "
+        "is kept. Lower agent.settings.learning_rate, or look for extreme rewards in the environment"
+    )
 
 
 def _arrays(buffer: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tests.agent_toys import AimEnv, reference_model, write_dataset
 from tests.test_posttrain import MEASURING, small
 from wamrl import training
+from wamrl.agents.base import LearningDiverged
 from wamrl.agents.sb3 import SB3
 from wamrl.envs.base import RowsEnv
 from wamrl.measuring import Measuring
@@ -137,6 +138,34 @@ def test_the_state_of_an_earlier_version_is_refused():
         attached().load_state_dict({})
     with pytest.raises(ValueError, match="only SB3's own buffer can be saved"):
         attached(replay_buffer_class="her")
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+@pytest.mark.parametrize("fault", ["a reward", "an observation", "a weight of the policy"])
+def test_what_is_not_finite_stops_the_run_before_the_last_good_checkpoint_is_lost(tmp_path, algorithm, fault):
+    class Blind(AimEnv):
+        def _show(self, rows):
+            shown = super()._show(rows)
+            return {"state": shown["state"] * torch.nan} if fault == "an observation" and self.taken == 15 else shown
+
+    env = Blind(16, nan_after=14 if fault == "a reward" else None)  # in the last step of the third iteration
+    made, measuring = learner(algorithm), Measuring(simulator=MEASURING.simulator, episodes=2, rows=2)
+    begin = made.begin
+
+    def spoil(iteration):
+        begin(iteration)
+        if fault == "a weight of the policy" and iteration == 2:
+            policy = made.algorithm.policy
+            (policy.action_net if algorithm == "ppo" else policy.actor.mu).weight.data[0, 0] = torch.nan
+
+    made.begin = spoil
+    with pytest.raises(LearningDiverged, match=f"{fault} was NaN or infinite, and Stable-Baselines3"):
+        small(tmp_path, learner=made, env=env, data=write_dataset(tmp_path / "data"), save_every=1,
+              decisions=5, measuring=measuring)  # fmt: skip
+    folder = find_state(tmp_path / "checkpoints")
+    assert json.loads((folder / "state.json").read_text())["iteration"] == 2
+    kept = load_file(folder / "state.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in kept.values())
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "sac"])
