@@ -428,13 +428,21 @@ def shuffled_rewards(batch: TensorDict, generator: torch.Generator) -> TensorDic
     return batch
 
 
+def _succeeded(after: TensorDict) -> Tensor:
+    """[B, T, 1] whether the episode had succeeded by then, in what the decisions of a batch [B, T] led to."""
+    count = after["success"].cumsum(1)
+    earlier = torch.where(after["done"], count, 0).cummax(1).values.roll(1, 1)  # in the episodes before
+    earlier[:, 0] = 0
+    return count > earlier
+
+
 def batch_metrics(batch: TensorDict) -> dict[str, float]:
     """What a batch [B, T] says of the policy that collected it: episodes that ended, how, and their mean reward."""
     after = batch["next"]
     ended = after["done"].sum().item()
     return {
         "episodes": float(ended),
-        "success": float((after["success"] & after["done"]).sum() / max(1, ended)),
+        "success": float((_succeeded(after) & after["done"]).sum() / max(1, ended)),
         "reward": float(after["task_reward"].sum() / after["executed"].sum().clamp(min=1)),
         "steps": float(after["executed"].sum()),
     }

@@ -1,6 +1,6 @@
 """Reinforced fine-tuning: imitate what worked, or what a planner would have done.
 
-Without a planner, the trajectories of the policy's own samples that reached a success are kept and imitated (in
+Without a planner, the trajectories of the policy's own samples are kept and imitated up to their first success (in
 imagination as in Ctrl-World, arXiv:2510.10125). With a planner that teaches, every visited state is planned from and
 the policy is taught the plan: the planner's chosen chunk, its weighted mean (MPPI weights as targets), or, with a
 best-of-N planner, the best of its samples. Where a planner acts, it collects in place of the policy and its successes
@@ -299,24 +299,16 @@ class RFT(CollectingLearner):
     # -- what is taught
 
     def _successes(self, batch: TensorDict) -> TensorDict | None:
-        """The trajectories in batch [B, T] that ended in success, by their steps [K]; see `_steps`."""
-        rows, steps = batch.batch_size
+        """The trajectories in batch [B, T] up to their first success, by their steps [K]; see `_steps`."""
         assert self.length is not None
-        done = batch["next", "done"][..., 0]
-        success = (batch["next", "success"] & batch["next", "done"])[..., 0]
+        done, success = (batch["next", key][..., 0].tolist() for key in ("done", "success"))
+        chosen = _until(success, done)
         if self.shuffle_rewards:
             # The same number of trajectories, but no longer those that worked.
-            at = done.nonzero()
-            chosen = at[torch.randperm(len(at), generator=self.updater.generator)[: int(success.sum())]]
-            success = torch.zeros_like(success)
-            success[chosen[:, 0], chosen[:, 1]] = True
-        parts = []
-        for row in range(rows):
-            first = 0
-            for end in done[row].nonzero()[:, 0].tolist():
-                if bool(success[row, end]):
-                    parts.append(_steps(batch[row, first : end + 1], self.length, self.followed))
-                first = end + 1
+            ended = _until(done, done)
+            order = torch.randperm(len(ended), generator=self.updater.generator)[: len(chosen)]
+            chosen = sorted(ended[number] for number in order.tolist())
+        parts = [_steps(batch[row, first : last + 1], self.length, self.followed) for row, first, last in chosen]
         return torch.cat(parts).cpu() if parts else None
 
     def _planned(self, batch: TensorDict) -> TensorDict:
@@ -392,6 +384,20 @@ class RFT(CollectingLearner):
         kept = part_of(state, "kept.")
         if kept:
             self.kept = TensorDict(kept, batch_size=[len(kept["label"])]).unflatten_keys(".")
+
+
+def _until(stop: list[list[bool]], done: list[list[bool]]) -> list[tuple[int, int, int]]:
+    """Row, first and last step of every episode in [B, T] in which `stop` holds, up to where it first does."""
+    found = []
+    for row, flags in enumerate(zip(stop, done, strict=True)):
+        first, stopped = 0, False
+        for step, (here, over) in enumerate(zip(*flags, strict=True)):
+            if here and not stopped:
+                found.append((row, first, step))
+                stopped = True
+            if over:
+                first, stopped = step + 1, False
+    return found
 
 
 def _steps(trajectory: TensorDict, length: int, followed: bool) -> TensorDict:

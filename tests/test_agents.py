@@ -19,7 +19,7 @@ from tests.agent_toys import flow_model as aim_flow_model
 from tests.test_flow_wam import VARIANTS, Windows
 from tests.test_flow_wam import make as flow_model
 from tests.test_flow_wam import observations as flow_observations
-from wamrl.agents.base import EpisodeEnv, LearningDiverged, Updater, loss_weights, value_unit
+from wamrl.agents.base import EpisodeEnv, LearningDiverged, Updater, batch_metrics, loss_weights, value_unit
 from wamrl.agents.flow_ppo import ChainActor, FlowPPO
 from wamrl.agents.latent import Latent
 from wamrl.agents.ppo import PPO, GaussianActor
@@ -323,6 +323,26 @@ def test_rft_imitates_what_worked():
     assert away.mean() < 0.25
 
 
+def test_an_episode_that_goes_on_after_its_first_success_is_imitated_up_to_it():
+    def flags(*rows: str) -> torch.Tensor:
+        return torch.tensor([[letter == "x" for letter in row] for row in rows])[..., None]
+
+    # Row 0: succeeds in its second and third step and ends at the fifth. Row 1: an episode without success, then one
+    # that succeeds and has not ended. Row 2: ends with its success, and the next episode fails.
+    success = flags(".xx...", "...x..", "..x...")
+    done = flags("....x.", ".x....", "..x..x")
+    batch = trajectories(3, observations(3), steps=6)
+    batch["next"].update({"success": success, "done": done, "executed": torch.ones(3, 6, 1, dtype=torch.int64),
+                          "task_reward": torch.zeros(3, 6, 1)})  # fmt: skip
+    learner = RFT(**FAST)
+    learner.bind(reference_model(), None, rows=3, seed=0)
+    found = learner._successes(batch)
+    wanted = [batch[0, :2], batch[1, 2:4], batch[2, :3]]
+    assert torch.equal(found["observation", "state"], torch.cat([part["state"] for part in wanted]))
+    metrics = batch_metrics(batch)
+    assert metrics["episodes"] == 4.0 and metrics["success"] == 0.5
+
+
 def test_a_share_of_the_rows_explores_by_the_behaviour_prior():
     model = reference_model()
     shown = observations(64)
@@ -359,18 +379,18 @@ def moved(model) -> set[str]:
     return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
 
-def trajectories(rows: int, shown: TensorDict) -> TensorDict:
-    """A batch [B, 3] in which every number of a frame is its number 0, 1, 2, 3; the rows end after it, successful."""
+def trajectories(rows: int, shown: TensorDict, steps: int = 3) -> TensorDict:
+    """A batch [B, T] in which every number of a frame is its number 0, 1, ...; the rows end after it, successful."""
     keys = [key for key in shown.keys() if key != "task"]
-    frames = {key: torch.zeros(rows, 4, *shown[key].shape[1:]) for key in keys}
+    frames = {key: torch.zeros(rows, steps + 1, *shown[key].shape[1:]) for key in keys}
     for frame in frames.values():
-        frame += torch.arange(4.0).view(4, *[1] * (frame.ndim - 2))
-    end = torch.zeros(rows, 3, 1, dtype=torch.bool)
+        frame += torch.arange(steps + 1.0).view(-1, *[1] * (frame.ndim - 2))
+    end = torch.zeros(rows, steps, 1, dtype=torch.bool)
     end[:, -1] = True
-    task = shown["task"][:, None].expand(rows, 3)
+    task = shown["task"][:, None].expand(rows, steps)
     after = {key: frames[key][:, 1:] for key in keys} | {"task": task, "done": end, "success": end}
-    before = {key: frames[key][:, :-1] for key in keys} | {"task": task, "action": torch.rand(rows, 3, 2)}
-    return TensorDict({**before, "next": TensorDict(after, [rows, 3])}, [rows, 3])
+    before = {key: frames[key][:, :-1] for key in keys} | {"task": task, "action": torch.rand(rows, steps, 2)}
+    return TensorDict({**before, "next": TensorDict(after, [rows, steps])}, [rows, steps])
 
 
 def test_imitating_chunks_of_a_policy_that_reacts_shows_it_the_frames_that_followed():
