@@ -420,11 +420,17 @@ def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
+def finite_rewards(batch: TensorDict) -> Tensor:
+    """[B, T] whether the reward of each decision is finite; nothing is learned from one that is not."""
+    return (torch.isfinite(batch["next", "reward"]) & torch.isfinite(batch["next", "task_reward"]))[..., 0]
+
+
 def shuffled_rewards(batch: TensorDict, generator: torch.Generator) -> TensorDict:
-    """`batch` [B, T] with its rewards dealt out anew: the null control, from which nothing can be learned."""
+    """`batch` [B, T] with its finite rewards dealt out anew: the null control, from which nothing can be learned."""
     reward = batch["next", "reward"]
-    order = torch.randperm(reward.numel(), generator=generator)
-    batch["next", "reward"] = reward.reshape(-1)[order].view_as(reward)
+    finite = torch.isfinite(reward)
+    known = reward[finite]
+    batch["next", "reward"] = reward.masked_scatter(finite, known[torch.randperm(len(known), generator=generator)])
     return batch
 
 
@@ -437,12 +443,19 @@ def _succeeded(after: TensorDict) -> Tensor:
 
 
 def batch_metrics(batch: TensorDict) -> dict[str, float]:
-    """What a batch [B, T] says of the policy that collected it: episodes that ended, how, and their mean reward."""
+    """What a batch [B, T] says of the policy that collected it: episodes that ended, how, and their mean reward.
+
+    `skipped_rows` are those with a reward that is NaN or infinite, which nothing is learned from.
+    """
     after = batch["next"]
     ended = after["done"].sum().item()
+    reward, executed, finite = after["task_reward"], after["executed"], finite_rewards(batch)[..., None]
+    if not bool(finite.all()):
+        reward, executed = reward[finite], executed[finite]
     return {
         "episodes": float(ended),
         "success": float((_succeeded(after) & after["done"]).sum() / max(1, ended)),
-        "reward": float(after["task_reward"].sum() / after["executed"].sum().clamp(min=1)),
+        "reward": float(reward.sum() / executed.sum().clamp(min=1)),
         "steps": float(after["executed"].sum()),
+        "skipped_rows": float((~finite).any(1).sum()),
     }

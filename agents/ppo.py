@@ -26,6 +26,7 @@ from wamrl.agents.base import (
     WorldBatch,
     batch_metrics,
     encode,
+    finite_rewards,
     part_of,
     reference_of,
     require_log_prob,
@@ -213,11 +214,17 @@ class PPO(CollectingLearner):
     def learn(self, batch: TensorDict) -> dict[str, float]:
         """One iteration on batch [B, T] of the collector."""
         metrics = batch_metrics(batch)
+        whole = finite_rewards(batch).all(1)
+        if not bool(whole.all()):
+            batch = batch[whole]  # an advantage reads all the rewards that follow it
+        if not len(batch):
+            self.updater.skip("a reward of every row")
+            return {**metrics, "skipped": float(self.updater.skipped)}
         if self.shuffle_rewards:
             batch = shuffled_rewards(batch, self.updater.generator)
         kept = self._values(batch)
         if not bool(torch.isfinite(batch["advantage"]).all()):
-            self.updater.skip("a reward or an advantage")
+            self.updater.skip("an advantage")
             return {**metrics, "skipped": float(self.updater.skipped)}
         flat = batch.reshape(-1).exclude("next", "collector")
         advantage = flat["advantage"]

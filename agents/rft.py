@@ -30,6 +30,7 @@ from wamrl.agents.base import (
     WorldBatch,
     batch_metrics,
     encode,
+    finite_rewards,
     loss_weights,
     part_of,
     shuffled_rewards,
@@ -246,8 +247,9 @@ class RFT(CollectingLearner):
         """One iteration on batch [B, T] of the collector."""
         metrics = batch_metrics(batch)
         generator = self.updater.generator
-        if not bool(torch.isfinite(batch["next", "reward"]).all()):
-            self.updater.skip("a reward")
+        finite = finite_rewards(batch)
+        if not bool(finite.any()):
+            self.updater.skip("every reward")
             return {**metrics, "skipped": float(self.updater.skipped)}
         if self.shuffle_rewards:
             batch = shuffled_rewards(batch, generator)
@@ -255,12 +257,13 @@ class RFT(CollectingLearner):
             found = self._successes(batch)
         elif self.planner_acts:
             acted = self._acting.planned
+            taught = finite & ~acted[:, None]
             parts = [self._successes(batch[acted]) if acted.any() else None,
-                     self._planned(batch[~acted]) if not acted.all() else None]  # fmt: skip
+                     self._planned(batch[taught]) if taught.any() else None]  # fmt: skip
             known = [part for part in parts if part is not None]
             found = torch.cat(known) if known else None
         else:
-            found = self._planned(batch)
+            found = self._planned(batch[finite])
         if found is not None:
             both = found if self.kept is None else torch.cat([self.kept, found])
             self.kept = both[int(_starts(both)[-self.capacity :][0]) :]
@@ -299,22 +302,31 @@ class RFT(CollectingLearner):
     # -- what is taught
 
     def _successes(self, batch: TensorDict) -> TensorDict | None:
-        """The trajectories in batch [B, T] up to their first success, by their steps [K]; see `_steps`."""
+        """The trajectories in batch [B, T] up to their first success, by their steps [K]; see `_steps`.
+
+        Those with a reward that is not finite are left out.
+        """
         assert self.length is not None
         done, success = (batch["next", key][..., 0].tolist() for key in ("done", "success"))
-        chosen = _until(success, done)
+        finite = finite_rewards(batch).cpu()
+
+        def until(stop: list[list[bool]]) -> list[tuple[int, int, int]]:
+            return [
+                (row, first, last) for row, first, last in _until(stop, done) if finite[row, first : last + 1].all()
+            ]
+
+        chosen = until(success)
         if self.shuffle_rewards:
             # The same number of trajectories, but no longer those that worked.
-            ended = _until(done, done)
+            ended = until(done)
             order = torch.randperm(len(ended), generator=self.updater.generator)[: len(chosen)]
             chosen = sorted(ended[number] for number in order.tolist())
         parts = [_steps(batch[row, first : last + 1], self.length, self.followed) for row, first, last in chosen]
         return torch.cat(parts).cpu() if parts else None
 
-    def _planned(self, batch: TensorDict) -> TensorDict:
-        """States [K] of the batch with the planner's chunk as the label."""
+    def _planned(self, flat: TensorDict) -> TensorDict:
+        """States [K], at most `max_plans` of those in decisions [F], with the planner's chunk as the label."""
         assert self.planner is not None and self.length is not None
-        flat = batch.reshape(-1)
         if len(flat) > self.max_plans:
             flat = flat[torch.randperm(len(flat), generator=self.updater.generator)[: self.max_plans]]
         chunks, searched = [], []

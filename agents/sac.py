@@ -19,7 +19,16 @@ from torch.distributions import Independent, Normal
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.objectives import SACLoss, SoftUpdate
 
-from wamrl.agents.base import CollectingLearner, Updater, WorldBatch, batch_metrics, encode, part_of, value_unit
+from wamrl.agents.base import (
+    CollectingLearner,
+    Updater,
+    WorldBatch,
+    batch_metrics,
+    encode,
+    finite_rewards,
+    part_of,
+    value_unit,
+)
 from wamrl.agents.ppo import GaussianActor
 from wamrl.interfaces import WAM
 from wamrl.models.joint_embedding import JointEmbeddingWAM
@@ -129,11 +138,12 @@ class SAC(CollectingLearner):
     def learn(self, batch: TensorDict) -> dict[str, float]:
         """One iteration on batch [B, T] of the collector."""
         metrics = batch_metrics(batch)
-        if not bool(torch.isfinite(batch["next", "reward"]).all()):
-            self.updater.skip("a reward")
+        finite = finite_rewards(batch)
+        if not bool(finite.any()):
+            self.updater.skip("every reward")
             return {**metrics, "skipped": float(self.updater.skipped)}
         keys = (*self.model.spec.observation, "task")
-        flat = batch.reshape(-1)
+        flat = batch.reshape(-1) if bool(finite.all()) else batch[finite]
         kept = flat.select(*keys, "action")
         kept["next"] = flat["next"].select(*keys, "reward", "done", "terminated")
         self.replay.extend(kept.cpu())

@@ -32,10 +32,10 @@ class AimEnv(RowsEnv):
     control_dt_s, action_repeat, max_steps = 0.05, 1, STEPS
 
     def __init__(self, num_envs: int = 8, *, split: str = "train", seed: int = 0, device: str = "cpu", tasks=(TASK,),
-                 nan_after: int | None = None, succeeds: bool = False) -> None:  # fmt: skip
+                 nan_after: int | None = None, nan_row: int | None = None, succeeds: bool = False) -> None:  # fmt: skip
         super().__init__(tuple(tasks), num_envs, device=device, seed=seed)
         self.place, self.count = torch.zeros(num_envs, 2), torch.zeros(num_envs, dtype=torch.int64)
-        self.nan_after, self.taken, self.succeeds = nan_after, 0, succeeds
+        self.nan_after, self.nan_row, self.taken, self.succeeds = nan_after, nan_row, 0, succeeds
         self._declare({"state": (3,)}, (2,))
 
     def _start_count(self, task: str) -> int:
@@ -58,6 +58,8 @@ class AimEnv(RowsEnv):
         reward = 1.0 - away
         if self.nan_after is not None and self.taken > self.nan_after:
             reward = reward * torch.nan
+        if self.nan_row is not None:
+            reward[rows == self.nan_row] = torch.nan
         shown.update({
             "reward": reward, "terminated": torch.zeros(len(rows), 1, dtype=torch.bool),
             "simulator_error": torch.zeros(len(rows), 1, dtype=torch.bool),

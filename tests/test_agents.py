@@ -332,8 +332,7 @@ def test_an_episode_that_goes_on_after_its_first_success_is_imitated_up_to_it():
     success = flags(".xx...", "...x..", "..x...")
     done = flags("....x.", ".x....", "..x..x")
     batch = trajectories(3, observations(3), steps=6)
-    batch["next"].update({"success": success, "done": done, "executed": torch.ones(3, 6, 1, dtype=torch.int64),
-                          "task_reward": torch.zeros(3, 6, 1)})  # fmt: skip
+    batch["next"].update({"success": success, "done": done})
     learner = RFT(**FAST)
     learner.bind(reference_model(), None, rows=3, seed=0)
     found = learner._successes(batch)
@@ -341,6 +340,10 @@ def test_an_episode_that_goes_on_after_its_first_success_is_imitated_up_to_it():
     assert torch.equal(found["observation", "state"], torch.cat([part["state"] for part in wanted]))
     metrics = batch_metrics(batch)
     assert metrics["episodes"] == 4.0 and metrics["success"] == 0.5
+    batch["next", "reward"][1, 2], batch["next", "reward"][2, 4] = torch.nan, torch.inf
+    kept = learner._successes(batch)  # what follows row 2's success costs nothing that came before
+    assert torch.equal(kept["observation", "state"], torch.cat([wanted[0]["state"], wanted[2]["state"]]))
+    assert batch_metrics(batch)["skipped_rows"] == 2.0
 
 
 def test_a_share_of_the_rows_explores_by_the_behaviour_prior():
@@ -389,6 +392,8 @@ def trajectories(rows: int, shown: TensorDict, steps: int = 3) -> TensorDict:
     end[:, -1] = True
     task = shown["task"][:, None].expand(rows, steps)
     after = {key: frames[key][:, 1:] for key in keys} | {"task": task, "done": end, "success": end}
+    after |= {"reward": torch.zeros(rows, steps, 1), "task_reward": torch.zeros(rows, steps, 1),
+              "executed": torch.ones(rows, steps, 1, dtype=torch.int64)}  # fmt: skip
     before = {key: frames[key][:, :-1] for key in keys} | {"task": task, "action": torch.rand(rows, steps, 2)}
     return TensorDict({**before, "next": TensorDict(after, [rows, steps])}, [rows, steps])
 
@@ -460,10 +465,7 @@ def test_a_model_draws_its_noise_by_the_generator_of_its_own_device_and_what_is_
     assert updater.noise is updater.generator and updater.noise.device == next(model.parameters()).device
     updater.noise = torch.Generator()
     learner.begin(0)
-    batch = trajectories(4, flow_observations(4))
-    for name, value in (("reward", 0.0), ("task_reward", 0.0), ("executed", 1)):
-        batch["next", name] = torch.full((4, 3, 1), value)
-    learner.learn(batch)
+    learner.learn(trajectories(4, flow_observations(4)))
     assert len(taken) == 4 and all(noise is updater.noise for noise in taken)
     assert learner.kept is not None and learner.kept.device == torch.device("cpu")
 
@@ -692,6 +694,24 @@ def test_rewards_that_are_nan_are_skipped_counted_and_stop_the_run():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     with pytest.raises(LearningDiverged, match="3 steps in a row"):
         train(model, PPO(**FAST, non_finite_limit=3), 5, nan_after=0)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: PPO(**FAST, minibatch=48, non_finite_limit=2),
+    lambda: FlowPPO(chunk=2, **FAST, minibatch=24, non_finite_limit=2),
+    lambda: SAC(updates=2, warmup=10, width=8, batch=16, non_finite_limit=2),
+    lambda: RFT(**FAST, noise=(0.3, 0.5), updates=2, batch=8, non_finite_limit=2),
+    lambda: RFT(**FAST, planner=Knowing(), updates=2, batch=8, non_finite_limit=2),
+], ids=["ppo", "flow_ppo", "sac", "rft", "distil"])  # fmt: skip
+def test_one_bad_row_does_not_keep_the_others_from_being_learned_from(make):
+    model, learner = reference_model(), make()
+    before = copy.deepcopy(model.policy.state_dict())
+    found = train(model, learner, 3, rows=32, succeeds=True, nan_row=3)
+    assert [row["skipped"] for row in found] == [0.0] * 3 and [row["skipped_rows"] for row in found] == [1.0] * 3
+    assert all(math.isfinite(value) for row in found for value in row.values())
+    assert any(not torch.equal(before[name], tensor) for name, tensor in model.policy.state_dict().items())
+    if isinstance(learner, SAC):
+        assert len(learner.replay) == 3 * 31 * STEPS and bool(learner.replay[:]["next", "reward"].isfinite().all())
 
 
 def test_a_gradient_that_is_nan_leaves_the_weights_alone():

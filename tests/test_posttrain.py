@@ -200,7 +200,7 @@ def test_where_a_planner_does_not_search_the_policy_acts_and_nothing_is_taught()
     policy = model.gaussian(model.encode(Context.from_observation(shown)))[0].clamp(-1.0, 1.0)
     torch.testing.assert_close(action[::2], torch.tensor(OPTIMUM).expand(4, 2))
     torch.testing.assert_close(action[1::2], policy[1::2].detach(), atol=1e-4, rtol=0.0)
-    taught = learner._planned(shown.unsqueeze(0))
+    taught = learner._planned(shown)
     assert len(taught) == 4 and taught["label"].eq(torch.tensor(OPTIMUM)).all()
     with pytest.raises(ValueError, match="does not have; use wam=reference"):
         RFT(planner=Knowing(), planner_acts=0.5, world_weight=0.0).bind(FlowToy(), None, rows=1, seed=0)

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from tensordict import TensorDict
 
-from wamrl.agents.base import Learner
+from wamrl.agents.base import Learner, finite_rewards
 from wamrl.control import ModelPolicy
 from wamrl.data import EpisodeDataset
 from wamrl.envs.base import RowsEnv
@@ -221,9 +221,10 @@ class _Run:
         self.learner.begin(self.iteration)
         self.model.train()
         batch = self.experience.batch(seed)
-        if self.refresh and bool(torch.isfinite(batch["next", "task_reward"]).all()):
-            assert self.windows is not None
-            self.windows.add(batch, self.model)
+        if self.windows is not None and self.refresh:
+            whole = finite_rewards(batch).all(1)
+            if bool(whole.any()):
+                self.windows.add(batch[whole], self.model)
         self.metrics = self.learner.learn(batch)
         if self.real:
             self.steps += int(self.metrics["steps"])
