@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,7 +19,7 @@ from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from wamrl.interfaces import WAM, Context, State
-from wamrl.naming import RunError
+from wamrl.naming import RunError, is_number, whole_number
 
 WorldBatch = Callable[[torch.Generator], TensorDict]
 """Draws real windows [W] in the batch contract of `WAM.loss`."""
@@ -244,42 +245,83 @@ def loss_weights(model: WAM, **weights: float) -> Iterator[None]:
         own.update(before)
 
 
+def require_number(
+    name: str, value: object, *, least: float = -math.inf, most: float = math.inf, above: float | None = None
+) -> None:
+    """Raise ValueError unless `value` is a finite number from `least` to `most`, and above `above`."""
+    if is_number(value) and least <= value <= most and (above is None or value > above):
+        return
+    bounds = {"above": above, "at least": least, "at most": most}
+    told = " and ".join(
+        f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None and abs(bound) < math.inf
+    )
+    raise ValueError(f"{name} is {value!r}, but must be a number {told}".strip())
+
+
+def noise_bounds(noise: object) -> tuple[float, float]:
+    """The least and the greatest standard deviation of an action; ValueError for anything else than two of them."""
+    found = tuple(noise) if isinstance(noise, Sequence) else ()
+    if len(found) != 2 or not all(is_number(each) for each in found) or not 0.0 < found[0] <= found[1]:
+        raise ValueError(
+            f"noise is {noise!r}, but must be the least and the greatest deviation of an action, above 0: [0.05, 0.5]"
+        )
+    return float(found[0]), float(found[1])
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast which weights learn from what: the settings that all learners share.
+
+    learning_rate: of the policy, the critic and the learner's own modules. world_learning_rate: of everything else in
+    the model; the same where no weights are its policy's alone. world_weight: of `WAM.loss` in the objective; 0 leaves
+    it out, and the world model's weights alone. imitation_weight: of the imitation of the data's labels inside
+    `WAM.loss`, where the model can tell it apart. clip_norm: of the whole gradient. non_finite_limit: steps in a row
+    that may be left out because something is NaN or infinite, before `LearningDiverged`.
+    """
+
+    learning_rate: float
+    world_learning_rate: float
+    world_weight: float
+    imitation_weight: float
+    clip_norm: float = 1.0
+    non_finite_limit: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "clip_norm"):
+            require_number(name, getattr(self, name), above=0.0)
+        for name in ("world_learning_rate", "world_weight", "imitation_weight"):
+            require_number(name, getattr(self, name), least=0.0)
+        whole_number("non_finite_limit", self.non_finite_limit, 1)
+
+
 class Updater:
     """One optimiser for a model and a learner's own modules, with the world model's loss in the objective.
 
-    Steps whose loss or gradient is not finite are left out and counted; `limit` of them in a row raise
+    Steps whose loss or gradient is not finite are left out and counted; `rates.non_finite_limit` of them in a row raise
     `LearningDiverged`.
 
     Args:
         model: trained in place.
         world: where real windows come from, or None.
+        rates: how fast what learns.
         modules: the learner's own.
-        learning_rate: of the policy, the critic and the learner's own modules.
-        world_learning_rate: of everything else in the model; the same where no weights are its policy's alone.
-        world_weight: of `WAM.loss` in the objective; 0 leaves it out, and the world model's weights alone.
-        imitation_weight: of the imitation of the data's labels inside `WAM.loss`, where the model can tell it apart.
         keep_values: whether the values inside `WAM.loss` keep their weight; a learner whose critic they are trains them
             itself.
         train_all: whether everything else is trained without the world model's loss too.
-        clip_norm: of the whole gradient.
-        limit: see above.
     """
 
     def __init__(
         self,
         model: WAM,
         world: WorldBatch | None,
+        rates: Rates,
         *,
         modules: Iterable[nn.Module] = (),
-        learning_rate: float,
-        world_learning_rate: float,
-        world_weight: float,
-        imitation_weight: float,
         keep_values: bool = False,
         train_all: bool = False,
-        clip_norm: float = 1.0,
-        limit: int = 20,
     ) -> None:
+        learning_rate, world_learning_rate = rates.learning_rate, rates.world_learning_rate
+        world_weight = rates.world_weight
         if world_weight and world is None:
             raise ValueError(
                 f"world_weight is {world_weight}, but there are no real windows to keep the world model on; name them "
@@ -287,8 +329,8 @@ class Updater:
             )
         self.model, self.world = model, world
         self.world_weight = world_weight
-        self.weights = {"policy": imitation_weight, **({} if keep_values else {"value": 0.0})}
-        self.clip_norm, self.limit = clip_norm, limit
+        self.weights = {"policy": rates.imitation_weight, **({} if keep_values else {"value": 0.0})}
+        self.clip_norm, self.limit = rates.clip_norm, rates.non_finite_limit
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # A model says which weights are its policy's and critic's alone; else all of them are trained alike.
         chosen = getattr(model, "policy_parameters", lambda: None)()
@@ -310,7 +352,7 @@ class Updater:
             groups.append({"params": rest, "lr": world_learning_rate})
         self.left_alone = [] if joins else rest
         self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.rates = [float(group["lr"]) for group in groups]
+        self.learning_rates = [float(group["lr"]) for group in groups]
         self.optimiser = torch.optim.Adam(groups, fused=True)
         self.skipped = self.streak = 0
         self.device = next(model.parameters()).device
@@ -357,7 +399,7 @@ class Updater:
 
     def scale(self, share: float) -> None:
         """Learning rates of `share` of those asked for."""
-        for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+        for group, rate in zip(self.optimiser.param_groups, self.learning_rates, strict=True):
             group["lr"] = share * rate
 
     def slow_down(self) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wamrl.agents.base import (
+    Rates,
     Updater,
     WorldBatch,
     check_horizon,
@@ -28,9 +30,11 @@ from wamrl.agents.base import (
     part_of,
     reference_of,
     require_log_prob,
+    require_number,
     value_unit,
 )
 from wamrl.interfaces import WAM
+from wamrl.naming import whole_number
 from wamrl.noise import NoiseKey
 
 
@@ -42,12 +46,13 @@ class Latent:
     futures disagree more than this at any step teach nothing; None keeps all. kl_reference: weight of the KL to the
     policy as it was at the start. critic_weight: of the critic's regression. shuffle_rewards: the null control, which
     gives every start frame's return a random sign (dealing returns out anew would leave their sum, and so its gradient,
-    as they are). The others: `wamrl.agents.base.Updater`.
+    as they are). The others: `wamrl.agents.base.Rates`.
     """
 
     kind = "imagine"
     name = "latent"
     chunk = 1
+    rates = Rates(learning_rate=3e-5, world_learning_rate=1e-5, world_weight=0.1, imitation_weight=0.0)
 
     def __init__(
         self,
@@ -61,26 +66,19 @@ class Latent:
         kl_reference: float = 0.001,
         critic_weight: float = 1.0,
         shuffle_rewards: bool = False,
-        learning_rate: float = 3e-5,
-        world_learning_rate: float = 1e-5,
-        world_weight: float = 0.1,
-        imitation_weight: float = 0.0,
-        clip_norm: float = 1.0,
-        non_finite_limit: int = 20,
+        **rates: float,
     ) -> None:
-        if not 0.0 < sigma <= 1.0:
-            raise ValueError(f"sigma is {sigma}, but the noise of an action has a deviation above 0 and at most 1")
+        for label, value in (("updates", updates), ("minibatch", minibatch)):
+            whole_number(label, value, 1)
+        require_number("sigma", sigma, above=0.0, most=1.0)
+        for label, number in (("risk", risk), ("kl_reference", kl_reference), ("critic_weight", critic_weight)):
+            require_number(label, number, least=0.0)
+        if uncertainty_limit is not None:
+            require_number("uncertainty_limit", uncertainty_limit, least=0.0)
         self.horizon, self.updates, self.minibatch, self.sigma, self.risk = horizon, updates, minibatch, sigma, risk
         self.uncertainty_limit, self.kl_reference, self.critic_weight = uncertainty_limit, kl_reference, critic_weight
         self.shuffle_rewards = shuffle_rewards
-        self._rates: dict[str, Any] = {
-            "learning_rate": learning_rate,
-            "world_learning_rate": world_learning_rate,
-            "world_weight": world_weight,
-            "imitation_weight": imitation_weight,
-            "clip_norm": clip_norm,
-            "limit": non_finite_limit,
-        }
+        self._rates = replace(self.rates, **rates)
 
     def bind(self, model: WAM, world: WorldBatch | None, *, rows: int, seed: int) -> None:
         """See `wamrl.agents.base.Learner`. Raises ValueError for a model that lacks a query or a longer horizon."""
@@ -90,7 +88,7 @@ class Latent:
         self.model, self.seed, self.unit = model, seed, value_unit(model)
         self.reference = reference_of(model)
         self.world = reference_of(model)
-        self.updater = Updater(model, world, **self._rates)
+        self.updater = Updater(model, world, self._rates)
         self.iteration = 0
 
     @property

@@ -10,6 +10,7 @@ Letters: B rows, T decisions of a batch, F = B * T, A action dims, K denoising s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -22,14 +23,17 @@ from torchrl.objectives.value import GAE
 
 from wamrl.agents.base import (
     CollectingLearner,
+    Rates,
     Updater,
     WorldBatch,
     batch_metrics,
     encode,
     finite_rewards,
+    noise_bounds,
     part_of,
     reference_of,
     require_log_prob,
+    require_number,
     shuffled_rewards,
     value_unit,
 )
@@ -125,10 +129,11 @@ class PPO(CollectingLearner):
     overshoot. entropy: weight of the bonus. kl_reference: weight of the KL to the policy as it was at the start.
     noise: least and greatest standard deviation of an action, also while collecting. critic_warmup: iterations that
     train the critic alone. train_encoder: whether the policy's and the critic's gradients reach the model's encoder;
-    otherwise the world model's loss alone moves it. shuffle_rewards: the null control. The others: `Updater`.
+    otherwise the world model's loss alone moves it. shuffle_rewards: the null control. The others: `Rates`.
     """
 
     name = "ppo"
+    rates = Rates(learning_rate=3e-4, world_learning_rate=3e-5, world_weight=0.1, imitation_weight=0.0)
 
     def __init__(
         self,
@@ -146,30 +151,22 @@ class PPO(CollectingLearner):
         noise: tuple[float, float] = (0.05, 0.5),
         train_encoder: bool = False,
         shuffle_rewards: bool = False,
-        learning_rate: float = 3e-4,
-        world_learning_rate: float = 3e-5,
-        world_weight: float = 0.1,
-        imitation_weight: float = 0.0,
-        clip_norm: float = 1.0,
-        non_finite_limit: int = 20,
+        **rates: float,
     ) -> None:
         for label, value in (("chunk", chunk), ("epochs", epochs), ("minibatch", minibatch)):
             whole_number(label, value, 1)
-        if not 0.0 < noise[0] <= noise[1]:
-            raise ValueError(f"noise is {list(noise)}, but must be the least and the greatest deviation, above 0")
+        whole_number("critic_warmup", critic_warmup, 0)
+        require_number("gae_lambda", gae_lambda, least=0.0, most=1.0)
+        for label, number in (("clip", clip), ("kl_limit", kl_limit)):
+            require_number(label, number, above=0.0)
+        for label, number in (("entropy", entropy), ("critic_weight", critic_weight), ("kl_reference", kl_reference)):
+            require_number(label, number, least=0.0)
         self.chunk, self.epochs, self.minibatch = chunk, epochs, minibatch
         self.gae_lambda, self.clip, self.kl_limit, self.entropy = gae_lambda, clip, kl_limit, entropy
         self.critic_weight, self.critic_warmup, self.kl_reference = critic_weight, critic_warmup, kl_reference
-        self.noise = (float(noise[0]), float(noise[1]))
+        self.noise = noise_bounds(noise)
         self.train_encoder, self.shuffle_rewards = train_encoder, shuffle_rewards
-        self._rates: dict[str, Any] = {
-            "learning_rate": learning_rate,
-            "world_learning_rate": world_learning_rate,
-            "world_weight": world_weight,
-            "imitation_weight": imitation_weight,
-            "clip_norm": clip_norm,
-            "limit": non_finite_limit,
-        }
+        self._rates = replace(self.rates, **rates)
 
     # -- what flow_ppo does otherwise
 
@@ -208,7 +205,7 @@ class PPO(CollectingLearner):
             log_explained_variance=False,
         )
         self.loss.set_keys(action="chain", sample_log_prob="action_log_prob")
-        self.updater = Updater(model, world, train_all=self.train_encoder, **self._rates)
+        self.updater = Updater(model, world, self._rates, train_all=self.train_encoder)
         self.reference = reference_of(model) if self.kl_reference else None
 
     def learn(self, batch: TensorDict) -> dict[str, float]:

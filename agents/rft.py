@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -26,18 +27,22 @@ from torch import Tensor
 
 from wamrl.agents.base import (
     CollectingLearner,
+    Rates,
     Updater,
     WorldBatch,
     batch_metrics,
     encode,
     finite_rewards,
     loss_weights,
+    noise_bounds,
     part_of,
+    require_number,
     shuffled_rewards,
 )
 from wamrl.agents.flow_ppo import ChainActor
 from wamrl.agents.ppo import GaussianActor
 from wamrl.interfaces import WAM, Budget, Plan, Planner
+from wamrl.naming import whole_number
 from wamrl.noise import NoiseKey
 
 TARGETS = ("plan", "mean")
@@ -130,11 +135,12 @@ class RFT(CollectingLearner):
     L; None is 1 for a policy that decides in every control step, otherwise the model's chunk. max_plans: states per
     iteration that the planner is asked to teach. anneal: whether the learning rates fall along half a cosine in every
     iteration, which then ends with settled weights. shuffle_rewards: the null control, which deals out at random which
-    trajectories worked. The others: `wamrl.agents.base.Updater`.
+    trajectories worked. The others: `wamrl.agents.base.Rates`.
     """
 
     name = "rft"
     chunk = 1
+    rates = Rates(learning_rate=1e-4, world_learning_rate=1e-5, world_weight=0.1, imitation_weight=1.0)
 
     def __init__(
         self,
@@ -151,17 +157,16 @@ class RFT(CollectingLearner):
         max_plans: int = 1024,
         anneal: bool = False,
         shuffle_rewards: bool = False,
-        learning_rate: float = 1e-4,
-        world_learning_rate: float = 1e-5,
-        world_weight: float = 0.1,
-        imitation_weight: float = 1.0,
-        clip_norm: float = 1.0,
-        non_finite_limit: int = 20,
+        **rates: float,
     ) -> None:
         if target not in TARGETS:
             raise ValueError(f"target is '{target}', but must be one of {', '.join(TARGETS)}")
-        if not 0.0 <= planner_acts <= 1.0:
-            raise ValueError(f"planner_acts is {planner_acts}, but is a share of the rows, from 0 to 1")
+        for label, share in (("planner_acts", planner_acts), ("behaviour_share", behaviour_share)):
+            require_number(label, share, least=0.0, most=1.0)
+        for label, value in (("buffer", buffer), ("batch", batch), ("updates", updates), ("max_plans", max_plans)):
+            whole_number(label, value, 1)
+        if length is not None:
+            whole_number("length", length, 1)
         if planner_acts and planner is None:
             raise ValueError(
                 f"planner_acts={planner_acts}, but there is no planner; choose one, as agent=expert_iteration does"
@@ -173,19 +178,10 @@ class RFT(CollectingLearner):
             )
         self.planner, self.planner_acts, self.target = planner, planner_acts, target
         self.refreshes, self.anneal = planner_acts > 0.0, anneal
-        if not 0.0 <= behaviour_share <= 1.0:
-            raise ValueError(f"behaviour_share is {behaviour_share}, but is a share of the rows, from 0 to 1")
-        self.noise, self.behaviour_share = (float(noise[0]), float(noise[1])), behaviour_share
+        self.noise, self.behaviour_share = noise_bounds(noise), behaviour_share
         self.capacity, self.batch, self.updates, self.length, self.max_plans = buffer, batch, updates, length, max_plans
         self.shuffle_rewards = shuffle_rewards
-        self._rates: dict[str, Any] = {
-            "learning_rate": learning_rate,
-            "world_learning_rate": world_learning_rate,
-            "world_weight": world_weight,
-            "imitation_weight": imitation_weight,
-            "clip_norm": clip_norm,
-            "limit": non_finite_limit,
-        }
+        self._rates = replace(self.rates, **rates)
 
     def bind(self, model: WAM, world: WorldBatch | None, *, rows: int, seed: int) -> None:
         """See `wamrl.agents.base.Learner`.
@@ -222,7 +218,7 @@ class RFT(CollectingLearner):
         else:
             self._acting = ChainActor(model, chunk=1, horizon=1)
         self.followed = self._needs_later_frames(model)
-        self.updater = Updater(model, world, keep_values=True, **self._rates)
+        self.updater = Updater(model, world, self._rates, keep_values=True)
         self.kept: TensorDict | None = None
 
     def _needs_later_frames(self, model: WAM) -> bool:

@@ -9,7 +9,7 @@ Letters: B rows, T decisions of a batch, F = B * T transitions, A action dims, D
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 import torch
 from tensordict import TensorDict
@@ -21,18 +21,22 @@ from torchrl.objectives import SACLoss, SoftUpdate
 
 from wamrl.agents.base import (
     CollectingLearner,
+    Rates,
     Updater,
     WorldBatch,
     batch_metrics,
     encode,
     finite_rewards,
+    noise_bounds,
     part_of,
+    require_number,
     value_unit,
 )
 from wamrl.agents.ppo import GaussianActor
 from wamrl.interfaces import WAM
 from wamrl.models.joint_embedding import JointEmbeddingWAM
 from wamrl.models.parts import mlp
+from wamrl.naming import whole_number
 
 
 class _Actor(nn.Module):
@@ -64,11 +68,12 @@ class SAC(CollectingLearner):
     buffer: transitions that are kept. batch: per step. updates: optimiser steps per iteration. warmup: transitions
     before the first. width: of the critics. alpha: first weight of the entropy, tuned to target_entropy (None: -A).
     tau: of the target critics. noise: bounds of an action's deviation. critic_only: iterations that train the critics
-    alone. The others: `wamrl.agents.base.Updater`.
+    alone. The others: `wamrl.agents.base.Rates`.
     """
 
     name = "sac"
     chunk = 1
+    rates = Rates(learning_rate=3e-4, world_learning_rate=1e-5, world_weight=0.0, imitation_weight=0.0, clip_norm=10.0)
 
     def __init__(
         self,
@@ -83,24 +88,22 @@ class SAC(CollectingLearner):
         tau: float = 0.01,
         noise: tuple[float, float] = (0.05, 0.5),
         critic_only: int = 1,
-        learning_rate: float = 3e-4,
-        world_learning_rate: float = 1e-5,
-        world_weight: float = 0.0,
-        imitation_weight: float = 0.0,
-        clip_norm: float = 10.0,
-        non_finite_limit: int = 20,
+        **rates: float,
     ) -> None:
+        for label, value in (("buffer", buffer), ("batch", batch), ("updates", updates), ("width", width)):
+            whole_number(label, value, 1)
+        for label, value in (("warmup", warmup), ("critic_only", critic_only)):
+            whole_number(label, value, 0)
+        if warmup > buffer:
+            raise ValueError(f"warmup is {warmup}, but the buffer never holds more than {buffer} transitions")
+        require_number("alpha", alpha, above=0.0)
+        require_number("tau", tau, above=0.0, most=1.0)
+        if target_entropy is not None:
+            require_number("target_entropy", target_entropy)
         self.capacity, self.batch, self.updates, self.warmup, self.width = buffer, batch, updates, warmup, width
         self.alpha, self.target_entropy, self.tau, self.critic_only = alpha, target_entropy, tau, critic_only
-        self.noise = (float(noise[0]), float(noise[1]))
-        self._rates: dict[str, Any] = {
-            "learning_rate": learning_rate,
-            "world_learning_rate": world_learning_rate,
-            "world_weight": world_weight,
-            "imitation_weight": imitation_weight,
-            "clip_norm": clip_norm,
-            "limit": non_finite_limit,
-        }
+        self.noise = noise_bounds(noise)
+        self._rates = replace(self.rates, **rates)
 
     def bind(self, model: WAM, world: WorldBatch | None, *, rows: int, seed: int) -> None:
         """See `wamrl.agents.base.Learner`. Raises ValueError for a model of another kind than the reference WAM."""
@@ -132,7 +135,7 @@ class SAC(CollectingLearner):
             )
         self.loss.make_value_estimator(gamma=model.spec.discount)
         self.targets = SoftUpdate(self.loss, tau=self.tau)
-        self.updater = Updater(model, world, modules=[self.loss], **self._rates)
+        self.updater = Updater(model, world, self._rates, modules=[self.loss])
         self.replay = TensorDictReplayBuffer(storage=LazyTensorStorage(self.capacity), batch_size=self.batch)
 
     def learn(self, batch: TensorDict) -> dict[str, float]:

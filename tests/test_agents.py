@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from tests.agent_toys import flow_model as aim_flow_model
 from tests.test_flow_wam import VARIANTS, Windows
 from tests.test_flow_wam import make as flow_model
 from tests.test_flow_wam import observations as flow_observations
-from wamrl.agents.base import EpisodeEnv, LearningDiverged, Updater, batch_metrics, loss_weights, value_unit
+from wamrl.agents.base import EpisodeEnv, LearningDiverged, Rates, Updater, batch_metrics, loss_weights, value_unit
 from wamrl.agents.flow_ppo import ChainActor, FlowPPO
 from wamrl.agents.latent import Latent
 from wamrl.agents.ppo import PPO, GaussianActor
@@ -286,11 +287,11 @@ def test_flow_ppo_moves_a_real_flow_model_towards_what_was_better():
 
 def test_the_trunk_of_a_flow_model_learns_at_a_rate_of_its_own_or_that_is_refused():
     model = aim_flow_model()
-    updater = Updater(model, lambda order: None, learning_rate=1e-3, world_learning_rate=1e-5, world_weight=0.1,
-                      imitation_weight=0.0)  # fmt: skip
+    rates = Rates(learning_rate=1e-3, world_learning_rate=1e-5, world_weight=0.1, imitation_weight=0.0)
+    updater = Updater(model, lambda order: None, rates)
     groups = [{id(p) for p in group["params"]} for group in updater.optimiser.param_groups]
     experts = model.denoiser.backbone.experts
-    assert updater.rates == [1e-3, 1e-5]
+    assert updater.learning_rates == [1e-3, 1e-5]
     assert {id(p) for p in experts[1].parameters()} <= groups[0] and {id(p) for p in experts[0].parameters()} <= groups[
         1
     ]
@@ -696,6 +697,31 @@ def test_rewards_that_are_nan_are_skipped_counted_and_stop_the_run():
         train(model, PPO(**FAST, non_finite_limit=3), 5, nan_after=0)
 
 
+SHARED = {"learning_rate": (-1, 0, math.nan, "fast", True, None), "world_learning_rate": (-1e-5, math.inf),
+          "world_weight": (-1, None), "imitation_weight": (-0.1,), "clip_norm": (0, -1),
+          "non_finite_limit": (0, 1.5)}  # fmt: skip
+NOISE = {"noise": ([0.5, 0.1], 0.1, [0.1], [0.0, 0.5], [0.1, math.nan], "ab")}
+REFUSED = {
+    PPO: {"clip": (-1, 0, None), "kl_limit": (-1, 0, None), "gae_lambda": (1.5, -0.1), "entropy": (-1,), "epochs": (0,),
+          "critic_weight": (-1,), "kl_reference": (-1,), "critic_warmup": (-1,), "minibatch": (0,), **NOISE},
+    SAC: {"buffer": (0, 20), "batch": (0,), "updates": (0, -3), "width": (0,), "warmup": (-1,), "critic_only": (-1,),
+          "tau": (2, 0), "alpha": (0,), "target_entropy": (math.nan,), **NOISE},
+    RFT: {"buffer": (0,), "batch": (0, 2.5), "updates": (-3, 0), "max_plans": (0,), "length": (0,),
+          "behaviour_share": (-0.1, 2), **NOISE},
+    Latent: {"updates": (0,), "minibatch": (0,), "sigma": (0, 2, None), "risk": (-1,), "uncertainty_limit": (-1,),
+             "kl_reference": (-1,), "critic_weight": (-1,)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("agent", REFUSED)
+def test_settings_that_cannot_be_are_refused_with_what_came_and_what_was_expected(agent):
+    for name, values in (SHARED | REFUSED[agent]).items():
+        for value in values:
+            pattern = f"{name} is {re.escape(repr(value))}, but must be"
+            with pytest.raises(ValueError, match=f"{pattern}|never holds more than {value} "):
+                agent(**{name: value})
+
+
 @pytest.mark.parametrize("make", [
     lambda: PPO(**FAST, minibatch=48, non_finite_limit=2),
     lambda: FlowPPO(chunk=2, **FAST, minibatch=24, non_finite_limit=2),
@@ -716,7 +742,8 @@ def test_one_bad_row_does_not_keep_the_others_from_being_learned_from(make):
 
 def test_a_gradient_that_is_nan_leaves_the_weights_alone():
     model = reference_model()
-    updater = Updater(model, None, learning_rate=1e-2, world_learning_rate=0.0, world_weight=0.0, imitation_weight=0.0)
+    rates = Rates(learning_rate=1e-2, world_learning_rate=0.0, world_weight=0.0, imitation_weight=0.0)
+    updater = Updater(model, None, rates)
     before = copy.deepcopy(model.state_dict())
     weight = next(model.policy.parameters())
     assert not updater.step((weight * torch.nan).sum())

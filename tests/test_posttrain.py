@@ -173,7 +173,7 @@ def test_expert_iteration_learns_from_a_planner_that_acts_and_teaches(tmp_path, 
     assert learner.updater.learning_rate < 0.03 * 1e-2
     with pytest.raises(ValueError, match="there is no planner"):
         RFT(planner_acts=0.5)
-    with pytest.raises(ValueError, match="from 0 to 1"):
+    with pytest.raises(ValueError, match="planner_acts is 2.0, but must be a number at least 0 and at most 1"):
         RFT(planner=Knowing(), planner_acts=2.0)
     with pytest.raises(ValueError, match="shuffle_scores=true"):
         RFT(planner=Knowing(), planner_acts=0.5, shuffle_rewards=True)
