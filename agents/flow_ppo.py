@@ -85,6 +85,11 @@ class FlowPPO(PPO):
     name = "flow_ppo"
 
     def __init__(self, *, chunk: int = 5, horizon: int | None = None, **settings: Any) -> None:
+        if "noise" in settings:
+            raise ValueError(
+                f"noise is {settings['noise']!r}, but agent=flow_ppo explores by the noise of the model's own sampler; "
+                "bound that with wam.sde_scale where the model is trained, or use agent=ppo for a Gaussian policy"
+            )
         super().__init__(chunk=chunk, **settings)
         self.horizon = chunk if horizon is None else horizon
         if self.horizon < chunk:

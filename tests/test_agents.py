@@ -677,6 +677,11 @@ def test_a_policy_without_log_probs_is_refused():
         PPO(world_weight=0.0).bind(FlowToy(), None, rows=1, seed=0)
 
 
+def test_flow_ppo_refuses_a_noise_that_it_would_not_keep():
+    with pytest.raises(ValueError, match="by the noise of the model's own sampler; bound that with wam.sde_scale"):
+        FlowPPO(chunk=2, noise=(0.05, 0.5))
+
+
 def test_a_horizon_beyond_the_models_is_refused():
     with pytest.raises(ValueError, match="meant for 1 to 4 control steps"):
         FlowPPO(chunk=5, world_weight=0.0).bind(reference_model(), None, rows=1, seed=0)
