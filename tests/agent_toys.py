@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from wamrl import checkpoint, cli
 from wamrl.data import EpisodeDataset, EpisodeWriter, episode_tensordict
 from wamrl.envs.base import RowsEnv, seed_start_states
 from wamrl.interfaces import WAM, Anatomy, Context, Plan, Proposal, Spec, State
+from wamrl.models import flow
 from wamrl.models.flow_wam import FlowWAM
 from wamrl.models.joint_embedding import JointEmbeddingWAM
 from wamrl.noise import NoiseKey
@@ -107,29 +107,22 @@ def flow_model(seed: int = 0, **options) -> FlowWAM:
 
 
 class FlowToy(WAM):
-    """A flow-matching policy of K steps: x_t = (1 - t) noise + t data, dx = v dt, turned into an SDE for sampling.
+    """A flow-matching policy of K steps, a small network by the samplers of `wamrl.models.flow`."""
 
-    The SDE dx = (v + sigma^2 / 2 * score) dt + sigma dW has the ODE's marginals; score = -(x - t v) / (1 - t).
-    velocity: v(x [X, H*A], t [X, 1], state [X, S]) -> [X, H*A]; None is a small network.
-    """
-
-    def __init__(
-        self, *, chunk: int = 2, action_dim: int = 2, steps: int = 4, scale: float = 0.3, velocity=None, seed: int = 0
-    ) -> None:
+    def __init__(self, *, chunk: int = 2, steps: int = 4, scale: float = 0.7, seed: int = 0) -> None:
         super().__init__()
         self.spec = Spec(
-            observation={"state": (3,)}, action_dim=action_dim, tasks=(TASK,), chunk_length=chunk, max_horizon=chunk,
+            observation={"state": (3,)}, action_dim=2, tasks=(TASK,), chunk_length=chunk, max_horizon=chunk,
             discount=0.9, control_dt_s=0.05, provides=frozenset({"policy", "log_prob", "value"}),
             anatomy=Anatomy("feature", "flow", "none", "chunked"),
         )  # fmt: skip
         self.steps, self.scale = steps, scale
-        size = chunk * action_dim
+        size = chunk * 2
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = nn.Sequential(nn.Linear(size + 4, 32), nn.SiLU(), nn.Linear(32, size))
             self.critic = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 1))
         nn.init.zeros_(self.critic[-1].weight)
-        self.velocity = velocity or (lambda x, t, s: self.network(torch.cat([x, t, s], dim=-1)))
 
     def encode(self, context: Context) -> State:
         return TensorDict({"s": context.observation["state"][:, -1]}, batch_size=context.task.shape)
@@ -137,43 +130,34 @@ class FlowToy(WAM):
     def value(self, state: State) -> Tensor:
         return self.critic(state["s"]) * 10.0
 
-    def _moments(self, x: Tensor, k: int, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the step from t_k to t_k+1."""
-        t, dt = k / self.steps, 1.0 / self.steps
-        v = self.velocity(x, x.new_full((len(x), 1), t), state)
-        score = -(x - t * v) / (1.0 - t)
-        sigma = self.scale * math.sqrt((1.0 - t) / max(t, 0.5 * dt))
-        return x + (v + 0.5 * sigma**2 * score) * dt, x.new_tensor(sigma * math.sqrt(dt))
+    def _velocity(self, s: Tensor):
+        return lambda x, t: self.network(torch.cat([x, x.new_full((len(x), 1), t), s], dim=-1))
 
     def propose(self, state, num, *, mode="sde", future=None, noise: NoiseKey | None = None, perturbation=None,
                 horizon=None, behaviour=0) -> Proposal:  # fmt: skip
         rows, size = state.batch_size[0], self.spec.chunk_length * self.spec.action_dim
-        s = state["s"].repeat_interleave(num, 0)
+        velocity = self._velocity(state["s"].repeat_interleave(num, 0))
         noise = noise or NoiseKey.for_rows(rows)
-        x = noise.normal(num, size).flatten(0, 1)
-        chain, logs = [x], []
-        for k in range(self.steps):
-            if mode == "ode":
-                x = x + self.velocity(x, x.new_full((len(x), 1), k / self.steps), s) / self.steps
-            else:
-                mean, std = self._moments(x, k, s)
-                x = mean + std * noise.fold(k).normal(num, size).flatten(0, 1)
-                logs.append(torch.distributions.Normal(mean, std).log_prob(x).sum(-1))
-            chain.append(x)
+        first, log_prob = noise.normal(num, size).flatten(0, 1), None
+        if mode == "ode":
+            points = flow.ode_sample(velocity, first, self.steps)
+        else:
+            draws = torch.stack([noise.fold(k).normal(num, size).flatten(0, 1) for k in range(self.steps)], dim=1)
+            sampled = flow.sde_sample(velocity, first, draws, scale=self.scale)
+            points, log_prob = sampled.points, sampled.log_prob.view(rows, num, self.steps)
         shape = (rows, num, self.spec.chunk_length, self.spec.action_dim)
-        stacked = torch.stack([x.view(shape) for x in chain], dim=2)
-        log_prob = torch.stack(logs, dim=-1).view(rows, num, self.steps) if logs else None
+        stacked = torch.stack([x.view(shape) for x in points], dim=2)
         return Proposal(actions=stacked[:, :, -1].clamp(-1.0, 1.0), chain=stacked,
-                        times=torch.linspace(0, 1, self.steps + 1), log_prob=log_prob)  # fmt: skip
+                        times=torch.tensor(flow.time_grid(self.steps)), log_prob=log_prob)  # fmt: skip
 
     def log_prob(self, state, proposal) -> Tensor:
         rows, num = proposal.chain.shape[:2]
-        s = state["s"].repeat_interleave(num, 0)
-        chain = proposal.chain.flatten(0, 1).flatten(2)
+        velocity = self._velocity(state["s"].repeat_interleave(num, 0))
+        chain, times = proposal.chain.flatten(0, 1).flatten(2), proposal.times.tolist()
         logs = []
         for k in range(self.steps):
-            mean, std = self._moments(chain[:, k], k, s)
-            logs.append(torch.distributions.Normal(mean, std).log_prob(chain[:, k + 1]).sum(-1))
+            mean, std = flow.sde_step(chain[:, k], velocity(chain[:, k], times[k]), times[k], times[k + 1], self.scale)
+            logs.append(flow.gaussian_log_prob(chain[:, k + 1], mean, std, 1))
         return torch.stack(logs, dim=-1).view(rows, num, self.steps)
 
 

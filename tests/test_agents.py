@@ -26,9 +26,8 @@ from wamrl.agents.latent import Latent
 from wamrl.agents.ppo import PPO, GaussianActor
 from wamrl.agents.rft import RFT, Explorer, _starts
 from wamrl.agents.sac import SAC
-from wamrl.interfaces import Context, Proposal, task_id
+from wamrl.interfaces import Context, task_id
 from wamrl.measuring import RealWindows
-from wamrl.noise import NoiseKey
 
 
 def wrapped(model, learner, rows=32, **options) -> EpisodeEnv:
@@ -117,45 +116,6 @@ def test_the_log_prob_is_of_the_unclamped_chain():
     assert not torch.allclose(clamped, shown["action_log_prob"])
 
 
-def test_the_gradient_of_the_chain_log_prob_is_that_of_finite_differences():
-    model = FlowToy().double()
-    state = model.encode(Context.from_observation(observations(3).double()))
-    with torch.no_grad():
-        proposal = model.propose(state, 1, noise=NoiseKey.for_rows(3))
-        proposal = Proposal(actions=proposal.actions, chain=proposal.chain.double(), times=proposal.times)
-    weight = model.network[0].weight
-    model.log_prob(state, proposal).sum().backward()
-    found = weight.grad[2, 1].item()
-    step = 1e-6
-    values = []
-    for sign in (1, -1):
-        with torch.no_grad():
-            weight[2, 1] += sign * step
-            values.append(model.log_prob(state, proposal).sum().item())
-            weight[2, 1] -= sign * step
-    assert found == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5)
-
-
-def test_the_sde_and_the_ode_have_the_same_marginals():
-    # Data N(mean, deviation^2): the velocity of x_t = (1 - t) noise + t data is linear and known.
-    mean, deviation = 0.7, 0.4
-
-    def velocity(x, t, s):
-        variance = (1 - t) ** 2 + (t * deviation) ** 2
-        slope = (t * deviation**2 - (1 - t)) / variance
-        return mean + slope * (x - t * mean)
-
-    model = FlowToy(chunk=1, action_dim=1, steps=200, scale=0.7, velocity=velocity)
-    state = TensorDict({"s": torch.zeros(20_000, 3)}, batch_size=[20_000])
-    for mode in ("ode", "sde"):
-        chain = model.propose(state, 1, mode=mode, noise=NoiseKey.for_rows(20_000)).chain[:, 0, :, 0, 0]
-        for k in (50, 100, 150, 200):
-            t = k / 200
-            wanted = math.sqrt((1 - t) ** 2 + (t * deviation) ** 2)
-            assert chain[:, k].mean().item() == pytest.approx(t * mean, abs=0.02), (mode, t)
-            assert chain[:, k].std().item() == pytest.approx(wanted, rel=0.03), (mode, t)
-
-
 def test_the_advantages_are_those_worked_by_hand():
     # Rewards 1, 2 then an end; values 0.5, 1.0; discount 0.9, lambda 0.5.
     after = {"reward": torch.tensor([[[1.0], [2.0]]]), "done": torch.tensor([[[False], [True]]]),
@@ -167,18 +127,25 @@ def test_the_advantages_are_those_worked_by_hand():
     assert batch["advantage"].flatten().tolist() == pytest.approx([first, last])
 
 
-def test_a_chunk_that_is_cut_short_by_time_bootstraps_from_where_it_ended():
-    # Six steps in chunks of four: the second is cut after two. The critic says 0.5; discount 0.9, lambda 0.5.
+@pytest.mark.parametrize("ends", [False, True], ids=["time", "termination"])
+def test_a_chunk_that_is_cut_short_by_time_bootstraps_from_where_it_ended_and_by_an_end_not_at_all(ends):
+    # Six steps in chunks of four: the second is cut after two, by an end after one. The critic says 0.5; discount 0.9,
+    # lambda 0.5.
+    class Ends(AimEnv):
+        def _advance(self, rows, action):
+            return super()._advance(rows, action) | {"terminated": (self.count[rows] == 5)[:, None] & ends}
+
     model, learner = FlowToy(chunk=4), FlowPPO(chunk=4, world_weight=0.0, gae_lambda=0.5)
     torch.nn.init.constant_(model.critic[-1].bias, 0.5)
     learner.bind(model, None, rows=3, seed=0)
     learner.begin(0)
-    env = wrapped(model, learner, 3)
+    env = EpisodeEnv(Ends(3), keys=["state"], chunk=4, discount=0.9, value_unit=value_unit(model))
     batch = env.rollout(2, learner.actor)
-    assert batch["next", "executed"][..., 0].tolist() == [[4, 2]] * 3 and batch["next", "truncated"][:, 1].all()
+    assert batch["next", "executed"][..., 0].tolist() == [[4, 1 if ends else 2]] * 3
+    assert batch["next", "terminated" if ends else "truncated"][:, 1].all()
     learner._values(batch)
     first, last = batch["next", "reward"][..., 0].unbind(1)
-    last = last + 0.9**2 * 0.5 - 0.5
+    last = last + (0.0 if ends else 0.9**2 * 0.5) - 0.5
     first = first + 0.9**4 * 0.5 - 0.5 + 0.9**4 * 0.5 * last
     torch.testing.assert_close(batch["advantage"][..., 0], torch.stack([first, last], dim=1))
 
@@ -187,6 +154,13 @@ def test_a_chunk_that_is_cut_short_by_time_bootstraps_from_where_it_ended():
 
 
 FAST = {"learning_rate": 3e-3, "world_weight": 0.0}
+QUICK = {
+    "ppo": lambda: PPO(**FAST, minibatch=48, non_finite_limit=2),
+    "flow_ppo": lambda: FlowPPO(chunk=2, **FAST, minibatch=24, non_finite_limit=2),
+    "sac": lambda: SAC(updates=2, warmup=10, width=8, batch=16, non_finite_limit=2),
+    "rft": lambda: RFT(**FAST, noise=(0.3, 0.5), updates=2, batch=8, non_finite_limit=2),
+    "distil": lambda: RFT(**FAST, planner=Knowing(), updates=2, batch=8, non_finite_limit=2),
+}
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
@@ -238,10 +212,9 @@ def test_the_encoder_is_trained_where_that_is_asked_for(wanted):
 
 def test_flow_ppo_reaches_the_known_optimum():
     model = FlowToy()
-    found = train(model, FlowPPO(chunk=2, **FAST, kl_limit=0.3, minibatch=96, critic_warmup=0), 80, rows=64)
-    early = sum(row["reward"] for row in found[:3]) / 3
-    late = sum(row["reward"] for row in found[-3:]) / 3
-    assert late > early + 0.5 * (1.0 - early), (early, late)
+    train(model, FlowPPO(chunk=2, **FAST, kl_limit=0.3, minibatch=96, critic_warmup=0), 30, rows=64)
+    chunk = model.propose(model.encode(Context.from_observation(observations(256))), 1, mode="ode").actions
+    assert (chunk - torch.tensor(OPTIMUM)).abs().mean() < 0.08
 
 
 def test_flow_ppo_learns_a_gaussian_policy_as_well():
@@ -660,8 +633,9 @@ def test_nothing_is_learned_from_shuffled_rewards():
     assert np.mean(gained[True]) < 0.4 * np.mean(gained[False]), gained
 
 
-def test_the_same_seed_gives_the_same_curve_and_another_seed_another():
-    curves = [train(reference_model(), PPO(**FAST, minibatch=64), 3, seed=seed) for seed in (1, 1, 2)]
+@pytest.mark.parametrize("agent", QUICK)
+def test_the_same_seed_gives_the_same_curve_and_another_seed_another(agent):
+    curves = [train(reference_model(), QUICK[agent](), 3, seed=seed, succeeds=True) for seed in (1, 1, 2)]
     assert curves[0] == curves[1] and curves[0] != curves[2]
 
 
@@ -727,15 +701,9 @@ def test_settings_that_cannot_be_are_refused_with_what_came_and_what_was_expecte
                 agent(**{name: value})
 
 
-@pytest.mark.parametrize("make", [
-    lambda: PPO(**FAST, minibatch=48, non_finite_limit=2),
-    lambda: FlowPPO(chunk=2, **FAST, minibatch=24, non_finite_limit=2),
-    lambda: SAC(updates=2, warmup=10, width=8, batch=16, non_finite_limit=2),
-    lambda: RFT(**FAST, noise=(0.3, 0.5), updates=2, batch=8, non_finite_limit=2),
-    lambda: RFT(**FAST, planner=Knowing(), updates=2, batch=8, non_finite_limit=2),
-], ids=["ppo", "flow_ppo", "sac", "rft", "distil"])  # fmt: skip
-def test_one_bad_row_does_not_keep_the_others_from_being_learned_from(make):
-    model, learner = reference_model(), make()
+@pytest.mark.parametrize("agent", QUICK)
+def test_one_bad_row_does_not_keep_the_others_from_being_learned_from(agent):
+    model, learner = reference_model(), QUICK[agent]()
     before = copy.deepcopy(model.policy.state_dict())
     found = train(model, learner, 3, rows=32, succeeds=True, nan_row=3)
     assert [row["skipped"] for row in found] == [0.0] * 3 and [row["skipped_rows"] for row in found] == [1.0] * 3
