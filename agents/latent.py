@@ -66,7 +66,7 @@ class Latent:
         kl_reference: float = 0.001,
         critic_weight: float = 1.0,
         shuffle_rewards: bool = False,
-        **rates: float,
+        **rates: Any,
     ) -> None:
         for label, value in (("updates", updates), ("minibatch", minibatch)):
             whole_number(label, value, 1)

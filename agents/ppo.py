@@ -151,7 +151,7 @@ class PPO(CollectingLearner):
         noise: tuple[float, float] = (0.05, 0.5),
         train_encoder: bool = False,
         shuffle_rewards: bool = False,
-        **rates: float,
+        **rates: Any,
     ) -> None:
         for label, value in (("chunk", chunk), ("epochs", epochs), ("minibatch", minibatch)):
             whole_number(label, value, 1)

@@ -157,7 +157,7 @@ class RFT(CollectingLearner):
         max_plans: int = 1024,
         anneal: bool = False,
         shuffle_rewards: bool = False,
-        **rates: float,
+        **rates: Any,
     ) -> None:
         if target not in TARGETS:
             raise ValueError(f"target is '{target}', but must be one of {', '.join(TARGETS)}")

@@ -88,7 +88,7 @@ class SAC(CollectingLearner):
         tau: float = 0.01,
         noise: tuple[float, float] = (0.05, 0.5),
         critic_only: int = 1,
-        **rates: float,
+        **rates: Any,
     ) -> None:
         for label, value in (("buffer", buffer), ("batch", batch), ("updates", updates), ("width", width)):
             whole_number(label, value, 1)
