@@ -338,7 +338,7 @@ def test_a_share_of_the_rows_explores_by_the_behaviour_prior():
     assert torch.equal(taken[0], taken[1]) and not torch.equal(taken[0], taken[2])
     with pytest.raises(ValueError, match="behaviour"):
         RFT(behaviour_share=0.5, world_weight=0.0).bind(FlowToy(), None, rows=1, seed=0)
-    with pytest.raises(ValueError, match="from 0 to 1"):
+    with pytest.raises(ValueError, match="behaviour_share is 2.0, but must be a number at least 0 and at most 1"):
         RFT(behaviour_share=2.0)
 
 
