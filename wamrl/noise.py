@@ -58,8 +58,12 @@ class NoiseKey:
     def _bits(self, count: int) -> Tensor:
         key = _mix(self.row * _GOLDEN + (self.seed * 2 + 1))
         key = _mix(key ^ (self.step * _MIX_1 + self.draw))
-        position = torch.arange(1, count + 1, device=self.row.device) * _GOLDEN
-        return _mix(key[:, None] + position)
+        position = torch.arange(1, count + 1, device=self.row.device)
+        if torch.compiler.is_compiling():
+            # Of a bare counter times a constant torch makes an index of C++, whose overflow is undefined there: numbers
+            # came out wrong, and memory was overwritten. What is added, 0, is nothing that the compiler knows.
+            position = position + (self.row[:, None] & 0)
+        return _mix(key[:, None] + position * _GOLDEN)
 
     def uniform(self, *shape: int) -> Tensor:
         """[B, *shape] float32 in (0, 1)."""
