@@ -487,7 +487,7 @@ def _succeeded(after: TensorDict) -> Tensor:
 def batch_metrics(batch: TensorDict) -> dict[str, float]:
     """What a batch [B, T] says of the policy that collected it: episodes that ended, how, and their mean reward.
 
-    `skipped_rows` are those with a reward that is NaN or infinite, which nothing is learned from.
+    `skipped_rows` are those with a reward that is NaN or infinite; what of them is left out depends on the learner.
     """
     after = batch["next"]
     ended = after["done"].sum().item()

@@ -313,10 +313,13 @@ class RFT(CollectingLearner):
 
         chosen = until(success)
         if self.shuffle_rewards:
-            # The same number of trajectories, but no longer those that worked.
-            ended = until(done)
-            order = torch.randperm(len(ended), generator=self.updater.generator)[: len(chosen)]
-            chosen = sorted(ended[number] for number in order.tolist())
+            # As many trajectories, no longer than those that worked, but any: what the batch cuts off as well.
+            every = until([[*over[:-1], True] for over in done])
+            order = torch.randperm(len(every), generator=self.updater.generator)[: len(chosen)].tolist()
+            chosen = [
+                (row, first, min(last, first + end - begin))
+                for (row, first, last), (_, begin, end) in zip((every[n] for n in order), chosen, strict=False)
+            ]
         parts = [_steps(batch[row, first : last + 1], self.length, self.followed) for row, first, last in chosen]
         return torch.cat(parts).cpu() if parts else None
 

@@ -10,9 +10,9 @@
 finished seeds are stored as they are. The metrics go to benchmarks/results/fast_wam.json, where the settings that were
 not run stay as they were stored.
 
-With `--add`, seeds that the stored file lacks are pooled with those that it has, whose models need not be there any
-more: rates and paired comparisons by their counts, errors of imagination as means over seeds. What depends on the
-machine (latency, memory, seconds of training) stays as it was stored, so that it is of one run.
+With `--add`, seeds of a stored setting that the file lacks are pooled with those that it has, whose models need not be
+there any more: rates and paired comparisons by their counts, errors of imagination as means over seeds. What depends on
+the machine (latency, memory, seconds of training) stays as it was stored, so that it is of one run.
 """
 
 from __future__ import annotations
@@ -108,11 +108,12 @@ def main() -> None:
         runs[setting] = run
     config = {setting: {"command": run["command"], **run["config"]} for setting, run in runs.items()}
     metrics = {key: value for run in runs.values() for key, value in run["metrics"].items()}
-    seeds = {seed for run in runs.values() for seed in run["seeds"]}
     path = RESULTS / "fast_wam.json"
-    stored = json.loads(path.read_text()) if path.exists() else {"config": {}, "metrics": {}, "seeds": []}
+    stored = json.loads(path.read_text()) if path.exists() else {"config": {}, "metrics": {}}
     if arguments.add:
         for setting, run in runs.items():
+            if setting not in stored["config"]:
+                continue
             metrics |= added(stored, run, setting)
             before = stored["config"][setting]
             run_of = {"command": run["command"], "versions": run["versions"], "finished": run["finished"]}
@@ -121,7 +122,7 @@ def main() -> None:
             config[setting]["fast_wam"] = {**before["fast_wam"], "seeds": together}
     kept = {key: value for key, value in stored["metrics"].items() if key.partition("/")[0] not in runs}
     metrics, config = {**kept, **metrics}, {**stored["config"], **config}
-    seeds |= set(stored["seeds"])
+    seeds = {seed for of in config.values() for seed in of["fast_wam"]["seeds"]}
     clock.store(
         path,
         config=config,

@@ -314,6 +314,12 @@ def test_an_episode_that_goes_on_after_its_first_success_is_imitated_up_to_it():
     assert torch.equal(found["observation", "state"], torch.cat([part["state"] for part in wanted]))
     metrics = batch_metrics(batch)
     assert metrics["episodes"] == 4.0 and metrics["success"] == 0.5
+    control = RFT(**FAST, shuffle_rewards=True)
+    control.bind(reference_model(), None, rows=3, seed=0)
+    assert 3 <= len(control._successes(batch)) <= len(found)  # any three, no longer than these
+    cut = batch.clone()
+    cut["next", "done"] = torch.zeros_like(done)
+    assert len(control._successes(cut)) == len(learner._successes(cut)) == 2 + 4 + 3  # episodes that have not ended
     batch["next", "reward"][1, 2], batch["next", "reward"][2, 4] = torch.nan, torch.inf
     kept = learner._successes(batch)  # what follows row 2's success costs nothing that came before
     assert torch.equal(kept["observation", "state"], torch.cat([wanted[0]["state"], wanted[2]["state"]]))

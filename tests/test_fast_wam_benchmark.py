@@ -173,18 +173,15 @@ def test_seeds_added_later_count_as_if_they_had_been_there():
 
 def test_settings_that_are_not_run_stay_as_they_were_stored(tmp_path, monkeypatch):
     old = {"state/mean/fast/success": rate(5, 10), "push/mean/fast/success": rate(1, 10)}
-    before = {"config": {"state": {"a": 1}, "push": {"a": 2}}, "metrics": old, "seeds": [0, 3]}
+    config = {name: {"fast_wam": {"seeds": seeds}} for name, seeds in (("state", [0, 3]), ("push", [2]))}
+    before = {"config": config, "metrics": old, "seeds": [0, 2, 3]}
     (tmp_path / "fast_wam.json").write_text(json.dumps(before))
 
     def run(words):  # type: ignore[no-untyped-def]
         folder = tmp_path / "push"
         folder.mkdir()
-        found = {
-            "command": "bench",
-            "config": {"a": 3},
-            "seeds": [1],
-            "metrics": {"pixels/mean/fast/success": rate(9, 10)},
-        }
+        metrics = {"pixels/mean/fast/success": rate(9, 10)}
+        found = {"command": "bench", "config": {"fast_wam": {"seeds": [1]}}, "seeds": [1], "metrics": metrics}
         (folder / "results.json").write_text(json.dumps(found))
 
     monkeypatch.setattr(stored.bench, "main", run)
@@ -193,7 +190,8 @@ def test_settings_that_are_not_run_stay_as_they_were_stored(tmp_path, monkeypatc
     stored.main()
     after = json.loads((tmp_path / "fast_wam.json").read_text())
     assert after["metrics"] == {**old, "push/mean/fast/success": rate(9, 10)}
-    assert after["config"] == {"state": {"a": 1}, "push": {"command": "bench", "a": 3}} and after["seeds"] == [0, 1, 3]
+    assert after["config"]["state"] == config["state"] and after["config"]["push"]["fast_wam"] == {"seeds": [1]}
+    assert after["seeds"] == [0, 1, 3]
 
 
 def test_seeds_of_other_settings_or_there_already_are_not_added():

@@ -101,8 +101,8 @@ class Film:
         for k, start in enumerate(record.starts):
             if start == self.start:
                 if not self._observations:
-                    self._observations.append(record.observation[k].select(*keys))
-                self._observations.append(record.after[k].select(*keys))
+                    self._observations.append(record.observation[k].select(*keys).clone())
+                self._observations.append(record.after[k].select(*keys).clone())  # not all rows
                 self._rewards.append(float(record.after["reward"][k]))
                 over = bool(record.after["success"][k]) or bool(record.after["done"][k])
                 self._success = self._success or bool(record.after["success"][k])
