@@ -15,7 +15,7 @@ import yaml
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from wamrl import cli
+from wamrl import cli, files
 from wamrl.cli import command, compose, link_latest, new_run_dir, options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +28,8 @@ defaults:
 
 # How many episodes per task.
 episodes: 10
-fail: none     # none, input, defect, stop
+fail: none     # none, input, late, defect, stop
+where: .
 run_dir: null
 must: 1
 """
@@ -52,7 +53,7 @@ def demo(tmp_path, monkeypatch):
     def main(config, run_dir):
         if config.fail == "input":
             raise ValueError("the dataset is empty; collect one first")
-        (run_dir / "result.txt").write_text(f"{config.planner.horizon} {config.env.name}")
+        files.write_text(run_dir / config.where / "result.txt", f"{config.planner.horizon} {config.env.name}")
         if config.fail == "late":
             raise FileNotFoundError("episode 3 is gone")
         if config.fail == "defect":
@@ -103,14 +104,27 @@ def test_a_run_directory_of_ones_own_is_used_and_kept(demo):
 def test_a_refused_command_leaves_the_settings_of_the_run_that_is_there(demo):
     assert demo("run_dir=mine") == 0
     good = Path("mine/config.yaml").read_text()
-    for failing in ("input", "late"):
-        assert demo("run_dir=mine", "planner=deep", f"fail={failing}") == 2
-        assert Path("mine/config.yaml").read_text() == good
-    with pytest.raises(ZeroDivisionError):
-        demo("run_dir=mine", "planner=deep", "fail=defect")
+    assert demo("run_dir=mine", "planner=deep", "fail=input") == 2
     assert Path("mine/config.yaml").read_text() == good
-    assert demo("run_dir=mine", "episodes=20", "fail=stop") == 130  # taken over: it says how to go on
+    assert demo("run_dir=mine", "episodes=20", "fail=stop") == 130
     assert "episodes: 20" in Path("mine/config.yaml").read_text()
+
+
+@pytest.mark.parametrize("where", [".", "checkpoints/last"])
+@pytest.mark.parametrize("fail", ["late", "defect"])
+def test_a_run_that_fails_after_a_refused_command_keeps_its_own_settings(demo, where, fail):
+    assert demo("run_dir=mine", "episodes=1", "fail=input") == 2
+    assert not Path("mine/config.yaml").exists()
+    if fail == "late":
+        assert demo("run_dir=mine", "episodes=2", "fail=late", f"where={where}") == 2
+    else:
+        with pytest.raises(ZeroDivisionError):
+            demo("run_dir=mine", "episodes=2", "fail=defect", f"where={where}")
+    assert "episodes: 2\n" in Path("mine/config.yaml").read_text()  # which resume= reads
+    assert demo("run_dir=mine", "episodes=3", "fail=input", f"where={where}") == 2
+    assert "episodes: 2\n" in Path("mine/config.yaml").read_text()
+    assert demo("run_dir=mine", "episodes=4", "fail=stop", f"where={where}") == 130
+    assert "episodes: 4\n" in Path("mine/config.yaml").read_text()
 
 
 def test_one_process_at_a_time_writes_into_a_directory(demo, capsys):

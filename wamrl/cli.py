@@ -180,6 +180,21 @@ def _is_bare(run_dir: Path) -> bool:
     return {path.name for path in run_dir.iterdir()} <= {"config.yaml", "multirun.yaml", ".lock"}
 
 
+def _written(run_dir: Path) -> dict[str, tuple[int, int, int]]:
+    """What tells whether a command has written results: what is in there, and one level down, but settings and logs."""
+    found = {}
+    for path in (*run_dir.glob("*"), *run_dir.glob("*/*")):
+        first = path.relative_to(run_dir).parts[0]
+        if first in ("config.yaml", ".lock", "tensorboard") or first.endswith(".log"):
+            continue
+        if path.parent == run_dir and path.is_dir():  # told by what is in it: an empty one is no result
+            continue
+        with suppress(FileNotFoundError):
+            stat = path.lstat()
+            found[str(path.relative_to(run_dir))] = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+    return found
+
+
 def _discard(run_dir: Path) -> None:
     """Remove a directory that a run left without results, and point `latest` at the newest one that has some."""
     if not run_dir.is_dir() or not _is_bare(run_dir):
@@ -324,6 +339,7 @@ def _job(name: str, main: Main, config: DictConfig, folders: Sequence[str]) -> A
             locks.enter_context(_locked(place))
         settings = run_dir / "config.yaml"
         earlier = settings.read_text(encoding="utf-8") if settings.is_file() else None
+        before = None if made else _written(run_dir)
         try:
             # Resolved here, once: a missing value or a dangling reference is an error before any work is done.
             resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -335,11 +351,13 @@ def _job(name: str, main: Main, config: DictConfig, folders: Sequence[str]) -> A
         except BaseException as error:
             if made:
                 _discard(run_dir)
-            elif earlier is not None and not (isinstance(error, KeyboardInterrupt) and str(error)):
-                # The run that is there was made with its own settings. Only a command that was interrupted and says how
-                # to go on has taken it over, with more iterations, say.
+            elif before == _written(run_dir):
+                # It has written nothing of its own: what is there was made with the earlier settings, or is nothing.
                 with suppress(OSError):  # a full disk, which is what the command failed of
-                    files.write_text(settings, earlier)
+                    if earlier is None:
+                        settings.unlink(missing_ok=True)
+                    else:
+                        files.write_text(settings, earlier)
             if run_dir.exists() and not _is_bare(run_dir):
                 error.add_note(f"what was done so far is in {run_dir}")
             raise
