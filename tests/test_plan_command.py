@@ -22,7 +22,7 @@ from wamrl import checkpoint, cli
 from wamrl.envs.layouts import METAWORLD
 from wamrl.evaluation import read_episodes
 from wamrl.models.joint_embedding import JointEmbeddingWAM
-from wamrl.plan import main
+from wamrl.plan import _uninterrupted, main
 from wamrl.planners import GoalScorer
 
 pytest.importorskip("metaworld")
@@ -335,6 +335,17 @@ def test_without_a_renderer_the_run_goes_on_and_says_how_to_get_one(wam):
     assert "apt-get install" in results["video_note"]
     assert "no video" in out
     assert "No video" in (_latest() / "report.html").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_is_done_is_written_whatever_stops_the_command_once_more(number):
+    earlier = signal.signal(number, signal.default_int_handler)
+    try:
+        with _uninterrupted():
+            os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, earlier)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -82,8 +82,8 @@ OPTIONS = {
 
 
 def train(run_dir: Path, *, data: PointWindows | None = None, stop_after: int | None = None, sizes=None,
-          device="cpu", **options):  # fmt: skip
-    """One run of the toy; `stop_after` sends this process a SIGINT when that many batches were drawn."""
+          device="cpu", stop=signal.SIGINT, **options):  # fmt: skip
+    """One run of the toy; `stop_after` sends this process `stop` when that many batches were drawn."""
     config = {**MODEL, **(sizes or {})}
     settings = TrainingOptions(**{**OPTIONS, **options})
     windows = data or PointWindows()
@@ -92,7 +92,7 @@ def train(run_dir: Path, *, data: PointWindows | None = None, stop_after: int | 
 
         def sample(*arguments, **named):
             if windows.drawn == stop_after:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), stop)
             return drawn(*arguments, **named)
 
         windows.sample = sample
@@ -123,6 +123,27 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert not different, f"{name}: {different}"
     assert rows(one / "log.csv") == rows(other / "log.csv")
     assert rows(one / "validation.csv") == rows(other / "validation.csv")
+
+
+@pytest.fixture
+def hangup():
+    """SIGHUP as a command has it, which would otherwise end the tests."""
+    earlier = signal.signal(signal.SIGHUP, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGHUP, earlier)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_whose_terminal_is_closed_saves_as_after_ctrl_c(tmp_path, hangup, stop):
+    with pytest.raises(KeyboardInterrupt, match=r"stopped at step \d+ of 40.*resume="):
+        train(tmp_path, stop_after=7, stop=stop)
+    assert (tmp_path / "checkpoints" / "last" / "state.json").is_file()
+    assert signal.getsignal(signal.SIGHUP) is signal.default_int_handler
+
+
+def test_a_run_under_nohup_goes_on_when_its_terminal_is_closed(tmp_path, hangup):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert train(tmp_path, stop_after=7, stop=signal.SIGHUP).finished
 
 
 @pytest.mark.parametrize(("stop_after", "ema"), [(4, 0.0), (17, 0.9), (30, 0.0)])

@@ -296,8 +296,9 @@ def _run_episodes(run: Run, console: Console) -> None:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Any:
-    """A second Ctrl-C or SIGTERM does not stop the writing of what is done."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    """A second Ctrl-C, SIGTERM or SIGHUP does not stop the writing of what is done."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         yield
     finally:

@@ -630,7 +630,7 @@ class Log:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM set a flag that is looked at between steps; a second one interrupts at once."""
+    """Ctrl-C, SIGTERM and SIGHUP set a flag that is looked at between steps; a second one interrupts at once."""
     asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -642,7 +642,10 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    earlier = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
+    earlier = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield lambda: asked
     finally:

@@ -227,7 +227,8 @@ def spread(settings: Mapping[str, Any], directory: Path, jobs: Sequence[Job], ta
 
 def _work(settings: Mapping[str, Any], directory: Path, jobs: Any, events: Any) -> None:
     """A worker process: take jobs until there are none, tell of everything through `events`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+    for number in (signal.SIGINT, signal.SIGHUP):  # Ctrl-C and a closed terminal reach the whole group
+        signal.signal(number, signal.SIG_IGN)  # the main process decides
     emit: Emit = lambda kind, value: events.put((kind, value))  # noqa: E731
     try:
         worker = Worker(settings, directory, emit)
