@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from wamrl import cli, files
 from wamrl.cli import command, compose, link_latest, new_run_dir, options
+from wamrl.naming import RunError
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("collect", "train", "plan", "posttrain", "loop")
@@ -136,6 +137,28 @@ def test_one_process_at_a_time_writes_into_a_directory(demo, capsys):
         assert [path.name for path in Path("mine").iterdir()] == [".lock"]
         assert demo("run_dir=other") == 0
     assert demo("run_dir=mine") == 0
+
+
+def test_one_process_at_a_time_collects_into_a_dataset(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    @command("collect", help="Collects nothing.")
+    def main(config, run_dir):
+        if config.seed == 7:
+            raise ValueError("refused")
+        with pytest.raises(RunError, match="is writing into .*data/one; .*another (path|run_dir)"):
+            with cli._locked(Path("data/one")):
+                pass
+        Path(config.path, "index.json").touch()
+
+    main(["path=data/one"])
+    with cli._locked(Path("data/one")), pytest.raises(SystemExit):
+        main(["path=data/one"])
+    assert "is writing into" in (told := capsys.readouterr().err) and "another path" in told
+    main(["path=data/one", "run_dir=data/one"])
+    with pytest.raises(SystemExit):
+        main(["path=some/new/data", "seed=7"])
+    assert not Path("some").exists()
 
 
 def test_a_multirun_gives_each_job_a_directory(demo, capsys):

@@ -213,8 +213,26 @@ def _discard(run_dir: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _there(folder: Path) -> Iterator[None]:
+    """Have `folder`, to lock it; a command that is refused leaves none that was not there."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    with suppress(OSError):  # the command says so itself
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if new and folder.is_dir() and _is_bare(folder):
+            with suppress(OSError):
+                (folder / ".lock").unlink(missing_ok=True)
+                for path in new:
+                    path.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path, key: str = "run_dir") -> Iterator[None]:
     """Keep other processes from writing into `folder`; one that dies, however it does, lets go of it.
+
+    key: the setting that chooses it.
 
     Raises:
         RunError: another process writes there.
@@ -231,7 +249,7 @@ def _locked(folder: Path) -> Iterator[None]:
             file.seek(0)
             raise RunError(
                 f"another process (pid {file.read() or 'unknown'}) is writing into {folder}; wait for it, or choose "
-                "another run_dir"
+                f"another {key}"
             ) from error
         except OSError:  # a file system without locks
             pass
@@ -335,8 +353,13 @@ def _job(name: str, main: Main, config: DictConfig, folders: Sequence[str]) -> A
         run_dir, made = new_run_dir(name), True
         link_latest(run_dir)
     with ExitStack() as locks:
-        for place in {Path(folder).resolve() for folder in (run_dir, resumed) if folder}:
-            locks.enter_context(_locked(place))
+        places = {Path(folder).resolve(): "run_dir" for folder in (run_dir, resumed) if folder}
+        path = config.get("path") if name == "collect" else None
+        if path and isinstance(path, str):  # where its dataset is written
+            locks.enter_context(_there(Path(path)))
+            places.setdefault(Path(path).resolve(), "path")
+        for place, key in places.items():
+            locks.enter_context(_locked(place, key))
         settings = run_dir / "config.yaml"
         earlier = settings.read_text(encoding="utf-8") if settings.is_file() else None
         before = None if made else _written(run_dir)
