@@ -145,7 +145,7 @@ def test_a_stage_that_has_begun_goes_on_with_its_own_settings_alone(tmp_path):
     assert not is_done(other, tmp_path)  # nothing of it is there
     (tmp_path / "round0_train" / "checkpoints" / "last").mkdir(parents=True)
     assert not is_done(stage, tmp_path)
-    with pytest.raises(ValueError, match="to do this stage again"):
+    with pytest.raises(ValueError, match="give the same ones, or choose another run_dir$"):
         is_done(other, tmp_path)
 
 

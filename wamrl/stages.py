@@ -35,8 +35,7 @@ def is_done(stage: Stage, folder: Path) -> bool:
         stored = json.loads(kept.read_text(encoding="utf-8"))["overrides"]
         if stored != _words(stage, folder):
             raise ValueError(
-                f"{kept} is of other settings ({' '.join(stored)}); give the same ones, choose another run_dir, or "
-                f"remove {folder / stage.name} and {kept} to do this stage again"
+                f"{kept} is of other settings ({' '.join(stored)}); give the same ones, or choose another run_dir"
             )
     return done.exists()
 
