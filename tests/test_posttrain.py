@@ -14,7 +14,7 @@ from tensordict import TensorDict
 
 from tests.agent_toys import OPTIMUM, SIZES, TASK, AimEnv, FlowToy, Knowing, flow_model, reference_model, write_dataset
 from tests.test_files import limited
-from wamrl import checkpoint, measuring, posttrain, posttraining
+from wamrl import checkpoint, loop, measuring, posttrain, posttraining
 from wamrl.agents.base import LearningDiverged
 from wamrl.agents.flow_ppo import FlowPPO
 from wamrl.agents.latent import Latent
@@ -233,6 +233,32 @@ def test_a_world_model_that_decays_is_said_loudly(tmp_path):
     assert found["world"]["decayed"] is True
     assert "WARNING: THE WORLD MODEL DECAYED" in posttrain.summary(found)
     assert "WARNING" not in posttrain.summary(kept)
+
+
+def test_a_world_model_whose_errors_are_no_longer_finite_is_said_too(tmp_path):
+    class Breaking(Measuring):
+        def __call__(self, model, *arguments, **named):
+            if (tmp_path / "log.csv").exists():  # after the last iteration
+                for head in (model.dynamics, model.outcome):
+                    for parameter in head.parameters():
+                        torch.nn.init.constant_(parameter, 3e38)  # NaN itself is not saved
+            return super().__call__(model, *arguments, imagined=False)
+
+    found = small(tmp_path, data=write_dataset(tmp_path / "data"), learner=PPO(world_weight=0.1),
+                  measuring=Breaking(MEASURING.simulator, episodes=8, rows=4))  # fmt: skip
+    assert json.loads((tmp_path / "results.json").read_text())["world"] == found["world"]
+    reward = found["world"]["parts"]["reward"]
+    for one in (found["world"], reward):
+        assert one["decayed"] is True and one["error_after"] is None and one["growth"] is None
+    assert found["after"]["world_error"] is None and found["after"]["world_parts"]["reward"]["error"] is None
+    told = posttrain.summary(found)
+    assert "WARNING: THE WORLD MODEL DECAYED; its" in told
+    assert f"reward decayed: held-out error {reward['error_before']:.4f} -> not finite." in told
+    cells = loop._cells(
+        {"round": 0, "real_steps": 0, "before": None, "after": None, "planner": None, "imagined_gain": None,
+         "real_gain": None, "imagined_gain_minus_real_gain": None, "world": found["world"]}
+    )  # fmt: skip
+    assert "-> not finite DECAYED (all, reward" in cells[-1]
 
 
 def test_it_trains_in_imagination_without_real_steps(tmp_path):

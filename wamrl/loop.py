@@ -311,7 +311,10 @@ def _cells(one: Mapping[str, Any]) -> list[str]:
     world = one["world"] or {"growth": None, "decayed": None}
     parts = [name for name, part in world.get("parts", {}).items() if part["decayed"]]
     decayed = [*(["all"] if world["decayed"] else []), *parts]
-    error = "-" if world["growth"] is None else f"{world['error_before']:.3f} -> {world['error_after']:.3f}"
+    error = "-"
+    if world["decayed"] is not None:
+        after = "not finite" if world["error_after"] is None else f"{world['error_after']:.3f}"
+        error = f"{world['error_before']:.3f} -> {after}"
     return [str(one["round"]), f"{one['real_steps']:,}", rate(one["before"]), rate(one["after"]), rate(one["planner"]),
             signed(one["imagined_gain"]), signed(gain), signed(one["imagined_gain_minus_real_gain"]),
             error + (f" DECAYED ({', '.join(decayed)})" if decayed else "")]  # fmt: skip

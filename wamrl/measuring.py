@@ -28,6 +28,11 @@ _IMAGINED_STEPS = 100  # control steps of an imagined episode that is measured
 _IMAGINED_ROWS = 64
 
 
+def finite(value: float | None) -> float | None:
+    """`value`, or None where it is NaN or infinite."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 @dataclass
 class Measurement:
     """What is known of a model at one moment.
@@ -42,9 +47,10 @@ class Measurement:
     world_parts: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
-        """For results.json."""
-        found: dict[str, Any] = {"imagined_success": self.imagined, "world_error": self.world_error,
-                                 "world_parts": self.world_parts}  # fmt: skip
+        """For results.json; errors that are not finite, which JSON has not, are None."""
+        parts = {name: {key: finite(value) for key, value in part.items()} for name, part in self.world_parts.items()}
+        found: dict[str, Any] = {"imagined_success": self.imagined, "world_error": finite(self.world_error),
+                                 "world_parts": parts}  # fmt: skip
         if self.real:
             found["real"] = asdict(summarise(self.real))
             found["real_by_task"] = {

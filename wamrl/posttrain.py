@@ -285,20 +285,26 @@ def summary(results: Mapping[str, Any]) -> str:
         lines.append(f"imagined gain {results['imagined_gain']:+.3f}, minus the real one "
                      f"{results['imagined_gain_minus_real_gain']:+.3f}")  # fmt: skip
     world = results["world"]
-    if world["growth"] is not None:
-        lines.append(f"world model's validation error {world['error_before']:.4f} -> {world['error_after']:.4f}")
+    if world["decayed"] is not None:
+        lines.append(f"world model's validation error {_change(world)}")
     if world["decayed"]:
+        by = "" if world["growth"] is None else f" by {world['growth']:.0%} (more than {DECAY:.0%})"
         lines.append(
-            f"WARNING: THE WORLD MODEL DECAYED by {world['growth']:.0%} (more than {DECAY:.0%}); its imagination and "
-            "its plans are worse than before. Raise agent.world_weight or lower the learning rates"
+            f"WARNING: THE WORLD MODEL DECAYED{by}; its imagination and its plans are worse than before. Raise "
+            "agent.world_weight or lower the learning rates"
         )
     for name, part in world["parts"].items():
         if part["decayed"]:
             lines.append(
-                f"WARNING: what the world model says of {name} decayed: held-out error {part['error_before']:.4f} -> "
-                f"{part['error_after']:.4f}. Raise agent.world_weight or lower the learning rates"
+                f"WARNING: what the world model says of {name} decayed: held-out error {_change(part)}. "
+                "Raise agent.world_weight or lower the learning rates"
             )
     return "\n".join(lines)
+
+
+def _change(found: Mapping[str, Any]) -> str:
+    after = "not finite" if found["error_after"] is None else f"{found['error_after']:.4f}"
+    return f"{found['error_before']:.4f} -> {after}"
 
 
 if __name__ == "__main__":

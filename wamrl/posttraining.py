@@ -29,7 +29,7 @@ from wamrl.evaluation import paired, paired_return, write_episodes
 from wamrl.experience import Experience, MakeEnv, experience_of
 from wamrl.files import write_json
 from wamrl.interfaces import WAM
-from wamrl.measuring import Measurement, Measuring, RealWindows
+from wamrl.measuring import Measurement, Measuring, RealWindows, finite
 from wamrl.naming import RunError
 from wamrl.provenance import versions
 from wamrl.training import Log, find_state, interruptible, write_state
@@ -334,13 +334,16 @@ class _Run:
 def _decay(before: float | None, after: float | None, floor: float = 0.0) -> dict[str, Any]:
     """The world model's validation error before and after, and whether it grew by more than a tenth.
 
-    floor: what its growth is relative to at least.
+    floor: what its growth is relative to at least. Numbers that are not finite, which JSON has not, are None; an error
+    that became one has decayed.
     """
-    if before is None or after is None:
-        return {"error_before": before, "error_after": after, "growth": None, "decayed": None}
+    found: dict[str, Any] = {"error_before": finite(before), "error_after": finite(after), "growth": None,
+                             "decayed": None}  # fmt: skip
+    if before is None or after is None or not math.isfinite(before):
+        return found
     unit = max(before, floor)
     growth = after / unit - 1.0 if unit else math.inf
-    return {"error_before": before, "error_after": after, "growth": growth, "decayed": not growth <= DECAY}  # NaN too
+    return {**found, "growth": finite(growth), "decayed": not growth <= DECAY}  # NaN too
 
 
 @contextlib.contextmanager
