@@ -32,7 +32,7 @@ from wamrl import bench, fast_wam
 FIRST_TEST_START = 100  # starts 0 to 99 were read while earlier versions were made
 PUSH = ("fast_wam.tasks=[metaworld/push-v3]", "fast_wam.variants=[fast]", "fast_wam.simulators=[]",
         "fast_wam.denoising_steps=[]", "fast_wam.steps=4000")  # fmt: skip
-"""From images as well, with the optimiser steps that fit into twelve minutes of one core."""
+"""From images as well, with steps for ten minutes of a quiet core, by the seconds per step of shorter runs."""
 SETTINGS = ("state", "pixels", "push")
 
 
