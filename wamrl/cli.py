@@ -79,9 +79,9 @@ def command(name: str, *, help: str, examples: Sequence[str] = ()) -> Callable[[
 
     The result takes an optional list of arguments (default: those of the process). It returns after success and
     raises SystemExit otherwise. `run_dir` exists and holds config.yaml; one that was there before comes back when the
-    command fails. A config key `run_dir`, when the command's YAML has one and it is not null, names the directory
-    instead of outputs/<name>/<date>_<time>; without it a config key `resume` does, the directory of a stopped run, in
-    which the command itself checks and writes everything.
+    command fails before it has written anything of its own. A config key `run_dir`, when the command's YAML has one
+    and it is not null, names the directory instead of outputs/<name>/<date>_<time>; without it a config key `resume`
+    does, the directory of a stopped run, in which the command itself checks and writes everything.
     The last line printed names the directory, or the config's `path` where it has one: what the command is there for.
     While a command runs, others are refused in its directory. SIGTERM and SIGHUP interrupt it like Ctrl-C. A
     KeyboardInterrupt that it raises with a text says how to resume; the text is printed. In a multirun the value
