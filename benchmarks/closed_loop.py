@@ -27,11 +27,11 @@ from benchmarks.stored import RESULTS, ROOT, Clock, difference, rate, run_stage,
 from wamrl.evaluation import Episode, compare
 from wamrl.report import short
 
-ROUNDS = 3  # the weak model is that of round 0
+ROUNDS = 4  # the weak model is that of round 0
 LOOP = (
     "environment=metaworld/six", f'environment_overrides=["env.tasks={ENV}"]', f"rounds={ROUNDS}", "budget=100000",
-    "anew=true", "collect_by=[planner]", "by_failures=true", "episodes=30", "learner=null", "evaluation_episodes=5",
-    "first_episodes=45", 'train=["steps=4000","tensorboard=false"]',
+    "anew=true", "collect_by=[planner]", "by_failures=true", "episodes=60", "learner=null", "evaluation_episodes=5",
+    "first_episodes=45", 'train=["steps=6000","tensorboard=false"]',
 )  # fmt: skip
 METHODS = ("planner", "policy")
 
