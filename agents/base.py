@@ -476,27 +476,22 @@ def shuffled_rewards(batch: TensorDict, generator: torch.Generator) -> TensorDic
     return batch
 
 
-def _succeeded(after: TensorDict) -> Tensor:
-    """[B, T, 1] whether the episode had succeeded by then, in what the decisions of a batch [B, T] led to."""
-    count = after["success"].cumsum(1)
-    earlier = torch.where(after["done"], count, 0).cummax(1).values.roll(1, 1)  # in the episodes before
-    earlier[:, 0] = 0
-    return count > earlier
-
-
 def batch_metrics(batch: TensorDict) -> dict[str, float]:
-    """What a batch [B, T] says of the policy that collected it: episodes that ended, how, and their mean reward.
+    """What a batch [B, T], whose rows begin with fresh episodes, says of the policy that collected it.
 
-    `skipped_rows` are those with a reward that is NaN or infinite; what of them is left out depends on the learner.
+    `success` is that of the first episode of every row, a failure where the batch ends before it does: of all episodes
+    that ended, those that succeed would count too often, as they are the shorter ones. `episodes` ended. `skipped_rows`
+    are those with a reward that is NaN or infinite; what of them is left out depends on the learner.
     """
     after = batch["next"]
-    ended = after["done"].sum().item()
+    done = after["done"].long()
+    first = done.cumsum(1) == done  # up to the row's first end
     reward, executed, finite = after["task_reward"], after["executed"], finite_rewards(batch)[..., None]
     if not bool(finite.all()):
         reward, executed = reward[finite], executed[finite]
     return {
-        "episodes": float(ended),
-        "success": float((_succeeded(after) & after["done"]).sum() / max(1, ended)),
+        "episodes": float(done.sum()),
+        "success": float((after["success"] & first).any(1).float().mean()),
         "reward": float(reward.sum() / executed.sum().clamp(min=1)),
         "steps": float(after["executed"].sum()),
         "skipped_rows": float((~finite).any(1).sum()),

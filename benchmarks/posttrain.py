@@ -169,7 +169,8 @@ def collect_metrics(finished: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> 
         count = len(runs)
         metrics[f"{name}/seeds"] = count
         metrics[f"{name}/real_steps"] = sum(r["real_steps"] for r in runs.values()) / count
-        metrics[f"{name}/world_error_growth"] = sum(r["world"]["growth"] for r in runs.values()) / count
+        growths = [r["world"]["growth"] for r in runs.values()]  # None: no finite number any more
+        metrics[f"{name}/world_error_growth"] = None if None in growths else sum(growths) / count
         gaps = [r["imagined_gain_minus_real_gain"] for r in runs.values() if "imagined_gain_minus_real_gain" in r]
         if gaps:
             metrics[f"{name}/imagined_gain_minus_real_gain"] = sum(gaps) / len(gaps)

@@ -426,7 +426,8 @@ def posttrain(result: Mapping[str, Any]) -> str:
             found = [f"`{name}`" if task == "mean" else "", task, before, after]
             if task == "mean":
                 gain = metrics.get(f"{name}/mean/gain/success")
-                decay = f"{100 * metrics[f'{name}/world_error_growth']:+.1f} %"
+                growth = metrics[f"{name}/world_error_growth"]
+                decay = "not finite" if growth is None else f"{100 * growth:+.1f} %"
                 found += [
                     _points(gain) if gain else "",
                     str(n),

@@ -114,3 +114,11 @@ def test_seeds_of_different_lengths_are_not_pooled(tmp_path):
         posttrain.finished(tmp_path, [0, 1])
     metrics = posttrain.collect_metrics(posttrain.finished(tmp_path, [1]))
     assert metrics["sb3_sac/real_steps"] == 640
+
+
+def test_a_seed_whose_world_model_broke_leaves_no_mean_growth(tmp_path):
+    done(tmp_path, "rft", 0)
+    done(tmp_path, "rft", 1)
+    found = posttrain.finished(tmp_path, [0, 1])
+    found["rft"][1]["world"]["growth"] = None
+    assert posttrain.collect_metrics(found)["rft/world_error_growth"] is None
