@@ -23,9 +23,10 @@ from typing import Any
 
 from benchmarks.planner_budget import read
 from benchmarks.posttrain import ENV, EPISODES, FIRST_TEST_START
-from benchmarks.stored import RESULTS, ROOT, Clock, difference, rate, run_stage, stage_done
+from benchmarks.stored import RESULTS, ROOT, Clock, difference, rate, run_told
 from wamrl.evaluation import Episode, compare
 from wamrl.report import short
+from wamrl.stages import Stage, is_done
 
 ROUNDS = 4  # the weak model is that of round 0
 LOOP = (
@@ -36,18 +37,18 @@ LOOP = (
 METHODS = ("planner", "policy")
 
 
-def stages(seed: int, weak: Path, out: Path) -> list[tuple[str, list[str]]]:
-    """(name, command) of the loop of one seed, and of what measures its rounds, in order."""
+def stages(seed: int, weak: Path, out: Path) -> list[Stage]:
+    """The loop of one seed, and what measures its rounds, in order."""
     start, folder = weak / f"seed{seed}", out / f"seed{seed}"
     loop = [*LOOP, f"dataset={start / 'data'}", f"checkpoint={start / 'weak'}", f"first_start={1000 * seed}",
-            f"seed={seed}", "threads=1", f"run_dir={folder / 'loop'}"]  # fmt: skip
-    found = [("loop", [sys.executable, "-m", "wamrl.loop", *loop])]
+            f"seed={seed}", "threads=1"]  # fmt: skip
+    found = [Stage("loop", "loop", tuple(loop))]
     for number in range(ROUNDS):
         model = start / "weak" if number == 0 else folder / "loop" / f"round{number}_train"
-        words = [f"wam={model}", "env=metaworld/six", f"env.tasks={ENV}", f"episodes={EPISODES}",
+        words = (f"wam={model}", "env=metaworld/six", f"env.tasks={ENV}", f"episodes={EPISODES}",
                  f"first_start={FIRST_TEST_START}", f"methods=[{','.join(METHODS)}]", "video=false", "workers=1",
-                 "latency_plans=0", f"seed={seed}", "threads=1", f"run_dir={folder / f'test{number}'}"]  # fmt: skip
-        found.append((f"test{number}", [sys.executable, "-m", "wamrl.plan", *words]))
+                 "latency_plans=0", f"seed={seed}", "threads=1")  # fmt: skip
+        found.append(Stage(f"test{number}", "plan", words))
     return found
 
 
@@ -91,15 +92,10 @@ def main() -> None:
     hashes = set()
     for seed in arguments.seeds:
         directory = arguments.out / f"seed{seed}"
-        directory.mkdir(parents=True, exist_ok=True)
         todo = stages(seed, arguments.weak, arguments.out)
-        for name, command in todo:
-            partial = name != "loop" and (directory / name / "results.json").exists()
-            if not arguments.report:
-                run_stage(
-                    name, command, directory, resume=[*command[:3], f"resume={directory / name}"] if partial else None
-                )
-        if all(stage_done(name, command, directory) for name, command in todo):
+        for stage in todo if not arguments.report else ():
+            run_told(stage, directory)
+        if all(is_done(stage, directory) for stage in todo):
             loops[seed] = json.loads((directory / "loop" / "results.json").read_text())
             found = [read(directory / f"test{number}") for number in range(ROUNDS)]
             tests[seed] = [episodes for _, episodes in found]

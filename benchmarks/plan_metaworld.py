@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.stored import RESULTS, ROOT, Clock, run_stage, stage_done
+from benchmarks.stored import RESULTS, ROOT, Clock, run_told, told
 from wamrl.evaluation import Episode, compare, read_episodes, sooner, summarise
+from wamrl.stages import Stage
 
 FIRST_TEST_START = 250  # starts 0 to 249 were read while earlier versions were made
 METHODS = ("planner", "policy", "shuffled", "random", "expert")
@@ -57,14 +57,14 @@ SETTINGS = {
 }
 
 
-def stages(setting: Setting, seed: int, directory: Path) -> list[tuple[str, list[str]]]:
-    """(name of the file that says the stage is done, command) of one seed, in order."""
+def stages(setting: Setting, seed: int, directory: Path) -> list[Stage]:
+    """Those of one seed, in order."""
     first_start = 1000 * seed
     data = [directory / "data"]
     todo = []
 
-    def add(name: str, module: str, *overrides: str) -> None:
-        todo.append((name, [sys.executable, "-m", f"wamrl.{module}", *overrides, f"run_dir={directory / name}"]))
+    def add(name: str, command: str, *overrides: str) -> None:
+        todo.append(Stage(name, command, overrides))
 
     def train(name: str) -> None:
         paths = ",".join(str(path) for path in data)
@@ -101,12 +101,9 @@ def stages(setting: Setting, seed: int, directory: Path) -> list[tuple[str, list
 def run(setting: Setting, seed: int, out: Path, *, until: str = "plan") -> None:
     """Run the missing stages of one seed up to `until`; RuntimeError with the log's end when a stage fails."""
     directory = out / setting.name / f"seed{seed}"
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, command in stages(setting, seed, directory):
-        if name.startswith("plan") and (directory / name).exists() and not stage_done(name, command, directory):
-            shutil.rmtree(directory / name)
-        run_stage(name, command, directory, label=f"{setting.name} seed {seed}")
-        if name == until:
+    for stage in stages(setting, seed, directory):
+        run_told(stage, directory, label=f"{setting.name} seed {seed}")
+        if stage.name == until:
             break
 
 
@@ -199,8 +196,9 @@ def main() -> None:
             "seeds": seeds,
             "commits": _commits(arguments.out, s, seeds),
             "commands": [
-                " ".join(command).replace(str(arguments.out), "<out>").replace(sys.executable, "python")
-                for _, command in stages(s, 0, arguments.out / s.name / "seed0")
+                told(stage, folder).replace(str(arguments.out), "<out>")
+                for folder in [arguments.out / s.name / "seed0"]
+                for stage in stages(s, 0, folder)
             ],
         }
         for s, seeds in finished.items()

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.posttrain import ENV
-from benchmarks.stored import RESULTS, ROOT, Clock, difference, folder_of, rate, run_stage, stage_done
+from benchmarks.stored import RESULTS, ROOT, Clock, difference, folder_of, rate, run_told
 from wamrl.evaluation import Episode, compare, read_episodes
+from wamrl.stages import Stage, is_done
 
 # Evaluations per plan: a candidate of 8 steps costs 64 of these models', one for each member and step.
 BUDGETS = (512, 1536, 4608)
@@ -62,8 +63,8 @@ GATED: dict[str, tuple[int, str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-def jobs(seed: int, weak: Path, out: Path, only: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """(name, command) of every run of one seed's model."""
+def jobs(seed: int, weak: Path, only: Sequence[str]) -> dict[str, Stage]:
+    """Every run of one seed's model, by the name of what it measures."""
     found: dict[str, tuple[int, str, tuple[str, ...]]] = {}
     if "gate" in only:
         found |= {f"gate/{name}": run for name, run in GATED.items()}
@@ -75,15 +76,14 @@ def jobs(seed: int, weak: Path, out: Path, only: Sequence[str]) -> list[tuple[st
                 found[f"curve/{name}/{budget}"] = (
                     CURVE_EPISODES, methods, (*overrides, f"controller.evaluations={budget}")
                 )  # fmt: skip
-    return [
-        (name, [
-            sys.executable, "-m", "wamrl.plan", f"wam={weak / f'seed{seed}' / 'weak'}", "env=metaworld/six",
+    return {
+        name: Stage(folder_of(name), "plan", (
+            f"wam={weak / f'seed{seed}' / 'weak'}", "env=metaworld/six",
             f"env.tasks={ENV}", f"episodes={episodes}", f"first_start={FIRST_TEST_START}", f"seed={seed}", "workers=1",
             "num_envs=30", "video=false", f"methods=[{methods}]", "latency_plans=20", *overrides,
-            f"run_dir={out / f'seed{seed}' / folder_of(name)}",
-        ])
+        ))
         for name, (episodes, methods, overrides) in found.items()
-    ]  # fmt: skip
+    }  # fmt: skip
 
 
 def read(directory: Path) -> tuple[dict[str, Any], list[Episode]]:
@@ -132,14 +132,11 @@ def main() -> None:
     runs: dict[str, dict[int, tuple[dict[str, Any], list[Episode]]]] = {}
     for seed in arguments.seeds:
         directory = arguments.out / f"seed{seed}"
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, command in jobs(seed, arguments.weak, arguments.out, arguments.only):
-            folder = directory / folder_of(name)
+        for name, stage in jobs(seed, arguments.weak, arguments.only).items():
             if not arguments.report:
-                resume = [*command[:3], f"resume={folder}"] if (folder / "results.json").exists() else None
-                run_stage(folder_of(name), command, directory, resume=resume)
-            if stage_done(folder_of(name), command, directory):
-                runs.setdefault(name, {})[seed] = read(folder)
+                run_told(stage, directory)
+            if is_done(stage, directory):
+                runs.setdefault(name, {})[seed] = read(directory / stage.name)
     if not runs:
         parser.error(f"nothing is finished in {arguments.out}; run without --report first")
     metrics = collect_metrics(runs)

@@ -22,12 +22,13 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.stored import RESULTS, ROOT, Clock, difference, rate, run_stage, stage_done
+from benchmarks.stored import RESULTS, ROOT, Clock, difference, rate, run_told, told
 from wamrl.evaluation import paired
+from wamrl.stages import Stage, is_done
 
 TASKS = ("reach-v3", "push-v3", "pick-place-v3", "coffee-push-v3")
 ENV = f"[{','.join(f'metaworld/{task}' for task in TASKS)}]"
@@ -61,8 +62,8 @@ BUDGETED = ("sb3_sac",)  # variants whose iterations are not among their setting
 STEPS, STEPS_PER_ITERATION = 300_000, SAC_ROWS * SAC_DECISIONS
 
 
-def stages(seed: int, directory: Path, variants: Sequence[str]) -> list[tuple[str, str, list[str]]]:
-    """(name, command of wamrl, settings) of one seed, in order."""
+def stages(seed: int, directory: Path, variants: Sequence[str], steps: int = STEPS) -> list[Stage]:
+    """Those of one seed, in order. steps: as in `run`."""
     data = directory / "data"
     common = [f"seed={seed}", "threads=1"]
     mixture = [f"data.mixture.{name}={count}" for name, count in
@@ -70,12 +71,14 @@ def stages(seed: int, directory: Path, variants: Sequence[str]) -> list[tuple[st
     collect = ["env=metaworld/six", f"env.tasks={ENV}", "data=scarce", *mixture, f"path={data}",
                f"first_start={1000 * seed}", "snapshots=false"]  # fmt: skip
     train = [f"data={data}", "wam=reference", "steps=4000", "tensorboard=false"]
-    found = [("collect", "collect", [*collect, *common]), ("weak", "train", [*train, *common])]
+    found = [Stage("collect", "collect", (*collect, *common)), Stage("weak", "train", (*train, *common))]
+    iterations = f"iterations={math.ceil(steps / STEPS_PER_ITERATION)}"
     for name in variants:
         own = [f"wam={directory / 'weak'}", f"data={data}", f"episodes={EPISODES}",
                f"first_start={FIRST_TEST_START}", "evaluate=test", "final_report=true"]  # fmt: skip
-        found.append((name, "posttrain", [*VARIANTS[name], *own, *common]))
-    return [(name, command, [*words, f"run_dir={directory / name}"]) for name, command, words in found]
+        length = (iterations,) if name in BUDGETED else ()
+        found.append(Stage(name, "posttrain", (*VARIANTS[name], *own, *common), length))
+    return found
 
 
 def run(seed: int, out: Path, variants: Sequence[str], steps: int = STEPS) -> None:
@@ -84,22 +87,12 @@ def run(seed: int, out: Path, variants: Sequence[str], steps: int = STEPS) -> No
     steps: of the simulator, for variants in `BUDGETED`, rounded up to whole iterations.
     """
     directory = out / f"seed{seed}"
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, command, words in stages(seed, directory, variants):
-        call = _call(command)
-        stopped = command != "collect" and (directory / name / "checkpoints" / "last").is_dir()
-        resume = [*call, f"resume={directory / name}"] if stopped else None
+    for stage in stages(seed, directory, variants, steps):
         longer = False
-        if name in BUDGETED:
-            iterations = math.ceil(steps / STEPS_PER_ITERATION)
-            resume = [*(resume or [*call, *words]), f"iterations={iterations}"]
-            if stage_done(name, [*call, *words], directory):
-                longer = json.loads((directory / name / "results.json").read_text())["iterations"] < iterations
-        run_stage(name, [*call, *words], directory, resume=resume, again=longer, label=f"seed {seed}")
-
-
-def _call(command: str) -> list[str]:
-    return [sys.executable, "-m", f"wamrl.{command}"]
+        if stage.length and is_done(stage, directory):
+            ran = json.loads((directory / stage.name / "results.json").read_text())["iterations"]
+            longer = ran < math.ceil(steps / STEPS_PER_ITERATION)
+        run_told(stage, directory, again=longer, label=f"seed {seed}")
 
 
 def finished(out: Path, seeds: Sequence[int]) -> dict[str, dict[int, dict[str, Any]]]:
@@ -113,8 +106,7 @@ def finished(out: Path, seeds: Sequence[int]) -> dict[str, dict[int, dict[str, A
     for name in VARIANTS:
         for seed in seeds:
             directory = out / f"seed{seed}"
-            *_, (_, command, words) = stages(seed, directory, [name])
-            if stage_done(name, [*_call(command), *words], directory):
+            if is_done(stages(seed, directory, [name])[-1], directory):
                 found.setdefault(name, {})[seed] = json.loads((directory / name / "results.json").read_text())
         steps = {seed: results["real_steps"] for seed, results in found.get(name, {}).items()}
         if name in BUDGETED and len(set(steps.values())) > 1:
@@ -136,10 +128,11 @@ def commits(out: Path, found: Mapping[str, Mapping[int, Any]]) -> dict[str, str]
 
 def config_of(out: Path, variants: Sequence[str]) -> dict[str, str]:
     """What was run for `variants`, by stage, as a user would type it for seed 0."""
+    length = f"iterations=<real steps / {STEPS_PER_ITERATION}>"
     found = {}
-    for name, command, words in stages(0, out / "seed0", variants):
-        length = [f"iterations=<real steps / {STEPS_PER_ITERATION}>"] if name in BUDGETED else []
-        found[name] = " ".join(("python", "-m", f"wamrl.{command}", *words, *length)).replace(str(out), "<out>")
+    for stage in stages(0, out / "seed0", variants):
+        stage = replace(stage, length=(length,) if stage.length else ())
+        found[stage.name] = told(stage, out / "seed0").replace(str(out), "<out>")
     return found
 
 

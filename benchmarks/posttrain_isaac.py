@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.stored import RESULTS, ROOT, Clock, difference, rate, run_stage
+from benchmarks.stored import RESULTS, ROOT, Clock, difference, rate, run_told
+from wamrl.stages import Stage
 
 SETTINGS = ("env=isaaclab/balance", "agent=ppo", "wam=reference", "observation=[state]", "agent.world_weight=0",
             "agent.learning_rate=1e-3", "num_envs=128", "decisions=32", "iterations=60", "episodes=100",
@@ -45,17 +46,15 @@ def main() -> None:
     arguments = parser.parse_args()
     os.chdir(ROOT)
     clock = Clock()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    runs, command = {}, ["-m", "wamrl.posttrain", *SETTINGS]
+    runs = {}
     for seed in arguments.seeds:
-        name = f"seed{seed}"
-        directory = arguments.out / name
-        run_stage(name, [sys.executable, *command, f"seed={seed}", f"run_dir={directory}"], arguments.out)
-        runs[seed] = json.loads((directory / "results.json").read_text())
+        stage = Stage(f"seed{seed}", "posttrain", (*SETTINGS, f"seed={seed}"))
+        run_told(stage, arguments.out)
+        runs[seed] = json.loads((arguments.out / stage.name / "results.json").read_text())
     metrics = collect_metrics(runs)
     clock.store(
-        RESULTS / "posttrain_isaac.json", config={"command": " ".join(["python", *command])}, metrics=metrics,
-        arguments=" ".join(sys.argv[1:]), seeds=arguments.seeds,
+        RESULTS / "posttrain_isaac.json", config={"command": " ".join(["python -m wamrl.posttrain", *SETTINGS])},
+        metrics=metrics, arguments=" ".join(sys.argv[1:]), seeds=arguments.seeds,
     )  # fmt: skip
     for name, value in metrics.items():
         print(f"{name:24s} {value}")

@@ -15,54 +15,37 @@ from typing import Any
 from wamrl.evaluation import wilson
 from wamrl.files import write_json
 from wamrl.provenance import versions
+from wamrl.stages import Stage, is_done, run_stage, words
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
-def run_logged(command: Sequence[str], log: Path, *, append: bool = False) -> float:
-    """Run `command` single-threaded with its output in `log`; its seconds, or RuntimeError with the log's end."""
-    started = time.perf_counter()
-    with log.open("a" if append else "w") as file:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+def run_logged(command: Sequence[str], log: Path) -> None:
+    """Run `command` single-threaded with its output in `log`; RuntimeError with the log's end when it fails."""
+    with log.open("w") as file:
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | ONE_THREAD).returncode
     if code:
         raise RuntimeError(f"{' '.join(command)} exited with {code}:\n{log.read_text()[-2000:]}")
-    return time.perf_counter() - started
 
 
-def stage_done(name: str, command: Sequence[str], directory: Path) -> bool:
-    """Whether `<directory>/<name>.done` says that this stage is; ValueError when it is of another command."""
-    done = directory / f"{name}.done"
-    if not done.exists():
-        return False
-    stored = json.loads(done.read_text())["command"]
-    if stored[1:] != list(command)[1:]:
-        raise ValueError(f"{done} is of another command ({' '.join(stored)}); remove {directory} to start anew")
-    return True
+def run_told(stage: Stage, folder: Path, *, again: bool = False, label: str | None = None) -> None:
+    """`run_stage` in `folder` on one thread, printing how long it took; what is done is passed over in silence.
 
-
-def run_stage(
-    name: str,
-    command: Sequence[str],
-    directory: Path,
-    *,
-    resume: Sequence[str] | None = None,
-    again: bool = False,
-    label: str | None = None,
-) -> None:
-    """Run a stage unless it is done, and say so in `<directory>/<name>.done`.
-
-    resume: the command that goes on with a stopped one, run in its place. again: run it although it is done, which it
-    stays until then. label: of what is printed; None is the directory's name.
+    label: of what is printed; None is the folder's name.
     """
-    if stage_done(name, command, directory) and not again:
+    if not again and is_done(stage, folder):
         return
-    seconds = run_logged(resume or command, directory / f"{name}.log", append=resume is not None)
-    write_json(
-        directory / f"{name}.done", {"command": list(command), "seconds": seconds, "versions": versions()}
-    )  # fmt: skip
-    print(f"{label or directory.name}: {name} in {seconds:.0f} s", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    run_stage(stage, folder, again=again, environment=ONE_THREAD)
+    print(f"{label or folder.name}: {stage.name} in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def told(stage: Stage, folder: Path) -> str:
+    """A stage as a user would type it."""
+    return " ".join(("python", "-m", f"wamrl.{stage.command}", *words(stage, folder), *stage.length))
 
 
 def folder_of(name: str) -> str:

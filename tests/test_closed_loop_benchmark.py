@@ -21,28 +21,27 @@ def episodes(planner: list[bool], policy: list[bool], seed: int) -> list[Episode
 
 
 def test_rounds_are_pooled_over_seeds_and_compared_with_the_weak_policy_in_pairs() -> None:
-    loops = {seed: {"rounds": [{"real_steps": n * 1000 * (seed + 1)} for n in range(3)]} for seed in (0, 1)}
+    loops = {seed: {"rounds": [{"real_steps": n * 1000 * (seed + 1)} for n in range(4)]} for seed in (0, 1)}
     tests = {
         seed: [episodes([True, False], [False, False], seed), episodes([True, True], [True, False], seed),
-               episodes([True, True], [seed == 1, True], seed)]
+               episodes([True, True], [seed == 1, True], seed), episodes([True, True], [True, True], seed)]
         for seed in (0, 1)
     }  # fmt: skip
     metrics = closed_loop.collect_metrics(loops, tests)
-    assert [metrics[f"round{n}/real_steps"] for n in range(3)] == [0.0, 1500.0, 3000.0]
+    assert [metrics[f"round{n}/real_steps"] for n in range(4)] == [0.0, 1500.0, 3000.0, 4500.0]
     assert metrics["round0/mean/planner/success"]["mean"] == 0.5 and metrics["round0/mean/planner/success"]["n"] == 8
     assert metrics["round2/mean/policy/success"]["mean"] == 0.75 and metrics["round2/push/policy/success"]["n"] == 4
     assert metrics["round2/seed0/policy/success"]["mean"] == 0.5
     assert metrics["gain/planner_minus_weak_policy"]["mean"] == pytest.approx(1.0)
-    assert metrics["gain/policy_minus_weak_policy"]["mean"] == pytest.approx(0.75)
+    assert metrics["gain/policy_minus_weak_policy"]["mean"] == pytest.approx(1.0)
     assert metrics["gain/policy_minus_weak_policy"]["n"] == 8
 
 
 def test_every_command_of_a_seed_composes(tmp_path: Path) -> None:
-    (loop, words), *measures = closed_loop.stages(1, tmp_path / "weak", tmp_path / "out")
-    config = cli.compose(loop, words[3:])
+    loop, *measures = closed_loop.stages(1, tmp_path / "weak", tmp_path / "out")
+    config = cli.compose(loop.command, list(loop.overrides))
     assert config.first_start == 1000 and config.rounds == closed_loop.ROUNDS and config.learner is None
-    assert [name for name, _ in measures] == ["test0", "test1", "test2"]
-    for _, command in measures:
-        assert command[1:3] == ["-m", "wamrl.plan"]
-        split = cli.compose("plan", [word for word in command[3:] if not word.startswith("wam=")])
+    assert [stage.name for stage in measures] == ["test0", "test1", "test2", "test3"]
+    for stage in measures:
+        split = cli.compose(stage.command, [word for word in stage.overrides if not word.startswith("wam=")])
         assert split.split == "test" and split.first_start == 500

@@ -39,8 +39,7 @@ def test_a_gated_planner_is_compared_on_the_starts_and_seeds_that_it_shares_with
 
 
 def test_every_run_is_of_test_starts_and_has_a_folder_of_its_own() -> None:
-    commands = planner_budget.jobs(1, Path("weak"), Path("out"), ["gate", "curve"])
-    folders = [next(word for word in command if word.startswith("run_dir=")) for _, command in commands]
-    assert len(set(folders)) == len(commands) > 20
-    assert all("first_start=700" in command and "seed=1" in command for _, command in commands)
-    assert not any(word.startswith("split=") for _, command in commands for word in command)  # plan's default is test
+    runs = planner_budget.jobs(1, Path("weak"), ["gate", "curve"]).values()
+    assert len({stage.name for stage in runs}) == len(runs) > 20
+    assert all("first_start=700" in stage.overrides and "seed=1" in stage.overrides for stage in runs)
+    assert not any(word.startswith("split=") for stage in runs for word in stage.overrides)  # plan's default is test

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import posttrain, stored
+from benchmarks import posttrain
+from wamrl import stages
+from wamrl.naming import RunError
 
 
 def done(out: Path, name: str, seed: int, *, changed: str = "", iterations: int = 1) -> None:
     """What a finished stage leaves behind."""
     directory = out / f"seed{seed}"
-    *_, (_, command, words) = posttrain.stages(seed, directory, [name])
+    stage = posttrain.stages(seed, directory, [name])[-1]
     (directory / name).mkdir(parents=True, exist_ok=True)
     rate = {"success": 0.5, "successes": 2, "n": 4}
     real = {"real": rate, "real_by_task": {"metaworld/push-v3": rate}}
@@ -24,8 +26,8 @@ def done(out: Path, name: str, seed: int, *, changed: str = "", iterations: int 
         "world": {"growth": 0.0}, "seconds": 1.0,
     }  # fmt: skip
     (directory / name / "results.json").write_text(json.dumps(results))
-    call = [*posttrain._call(command), *words, *([changed] if changed else [])]
-    (directory / f"{name}.done").write_text(json.dumps({"command": call, "versions": {"commit": f"abc{seed}"}}))
+    given = [*stages.words(stage, directory), *([changed] if changed else [])]
+    (directory / f"{name}.done").write_text(json.dumps({"overrides": given, "versions": {"commit": f"abc{seed}"}}))
 
 
 def test_the_config_is_that_of_the_finished_variants(tmp_path):
@@ -62,7 +64,7 @@ def test_what_is_stored_of_other_variants_stays_where_its_commands_are_those_of_
 
 def test_a_variant_that_was_run_with_other_settings_is_refused(tmp_path):
     done(tmp_path, "rft", 0, changed="agent.updates=1")
-    with pytest.raises(ValueError, match="is of another command"):
+    with pytest.raises(ValueError, match="is of other settings"):
         posttrain.finished(tmp_path, [0])
 
 
@@ -70,36 +72,39 @@ def test_sac_goes_on_where_it_was_stopped_and_from_fewer_steps_to_more(tmp_path,
     ran: list[list[str]] = []
     fails = False
 
-    def runs(command, log, *, append=False):
+    def runs(command, log, environment):
         ran.append(list(command[3:]))
+        assert environment == {"OMP_NUM_THREADS": "1"}
         directory = tmp_path / "seed0" / "sb3_sac"
         (directory / "checkpoints" / "last").mkdir(parents=True, exist_ok=True)
         if fails:
-            raise RuntimeError("killed")
+            return 1, False
         (directory / "results.json").write_text(
             json.dumps({"iterations": int(command[-1].partition("=")[2]), "real_steps": 0})
         )
-        return 1.0
+        return 0, False
 
     def run(steps: int) -> list[list[str]]:
         ran.clear()
         posttrain.run(0, tmp_path, ["sb3_sac"], steps)
         return ran
 
-    monkeypatch.setattr(stored, "run_logged", runs)
-    for name, command, words in posttrain.stages(0, tmp_path / "seed0", []):
-        (tmp_path / "seed0").mkdir(exist_ok=True)
-        (tmp_path / "seed0" / f"{name}.done").write_text(json.dumps({"command": [*posttrain._call(command), *words]}))
+    monkeypatch.setattr(stages, "_run", runs)
+    for name in ("collect", "weak"):
+        folder = tmp_path / "seed0"
+        stage = next(stage for stage in posttrain.stages(0, folder, []) if stage.name == name)
+        (folder / name).mkdir(parents=True)
+        (folder / f"{name}.done").write_text(json.dumps({"overrides": stages.words(stage, folder)}))
     resume = f"resume={tmp_path / 'seed0' / 'sb3_sac'}"
     fails = True
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RunError):
         run(127_000)
     assert ran[0][0].startswith("env=") and ran[0][-1] == "iterations=64"
     fails = False
     assert run(127_000) == [[resume, "iterations=64"]]
     assert run(127_000) == [] and run(60_000) == []
     fails = True
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RunError):
         run(300_000)
     found = posttrain.finished(tmp_path, [0])
     assert found["sb3_sac"][0]["iterations"] == 64  # what is done stays so until the longer one is
