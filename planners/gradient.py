@@ -27,6 +27,8 @@ from wamrl.planners.shooting import ShootingPlanner, check_stop_change
 
 _STEP = 3.0
 """A step forward and backward takes about that many times as long as the pass forward alone."""
+_JITTER = 1.25
+"""Under a deadline a step is given that many times as long as the slowest before it took."""
 _PER_ROW = ("actions", "value", "weights", "candidates", "scores", "evaluations", "searched")
 """What of a `Plan` has one entry per row."""
 
@@ -180,7 +182,7 @@ class GradientPlanner:
         slowest = expected
         for t in range(1, steps + 2):
             begun = time.perf_counter()
-            if ends is not None and begun + slowest > ends:
+            if ends is not None and begun + _JITTER * slowest > ends:
                 break
             at = going.nonzero()[:, 0]
             if at.numel() == 0:
