@@ -31,8 +31,9 @@ from wamrl.stages import Stage, is_done
 ROUNDS = 4  # the weak model is that of round 0
 LOOP = (
     "environment=metaworld/six", f'environment_overrides=["env.tasks={ENV}"]', f"rounds={ROUNDS}", "budget=100000",
-    "anew=true", "collect_by=[planner]", "by_failures=true", "episodes=60", "learner=null", "evaluation_episodes=5",
-    "first_episodes=45", 'train=["steps=6000","compile=true","precision=bfloat16","tensorboard=false"]',
+    "anew=true", "collect_by=[planner]", "by_failures=true", "episodes=60", "noisy_share=0.5",
+    "learner=null", "evaluation_episodes=5", "first_episodes=45",
+    'train=["steps=6000","compile=true","precision=bfloat16","tensorboard=false"]',
 )  # fmt: skip
 METHODS = ("planner", "policy")
 

@@ -1,4 +1,4 @@
-"""Who acts in an episode that is collected: an expert, an expert with faults, or smooth random motion.
+"""Who acts in an episode that is collected: an expert, an expert with faults, smooth random motion, or a policy.
 
 The random numbers of an episode depend on the generator it is given only. Letters: A action dims.
 """
@@ -22,7 +22,10 @@ Relabel = Callable[[TensorDict], Action]
 
 
 class Act(Protocol):
-    """Executed action [A] of `row`, from the expert's clean `label` [A] (zeros without one) and `observation` [B]."""
+    """Executed action [A] of `row`, from `observation` [B] and the clean `label` [A].
+
+    That is the expert's (zeros without one) or, in episodes of a policy, the policy's.
+    """
 
     def __call__(self, label: Action, observation: TensorDict, row: int) -> Action: ...
 
@@ -32,8 +35,8 @@ class Setting:
     """What behaviours need to know.
 
     action_dim: A. relabel: None without an expert. layout: where `state` holds object and goal. gripper: the action's
-    number that opens and closes one, None without. noise: least and greatest deviation of `noisy_expert`.
-    discrete: actions are one-hot.
+    number that opens and closes one, None without. noise: least and greatest deviation of `noisy_expert`, and of
+    `noisy_policy`. discrete: actions are one-hot.
     """
 
     action_dim: int
@@ -61,14 +64,27 @@ def _clip(action: NDArray[np.floating[Any]]) -> Action:
     return np.clip(action, -1.0, 1.0).astype(np.float32)
 
 
-def _expert(rng: np.random.Generator, setting: Setting) -> tuple[Act, dict[str, Any]]:
+def _clean(rng: np.random.Generator, setting: Setting) -> tuple[Act, dict[str, Any]]:
     return lambda label, observation, row: label, {}
 
 
-def _noisy_expert(rng: np.random.Generator, setting: Setting) -> tuple[Act, dict[str, Any]]:
+def _noisy(rng: np.random.Generator, setting: Setting) -> tuple[Act, dict[str, Any]]:
     scale, correlation = float(rng.uniform(*setting.noise)), float(rng.uniform(0.0, 0.9))
     noise = _Noise(rng, correlation, setting.action_dim)
     return lambda label, observation, row: _clip(label + scale * noise()), {"noise": scale, "correlation": correlation}
+
+
+def _in_bursts(rng: np.random.Generator, setting: Setting) -> tuple[Act, dict[str, Any]]:
+    """Noise comes and goes, so that what it did to the episode is followed by clean steps in which to mend it."""
+    scale, correlation = float(rng.uniform(*setting.noise)), float(rng.uniform(0.0, 0.9))
+    noise, disturbed = _Noise(rng, correlation, setting.action_dim), False
+
+    def bursts(label: Action, observation: TensorDict, row: int) -> Action:
+        nonlocal disturbed
+        disturbed = bool(rng.random() < (0.85 if disturbed else 0.05))  # 7 steps of 27 in the mean
+        return _clip(label + scale * noise()) if disturbed else label
+
+    return bursts, {"noise": scale, "correlation": correlation}
 
 
 def _failing(rng: np.random.Generator, setting: Setting) -> tuple[Act, dict[str, Any]]:
@@ -140,12 +156,21 @@ def _random(rng: np.random.Generator, setting: Setting) -> tuple[Act, dict[str, 
 
 
 BEHAVIOURS: Mapping[str, Callable[[np.random.Generator, Setting], tuple[Act, dict[str, Any]]]] = {
-    "expert": _expert,
-    "noisy_expert": _noisy_expert,
+    "expert": _clean,
+    "noisy_expert": _noisy,
     "failing": _failing,
     "near_miss": _near_miss,
     "random": _random,
 }
 """Name -> (generator, setting) -> what acts, and what the episode records about it."""
+
+POLICY_BEHAVIOURS: Mapping[str, Callable[[np.random.Generator, Setting], tuple[Act, dict[str, Any]]]] = {
+    "policy": _clean,
+    "noisy_policy": _in_bursts,
+}
+"""The same of a policy or planner: what it does, and what it does under bursts of noise, which shows how to recover.
+
+What it would have done is the label of `noisy_policy` (after DART: Laskey et al., 2017, arXiv:1703.09327).
+"""
 
 NEEDS_EXPERT = ("expert", "noisy_expert", "failing", "near_miss")

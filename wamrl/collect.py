@@ -29,7 +29,7 @@ from torch import Tensor
 from torchrl.data import OneHot
 
 from wamrl import checkpoint
-from wamrl.behaviours import BEHAVIOURS, NEEDS_EXPERT, Act, Action, Setting
+from wamrl.behaviours import BEHAVIOURS, NEEDS_EXPERT, POLICY_BEHAVIOURS, Act, Action, Setting
 from wamrl.cli import command, command_line, plain
 from wamrl.control import ModelPolicy
 from wamrl.data import EpisodeDataset, EpisodeWriter, episode_tensordict
@@ -102,14 +102,17 @@ def collect(
     Args:
         path: the dataset's directory. A directory with the same settings is continued.
         env: the environment's `_target_` and settings, `tasks` among them, as in configs/env.
-        mixture: behaviour -> episodes per task; "policy" needs `policy`, all but "random" a scripted expert.
+        mixture: behaviour -> episodes per task; "policy" and "noisy_policy" need `policy`, all others but "random" a
+            scripted expert.
         shares: task -> that many times the mixture's counts, rounded; 1 for tasks that are not named.
         split: the start states used.
         first_start: number of the first start state; a second round takes fresh ones.
         seed: of the noise. The noise of an episode depends on the seed, its task and its start only.
-        policy: acts in episodes of behaviour "policy"; those carry no labels.
+        policy: acts in episodes of behaviour "policy", which carry no labels, and of "noisy_policy", where what it
+            would have done is the label, which counts in those that succeed.
         policy_name: what the dataset records about the policy.
-        noise: least and greatest standard deviation of the noise of a `noisy_expert` episode; actions span [-1, 1].
+        noise: least and greatest standard deviation of the noise of a `noisy_expert` or `noisy_policy` episode; actions
+            span [-1, 1].
         label_behaviours: on whose episodes the expert's labels count as known to training. The raw label is stored
             for all but "policy", where there is an expert.
         steps_after_success: control steps that an episode goes on after its first success.
@@ -127,15 +130,16 @@ def collect(
     """
     tasks = _tasks(env)
     for behaviour, count in mixture.items():
-        if behaviour not in BEHAVIOURS and behaviour != "policy":
-            raise unknown_name("behaviour", behaviour, [*BEHAVIOURS, "policy"])
+        if behaviour not in BEHAVIOURS and behaviour not in POLICY_BEHAVIOURS:
+            raise unknown_name("behaviour", behaviour, [*BEHAVIOURS, *POLICY_BEHAVIOURS])
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ValueError(f"the mixture asks for {count!r} episodes of '{behaviour}'; give a whole number from 0")
     for behaviour in label_behaviours:
         if behaviour not in BEHAVIOURS:
             raise unknown_name("behaviour with labels", behaviour, BEHAVIOURS)
-    if mixture.get("policy") and policy is None:
-        raise ValueError("the mixture has episodes of 'policy', but no policy was given")
+    for behaviour in POLICY_BEHAVIOURS:
+        if mixture.get(behaviour) and policy is None:
+            raise ValueError(f"the mixture has episodes of '{behaviour}', but no policy was given")
     if sum(mixture.values()) == 0:
         raise ValueError("the mixture asks for no episodes; give at least one behaviour a count above 0")
     shares = dict(shares or {})
@@ -173,6 +177,8 @@ def collect(
                 f"the mixture has episodes of '{needed[0]}', but {module_of(made).__name__} has no ExpertPolicy; "
                 "choose data=random, or data=planner with wam=<checkpoint>"
             )
+        if mixture.get("noisy_policy") and isinstance(made.action_spec, OneHot):
+            raise ValueError("noise on a policy needs continuous actions; use policy in place of noisy_policy")
         layout = getattr(made, "layout", Layout())
         if mixture.get("near_miss") and not layout.has("hand", "object", "goal"):
             raise ValueError(
@@ -324,7 +330,7 @@ def _collect_group(
                     episode = _episode(
                         frames,
                         taken[row],
-                        labelled=job.behaviour != "policy" and cast.expert is not None,
+                        labelled=cast.labels(job.behaviour),
                         terminated=over,
                         truncated=bool(ended[row]) and not over,
                     )
@@ -365,33 +371,36 @@ class _Cast:
 
     def prepare(self, row: int, job: _Job) -> None:
         """Draw what the behaviour of the episode that begins in `row` is."""
-        name = "policy" if job.behaviour == "policy" else "expert"
+        name = "policy" if job.behaviour in POLICY_BEHAVIOURS else "expert"
         if name in self.actors:
             state = self.actors[name].initial_state(1)
             state["row"] = torch.tensor([job.start])
             self.states[name] = _placed(self.states[name], [row], state)
-        if job.behaviour != "policy":
-            rng = np.random.Generator(np.random.PCG64([self.seed, task_id(job.task), job.start]))
-            job.act, job.details = BEHAVIOURS[job.behaviour](rng, self.setting)
+        rng = np.random.Generator(np.random.PCG64([self.seed, task_id(job.task), job.start]))
+        job.act, job.details = {**BEHAVIOURS, **POLICY_BEHAVIOURS}[job.behaviour](rng, self.setting)
+
+    def labels(self, behaviour: str) -> bool:
+        """Whether an episode carries clean actions beside those that were executed."""
+        return behaviour == "noisy_policy" or (behaviour in BEHAVIOURS and self.expert is not None)
 
     def act(self, td: TensorDict, running: Sequence[_Job | None], fresh: Tensor) -> tuple[Tensor, Tensor]:
-        """Executed actions [B, A] and the expert's labels [B, A], zero where there is none and in idle rows."""
+        """Executed actions [B, A] and clean ones [B, A], zero where there is none and in idle rows."""
         action = np.zeros((len(running), self.setting.action_dim), dtype=np.float32)
         label = np.zeros_like(action)
         observation = td.exclude(*_NOT_SEEN)
-        learned = [row for row, job in enumerate(running) if job is not None and job.behaviour == "policy"]
-        scripted = [row for row, job in enumerate(running) if job is not None and job.behaviour != "policy"]
+        learned = [row for row, job in enumerate(running) if job is not None and job.behaviour in POLICY_BEHAVIOURS]
+        scripted = [row for row, job in enumerate(running) if job is not None and job.behaviour in BEHAVIOURS]
         if scripted and self.expert is not None:
             label[scripted] = self._acted("expert", observation, scripted, fresh)
-        for row in scripted:
-            job = running[row]
-            assert job is not None and job.act is not None
-            action[row] = job.act(label[row].copy(), observation, row)
         if learned:
             chosen = self._acted("policy", observation, learned, fresh)
             if not np.isfinite(chosen).all():
                 raise ValueError("the policy gave NaN or infinity as an action; the episode was not stored")
-            action[learned] = chosen.clip(-1.0, 1.0)
+            label[learned] = chosen.clip(-1.0, 1.0)
+        for row in (*scripted, *learned):
+            job = running[row]
+            assert job is not None and job.act is not None
+            action[row] = job.act(label[row].copy(), observation, row)
         return torch.from_numpy(action), torch.from_numpy(label)
 
     @torch.no_grad()
@@ -500,9 +509,9 @@ def main(config: DictConfig, run_dir: Path) -> dict[str, Any]:
         )
     mixture = {str(key): value for key, value in plain(config.data.mixture).items()}
     policy, name = None, ""
-    if mixture.get("policy"):
+    if own := [behaviour for behaviour in POLICY_BEHAVIOURS if mixture.get(behaviour)]:
         if config.checkpoint is None:
-            raise ValueError("the mixture has episodes of 'policy'; say whose with wam=<checkpoint>")
+            raise ValueError(f"the mixture has episodes of '{own[0]}'; say whose with wam=<checkpoint>")
         policy, name = _policy_from(config, env)
     path = Path(config.path) if config.path else run_dir / "dataset"
     try:

@@ -340,7 +340,7 @@ class EpisodeDataset:
                     continue
                 if tasks is not None and info["task"] not in tasks:
                     continue
-                valid = episode["label_available"] & (info["behaviour"] in labelled)
+                valid = episode["label_available"] & _labels_count(info, labelled)
                 # What training needs, copied out of the memory maps.
                 wanted = keys if keys is not None else list(episode["observation"].keys())
                 absent = [key for key in wanted if key not in episode["observation"].keys()]
@@ -716,6 +716,11 @@ def _cached_tokens(substrate: ImageSubstrate, fingerprint: str, episode: str | N
 _MINARI_HELP = 'Minari is not installed; run: pip install "wamrl[minari]"'
 
 
+def _labels_count(info: Mapping[str, Any], labelled: Sequence[str]) -> bool:
+    """Whether the labels of an episode are worth imitating: those of a policy under noise where it succeeded."""
+    return info["behaviour"] in labelled or (info["behaviour"] == "noisy_policy" and bool(info["success"]))
+
+
 def export_minari(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], dataset_id: str) -> Any:
     """Write one dataset or several as the Minari dataset `dataset_id` (such as "metaworld/push-v0") and return it.
 
@@ -743,7 +748,7 @@ def export_minari(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str
             observation = {key: value.numpy() for key, value in episode["observation"].items()}
             shapes = {key: (value.shape[1:], value.dtype) for key, value in observation.items()}
             behaviours.add(info["behaviour"])
-            valid = episode["label_available"] & (info["behaviour"] in index["label_behaviours"])
+            valid = episode["label_available"] & _labels_count(info, index["label_behaviours"])
 
             def per_frame(value: Tensor) -> Any:  # Minari keeps infos per frame, the reset included
                 return torch.cat([value, torch.zeros_like(value[:1])]).numpy()

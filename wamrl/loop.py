@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from wamrl import cli
 from wamrl.files import write_json, write_text
-from wamrl.naming import whole_number
+from wamrl.naming import is_number, whole_number
 from wamrl.provenance import versions
 from wamrl.stages import Stage, is_done, run_stage
 
@@ -44,8 +44,12 @@ def stages(settings: Mapping[str, Any], number: int, folder: Path) -> list[Stage
 
     if number > 0:
         for part, acting in enumerate(settings["collect_by"]):
+            # Who first knows only what experts did seldom succeeds under noise.
+            noisy = round(settings["noisy_share"] * settings["episodes"]) if number > 1 else 0
             collect(
-                f"round{number}_collect_{acting}", "data=planner", f"data.mixture.policy={settings['episodes']}",
+                f"round{number}_collect_{acting}", "data=planner",
+                f"data.mixture.policy={settings['episodes'] - noisy}",
+                *([f"data.mixture.noisy_policy={noisy}"] if noisy else []),
                 f"acting={acting}", f"wam={model_of(settings, number - 1, folder)}",
                 f"first_start={first_start + part * each}", *shares,
             )  # fmt: skip
@@ -252,6 +256,8 @@ def main(config: DictConfig, run_dir: Path) -> None:
         )
     if not settings["collect_by"] or set(settings["collect_by"]) - {"policy", "planner"}:
         raise ValueError(f"collect_by is {settings['collect_by']!r}, but must name policy, planner or both")
+    if not (is_number(settings["noisy_share"]) and 0.0 <= settings["noisy_share"] <= 1.0):
+        raise ValueError(f"noisy_share is {settings['noisy_share']!r}, but must be a number from 0 to 1")
     check(settings, run_dir)
     rounds: list[dict[str, Any]] = []
     steps, stopped = 0, "all rounds done"
