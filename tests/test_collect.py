@@ -172,6 +172,26 @@ def test_policy_episodes_carry_no_labels(tmp_path: Path) -> None:
     assert data.indices[0]["plan"]["policy"] == "random"
 
 
+def test_what_a_policy_under_noise_would_have_done_is_imitated_where_it_succeeded(tmp_path: Path) -> None:
+    policy, mixture = ExpertPolicy([PUSH]), {"policy": 1, "noisy_policy": 8}
+    settings = {"policy": policy, "noise": (0.5, 1.0), "first_start": 60, "snapshots": False, "progress": False}
+    data = collect(tmp_path / "data", env_of(PUSH), mixture, **settings)
+    assert data is not None and {e["success"] for e in data.episodes if e["behaviour"] != "policy"} == {True, False}
+    for episode, info in episodes_of(tmp_path / "data").values():
+        noisy = info["behaviour"] == "noisy_policy"
+        disturbed = (episode["label"] != episode["action"]).any(-1)
+        assert bool(episode["label_available"].all()) == noisy
+        if noisy and len(disturbed) > 40:  # noise comes and goes
+            assert 0.0 < disturbed.float().mean() < 0.8
+    counts = {e["number"]: bool(e["success"]) and e["behaviour"] == "noisy_policy" for e in data.episodes}
+    for row, info in enumerate(data.episodes):
+        first = int(data.offsets[row])
+        valid = data.frames["label_valid"][first : first + int(data.lengths[row])]
+        assert bool(valid.all()) == bool(valid.any()) == counts[info["number"]]
+    again = collect(tmp_path / "again", env_of(PUSH), {"noisy_policy": 9}, **settings)  # the noise is the episode's own
+    assert again is not None and [e["details"] for e in again.episodes][1:] == [e["details"] for e in data.episodes][1:]
+
+
 def test_held_out_starts_can_be_collected_but_not_trained_on(tmp_path: Path) -> None:
     assert collect(tmp_path / "dev", env_of(REACH), {"expert": 1}, split="dev", progress=False) is None
     with pytest.raises(ValueError, match="dev start states"):
@@ -191,6 +211,7 @@ def test_held_out_starts_can_be_collected_but_not_trained_on(tmp_path: Path) -> 
         ({"shares": {REACH: 0.3}}, "shares leave no episodes"),
         ({"shares": {REACH: 1e6}}, "the mixture's episodes whose sum is at most 100000"),
         ({"mixture": {"policy": 1}}, "no policy was given"),
+        ({"mixture": {"noisy_policy": 1}}, "'noisy_policy', but no policy was given"),
         ({"env": env_of("metaworld/puhs-v3")}, "did you mean 'metaworld/push-v3'"),
         ({"env": env_of(PUSH, PUSH)}, "named twice"),
         ({"env": env_of(REACH, "mine/reach-v3")}, "alike behind the last slash"),

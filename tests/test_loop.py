@@ -48,6 +48,17 @@ def test_rounds_take_starts_that_no_earlier_one_has_used():
     assert list(first.values()) == [0, 50, 70, 90, 110, 130, 150]
 
 
+def test_a_share_of_the_episodes_from_round_2_on_acts_under_noise():
+    def mixture(number: int) -> dict[str, int]:
+        stage = next(
+            s for s in stages(settings(episodes=10, noisy_share=0.3), number, Path("run")) if "collect" in s.name
+        )
+        words = [word for word in stage.overrides if not word.startswith("wam=")]
+        return dict(cli.compose("collect", words).data.mixture)
+
+    assert mixture(1) == {"policy": 10, "noisy_policy": 0} and mixture(2) == {"policy": 7, "noisy_policy": 3}
+
+
 def test_a_later_round_trains_on_all_data_from_the_improved_policy():
     train = next(stage for stage in stages(settings(), 2, Path("run")) if stage.command == "train")
     assert "wam=run/round1_posttrain" in train.overrides
