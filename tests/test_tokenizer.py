@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +107,7 @@ def test_latents_are_encoded_once_and_read_from_their_files_afterwards(data, tok
     dataset = EpisodeDataset.open(data)
     first = dataset.with_tokens(substrate)
     folder = data / "latents" / substrate.fingerprint()
-    files = sorted(file.name for file in folder.iterdir())
+    files = sorted(re.sub(r"\.[0-9a-f]{16}\.", ".", file.name) for file in folder.iterdir())
     assert files == [*(f"episode-{n}.npy" for n in range(8)), "tokenizer.json"]
     assert first.observation == {"proprioception": (2,), "pixels_tokens": (4, 4)}
     expected = substrate.encode({"pixels": dataset.frames["observation", "pixels"]})
@@ -118,11 +120,30 @@ def test_latents_are_encoded_once_and_read_from_their_files_afterwards(data, tok
     again = EpisodeDataset.open(data).with_tokens(substrate)
     both = (first.frames["observation", "pixels_tokens"], again.frames["observation", "pixels_tokens"])
     assert torch.equal(*both)
-    newer = (folder / "episode-3.npy").stat().st_mtime + 1
-    os.utime(data / "episodes" / "episode-3" / "episode.json", (newer, newer))  # as if it was collected again
-    with pytest.raises(AssertionError, match="encoded again"):  # that episode, and it alone
-        EpisodeDataset.open(data).with_tokens(substrate)
+    shutil.copytree(data, "data/copy", copy_function=shutil.copyfile)  # its files are newer than its latents
+    EpisodeDataset.open("data/copy").with_tokens(substrate)
     assert not [file for file in folder.iterdir() if file.name.startswith(".")], "a half-written file was left"
+
+
+def test_latents_of_other_images_are_made_again_whatever_the_times_of_the_files(data, tokenizer):
+    """As where another collection of the same length is copied over the episodes with the times of its source."""
+    substrate = checkpoint.load(tokenizer).substrate  # type: ignore[attr-defined]
+    before = EpisodeDataset.open(data).with_tokens(substrate).frames["observation", "pixels_tokens"].clone()
+    folder = data / "latents" / substrate.fingerprint()
+    cached = sorted(folder.iterdir())
+    replaced, kept = data / "episodes" / "episode-3", (0, 0)
+    shutil.rmtree(replaced)
+    shutil.copytree(write_dataset(Path("data/other"), seed=2) / "episodes" / "episode-3", replaced)
+    for file in replaced.rglob("*"):
+        os.utime(file, kept)
+    dataset = EpisodeDataset.open(data)
+    after = dataset.with_tokens(substrate).frames["observation", "pixels_tokens"]
+    expected = substrate.encode({"pixels": dataset.frames["observation", "pixels"]})
+    torch.testing.assert_close(after.float(), expected, atol=2e-3, rtol=2e-3)
+    changed = (before != after).flatten(1).any(1).view(8, 11).any(1)
+    assert changed.tolist() == [number == 3 for number in range(8)]
+    now = sorted(folder.iterdir())
+    assert len(now) == len(cached) and len({*now} - {*cached}) == 1  # nothing of the earlier images is left
 
 
 def test_latents_of_another_tokenizer_are_refused(data, tokenizer):
@@ -135,7 +156,7 @@ def test_latents_of_another_tokenizer_are_refused(data, tokenizer):
     with pytest.raises(ValueError, match="cached with the tokenizer ffff.*delete that folder"):
         dataset.with_tokens(substrate)
     (folder / "tokenizer.json").write_text(json.dumps(facts))
-    np.save(folder / "episode-0.npy", np.zeros((3, 4, 4), np.float16))
+    np.save(next(folder.glob("episode-0.*")), np.zeros((3, 4, 4), np.float16))
     with pytest.raises(ValueError, match="damaged"):
         dataset.with_tokens(substrate)
 

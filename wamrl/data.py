@@ -15,6 +15,7 @@ Letters: B windows, T steps of a window, A action dims. An episode of T steps ha
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -505,9 +506,9 @@ class EpisodeDataset:
     def with_tokens(self, substrate: ImageSubstrate) -> EpisodeDataset:
         """The same episodes with the tokens of a frozen tokenizer, under its `cache_key`, in place of the images.
 
-        Tokens of episodes on disk are kept in `<dataset>/latents/<fingerprint>/<episode>.npy`, float16 [T+1, L, D],
-        beside a `tokenizer.json`, so that each frame is encoded once for each tokenizer. Files are written whole or
-        not at all and read as memory maps.
+        Tokens of episodes on disk are kept in `<dataset>/latents/<fingerprint>/<episode>.<hash of its images>.npy`,
+        float16 [T+1, L, D], beside a `tokenizer.json`, so that each frame is encoded once for each tokenizer. Files are
+        written whole or not at all and read as memory maps.
 
         Raises:
             ValueError: images that the tokenizer was not made for, or tokens that were cached with another one.
@@ -676,6 +677,13 @@ class EpisodeDataset:
 # ----------------------------------------------------------------------------------------------------- tokens
 
 
+def _digest(images: Tensor) -> str:
+    """16 hexadecimal digits that tell these images from others."""
+    digest = hashlib.blake2b(f"{images.dtype}{tuple(images.shape)}".encode(), digest_size=8)
+    digest.update(images.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 @torch.no_grad()
 def _cached_tokens(substrate: ImageSubstrate, fingerprint: str, episode: str | None, images: Tensor) -> Tensor:
     """float16 [T+1, L, D] of an episode's `images`, from its file or encoded and written there."""
@@ -688,7 +696,8 @@ def _cached_tokens(substrate: ImageSubstrate, fingerprint: str, episode: str | N
         return encoded()
     source = Path(episode)
     folder = source.parent.parent / LATENTS / fingerprint
-    facts, file = folder / "tokenizer.json", folder / f"{source.name}.npy"
+    # Times of files do not tell whether an episode was replaced: a copy may keep those of its source.
+    facts, file = folder / "tokenizer.json", folder / f"{source.name}.{_digest(images)}.npy"
     if not facts.is_file():
         write_json(facts, {"fingerprint": fingerprint, "key": substrate.key, "config": dict(substrate.config)})
     stored = json.loads(facts.read_text(encoding="utf-8"))["fingerprint"]
@@ -697,10 +706,12 @@ def _cached_tokens(substrate: ImageSubstrate, fingerprint: str, episode: str | N
             f"the latents in {folder} were cached with the tokenizer {stored}, but the model's is "
             f"{fingerprint}; delete that folder, and they are made again"
         )
-    # An episode that is newer than its tokens was collected again.
-    if not file.is_file() or file.stat().st_mtime_ns < (source / "episode.json").stat().st_mtime_ns:
+    if not file.is_file():
         with atomic_path(file) as temporary:
             np.save(temporary, encoded().numpy())
+        for old in (folder / f"{source.name}.npy", *folder.glob(f"{source.name}.{'[0-9a-f]' * 16}.npy")):
+            if old != file:  # of other images
+                old.unlink(missing_ok=True)
     cached = np.load(file, mmap_mode="c")
     expected = (len(images), substrate.tokens, substrate.width)
     if cached.shape != expected or cached.dtype != np.float16:
