@@ -228,11 +228,20 @@ def test_a_flow_matching_model_decodes_no_image_that_nobody_asked_for(data, toke
         (["tokenizer=null"], "through a frozen tokenizer"),
         (["observation=[pixels]"], "reads 'proprioception'"),
         (["wam/substrate=geometric"], "none of the model's substrates"),
+        (["wam.substrate=geometric"], "is chosen by wam/substrate=<name>"),
+        (["wam.substrate=[{name: tokenizer, patch: 2}]"], "has patch, which nothing would read"),
+        (
+            ["wam.substrate=[{name: tokenizer, keys: [wrist]}]"],
+            "is to read ['wrist'], but the tokenizer was trained on",
+        ),
+        (["wam.substrate=[{name: tokenizer},{name: feature, keys: [pixels]}]"], "a substrate 'feature' whose weights"),
+        (["wam.substrate=[{name: pixel, keys: [pixels]}]", "tokenizer=null"], "a substrate 'pixel' whose weights are"),
     ],
 )
 def test_a_flow_matching_model_and_a_tokenizer_that_do_not_belong_together_are_refused(
     data, tokenizer, changes, reason, capsys
 ):
+    """Weights that nobody trained, settings that nothing reads and what is missing are told before training."""
     kept = [word for word in FLOW if word.partition("=")[0] not in [change.partition("=")[0] for change in changes]]
     assert reason in refused(capsys, [f"data={data}", *kept, *changes])
 
@@ -284,6 +293,7 @@ def test_a_run_is_not_resumed_with_another_tokenizer(data, tokenizer, capsys):
         ([], "through a frozen tokenizer"),
         (["tokenizer=nowhere"], "unknown checkpoint 'nowhere'"),
         (["tokenizer=six"], "holds a JointEmbeddingWAM"),
+        (["+wam.tokenizer={name: pixel, keys: [pixels]}"], "a substrate 'pixel' whose weights are random"),
     ],
 )
 def test_a_model_and_a_tokenizer_that_do_not_belong_together_are_refused(data, tokenizer, changes, reason, capsys):

@@ -27,6 +27,7 @@ from wamrl.training import TrainingOptions, TrainingResult, fit
 
 _PICTURES = 128  # held-out windows whose decoded images are judged
 _PROBED = 1024  # frames on which a linear read-out is fitted
+MODELS = "wamrl.models."
 _OPTIONS = tuple(item.name for item in dataclasses.fields(TrainingOptions))
 
 
@@ -122,8 +123,14 @@ def train(
         metrics()  # its error, if torchmetrics is missing
     tokenizers = _frozen_tokenizers(model)
     for frozen in tokenizers:
-        if given is not None and isinstance(wam, Mapping):
+        if given is not None and isinstance(wam, Mapping) and frozen.config == given.config:
             frozen.load_state_dict(given.state_dict())
+        elif isinstance(wam, Mapping) and str(wam["_target_"]).startswith(MODELS):  # another class may bring weights
+            name = frozen.config["name"]
+            raise ValueError(
+                f"the model reads images through a substrate '{name}' whose weights are random, as nothing has trained "
+                "them; name it {name: tokenizer, keys: [pixels]}, and give the run of its training as tokenizer=<run>"
+            )
         elif given is not None and given.fingerprint() != frozen.fingerprint():
             raise ValueError(
                 f"{wam} was trained on latents of the tokenizer {frozen.fingerprint()}, but tokenizer={tokenizer} is "
@@ -311,19 +318,38 @@ def _with_tokenizer(config: dict[str, Any], given: ImageSubstrate | None) -> dic
     """
     if "substrate" not in config or config["_target_"] == f"{Tokenizer.__module__}.{Tokenizer.__name__}":
         return config if given is None else {**config, "tokenizer": given.config}
-    several = not isinstance(config["substrate"], Mapping)
+    several = isinstance(config["substrate"], Sequence) and not isinstance(config["substrate"], str)
     parts = config["substrate"] if several else [config["substrate"]]
-    wanted = [part.get("name") == "tokenizer" for part in parts]
-    if any(wanted) and given is None:
+    if isinstance(parts, str) or not all(isinstance(part, Mapping) for part in parts):
         raise ValueError(
-            "this model reads images through a frozen tokenizer: train one with python -m wamrl.train wam=tokenizer "
-            "observation=[pixels], and give it as tokenizer=<its run>"
+            f"substrate is {config['substrate']!r}, but is {{name: ..., <settings>}} or a list of those; what "
+            "configs/wam/substrate holds is chosen by wam/substrate=<name>"
         )
-    if given is not None and not any(wanted):
+    wanted = [part.get("name") == "tokenizer" for part in parts]
+    if given is None:
+        if any(wanted):
+            raise ValueError(
+                "this model reads images through a frozen tokenizer: train one with python -m wamrl.train "
+                "wam=tokenizer observation=[pixels], and give it as tokenizer=<its run>"
+            )
+        return config
+    if not any(wanted):
         raise ValueError(
             "tokenizer= is given, but none of the model's substrates is {name: tokenizer}, so none reads images"
         )
-    filled = [given.config if here and given is not None else part for here, part in zip(wanted, parts, strict=True)]
+    for part in (part for part, here in zip(parts, wanted, strict=True) if here):
+        unread = sorted(set(part) - {"name", "keys"})
+        if unread:
+            raise ValueError(
+                f"the substrate {{name: tokenizer}} has {', '.join(unread)}, which nothing would read: its settings "
+                "are those that it was trained with; leave them out, or train another tokenizer"
+            )
+        if part.get("keys") not in (None, given.config["keys"]):
+            raise ValueError(
+                f"the substrate {{name: tokenizer}} is to read {part['keys']}, but the tokenizer was trained on "
+                f"{given.config['keys']}; train one on those"
+            )
+    filled = [given.config if here else part for here, part in zip(wanted, parts, strict=True)]
     return {**config, "substrate": filled if several else filled[0]}
 
 
