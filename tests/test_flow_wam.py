@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from wamrl.planners.gradient import make_gradient
 from wamrl.planners.mcts import make_mcts
 from wamrl.planners.mppi import make_mppi
 from wamrl.planners.scorers import ReturnScorer
-from wamrl.training import TrainingOptions, fit
+from wamrl.training import TrainingOptions, fit, open_loop_errors
 
 VARIANTS = ("fast", "joint", "idm", "no_cotrain", "mot_uwm")
 TASKS = ("toy/a", "toy/b")
@@ -494,6 +495,24 @@ def test_training_resumes_and_a_checkpoint_gives_the_same_answers(name, tmp_path
     ours = model.propose(state, 2, mode="ode", noise=NoiseKey.for_rows(3)).actions
     theirs = loaded.propose(encoded(loaded), 2, mode="ode", noise=NoiseKey.for_rows(3)).actions
     assert torch.equal(ours, theirs)
+
+
+def test_the_horizon_of_validation_may_be_shorter_than_a_chunk(tmp_path):
+    sizes = config("mot_uwm")
+    options = TrainingOptions(
+        steps=1, batch_size=4, length=4, validation_windows=8, validation_horizon=2, tensorboard=False
+    )
+
+    def save(path, model, step):
+        return checkpoint.save(path, model, config={"wam": sizes})
+
+    model, data = checkpoint.build(sizes), Windows()
+    found = fit(model, data, options=options, run_dir=tmp_path, save_model=save, validation=data, quiet=True).validation
+    assert math.isfinite(found["losses"]["loss"]) and len(found["by_horizon"]["state_error"]) == 2
+    windows = Windows().sample(8, 4, torch.Generator().manual_seed(0))
+    whole, short = open_loop_errors(model, windows), open_loop_errors(model, windows, 2)
+    for name, by_step in short.items():
+        assert by_step == pytest.approx(whole[name][:2], rel=1e-4)
 
 
 # ---- contradictions --------------------------------------------------------------------------------------------------

@@ -216,11 +216,13 @@ class _Run:
         self.averages = [parameter.detach().clone() for parameter in self.parameters] if options.ema else []
         self.order = torch.Generator().manual_seed(options.seed)
         self.noise = torch.Generator(device=device).manual_seed(options.seed + 1)
+        self.horizon = min(options.validation_horizon, model.spec.max_horizon)
         self.held_out = None
         if validation is not None:
             fixed = torch.Generator().manual_seed(options.seed + 2)
-            horizon = min(options.validation_horizon, model.spec.max_horizon)
-            self.held_out = validation.sample(options.validation_windows, horizon, fixed).to(device)
+            # The loss is of windows as long as in training, where a model may ask for a whole chunk.
+            length = max(self.horizon, options.length)
+            self.held_out = validation.sample(options.validation_windows, length, fixed).to(device)
         self.step = 0
         self.skipped = 0
         self.streak = 0
@@ -385,7 +387,7 @@ class _Run:
             losses = {name: float(value) for name, value in self.model.loss(self.held_out, noise=noise).items()}
             errors = {}
             if "rollout" in self.model.spec.provides:
-                errors = open_loop_errors(self.model, self.held_out, scale=self.scale)
+                errors = open_loop_errors(self.model, self.held_out, self.horizon, scale=self.scale)
         self.model.train()
         flat = {f"{name}_h{h + 1}": value for name, by_step in errors.items() for h, value in enumerate(by_step)}
         log.write("validation", self.step, {**losses, **flat})
@@ -463,13 +465,14 @@ class _Run:
 
 
 def open_loop_errors(
-    model: WAM, windows: TensorDict, *, scale: Mapping[str, Tensor] | None = None
+    model: WAM, windows: TensorDict, horizon: int | None = None, *, scale: Mapping[str, Tensor] | None = None
 ) -> dict[str, list[float]]:
     """How wrong the model's imagination is after 1..H executed actions, beside the guess that nothing moves.
 
     Args:
         model: that answers "rollout"; the state errors need "decode" too.
-        windows: batch [B] of H steps, as in `WAM.loss`.
+        windows: batch [B] of H steps or more, as in `WAM.loss`.
+        horizon: H; None is as many steps as the windows have.
         scale: observation key -> standard deviation per feature, of which those up to 0.001 (features that never vary)
             are left out. None is 1.
 
@@ -482,15 +485,16 @@ def open_loop_errors(
         Steps past an episode's end do not count.
     """
     model.spec.require("rollout")
-    rows, horizon = windows["action"].shape[:2]
-    observation, valid = windows["observation"], windows["valid"]
+    horizon = windows["action"].shape[1] if horizon is None else horizon
+    observation, valid = windows["observation"][:, : horizon + 1], windows["valid"][:, :horizon]
+    actions, rows = windows["action"][:, :horizon], len(valid)
 
     def encode(frames: TensorDict, task: Tensor) -> TensorDict:
         count = len(task)
         return model.encode(
             Context(
                 observation=frames.unsqueeze(1),
-                past_actions=windows["action"].new_empty(count, 0, model.spec.action_dim),
+                past_actions=actions.new_empty(count, 0, model.spec.action_dim),
                 valid=torch.ones(count, 1, dtype=torch.bool, device=task.device),
                 task=task,
             )
@@ -498,7 +502,7 @@ def open_loop_errors(
 
     start = encode(observation[:, 0], windows["task"])
     noise = NoiseKey.for_rows(rows, device=windows["task"].device)
-    imagined = model.imagine(start, windows["action"].unsqueeze(1), noise=noise, with_frames=True)
+    imagined = model.imagine(start, actions.unsqueeze(1), noise=noise, with_frames=True)
     errors: dict[str, list[float]] = {}
     if imagined.frames is not None:
         frames = imagined.frames[:, 0].float().mean(1)  # [B, H, D]
