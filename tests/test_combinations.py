@@ -53,6 +53,7 @@ READS = {
     "geometric": ("state", "proprioception"),
     "pixel": ("pixels",),
     "pixel and geometric": ("pixels", "proprioception"),
+    "feature and geometric": ("pixels", "proprioception"),
     "feature": ("pixels",),
 }
 TRACKS = {"point": {"state": [0, 1, 2, 3], "proprioception": [0, 1]}, "goal": {"state": [4, 5]}}
@@ -100,7 +101,7 @@ def build(substrate: str, backbone: str, coupling: str | None) -> WAM:
         small = {"width": 16, "layers": 2, "heads": 2, "head_dim": 8}
         small |= {"action_width": 12} if backbone == "mot" else {}
         parts = [images.config] if images is not None else [{"name": "geometric", "tracks": TRACKS}]
-        if substrate == "pixel and geometric":
+        if substrate.endswith("and geometric"):
             parts.append({"name": "geometric", "keys": ["proprioception"]})
         config |= {"backbone": {**chosen["backbone"], **small}, "substrate": parts if len(parts) > 1 else parts[0]}
         config = {**chosen, **config}
@@ -206,5 +207,7 @@ def test_a_combination_builds_trains_imagines_proposes_and_acts(substrate, backb
 def test_a_deployment_that_a_model_cannot_serve_is_refused():
     with pytest.raises(ValueError, match="does not answer 'decode'"):
         controller(build("feature", "mot", "uwm"), "adaptive", compare="observation")
+    with pytest.raises(ValueError, match="does not decode pixels, .* use controller.compare=latent"):
+        controller(build("feature and geometric", "mot", "uwm"), "adaptive", compare="observation")
     with pytest.raises(ValueError, match="does not answer 'rollout'.*wam=mot_uwm"):
         PlannerPolicy(build("pixel", "mot", "idm"), make_mppi(horizon=CHUNK))

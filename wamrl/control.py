@@ -443,8 +443,8 @@ class AdaptivePolicy(PlannerPolicy):
     evaluations: of one plan and row, this extra chunk included.
     log: early counts the rows that did not wait for the end of their chunk.
 
-    Raises ValueError for a model without "rollout", or without "decode" where observations are compared, and for a
-    budget too small.
+    Raises ValueError for a model without "rollout", or one that does not decode every key of the observation where
+    observations are compared, and for a budget too small.
     """
 
     def __init__(
@@ -470,6 +470,15 @@ class AdaptivePolicy(PlannerPolicy):
                 f"replan_every is {self.replan_every}, so that every step has a plan of its own and nothing is left to "
                 "verify; set 2 or more, or use controller=single_step"
             )
+        if compare == "observation":
+            with torch.no_grad():
+                decoded = set(model.decode(self._blank(1)).keys())
+            hidden = [key for key in model.spec.observation if key not in decoded]
+            if hidden:
+                raise ValueError(
+                    f"controller.compare=observation, but this model does not decode {', '.join(hidden)}, so what it "
+                    "foresees cannot be compared with what is observed; use controller.compare=latent"
+                )
         self.threshold, self.compare, self.latent = threshold, compare, latent
         self._look_s = 0.0  # what the latest look at a chosen chunk took
         if evaluations is not None:
