@@ -215,6 +215,29 @@ def test_cached_equals_the_full_forward(name, given, asked, backbone):
     torch.testing.assert_close(cached[part], full[part], atol=1e-5, rtol=0.0)
 
 
+@pytest.mark.parametrize("backbone", ["mot", "dit"])
+def test_cached_equals_the_full_forward_where_a_goal_leaves_out_the_frames_before_it(backbone):
+    sizes = SIZES if backbone == "mot" else {"name": "dit", "width": 24, "layers": 2, "heads": 2, "head_dim": 8}
+    denoiser = (model := make("mot_uwm", backbone=sizes)).denoiser
+    contents, times, task = random_contents(model, ("V", "I"))
+    times[("V", 0)], hidden = torch.tensor([[0.0, 1.0]] * 2), torch.tensor([[True, False]] * 2)
+    full, _ = denoiser.run(list(contents), contents, times, task, hidden={("V", 0): hidden})
+    inverse = ("I", 0)
+
+    def cached() -> torch.Tensor:
+        prefix = denoiser.prefix(contents[("F", 0)], task)
+        prefix = denoiser.extend(prefix, "V", contents[("V", 0)], task, hidden)
+        part = {inverse: contents[inverse]}
+        return denoiser.run([inverse], part, {inverse: times[inverse]}, task, prefix=prefix)[0][inverse]
+
+    before = cached()
+    torch.testing.assert_close(before, full[inverse], atol=1e-5, rtol=0.0)
+    contents[("V", 0)][:, 0] += 3.0
+    assert torch.equal(cached(), before)
+    contents[("V", 0)][:, 1] += 3.0
+    assert not torch.allclose(cached(), before)
+
+
 def test_what_is_absent_in_training_is_left_out_when_asked():
     model = make("mot_uwm")
     contents, times, task = random_contents(model, ("V", "G"))
@@ -539,6 +562,17 @@ V = {"kind": "future", "sees": ["F", "V"]}
     ({"F": F, "A": A}, {"policy": [{"denoise": []}]}, "a stage of 'policy' has no denoise"),
     ({"F": F, "V": V, "A": {**A, "sees": ["F", "V", "A"]}},
      {"future_first": [{"given": {"V": "V"}, "denoise": ["A"]}, {"denoise": ["V"]}]}, "does not answer it"),
+    (None, {}, "segments of a coupling: None is given, expected settings"),
+    ({"F": F, "A": None}, {}, "segment A: None is given, expected settings"),
+    ({"F": F, "A": {**A, "sees": "FA"}}, {}, "sees of segment A: 'FA' is given, expected a list in brackets"),
+    ({"F": F, "A": {**A, "copies": 1.5}}, {}, "copies of segment A is 1.5, but must be a whole number"),
+    ({"F": F, "A": {**A, "start": "often"}}, {}, "start of segment A is 'often', expected a probability"),
+    ({"F": F, "A": {**A, "weight": math.nan}}, {}, "weight of segment A is nan, expected a finite number"),
+    ({"F": F, "A": {**A, "causal": "yes"}}, {}, "causal of segment A is 'yes', expected true or false"),
+    ({"F": F, "A": A}, {"policy": None}, "the query 'policy': None is given, expected a list"),
+    ({"F": F, "A": A}, {"policy": [["A"]]}, "a stage of 'policy': .'A'. is given, expected settings"),
+    ({"F": F, "A": A}, {"policy": [{"denoise": "A"}]}, "denoise of 'policy': 'A' is given, expected a list"),
+    ({"F": F, "V": V, "A": A}, {"rollout": [{"given": ["A"], "denoise": ["V"]}]}, "given of 'rollout': .*settings"),
 ])  # fmt: skip
 def test_a_contradiction_is_refused_with_a_sentence(segments, queries, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -567,6 +601,10 @@ PAPER = {"V": {"sees": ["F", "V", "A"]}, "A": {"copies": 1}}
     ("uwm", {"V": {"goal": 0.0}}, "'inverse' is given the last frame of V, .* goal of V is 0; set it between 0 and 1"),
     ("uwm", {"V": {"goal": 1.0}}, "'future_first' is given all of V, .* goal of V is 1; set it between 0 and 1"),
     ("uwm", {"I": {"same_as": None}}, "'joint' ties G to I, but in training each has noise and times of its own"),
+    ("uwm", {"V": {"clean": 1.0}}, "given G, which is seen in no sample.*yields to V, .* set clean of V below 1"),
+    ("fast", {"A": {"clean": 1.0}}, "'policy' denoises A, which is clean in every sample.*set clean of A below 1"),
+    ("idm", {"C": {"absent": 1.0}}, "A sees C, which is absent in every sample.*set absent of C below 1"),
+    ("uwm", {"G": {"absent": 1.0}}, "V sees G, which is absent in every sample of training.*set absent of G below 1"),
     ("uwm", {"I": {"absent": 0.1}}, "I has the noise times of G.*leave start, .* and yields_to out of I"),
 ])  # fmt: skip
 def test_a_query_that_training_never_shows_is_refused(name, changes, sentence):
@@ -597,6 +635,29 @@ def test_the_joint_variant_of_the_paper_builds_without_the_query_that_it_cannot_
     ({"policy": "joint"}, "policy of this coupling"),
     ({"coupling": {"segments": {"F": F, "V": V}, "queries": {"video": [{"denoise": ["V"]}]}}}, "could not act"),
     ({"futures": 0}, "futures"),
+    ({"substrate": {"name": "geometric", "keys": ["state"]}}, "no substrate of this model reads proprioception; leave"),
+    ({"substrate": "geometric"}, "substrate is 'geometric', but is made of settings.*wam/substrate=<name>"),
+    ({"backbone": "dit"}, "backbone is 'dit', but is made of settings.*wam/backbone=<name>"),
+    ({"coupling": "joint"}, "coupling is 'joint', but is made of settings.*wam/coupling=<name>"),
+    ({"coupling": None}, "coupling is None, but is made of settings"),
+    ({"backbone": {"name": "mot", "expansion": 0}}, "backbone.expansion is 0"),
+    ({"backbone": {"name": "mot", "action_expansion": 1.5}}, "backbone.action_expansion is 1.5"),
+    ({"backbone": {"name": "mot", "action_width": 0}}, "backbone.action_width is 0"),
+    ({"chunk_length": None}, "chunk_length is None, but must be a whole number"),
+    ({"frame_stride": 2.0}, "frame_stride is 2.0, but must be a whole number"),
+    ({"max_horizon": 0}, "max_horizon is 0, but must be a whole number of at least 1"),
+    ({"max_horizon": 2.5}, "max_horizon is 2.5, but must be a whole number"),
+    ({"head_width": 0}, "head_width is 0"),
+    ({"values": 0}, "values is 0"),
+    ({"discount": 1.0}, "discount is 1.0, but must be above 0 and below 1"),
+    ({"discount": "abc"}, "discount is abc, but must be above 0 and below 1"),
+    ({"expectile": 2.0}, "expectile is 2.0, but must be above 0 and at most 1"),
+    ({"target_rate": -1.0}, "target_rate is -1.0"),
+    ({"reward_scale": 0.0}, "reward_scale is 0.0, but must be a finite number above 0"),
+    ({"success_bonus": None}, "success_bonus is None, but must be a finite number"),
+    ({"sde_scale": 0.0}, "sde_scale is 0.0, but must be above 0"),
+    ({"shortcut": "much"}, "shortcut is much, expected a share"),
+    ({"loss_weights": {"policy": "a"}}, "loss_weights.policy is 'a', but must be a finite number"),
 ])  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(changes, sentence):
     with pytest.raises(ValueError, match=sentence):

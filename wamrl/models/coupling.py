@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from wamrl.models.dit import KINDS
-from wamrl.naming import unknown_name
+from wamrl.naming import is_number, unknown_name, whole_number
 
 TARGETS = ("label", "executed")
 QUERIES = ("policy", "joint", "future_first", "video", "rollout", "inverse")
@@ -96,15 +96,19 @@ class Coupling:
     def __init__(
         self, segments: Mapping[str, Mapping[str, Any]], queries: Mapping[str, Sequence[Mapping[str, Any]]]
     ) -> None:
+        _check_kind("segments of a coupling", segments, Mapping)
+        _check_kind("queries of a coupling", queries, Mapping)
         self.segments = {name: _segment(name, settings) for name, settings in segments.items()}
         frames = [name for name, segment in self.segments.items() if segment.kind == "frame"]
         if frames != ["F"]:
             raise ValueError(f"a coupling has exactly one segment of kind frame, named F, but this one has {frames}")
         for name, segment in self.segments.items():
             self._check(name, segment)
-        self.queries = {name: [_stage(name, stage) for stage in stages] for name, stages in queries.items()}
-        for name, stages in self.queries.items():
-            self._check_query(name, stages)
+        self.queries: dict[str, list[Stage]] = {}
+        for name, given in queries.items():
+            _check_kind(f"the query '{name}'", given, Sequence)
+            self.queries[name] = [_stage(name, stage) for stage in given]
+            self._check_query(name, self.queries[name])
         if not any(self.trained()):
             raise ValueError("no segment has a weight above 0, so that there is nothing to train")
 
@@ -268,6 +272,12 @@ class Coupling:
                         f"the query '{query}' ties {name} to {other}, but in training each has noise and times of its "
                         f"own; set same_as of {name} to {other}, or that of {other} to {name}"
                     )
+            for name in stage.denoise:
+                if self.segments[self._timed(name)].clean >= 1:
+                    raise ValueError(
+                        f"the query '{query}' denoises {name}, which is clean in every sample of training, so that "
+                        f"nothing taught it to; set clean of {self._timed(name)} below 1 or leave the query out"
+                    )
             for name in (*stage.denoise, *stage.tied):
                 self._check_seen(query, name, present.union(stage.denoise, stage.tied), clean=False)
 
@@ -279,6 +289,12 @@ class Coupling:
                 f"the query '{query}' is given {name}, which is never clean in training, so that nothing taught the "
                 f"others to read it; set clean of {timed} above 0 or leave the query out"
             )
+        if segment.yields_to is not None and self.segments[segment.yields_to].clean >= 1:
+            raise ValueError(
+                f"the query '{query}' is given {name}, which is seen in no sample of training: it yields to "
+                f"{segment.yields_to}, which is always clean; set clean of {segment.yields_to} below 1 or leave the "
+                "query out"
+            )
         if segment.kind == "future" and (segment.goal <= 0 if query == "inverse" else segment.goal >= 1):
             wanted, shown = ("the last frame of", "whole") if query == "inverse" else ("all of", "its last frame alone")
             raise ValueError(
@@ -289,6 +305,11 @@ class Coupling:
     def _check_seen(self, query: str, name: str, present: Collection[str], *, clean: bool) -> None:
         for other in self.segments[name].sees:
             segment = self.segments[other]
+            if other in present and other != name and segment.absent >= 1:
+                raise ValueError(
+                    f"in the query '{query}' {name} sees {other}, which is absent in every sample of training, so that "
+                    f"nothing taught {name} to read it; set absent of {other} below 1 or leave the query out"
+                )
             if other in present or segment.absent > 0 or (clean and segment.yields_to == self._timed(name)):
                 continue
             raise ValueError(
@@ -302,33 +323,52 @@ class Coupling:
         return self.segments[name].same_as or name
 
 
+def _check_kind(what: str, given: object, kind: type) -> None:
+    """ValueError unless `given` is a list (`Sequence`) or settings (`Mapping`), as `kind` says."""
+    if not isinstance(given, kind) or isinstance(given, str):
+        wanted = "a list in brackets" if kind is Sequence else "settings, {name: value, ...}"
+        raise ValueError(f"{what}: {given!r} is given, expected {wanted}; see configs/wam/coupling")
+
+
 def _segment(name: str, settings: Mapping[str, Any]) -> Segment:
+    _check_kind(f"segment {name}", settings, Mapping)
     known = {item.name for item in fields(Segment)}
     for key in settings:
         if key not in known:
             raise unknown_name(f"setting of segment {name}", str(key), known)
     if "kind" not in settings:
         raise ValueError(f"segment {name} has no kind; give it one of {', '.join(KINDS)}")
-    segment = Segment(**{**settings, "sees": tuple(settings.get("sees", ()))})
+    sees = settings.get("sees", ())
+    _check_kind(f"sees of segment {name}", sees, Sequence)
+    segment = Segment(**{**settings, "sees": tuple(sees)})
     if segment.kind not in KINDS:
-        raise unknown_name(f"kind of segment {name}", segment.kind, KINDS)
+        raise unknown_name(f"kind of segment {name}", str(segment.kind), KINDS)
     if segment.target not in TARGETS:
-        raise unknown_name(f"target of segment {name}", segment.target, TARGETS)
+        raise unknown_name(f"target of segment {name}", str(segment.target), TARGETS)
     for key in SHARES:
-        if not 0.0 <= getattr(segment, key) <= 1.0:
-            raise ValueError(f"{key} of segment {name} is {getattr(segment, key)}, expected a probability")
+        share = getattr(segment, key)
+        if not (is_number(share) and 0.0 <= share <= 1.0):
+            raise ValueError(f"{key} of segment {name} is {share!r}, expected a probability")
     if segment.goal and segment.kind != "future":
         raise ValueError(f"segment {name} has goal={segment.goal}, but only a future has a last frame")
-    if segment.weight < 0 or segment.copies < 1:
-        raise ValueError(f"segment {name} has weight {segment.weight} and {segment.copies} copies")
+    if not isinstance(segment.causal, bool):
+        raise ValueError(f"causal of segment {name} is {segment.causal!r}, expected true or false")
+    if not (is_number(segment.weight) and segment.weight >= 0):
+        raise ValueError(f"weight of segment {name} is {segment.weight!r}, expected a finite number of at least 0")
+    whole_number(f"copies of segment {name}", segment.copies, 1)
     return segment
 
 
 def _stage(query: str, settings: Mapping[str, Any]) -> Stage:
+    _check_kind(f"a stage of '{query}'", settings, Mapping)
     known = {item.name for item in fields(Stage)}
     for key in settings:
         if key not in known:
             raise unknown_name(f"setting of a stage of '{query}'", str(key), known)
     if not settings.get("denoise"):
         raise ValueError(f"a stage of '{query}' has no denoise; name the segments that it samples, as in denoise: [A]")
-    return Stage(tuple(settings["denoise"]), dict(settings.get("given", {})), dict(settings.get("tied", {})))
+    _check_kind(f"denoise of '{query}'", settings["denoise"], Sequence)
+    pairs = {name: settings.get(name) or {} for name in ("given", "tied")}
+    for name, pair in pairs.items():
+        _check_kind(f"{name} of '{query}'", pair, Mapping)
+    return Stage(tuple(settings["denoise"]), dict(pairs["given"]), dict(pairs["tied"]))

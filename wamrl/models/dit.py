@@ -144,7 +144,10 @@ class DiT(nn.Module):
         expansion: Sequence[int],
         shortcut: bool,
     ) -> None:
-        for name, value in (("layers", layers), ("heads", heads), ("head_dim", head_dim), ("width", min(widths))):
+        sizes = {"layers": layers, "heads": heads, "head_dim": head_dim}
+        sizes |= dict(zip(("width", "action_width"), widths, strict=False))
+        sizes |= dict(zip(("expansion", "action_expansion"), expansion, strict=False))
+        for name, value in sizes.items():
             whole_number(f"backbone.{name}", value, 1)
         self.expert_of, self.heads, self.head_dim, self.layers = dict(expert_of), heads, head_dim, layers
         self.experts = nn.ModuleList(

@@ -32,9 +32,9 @@ from wamrl.models.denoiser import Denoiser, Prefix
 from wamrl.models.flow import gaussian_log_prob, interpolate, sde_sample, sde_step
 from wamrl.models.frame_heads import FrameHeads
 from wamrl.models.images import uint8_images
-from wamrl.models.parts import task_rows, weights_of_losses
+from wamrl.models.parts import check_values, task_rows, weights_of_losses
 from wamrl.models.substrate import make_substrate
-from wamrl.naming import unknown_name, whole_number
+from wamrl.naming import is_number, unknown_name, whole_number
 from wamrl.noise import NoiseKey
 
 LEVELS = (1.0, 0.5, 0.25, 0.125)
@@ -93,13 +93,33 @@ class FlowWAM(WAM):
         layout: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if chunk_length < 1 or frame_stride < 1 or chunk_length % frame_stride:
+        max_horizon = chunk_length if max_horizon is None else max_horizon
+        sizes = {
+            "chunk_length": chunk_length, "frame_stride": frame_stride, "max_horizon": max_horizon, "futures": futures,
+            "action_steps": action_steps, "future_steps": future_steps, "head_width": head_width, "task_dim": task_dim,
+            "values": values,
+        }  # fmt: skip
+        for name, size in sizes.items():
+            whole_number(name, size, 1)
+        check_values(
+            discount=discount,
+            target_rate=target_rate,
+            expectile=expectile,
+            reward_scale=reward_scale,
+            success_bonus=success_bonus,
+        )
+        if not (is_number(sde_scale) and sde_scale > 0):
+            raise ValueError(f"sde_scale is {sde_scale}, but must be above 0: the SDE's steps have no density without")
+        for name, given in (("substrate", substrate), ("backbone", backbone), ("coupling", coupling)):
+            if given is None or isinstance(given, str):
+                raise ValueError(
+                    f"{name} is {given!r}, but is made of settings; a named one is chosen by wam/{name}=<name>"
+                )
+        if chunk_length % frame_stride:
             raise ValueError(
                 f"chunk_length is {chunk_length} and frame_stride {frame_stride}, but a chunk must hold a whole number "
                 "of frames: choose a frame_stride that divides it"
             )
-        for name, value in (("futures", futures), ("action_steps", action_steps), ("future_steps", future_steps)):
-            whole_number(name, value, 1)
         if set(coupling) != {"segments", "queries"}:
             raise ValueError(
                 f"a coupling has segments and queries, but this one {', '.join(map(str, coupling)) or 'nothing'}; see "
@@ -113,7 +133,13 @@ class FlowWAM(WAM):
         acting = policy or answered[0]
         places = Layout.of(layout, observation)
         self.substrate = make_substrate(substrate, observation, places)
-        if not 0.0 <= shortcut <= 1.0:
+        unread = [key for key in observation if key not in self.substrate.keys]
+        if unread:
+            raise ValueError(
+                f"no substrate of this model reads {', '.join(unread)}; leave it out of observation=[...], or name it "
+                "among the keys of a substrate"
+            )
+        if not (is_number(shortcut) and 0.0 <= shortcut <= 1.0):
             raise ValueError(f"shortcut is {shortcut}, expected a share of the batch from 0 to 1")
         self.shortcut = shortcut
         frames, frame = chunk_length // frame_stride, (self.substrate.tokens, self.substrate.width)
@@ -138,7 +164,7 @@ class FlowWAM(WAM):
             action_dim=action_dim,
             tasks=tuple(tasks),
             chunk_length=chunk_length,
-            max_horizon=max_horizon or chunk_length,
+            max_horizon=max_horizon,
             discount=discount,
             control_dt_s=control_dt_s,
             provides=frozenset(provides),

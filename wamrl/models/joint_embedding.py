@@ -41,7 +41,16 @@ from torch.nn import functional as F
 
 from wamrl.interfaces import WAM, Anatomy, Context, Imagined, Layout, Proposal, Spec, State, keys_of_images, task_id
 from wamrl.models.images import ImageSubstrate, uint8_images
-from wamrl.models.parts import EnsembleLinear, ensemble_mlp, mlp, mlp_block, normalise, task_rows, weights_of_losses
+from wamrl.models.parts import (
+    EnsembleLinear,
+    check_values,
+    ensemble_mlp,
+    mlp,
+    mlp_block,
+    normalise,
+    task_rows,
+    weights_of_losses,
+)
 from wamrl.models.substrate import make_substrate
 from wamrl.naming import unknown_name, whole_number
 from wamrl.noise import NoiseKey
@@ -117,18 +126,13 @@ class JointEmbeddingWAM(WAM):
         }  # fmt: skip
         for name, size in sizes.items():
             whole_number(name, size, 1)
-        if not 0.0 < discount < 1.0:
-            raise ValueError(f"discount is {discount}, but must be above 0 and below 1: values are in units of its sum")
-        for name, share in (("target_rate", target_rate), ("expectile", expectile)):
-            if not 0.0 < share <= 1.0:
-                raise ValueError(f"{name} is {share}, but must be above 0 and at most 1")
-        if not 0.0 < reward_scale < math.inf:
-            raise ValueError(f"reward_scale is {reward_scale}, but must be a finite number above 0")
-        if not math.isfinite(success_bonus) or success_bonus < 0:
-            raise ValueError(
-                f"success_bonus is {success_bonus}, but must be a finite number of at least 0: what a step of success "
-                "is worth beside its reward; 0 leaves success out of the values"
-            )
+        check_values(
+            discount=discount,
+            target_rate=target_rate,
+            expectile=expectile,
+            reward_scale=reward_scale,
+            success_bonus=success_bonus,
+        )
         self.substrate = _substrate(observation, tokenizer)
         images = self.substrate.keys if self.substrate else ()
         self.features = {key: math.prod(shape) for key, shape in observation.items() if key not in images}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wamrl.naming import unknown_name
+from wamrl.naming import is_number, unknown_name
 
 
 def normalise(x: Tensor) -> Tensor:
@@ -76,7 +76,28 @@ def task_rows(task: Tensor, ids: Tensor, names: Sequence[str]) -> Tensor:
 
 def weights_of_losses(usual: Mapping[str, float], given: Mapping[str, float] | None) -> dict[str, float]:
     """The `usual` weights with the `given` ones in their place; UnknownNameError for a loss that the model has not."""
-    for name in given or {}:
+    given = given or {}
+    for name in given:
         if name not in usual:
             raise unknown_name("name in loss_weights", name, usual)
-    return {**usual, **(given or {})}
+        if not (is_number(given[name]) and given[name] >= 0):
+            raise ValueError(f"loss_weights.{name} is {given[name]!r}, but must be a finite number of at least 0")
+    return {**usual, **given}
+
+
+def check_values(
+    *, discount: float, target_rate: float, expectile: float, reward_scale: float, success_bonus: float
+) -> None:
+    """ValueError for settings that values cannot be learned with, in units of (reward + bonus) / (1 - discount)."""
+    if not (is_number(discount) and 0.0 < discount < 1.0):
+        raise ValueError(f"discount is {discount}, but must be above 0 and below 1: values are in units of its sum")
+    for name, share in (("target_rate", target_rate), ("expectile", expectile)):
+        if not (is_number(share) and 0.0 < share <= 1.0):
+            raise ValueError(f"{name} is {share}, but must be above 0 and at most 1")
+    if not (is_number(reward_scale) and reward_scale > 0):
+        raise ValueError(f"reward_scale is {reward_scale}, but must be a finite number above 0")
+    if not (is_number(success_bonus) and success_bonus >= 0):
+        raise ValueError(
+            f"success_bonus is {success_bonus}, but must be a finite number of at least 0: what a step of success "
+            "is worth beside its reward; 0 leaves success out of the values"
+        )
