@@ -71,10 +71,14 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     """
     from torch._dynamo import config  # seconds to import, so only where it is needed
 
+    from wamrl.planners.compiler_passes import BiasApart
+
     # Torch counts the graphs of all planners of a process together, and a planner and its null control have one each
     # for every number of rows: with ten rows and fewer, ten.
     config.recompile_limit = max(config.recompile_limit, MOST_GRAPHS)
-    return torch.compile(function, fullgraph=True, dynamic=False, options={"cpp_wrapper": True, **options})
+    # Last of all passes: torch's own would make one call of product and sum again.
+    options = {"cpp_wrapper": True, "post_grad_custom_post_pass": BiasApart(), **options}
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
 def padding(rows: int, device: torch.device) -> Tensor | None:
