@@ -40,6 +40,7 @@ FAST = [
 TOKENIZER = ["wam=tokenizer", "observation=[pixels]", "wam.substrate.channels=8", "wam.substrate.patch=1", *FAST]
 FLOW = ["wam=mot_uwm", "wam/substrate=pixels", "observation=[pixels,proprioception]", "tokenizer=tokenizer", *FAST,
         "wam.chunk_length=2", "wam.frame_stride=1", "wam.backbone.layers=1", "wam.backbone.width=16"]  # fmt: skip
+HAND = "{name: geometric, keys: [proprioception]}"
 REFERENCE = ["wam=reference", "observation=[pixels,proprioception]", *FAST, *(f"wam.{k}={v}" for k, v in SMALL.items())]
 
 
@@ -234,8 +235,8 @@ def test_a_flow_matching_model_decodes_no_image_that_nobody_asked_for(data, toke
             ["wam.substrate=[{name: tokenizer, keys: [wrist]}]"],
             "is to read ['wrist'], but the tokenizer was trained on",
         ),
-        (["wam.substrate=[{name: tokenizer},{name: feature, keys: [pixels]}]"], "a substrate 'feature' whose weights"),
-        (["wam.substrate=[{name: pixel, keys: [pixels]}]", "tokenizer=null"], "a substrate 'pixel' whose weights are"),
+        ([f"wam.substrate=[{{name: tokenizer}},{{name: feature, keys: [pixels]}},{HAND}]"], "'feature' whose weights"),
+        ([f"wam.substrate=[{{name: pixel, keys: [pixels]}},{HAND}]", "tokenizer=null"], "'pixel' whose weights are"),
     ],
 )
 def test_a_flow_matching_model_and_a_tokenizer_that_do_not_belong_together_are_refused(
