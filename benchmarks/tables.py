@@ -451,13 +451,14 @@ def posttrain(result: Mapping[str, Any]) -> str:
 
 
 def closed_loop(result: Mapping[str, Any]) -> str:
-    """Success of planner and policy after every round of the closed loop."""
+    """Success of planner and policy after every round of the closed loop, of the last one by task as well."""
     metrics, rows = result["metrics"], []
     tasks = sorted({key.split("/")[1] for key in metrics if key.endswith("/planner/success")} - {"mean"})
     tasks = [task for task in tasks if not task.startswith("seed")]
-    for number in range(sum(key.endswith("/real_steps") for key in metrics)):
+    rounds = sum(key.endswith("/real_steps") for key in metrics)
+    for number in range(rounds):
         place = f"round{number}"
-        for scope in ("mean", *tasks):
+        for scope in ("mean", *(tasks if number == rounds - 1 else ())):
             planner, policy = (metrics[f"{place}/{scope}/{method}/success"] for method in ("planner", "policy"))
             first = [str(number), f"{metrics[f'{place}/real_steps']:,.0f}"] if scope == "mean" else ["", ""]
             rows.append([*first, scope, _rate(planner), _rate(policy), str(planner["n"])])
