@@ -72,11 +72,10 @@ def stages(seed: int, directory: Path, variants: Sequence[str], steps: int = STE
                f"first_start={1000 * seed}", "snapshots=false"]  # fmt: skip
     train = [f"data={data}", "wam=reference", "steps=4000", "tensorboard=false"]
     found = [Stage("collect", "collect", (*collect, *common)), Stage("weak", "train", (*train, *common))]
-    iterations = f"iterations={math.ceil(steps / STEPS_PER_ITERATION)}"
     for name in variants:
         own = [f"wam={directory / 'weak'}", f"data={data}", f"episodes={EPISODES}",
                f"first_start={FIRST_TEST_START}", "evaluate=test", "final_report=true"]  # fmt: skip
-        length = (iterations,) if name in BUDGETED else ()
+        length = (f"iterations={_iterations(steps)}",) if name in BUDGETED else ()
         found.append(Stage(name, "posttrain", (*VARIANTS[name], *own, *common), length))
     return found
 
@@ -91,8 +90,12 @@ def run(seed: int, out: Path, variants: Sequence[str], steps: int = STEPS) -> No
         longer = False
         if stage.length and is_done(stage, directory):
             ran = json.loads((directory / stage.name / "results.json").read_text())["iterations"]
-            longer = ran < math.ceil(steps / STEPS_PER_ITERATION)
+            longer = ran < _iterations(steps)
         run_told(stage, directory, again=longer, label=f"seed {seed}")
+
+
+def _iterations(steps: int) -> int:
+    return math.ceil(steps / STEPS_PER_ITERATION)
 
 
 def finished(out: Path, seeds: Sequence[int]) -> dict[str, dict[int, dict[str, Any]]]:
