@@ -52,6 +52,8 @@ from wamrl.planners.tree import BACKUPS, RULES, Statistics, Tree, considered_vis
 SEARCHES = tuple(RULES)
 BLOCK = 2
 """Simulations whose noise is drawn at once, and between which nothing looks at the clock of a deadline."""
+HALVED_DEPTH = 8
+"""From that `depth` on compiled searches work on half of the levels for as long as no path is longer."""
 
 
 class _Root(NamedTuple):
@@ -125,6 +127,7 @@ class MCTSPlanner:
     compile: bool = False
     on_failure: str = "raise"
     _compiled: Any = field(default=None, init=False, repr=False)
+    _compiled_rows: set[int] = field(default_factory=set, init=False, repr=False)
     _keeping_s: dict[int, float] = field(default_factory=dict, init=False, repr=False)
     _remembering_s: float = field(default=0.0, init=False, repr=False)
 
@@ -392,6 +395,7 @@ class MCTSPlanner:
         one_hot = torch.eye(model.spec.action_dim, device=device)
         logits = self._logits(model, state, one_hot) if discrete else torch.zeros(rows, slots, device=device)
         tree = self._tree(model, state, logits, self.simulations)
+        deepest = 0 if discrete else 1  # edges to the deepest node
         if self.reuse:
             warm = (
                 plan_state["warm"]
@@ -402,6 +406,7 @@ class MCTSPlanner:
             )
             if warm.any():
                 tree.graft(plan_state["tree"], warm.nonzero()[:, 0])
+                deepest = self.depth
         considered = min(self.num_candidates, slots, simulations)
         spent = torch.zeros(rows, dtype=torch.int64, device=device)
         before = tree.statistics(tree.base).counts
@@ -441,9 +446,11 @@ class MCTSPlanner:
                 for j in range(i, stop, BLOCK):
                     num = min(BLOCK, simulations - j)
                     offsets[:, j : j + num] = self._offsets(model, noise[left].fold(4).fold(j), num)
-            # Numbers would be compiled into the function.
-            work = root, visits, offsets, torch.tensor(i), torch.tensor(stop)
-            spent[left] += self._run_compiled(clock, *work) if self.compile else self._simulations(model, *work)
+            if self.compile:
+                taken, deepest = self._run_compiled(clock, root, visits, offsets, i, stop, deepest)
+            else:
+                taken = self._simulations(model, root, visits, offsets, i, stop)
+            spent[left] += taken
             i = stop
             slowest = max(slowest, time.perf_counter() - begun)
         begun = time.perf_counter()
@@ -463,36 +470,73 @@ class MCTSPlanner:
             self._keeping_s[tree.rows] = time.perf_counter() - begun
         return self._keeping_s.get(tree.rows, 0.0) + self._remembering_s
 
-    def _run_compiled(self, clock: ModelClock, *arguments: Any) -> Tensor:
-        """`_simulations` of the model, compiled."""
-        if self._compiled is None:
-            # Numbers gathered from a tree are read often: kept, not gathered anew by each reader.
-            self._compiled = compiled(self._simulations, realize_reads_threshold=1)
-        return cast(Tensor, run_compiled(self._compiled, clock, *arguments))
-
     def _simulations(
-        self, model: WAM, root: _Root, visits: Tensor, offsets: Tensor, start: Tensor, stop: Tensor
+        self, model: WAM, root: _Root, visits: Tensor, offsets: Tensor, start: int, stop: int
     ) -> Tensor:
-        """The simulations `start` [] to `stop` [] - 1 per row; evaluations [R] that they took.
+        """The simulations `start` to `stop` - 1 per row; evaluations [R] that they took.
 
         visits: [S] of the root's child that each goes to. offsets: [R, S, H, A].
         """
         spent = torch.zeros_like(root.tree.base)
-        if not torch.compiler.is_compiling():
-            for i, goal in enumerate(visits.tolist()[start:stop], int(start)):
-                spent += self._simulate(model, root, goal, offsets[:, i : i + 1], i)
-            return spent
+        for i, goal in enumerate(visits.tolist()[start:stop], start):
+            spent += self._simulate(model, root, goal, offsets[:, i : i + 1], i, self.depth)[0]
+        return spent
+
+    def _run_compiled(
+        self, clock: ModelClock, root: _Root, visits: Tensor, offsets: Tensor, start: int, stop: int, deepest: int
+    ) -> tuple[Tensor, int]:
+        """`_simulations`, compiled, of trees whose nodes are `deepest` edges from the root at most; and the new depth.
+
+        All levels of a path are worked on, whether or not it has as many: so of deep trees the first simulations run in
+        a function of half of the levels.
+        """
+        if self._compiled is None:
+            # Numbers gathered from a tree are read often: kept, not gathered anew by each reader.
+            self._compiled = compiled(self._compilable, realize_reads_threshold=1)
+        rows, device = root.tree.rows, root.tree.base.device
+        first = rows not in self._compiled_rows
+        spent, number, depth = torch.zeros_like(root.tree.base), torch.tensor(start), torch.tensor(deepest, device=device)
+        # Elsewhere than on a CPU, to look at the depth would stop the loop in every simulation.
+        halved = [self.depth // 2] if self.depth >= HALVED_DEPTH and device.type == "cpu" else []
+        for levels in (*halved, self.depth):
+            # The first time all of them, so that none is compiled in the middle of a later plan.
+            if first or (int(number) < stop and (int(depth) < levels or levels == self.depth)):
+                # Numbers would be compiled into the function; only `levels` is.
+                work = root, visits, offsets, number, torch.tensor(stop), depth, levels
+                number, taken, depth = run_compiled(self._compiled, clock, *work)
+                spent = spent + taken
+        self._compiled_rows.add(rows)
+        return spent, int(depth)
+
+    def _compilable(
+        self,
+        model: WAM,
+        root: _Root,
+        visits: Tensor,
+        offsets: Tensor,
+        start: Tensor,
+        stop: Tensor,
+        deepest: Tensor,
+        levels: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Simulations from `start` [] on, up to `stop` [] - 1, as long as no path has more than `levels` edges.
+
+        Returns the number [] of the next one, evaluations [R], and how deep [] the trees are then. visits, offsets: as
+        in `_simulations`.
+        """
         from torch._higher_order_ops.while_loop import while_loop  # seconds to import, so only where it is needed
 
-        def more(number: Tensor, spent: Tensor) -> Tensor:
-            return number < stop
+        def more(number: Tensor, spent: Tensor, deepest: Tensor) -> Tensor:
+            return (number < stop) if levels == self.depth else (number < stop) & (deepest < levels)
 
-        def simulate(number: Tensor, spent: Tensor) -> tuple[Tensor, Tensor]:
+        def simulate(number: Tensor, spent: Tensor, deepest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             at = number.view(1).to(visits.device)  # the counter stays on the CPU, where the loop asks for it
-            taken = self._simulate(model, root, visits.index_select(0, at), offsets.index_select(1, at), number)
-            return number + 1, spent + taken
+            goal, offset = visits.index_select(0, at), offsets.index_select(1, at)
+            taken, edges = self._simulate(model, root, goal, offset, number, levels)
+            return number + 1, spent + taken, torch.maximum(deepest, edges.max())
 
-        return cast(Tensor, while_loop(more, simulate, (start, spent))[1])
+        number, spent, deepest = while_loop(more, simulate, (start, torch.zeros_like(root.tree.base), deepest))
+        return number, spent, deepest
 
     def _offsets(self, model: WAM, noise: NoiseKey, num: int) -> Tensor:
         """[R, N, H, A] noise for the proposer."""
@@ -528,13 +572,15 @@ class MCTSPlanner:
         tree.count_at_root(edges, nodes)
         return imagined.evaluations
 
-    def _simulate(self, model: WAM, root: _Root, visits: int | Tensor, offset: Tensor, number: int | Tensor) -> Tensor:
-        """The simulation of that number per row, with `offset` [R, 1, H, A]; evaluations [R] that it took.
+    def _simulate(
+        self, model: WAM, root: _Root, visits: int | Tensor, offset: Tensor, number: int | Tensor, depth: int
+    ) -> tuple[Tensor, Tensor]:
+        """The simulation of that number per row, with `offset` [R, 1, H, A]; evaluations and edges of its path, [R].
 
-        visits: of the root's child that it goes to, by the schedule.
+        visits: of the root's child that it goes to, by the schedule. depth: the most edges.
         """
         tree, noise = root.tree, root.noise.fold(number)
-        path = tree.descend(self._first(root, visits), self.depth)
+        path = tree.descend(self._first(root, visits), depth)
         # Nothing is imagined behind the deepest nodes, and where all of the root's children are dead.
         wanted = (path.leaf == tree.trash) & (tree.edge[path.end, 2] > -math.inf)
         leaf, end, rows = path.leaf, path.end, None
@@ -567,7 +613,7 @@ class MCTSPlanner:
             leaf = torch.where(wanted, at, leaf) if rows is None else leaf.index_copy(0, rows, at)
             spent = (torch.ones_like(spent) if rows is None else spent) * imagined.evaluations
         tree.back_up(path, leaf)
-        return spent
+        return spent, path.last + 1
 
     def _propose(self, model: WAM, state: State, slots: Tensor, offsets: Tensor, noise: NoiseKey) -> Proposal:
         """The proposer's chunks [X, N, H, A] for the edges `slots` [X, N] of the states [X]; NaN where not finite."""
