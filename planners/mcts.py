@@ -470,9 +470,7 @@ class MCTSPlanner:
             self._keeping_s[tree.rows] = time.perf_counter() - begun
         return self._keeping_s.get(tree.rows, 0.0) + self._remembering_s
 
-    def _simulations(
-        self, model: WAM, root: _Root, visits: Tensor, offsets: Tensor, start: int, stop: int
-    ) -> Tensor:
+    def _simulations(self, model: WAM, root: _Root, visits: Tensor, offsets: Tensor, start: int, stop: int) -> Tensor:
         """The simulations `start` to `stop` - 1 per row; evaluations [R] that they took.
 
         visits: [S] of the root's child that each goes to. offsets: [R, S, H, A].
@@ -495,7 +493,8 @@ class MCTSPlanner:
             self._compiled = compiled(self._compilable, realize_reads_threshold=1)
         rows, device = root.tree.rows, root.tree.base.device
         first = rows not in self._compiled_rows
-        spent, number, depth = torch.zeros_like(root.tree.base), torch.tensor(start), torch.tensor(deepest, device=device)
+        spent, number = torch.zeros_like(root.tree.base), torch.tensor(start)
+        depth = torch.tensor(deepest, device=device)
         # Elsewhere than on a CPU, to look at the depth would stop the loop in every simulation.
         halved = [self.depth // 2] if self.depth >= HALVED_DEPTH and device.type == "cpu" else []
         for levels in (*halved, self.depth):
@@ -582,7 +581,7 @@ class MCTSPlanner:
         tree, noise = root.tree, root.noise.fold(number)
         path = tree.descend(self._first(root, visits), depth)
         # Nothing is imagined behind the deepest nodes, and where all of the root's children are dead.
-        wanted = (path.leaf == tree.trash) & (tree.edge[path.end, 2] > -math.inf)
+        wanted = (path.leaf == tree.trash) & tree.is_open(path.end)
         leaf, end, rows = path.leaf, path.end, None
         if not torch.compiler.is_compiling() and not wanted.all():
             rows = wanted.nonzero()[:, 0]

@@ -55,12 +55,13 @@ class Statistics(NamedTuple):
 class Path(NamedTuple):
     """How a simulation went through each row's tree, from the root to an edge without a node.
 
-    edges: [L, B], behind the last one those of the bin. last: [B] its level. end: [B] the last edge. leaf: [B] the node
-    behind that, the bin where it has none yet; otherwise the path is as long as it may be, and its last node is visited
-    anew.
+    edges: [L, B], behind the last one those of the bin. starts: [L, B] the nodes that they start at. last: [B] the last
+    one's level. end: [B] the last edge. leaf: [B] the node behind that, the bin where it has none yet; otherwise the
+    path is as long as it may be, and its last node is visited anew.
     """
 
     edges: Tensor
+    starts: Tensor
     last: Tensor
     end: Tensor
     leaf: Tensor
@@ -109,11 +110,11 @@ class Tree:
         self.trash = self.base + num_nodes
         total = rows * (num_nodes + 1)
         # Rows of numbers that are read and written together. Of a node: visits, dead edges, value, raw value, and
-        # reward and discount of the edge that leads to it. Of an edge: visits, q and logit. Roots, and the bin, do not
-        # widen, which infinitely many dead edges say.
+        # reward and discount of the edge that leads to it. Of its edges: visits, q and logits. Roots, and the bin, do
+        # not widen, which infinitely many dead edges say.
         self.bin = torch.tensor([0.0, math.inf, 0.0, 0.0, 0.0, 1.0], device=device)
         self.node = self.bin.repeat(total, 1)
-        self.edge = torch.zeros(total * slots, 3, device=device)
+        self.edge = torch.zeros(total, 3 * slots, device=device)
         self.parent = torch.full((total,), -1, device=device)  # within the row
         self.action = torch.zeros(total, *edge, device=device)  # that led to a node
         # The node behind an edge, the edge that a descent takes from a node, and the node behind that.
@@ -138,9 +139,9 @@ class Tree:
     visits = property(lambda self: self.node[:, 0])
     value = property(lambda self: self.node[:, 2])
     raw_value = property(lambda self: self.node[:, 3])
-    counts = property(lambda self: self.edge[:, 0].view(-1, self.slots))
-    q = property(lambda self: self.edge[:, 1].view(-1, self.slots))
-    logits = property(lambda self: self.edge[:, 2].view(-1, self.slots))
+    counts = property(lambda self: self.edge[:, : self.slots])
+    q = property(lambda self: self.edge[:, self.slots : 2 * self.slots])
+    logits = property(lambda self: self.edge[:, 2 * self.slots :])
     dead = property(lambda self: self.logits == -math.inf)
     size = property(lambda self: self.fresh - self.base)
 
@@ -162,7 +163,7 @@ class Tree:
 
     def statistics(self, at: Tensor) -> Statistics:
         """What a rule reads of the nodes `at` [X]."""
-        visits, dead, value, raw_value, *_ = self.node.index_select(0, at).unbind(dim=1)
+        visits, dead, value, raw_value, *_ = _columns(self.node, at)
         counts, q, logits = self._edges(at)
         if self.open_slots is not None:
             # A dead slot takes nobody's place.
@@ -171,8 +172,12 @@ class Tree:
 
     def _edges(self, at: Tensor) -> tuple[Tensor, ...]:
         """[C, X] visits, q and logits of the edges of the nodes `at` [X]."""
-        rows = self.edge.view(-1, self.slots * 3).index_select(0, at)
-        return rows.view(-1, self.slots, 3).permute(2, 1, 0).contiguous().unbind()
+        return _columns(self.edge, at).view(3, self.slots, -1).unbind()
+
+    def is_open(self, edges: Tensor) -> Tensor:
+        """[X] bool, whether the model did not break behind the `edges` [X]."""
+        node = edges // self.slots
+        return self.logits[node, edges - node * self.slots] > -math.inf
 
     def of_row(self, row: int, chosen: Tensor) -> TensorDict:
         """The tree [S] of a row, whose chosen slots are `chosen` [B]; see `wamrl.interfaces.Plan.tree`."""
@@ -210,10 +215,10 @@ class Tree:
             torch.compiler.is_compiling() or not torch.equal(reached[-1], self.trash)
         ):  # fmt: skip
             reached.append(self.down.index_select(0, reached[-1]))
-        nodes = torch.stack(reached)
-        edges = torch.cat([edge[None], self.next[nodes[:-1]]])
-        last = (nodes[:-1] != self.trash).sum(dim=0)
-        return Path(edges, last, edges.gather(0, last[None])[0], nodes[-1])
+        starts = torch.stack([self.base, *reached[:-1]])
+        edges = torch.cat([edge[None], self.next[starts[1:]]])
+        last = (starts[1:] != self.trash).sum(dim=0)
+        return Path(edges, starts, last, edges.gather(0, last[None])[0], reached[-1])
 
     # ---- growing -------------------------------------------------------------------------------------------------
 
@@ -255,7 +260,7 @@ class Tree:
             self.action[at] = action.masked_fill(~kept[:, :, None, None], 0.0)
         if logits is not None:
             nothing = torch.zeros_like(logits)
-            self.edge[at[:, :, None] * self.slots + self.slot_index[:, 0]] = torch.stack([nothing, nothing, logits], 3)
+            self.edge[at] = torch.cat([nothing, nothing, logits], dim=2)
         for key in self._keys:
             self.states.get(key)[at] = state.get(key)
         return at
@@ -269,8 +274,9 @@ class Tree:
         *_, value, reward, discount = self.node[nodes].unbind(dim=2)
         returns = reward + discount * value
         self.node[nodes, 0] = counted.float()
-        visits, q, logits = self.edge[edges].unbind(dim=2)
-        self.edge[edges] = torch.stack([visits + counted, torch.where(counted, returns, q), logits], dim=2)
+        slot = edges - base[:, None] * self.slots
+        self.counts[base[:, None], slot] += counted
+        self.q[base[:, None], slot] = torch.where(counted, returns, self.q[base[:, None], slot])
         closed = self.dead[base] | (self.target.view(-1, self.slots)[base] == self.trash[:, None])
         self.logits[base] = self.logits[base].masked_fill(closed, -math.inf)
         before, number = self.visits[base], counted.sum(dim=1)
@@ -291,8 +297,8 @@ class Tree:
         counted = (~void).float()
         nodes = torch.cat([self.base[None], self.target[edges]])  # [L + 1, B], the bin behind the leaf
         visits, dead, value, raw_value, reward, discount = self.node[nodes].unbind(dim=2)
-        counts, _, logits = self.edge[edges].unbind(dim=2)
-        counts = counts + counted
+        starts, slot = path.starts, edges - path.starts * self.slots
+        counts, logits = self.edge[starts, slot] + counted, self.edge[starts, 2 * self.slots + slot]
         died: Tensor | None = None  # [L, B]
         if torch.compiler.is_compiling() or void.any():
             level = torch.arange(edges.shape[0], device=leaf.device)[:, None]
@@ -307,7 +313,8 @@ class Tree:
             value = self._best(nodes, edges, value, reward[1:], discount[1:], died, leaf)
         q = torch.addcmul(reward[1:], discount[1:], value[1:])
         self.node[nodes] = torch.stack([visits + counted, dead, value, raw_value, reward, discount], dim=2)
-        self.edge[edges] = torch.stack([counts, q, logits], dim=2)
+        column = torch.stack([slot, self.slots + slot, 2 * self.slots + slot])
+        self.edge[starts.expand_as(column), column] = torch.stack([counts, q, logits])
         self.refresh(nodes.flatten())
 
     def _best(
@@ -369,8 +376,8 @@ class Tree:
             flat = link.flatten(1)
             return torch.where(flat >= 0, renumber.gather(1, flat.clamp_min(0)), -1).view_as(link)
 
-        children, edge = moved(self._children(source)), self.edge.view(-1, self.slots, 3)[source]
-        edge[..., :2].masked_fill_((children < 0)[..., None], 0.0)
+        children, edge = moved(self._children(source)), self.edge[source]
+        edge[..., : 2 * self.slots].masked_fill_((children < 0).repeat(1, 1, 2), 0.0)
         entries = {"parent": moved(self.parent[source]), "child": children, "node": self.node[source], "edge": edge}
         entries |= {"action": self.action[source], "number": kept.sum(dim=1)}
         return TensorDict({**entries, "state": self.states[source]}, batch_size=[self.rows])
@@ -388,7 +395,7 @@ class Tree:
         raw_value, logits = self.raw_value[roots], self.logits[roots]
         self.parent[at], self.action[at] = kept["parent"][valid], kept["action"][valid]
         self.node[at] = kept["node"][valid]
-        self.edge.view(-1, self.slots, 3)[at] = kept["edge"][valid]
+        self.edge[at] = kept["edge"][valid]
         self.raw_value[roots] = raw_value
         self.node[roots, 1] = math.inf
         if self.open_slots is None:  # what will be sampled there is not what broke
@@ -400,6 +407,17 @@ class Tree:
         child, base = kept["child"], roots[:, None, None]
         self.target.view(-1, self.slots)[at] = torch.where(child >= 0, base + child, base + self.num_nodes)[valid]
         self.refresh(torch.cat([self.base, at[inner]]))
+
+
+def _columns(table: Tensor, at: Tensor) -> Tensor:
+    """[N, X] the rows `at` [X] of a table [., N], numbers of the same column side by side."""
+    # Gathered row by row and then transposed takes a fraction of what gathering numbers one by one does.
+    return _written(_written(table.index_select(0, at)).t().contiguous())
+
+
+def _written(x: Tensor) -> Tensor:
+    """The same contiguous numbers; torch's compiler writes them to memory, and no reader has to work them out anew."""
+    return x.as_strided(x.shape, x.stride())
 
 
 def _branch(parent: Tensor) -> Tensor:

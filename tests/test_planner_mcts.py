@@ -171,9 +171,11 @@ def test_the_step_that_ends_an_episode_pays_and_nothing_after_it(pays: float, be
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")  # torch's own, on import
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("backup", ["max", pytest.param("mean", marks=pytest.mark.slow)])
-def test_compiled_simulations_grow_the_same_trees(backup: str) -> None:
-    """Single edges break the model, and both behind state 4, where row 2 starts; paths end at depth 2; two plans."""
+@pytest.mark.parametrize(
+    ("backup", "depth"), [("max", 8), *(pytest.param("mean", depth, marks=pytest.mark.slow) for depth in (2, 8))]
+)
+def test_compiled_simulations_grow_the_same_trees(backup: str, depth: int) -> None:
+    """Single edges break the model, and both behind state 4, where row 2 starts; paths end at `depth`; two plans."""
     model = TabularWAM(
         torch.tensor([[1, 2], [3, 3], [3, 4], [3, 3], [4, 4]]),
         torch.tensor([[1.0, 0.0], [0.5, math.inf], [4.0, 5.0], [0.0, math.nan], [math.nan, math.nan]]),
@@ -185,7 +187,7 @@ def test_compiled_simulations_grow_the_same_trees(backup: str) -> None:
     trees: list[list[Tree]] = []
     for compile in (False, True):
         planner = make_mcts(
-            chunk=1, depth=2, simulations=10, num_candidates=2, backup=backup, compile=compile, on_failure="hold"
+            chunk=1, depth=depth, simulations=24, num_candidates=2, backup=backup, compile=compile, on_failure="hold"
         )
         trees.append(watched(planner))
         for step in range(2):
@@ -198,6 +200,12 @@ def test_compiled_simulations_grow_the_same_trees(backup: str) -> None:
             assert torch.equal(getattr(eager, name)[inside], getattr(compiled, name)[inside]), name
         for name in ("value", "q"):
             torch.testing.assert_close(getattr(eager, name)[inside], getattr(compiled, name)[inside])
+        ends = eager.of_row(0, torch.zeros(4, dtype=torch.int64))["parent"]
+        deep = torch.zeros_like(ends)
+        for node in range(1, ends.numel()):
+            deep[node] = deep[ends[node]] + 1
+        # Beyond half of a deep tree's levels, on which its first simulations are compiled to work.
+        assert deep.max() == depth
 
 
 # ------------------------------------------------------------------------------------------------ sampled edges
