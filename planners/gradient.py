@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ _STEP = 3.0
 """A step forward and backward takes about that many times as long as the pass forward alone."""
 _JITTER = 1.25
 """Under a deadline a step is given that many times as long as the slowest before it took."""
+_FORGET = 0.9
+"""What is left, after a plan without a step, of how long one took: so that one slow step does not end all climbing."""
 _PER_ROW = ("actions", "value", "weights", "candidates", "scores", "evaluations", "searched")
 """What of a `Plan` has one entry per row."""
 
@@ -49,6 +51,7 @@ class GradientPlanner:
     num_starts: int
     learning_rate: float
     stop_change: float | None = None
+    _step_s: dict[int, float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse values that no plan could be made with."""
@@ -116,9 +119,10 @@ class GradientPlanner:
         ends = None if budget.deadline_s is None else started + (1.0 - KEPT_BACK) * budget.deadline_s
         if ends is not None and foreseen:  # the gate looks at the climbed chunks once more
             ends -= plan.seconds["remember"]
-        # Before the first step, what is known is how long an evaluation took in the search.
+        # Before the first step, what is known is how long an evaluation took in the search, of many candidates at once,
+        # and how long the slowest step of the last plan took.
         each = plan.seconds["imagine"] / max(1, int(plan.evaluations.sum()))
-        expected = _STEP * each * forward * rows.numel()
+        expected = max(_STEP * each * forward * rows.numel(), self._step_s.get(rows.numel(), 0.0))
         chosen, value, passes = self._climb(model, state[rows], plan, rows, noise[rows].fold(1), steps, ends, expected)
         actions, values, evaluations = plan.actions.clone(), plan.value.clone(), plan.evaluations.clone()
         actions[rows], values[rows] = chosen, value
@@ -179,10 +183,10 @@ class GradientPlanner:
         first, second = torch.zeros_like(actions), torch.zeros_like(actions)  # Adam's moments
         going = torch.ones(rows.numel(), dtype=torch.bool, device=actions.device)
         passes = torch.zeros(rows.numel(), dtype=torch.int64, device=actions.device)
-        slowest = expected
+        slowest = 0.0  # of this plan's steps
         for t in range(1, steps + 2):
             begun = time.perf_counter()
-            if ends is not None and begun + _JITTER * slowest > ends:
+            if ends is not None and begun + _JITTER * (slowest or expected) > ends:
                 break
             at = going.nonzero()[:, 0]
             if at.numel() == 0:
@@ -210,8 +214,8 @@ class GradientPlanner:
             if self.stop_change is not None:
                 going[at] = (moved - actions[at]).abs().amax(dim=(1, 2, 3)) > self.stop_change
             actions[at] = moved
-            taken = time.perf_counter() - begun
-            slowest = taken if t == 1 else max(slowest, taken)
+            slowest = max(slowest, time.perf_counter() - begun)
+        self._step_s[rows.numel()] = slowest or _FORGET * self._step_s.get(rows.numel(), 0.0)
         return chosen, best, passes
 
     def _slope(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
 import math
 import time
@@ -631,6 +632,29 @@ def test_plans_that_miss_their_deadline_are_counted() -> None:
     results = {"timing": {"single": {"late": 1, "plans": 9}}, "config": {"controller": {"deadline_s": 0.02}}}
     assert late_words(results) == "1 of 9 single plans took longer than the deadline of 20 ms."
     assert late_words(results | {"config": {"controller": {"deadline_s": None}}}) == ""
+
+
+def test_garbage_is_not_collected_in_a_plan_with_a_deadline() -> None:
+    collects = []
+
+    class Looks:
+        inner, horizon = small(), 4
+
+        def initial_state(self, model, rows):
+            return self.inner.initial_state(model, rows)
+
+        def plan(self, model, state, plan_state, noise, budget):
+            collects.append(gc.isenabled())
+            if budget.deadline_s == 7.0:
+                raise RuntimeError("a plan that breaks")
+            return self.inner.plan(model, state, plan_state, noise, budget)
+
+    for deadline_s in (None, 100.0):
+        drive(PlannerPolicy(integrator(), Looks(), deadline_s=deadline_s), [torch.zeros(1, 1)])
+        assert gc.isenabled()
+    with pytest.raises(RuntimeError, match="a plan that breaks"):
+        drive(PlannerPolicy(integrator(), Looks(), deadline_s=7.0), [torch.zeros(1, 1)])
+    assert gc.isenabled() and collects == [True, False, False]
 
 
 def test_what_a_planner_compiles_before_its_first_plan_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,6 +244,29 @@ def test_no_gradient_step_starts_that_the_search_has_shown_to_be_too_slow(deadli
     assert bool(model.climbed) == climbs
 
 
+def test_a_step_that_was_slow_in_the_last_plan_is_not_begun_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search takes 1 s and a step 100 s, more than that tells; a plan without a step forgets a tenth of it."""
+    now = [0.0]
+
+    class SlowSteps(ToyWAM):
+        def roll(self, state, num, act, horizon):
+            now[0] += 100.0 if torch.is_grad_enabled() else 1.0
+            return super().roll(state, num, act, horizon)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    model = quadratic(TARGET)
+    model.__class__ = SlowSteps
+    start = make_cem(horizon=2, iterations=1, num_candidates=64, sigma=0.5)
+    planner = make_gradient(start=start, steps=1, num_starts=8)
+    took = []
+    for _ in range(4):
+        begun = now[0]
+        plan_once(planner, model, torch.zeros(1, 1), budget=Budget(deadline_s=110.0))
+        took.append(now[0] - begun)
+    # 1.25 times 100 s, and of the last 90 s, do not fit into 110 s, 1.25 times 81 s do.
+    assert [seconds > 50.0 for seconds in took] == [True, False, False, True]
+
+
 def test_the_name_of_a_gate_is_not_one() -> None:
     with pytest.raises(ValueError, match="planner.gate is 'always', but must be an object"):
         make_mcts(gate="always")

@@ -13,9 +13,11 @@ Shapes: B rows, H steps, A action dims.
 
 from __future__ import annotations
 
+import gc
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -321,12 +323,13 @@ class PlannerPolicy(_ChunkPolicy):
         plan_state["warm"] = plan_state["warm"] & ~is_init
         if "shift" in plan_state.keys():
             plan_state["shift"] = policy_state["used"][index]
-        try:
-            plan, next_state = self.planner.plan(self.model, state, plan_state, key, self._plan_budget())
-        except NonFinitePlanError as error:
-            raise NonFinitePlanError(index[error.rows].tolist(), error.candidates) from None
-        evaluations = int(plan.evaluations.sum()) + self._remember(policy_state, index, state, plan, key)
-        planned = time.perf_counter()
+        with _uncollected(self.budget):
+            try:
+                plan, next_state = self.planner.plan(self.model, state, plan_state, key, self._plan_budget())
+            except NonFinitePlanError as error:
+                raise NonFinitePlanError(index[error.rows].tolist(), error.candidates) from None
+            evaluations = int(plan.evaluations.sum()) + self._remember(policy_state, index, state, plan, key)
+            planned = time.perf_counter()
         late = self.budget.deadline_s is not None and planned - encoded > self.budget.deadline_s
         policy_state["plan"] = _placed(policy_state["plan"], index, next_state)
         self.plans += 1
@@ -562,6 +565,19 @@ class RandomPolicy:
         policy_state = policy_state.copy()
         policy_state["step"] = step + 1
         return key.uniform(self.action_dim) * 2.0 - 1.0, policy_state
+
+
+@contextmanager
+def _uncollected(budget: Budget) -> Iterator[None]:
+    """Under a deadline, keep Python's cyclic garbage until after the plan: to collect it takes up to 0.2 s."""
+    held = budget.deadline_s is not None and gc.isenabled()
+    if held:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if held:
+            gc.enable()
 
 
 def _check_goal(model: WAM, planner: Planner, goal: Goals | None) -> None:
