@@ -2,7 +2,10 @@
 
     python -m benchmarks.posttrain --variants                     # makes the weak models, in outputs/bench/posttrain
     python -m benchmarks.planner_budget                           # curve and gate, three models
+    python -m benchmarks.planner_budget --names curve/mppi/512    # that run alone
     python -m benchmarks.planner_budget --report                  # store what is finished
+
+What is stored of runs that are not finished here stays, where it was run with the same settings.
 
 The models are those that `benchmarks.posttrain` starts from, one per seed: their policies fail more often than not,
 so that there is room for planning. Each planner plans under a hard budget of model evaluations per plan
@@ -19,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -118,11 +122,39 @@ def _planned(name: str, by_seed: Mapping[int, tuple[dict[str, Any], list[Episode
     return [replace(e, method=name) for _, episodes in by_seed.values() for e in episodes if e.method == "planner"]
 
 
+def with_stored(
+    path: Path, config: Mapping[str, Any], metrics: Mapping[str, Any], hashes: set[str]
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """`config`, `metrics` and protocol hashes, with what `path` holds of other runs with the settings of today."""
+    if not path.exists():
+        return dict(config), dict(metrics), sorted(hashes)
+    stored = json.loads(path.read_text())
+    before, today = stored["config"], json.loads(json.dumps(config))
+    kept = []
+    if all(before.get(key) == today[key] for key in ("split", "first_start", "curve_episodes", "tasks")):
+        for name in jobs(0, Path(), ["gate", "curve"]):
+            part, of = name.split("/")[:2]
+            settings = "gated" if part == "gate" else "planners"
+            if name not in today["commits"] and before[settings].get(of) == today[settings][of]:
+                kept.append(name)
+    commit = stored["versions"]["commit"]
+    of_kept = {key: value for key, value in stored["metrics"].items() if key.startswith(tuple(f"{n}/" for n in kept))}
+    ran = {name: before.get("commits", {}).get(name, commit) for name in kept
+           if any(key.startswith(f"{name}/") for key in of_kept)}  # fmt: skip
+    return (
+        {**config, "commits": {**ran, **config["commits"]}},
+        {**of_kept, **metrics},
+        sorted(hashes | (set(stored["protocol_hash"]) if ran else set())),
+    )
+
+
 def main() -> None:
     """Run what is missing and store the metrics."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=["gate", "curve"], default=["gate", "curve"])
+    parser.add_argument("--names", nargs="+", choices=list(jobs(0, Path(), ["gate", "curve"])), metavar="RUN",
+                        help="of these runs alone, as gate/always or curve/mppi/512")  # fmt: skip
     parser.add_argument("--weak", type=Path, default=Path("outputs/bench/posttrain"), help="of benchmarks.posttrain")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/planner_budget"))
     parser.add_argument("--report", action="store_true", help="run nothing; store the metrics of what is finished")
@@ -130,23 +162,31 @@ def main() -> None:
     os.chdir(ROOT)
     clock = Clock()
     runs: dict[str, dict[int, tuple[dict[str, Any], list[Episode]]]] = {}
+    commits: dict[str, str] = {}
     for seed in arguments.seeds:
         directory = arguments.out / f"seed{seed}"
         for name, stage in jobs(seed, arguments.weak, arguments.only).items():
+            if arguments.names and name not in arguments.names:
+                continue
             if not arguments.report:
                 run_told(stage, directory)
             if is_done(stage, directory):
                 runs.setdefault(name, {})[seed] = read(directory / stage.name)
+                done = json.loads((directory / f"{stage.name}.done").read_text())
+                commits.setdefault(name, done["versions"]["commit"])
     if not runs:
         parser.error(f"nothing is finished in {arguments.out}; run without --report first")
     metrics = collect_metrics(runs)
-    clock.store(
-        RESULTS / "planner_budget.json",
-        config={"split": "test", "first_start": FIRST_TEST_START, "curve_episodes": CURVE_EPISODES, "tasks": ENV,
-                "budgets": BUDGETS, "planners": PLANNERS, "gated": GATED},
-        metrics=metrics, arguments=" ".join(sys.argv[1:]), seeds=arguments.seeds,
-        protocol_hash=sorted({result["protocol_hash"] for by_seed in runs.values() for result, _ in by_seed.values()}),
+    path = RESULTS / "planner_budget.json"
+    config, metrics, hashes = with_stored(
+        path,
+        {"split": "test", "first_start": FIRST_TEST_START, "curve_episodes": CURVE_EPISODES, "tasks": ENV,
+         "budgets": BUDGETS, "planners": PLANNERS, "gated": GATED, "commits": commits},
+        metrics,
+        {result["protocol_hash"] for by_seed in runs.values() for result, _ in by_seed.values()},
     )  # fmt: skip
+    clock.store(path, config=config, metrics=metrics, arguments=shlex.join(sys.argv[1:]), seeds=arguments.seeds,
+                protocol_hash=hashes)  # fmt: skip
     for name, value in metrics.items():
         print(f"{name:50s} {value}")
 

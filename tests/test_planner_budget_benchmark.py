@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,28 @@ def test_every_run_is_of_test_starts_and_has_a_folder_of_its_own() -> None:
     assert len({stage.name for stage in runs}) == len(runs) > 20
     assert all("first_start=700" in stage.overrides and "seed=1" in stage.overrides for stage in runs)
     assert not any(word.startswith("split=") for stage in runs for word in stage.overrides)  # plan's default is test
+
+
+def test_what_is_stored_of_other_runs_stays_where_their_settings_are_those_of_today(tmp_path: Path) -> None:
+    path = tmp_path / "planner_budget.json"
+    config = {"split": "test", "first_start": 700, "curve_episodes": 6, "tasks": "[reach]",
+              "planners": planner_budget.PLANNERS, "gated": planner_budget.GATED}  # fmt: skip
+    fresh = {"curve/mppi/512/planner/success": 3}
+    new = {**config, "commits": {"curve/mppi/512": "new"}}
+    assert planner_budget.with_stored(path, new, fresh, {"b"}) == (new, fresh, ["b"])
+    stored = {**config, "planners": {**planner_budget.PLANNERS, "cem": ["planner=cem", "planner.elites=3"]}}
+    metrics = {
+        "curve/mppi/512/planner/success": 1, "curve/mppi/1536/planner/success": 2, "curve/cem/512/planner/success": 4,
+        "gate/always/planner/success": 5, "gate/gated, scores shuffled/planner/success": 6,
+    }  # fmt: skip
+    path.write_text(
+        json.dumps({"config": stored, "metrics": metrics, "protocol_hash": ["a"], "versions": {"commit": "old"}})
+    )
+    told, found, hashes = planner_budget.with_stored(path, new, fresh, {"b"})
+    assert found == {"curve/mppi/512/planner/success": 3, "curve/mppi/1536/planner/success": 2,
+                     "gate/always/planner/success": 5, "gate/gated, scores shuffled/planner/success": 6}  # fmt: skip
+    assert hashes == ["a", "b"] and told["commits"] == {
+        "curve/mppi/512": "new", "curve/mppi/1536": "old", "gate/always": "old", "gate/gated, scores shuffled": "old"
+    }  # fmt: skip
+    other = {**new, "first_start": 800}
+    assert planner_budget.with_stored(path, other, fresh, {"b"}) == (other, fresh, ["b"])
