@@ -11,7 +11,6 @@ Shapes: B rows, M sampled futures, H steps, D latent dims.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from wamrl.interfaces import WAM, Context, Gate, Imagined, Plan, PlanState, Spec, State
-from wamrl.naming import whole_number
+from wamrl.naming import is_number, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.scorers import ReturnScorer
 
@@ -57,8 +56,8 @@ class Uncertainty:
 
     def __post_init__(self) -> None:
         """Refuse a threshold that no uncertainty can be compared with."""
-        if not math.isfinite(self.threshold) or self.threshold < 0:
-            raise ValueError(f"gate threshold is {self.threshold}, but must be a finite number of at least 0")
+        if not is_number(self.threshold) or self.threshold < 0:
+            raise ValueError(f"gate.threshold is {self.threshold!r}, but must be a finite number of at least 0")
 
     def __call__(self, model: WAM, state: State, plan_state: PlanState, noise: NoiseKey) -> Tensor:
         """[B] True where the mean disagreement is above the threshold, or is not a number."""
@@ -85,8 +84,8 @@ class CriticalPhase:
 
     def __post_init__(self) -> None:
         """Refuse a threshold that no shortfall can be compared with."""
-        if not math.isfinite(self.threshold):
-            raise ValueError(f"gate threshold is {self.threshold}, but must be a finite number")
+        if not is_number(self.threshold):
+            raise ValueError(f"gate.threshold is {self.threshold!r}, but must be a finite number")
 
     def needs_of(self, spec: Spec) -> frozenset[str]:
         """`needs`, and what the `success_bonus` of a model of this `spec` asks for."""
@@ -138,7 +137,7 @@ class Verifier:
 
     def __post_init__(self) -> None:
         """Refuse a threshold that no distance can be compared with."""
-        if isinstance(self.threshold, bool) or not math.isfinite(self.threshold) or self.threshold < 0:
+        if not is_number(self.threshold) or self.threshold < 0:
             raise ValueError(f"gate.threshold is {self.threshold!r}, but must be a finite number of at least 0")
 
     def initial_state(self, model: WAM, rows: int, horizon: int) -> TensorDict:
@@ -185,7 +184,7 @@ class BudgetGate:
         """Refuse budgets that are none."""
         for name in ("per_episode", "per_second"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not math.isfinite(value) or value <= 0):
+            if value is not None and (not is_number(value) or value <= 0):
                 raise ValueError(f"gate.{name} is {value!r}, but must be a number of evaluations above 0, or null")
         if (self.per_episode is None) == (self.per_second is None):
             raise ValueError(

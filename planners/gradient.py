@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wamrl.interfaces import WAM, Budget, Plan, PlanState, State
-from wamrl.naming import is_number, whole_number
+from wamrl.naming import is_number, true_or_false, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.cem import make_cem
 from wamrl.planners.deadlines import KEPT_BACK, check_deadline
@@ -256,6 +256,6 @@ def make_gradient(
     start: None is `make_cem(iterations=2)`. The rest: see `GradientPlanner`.
     """
     start = make_cem(iterations=2) if start is None else start
-    if shuffle_scores and isinstance(start, ShootingPlanner):
+    if true_or_false("planner.shuffle_scores", shuffle_scores) and isinstance(start, ShootingPlanner):
         start = dataclasses.replace(start, shuffle_scores=True)
     return GradientPlanner(start, steps, num_starts, learning_rate, stop_change)

@@ -24,7 +24,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from wamrl.interfaces import WAM, Budget, Context, Gate, Imagined, Plan, PlanState, Proposal, State, TreeProposer
-from wamrl.naming import is_number, unknown_name, whole_number
+from wamrl.naming import is_number, true_or_false, unknown_name, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.deadlines import KEPT_BACK, check_deadline
 from wamrl.planners.gates import Always, ask, check_search_cost, device_of, fresh_memory, gate_cost, memory_after
@@ -149,6 +149,8 @@ class MCTSPlanner:
             raise ValueError(f"planner.widening is {self.widening!r}, but must be a number above 0; 1 is usual")
         if not is_number(self.widening_power) or not 0.0 <= self.widening_power <= 1.0:
             raise ValueError(f"planner.widening_power is {self.widening_power!r}, but must be in [0, 1]; 0.5 is usual")
+        for name in ("reuse", "shuffle_scores", "compile"):
+            true_or_false(f"planner.{name}", getattr(self, name))
         check_stop_change(self.stop_change, self.compile)
         check_part("gate", self.gate)
         if not isinstance(self.proposer, TreeProposer):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wamrl.interfaces import Gate, Scorer
-from wamrl.naming import is_number, whole_number
+from wamrl.naming import is_number, true_or_false, whole_number
 from wamrl.planners.elites import check_elites
 from wamrl.planners.gates import Always
 from wamrl.planners.proposers import MakeProposer, check_sigma, make_proposer
@@ -34,6 +34,7 @@ def mppi_refit(*, temperature: float = 0.5, standardise: bool = True, num_elites
     """
     if not is_number(temperature) or temperature <= 0:
         raise ValueError(f"planner.temperature is {temperature!r}, but must be a number above 0; 0.5 is usual")
+    true_or_false("planner.standardise", standardise)
     if num_elites is not None:
         whole_number("planner.num_elites", num_elites, 1)
 

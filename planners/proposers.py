@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wamrl.interfaces import WAM, Imagined, PlanState, Proposal, Proposer, Spec, State, TreeProposer
+from wamrl.naming import is_number
 from wamrl.noise import NoiseKey
 
 
@@ -23,8 +24,8 @@ def noise_basis(horizon: int, correlation: float = 0.0) -> Tensor:
     correlation is that of two neighbouring steps, in [0, 1): a stationary AR(1) process,
     x_0 = e_0 and x_h = c x_(h-1) + sqrt(1 - c^2) e_h; 0 leaves the noise white.
     """
-    if not 0.0 <= correlation < 1.0:
-        raise ValueError(f"correlation is {correlation}, but must be in [0, 1): 0 is white noise")
+    if not is_number(correlation) or not 0.0 <= correlation < 1.0:
+        raise ValueError(f"planner.correlation is {correlation!r}, but must be in [0, 1): 0 is white noise")
     step = torch.arange(horizon, dtype=torch.float64)
     lag = step[:, None] - step[None, :]
     basis = torch.where(lag >= 0, torch.pow(torch.tensor(correlation, dtype=torch.float64), lag.clamp_min(0)), 0.0)
@@ -51,12 +52,12 @@ def check_sigma(sigma: float | Sequence[float], name: str = "sigma") -> Tensor:
         value = torch.as_tensor(sigma, dtype=torch.float32).reshape(-1)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name} is {sigma!r}, but must be a number above 0, or one for each action dim") from None
-    if value.numel() == 0 or not torch.isfinite(value).all() or not (value > 0).all():
+    if isinstance(sigma, bool) or value.numel() == 0 or not torch.isfinite(value).all() or not (value > 0).all():
         raise ValueError(f"{name} is {sigma}, but must be above 0 (actions span [-1, 1]); 0.1 is a small one")
     return value
 
 
-def match_sigma(sigma: Tensor, action_dim: int, name: str = "sigma") -> Tensor:
+def match_sigma(sigma: Tensor, action_dim: int, name: str = "planner.sigma") -> Tensor:
     """`sigma` [1] or [A], checked against the model's action dims."""
     if sigma.numel() not in (1, action_dim):
         raise ValueError(f"{name} has {sigma.numel()} entries, but the model's actions have {action_dim} dims")
@@ -166,8 +167,14 @@ class PolicyProposer:
     def __post_init__(self) -> None:
         """Refuse shares that are none."""
         for name in ("warm_share", "behaviour_share"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"planner.proposer.{name} is {getattr(self, name)}, but must be in [0, 1]")
+            share = getattr(self, name)
+            if not is_number(share) or not 0.0 <= share <= 1.0:
+                raise ValueError(f"planner.proposer.{name} is {share!r}, but must be in [0, 1]")
+
+    def needs_of(self, spec: Spec) -> frozenset[str]:
+        """`needs`; ValueError where `sigma` is of another number of action dims than a model of this `spec` has."""
+        match_sigma(self.sigma, spec.action_dim)
+        return self.needs
 
     def __call__(
         self, model: WAM, state: State, plan_state: PlanState, num: int, noise: NoiseKey, first: int = 0
@@ -237,6 +244,11 @@ class NoiseProposer:
     basis: Tensor
 
     needs = frozenset({"rollout"})
+
+    def needs_of(self, spec: Spec) -> frozenset[str]:
+        """As in `PolicyProposer`."""
+        match_sigma(self.sigma, spec.action_dim)
+        return self.needs
 
     def __call__(
         self, model: WAM, state: State, plan_state: PlanState, num: int, noise: NoiseKey, first: int = 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wamrl.interfaces import WAM, Imagined, Scorer, Spec, State
-from wamrl.naming import unknown_name
+from wamrl.naming import is_number, unknown_name
 from wamrl.noise import NoiseKey
 
 RISKS = ("mean", "lower_bound", "worst", "cvar", "majority", "improvement")
@@ -62,10 +62,10 @@ class ReturnScorer:
             value = getattr(self, name)
             if value is None and name in ("success_weight", "success_value_weight"):
                 continue
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name} is {value}, but must be a finite number of at least 0")
-        if self.discount is not None and not 0.0 < self.discount <= 1.0:
-            raise ValueError(f"discount is {self.discount}, but must be in (0, 1], or null for the model's own")
+            if not is_number(value) or value < 0:
+                raise ValueError(f"{name} is {value!r}, but must be a finite number of at least 0")
+        if self.discount is not None and not (is_number(self.discount) and 0.0 < self.discount <= 1.0):
+            raise ValueError(f"discount is {self.discount!r}, but must be in (0, 1], or null for the model's own")
         check_risk(self.risk, self.risk_weight, self.risk_share)
         if self.uncertainty_reduce not in REDUCTIONS:
             raise unknown_name("uncertainty_reduce", str(self.uncertainty_reduce), REDUCTIONS)
@@ -330,10 +330,10 @@ def check_risk(risk: str, weight: float, share: float) -> None:
     """ValueError for what `reduce_guesses` cannot do."""
     if risk not in RISKS:
         raise unknown_name("risk", str(risk), RISKS)
-    if not math.isfinite(weight) or weight < 0:
-        raise ValueError(f"risk_weight is {weight}, but must be a finite number of at least 0")
-    if not 0.0 < share <= 1.0:
-        raise ValueError(f"risk_share is {share}, but must be in (0, 1]: the share of guesses that count")
+    if not is_number(weight) or weight < 0:
+        raise ValueError(f"risk_weight is {weight!r}, but must be a finite number of at least 0")
+    if not is_number(share) or not 0.0 < share <= 1.0:
+        raise ValueError(f"risk_share is {share!r}, but must be in (0, 1]: the share of guesses that count")
 
 
 def reduce_guesses(guesses: Tensor, risk: str, weight: float, share: float) -> Tensor:

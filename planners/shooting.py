@@ -22,7 +22,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from wamrl.interfaces import WAM, Budget, Gate, Imagined, Plan, PlanState, Proposal, Proposer, Scorer, State
-from wamrl.naming import is_number, unknown_name, whole_number
+from wamrl.naming import is_number, true_or_false, unknown_name, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.deadlines import KEPT_BACK, Pace, check_deadline, in_blocks
 from wamrl.planners.gates import (
@@ -134,6 +134,8 @@ class ShootingPlanner:
             raise ValueError(
                 f"planner.keep_elites is {self.keep_elites}, but must be below the {self.num_candidates} candidates"
             )
+        for name in ("shuffle_scores", "compile"):
+            true_or_false(f"planner.{name}", getattr(self, name))
         check_stop_change(self.stop_change, self.compile)
         if self.choose not in CHOICES:
             raise unknown_name("choose", str(self.choose), CHOICES)
@@ -155,7 +157,7 @@ class ShootingPlanner:
             )
         if model.spec.action_kind != "continuous":
             raise ValueError(f"this planner searches continuous actions, but the model's are {model.spec.action_kind}")
-        match_sigma(self.sigma, model.spec.action_dim)
+        match_sigma(self.sigma, model.spec.action_dim, "the sigma of further iterations")
 
     def check_budget(self, model: WAM, budget: Budget, beside: int = 0) -> None:
         """ValueError when `budget` does not allow one candidate in `model`, as `plan` would raise it.

@@ -8,12 +8,10 @@ Letters: H steps, K knots.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from wamrl.naming import unknown_name, whole_number
+from wamrl.naming import is_number, unknown_name, whole_number
 from wamrl.planners.proposers import noise_basis
 
 SPLINES = ("hold", "linear", "cubic")
@@ -61,8 +59,8 @@ def power_law_basis(horizon: int, exponent: float) -> Tensor:
     The lowest frequency counts as that of one whole period, as in Timmer and Koenig (1995), so that the mean over the
     horizon is random too.
     """
-    if not math.isfinite(exponent) or exponent < 0:
-        raise ValueError(f"planner.exponent is {exponent}, but must be a finite number of at least 0 (0 is white)")
+    if not is_number(exponent) or exponent < 0:
+        raise ValueError(f"planner.exponent is {exponent!r}, but must be a finite number of at least 0 (0 is white)")
     frequency = torch.fft.fftfreq(horizon, dtype=torch.float64).abs().clamp_min(1.0 / horizon)
     covariance = torch.fft.ifft(frequency**-exponent).real
     lag = (torch.arange(horizon)[:, None] - torch.arange(horizon)[None, :]).abs()

@@ -497,7 +497,7 @@ def test_controllers_refuse_models_and_settings_that_they_cannot_serve() -> None
         AdaptivePolicy(integrator(leave_out=("decode",)), small(), compare="observation")
     with pytest.raises(ValueError, match="replan_every is 1, so that every step has a plan of its own"):
         AdaptivePolicy(integrator(), small(), replan_every=1)
-    for threshold in (-1.0, math.nan, math.inf, True):
+    for threshold in (-1.0, math.nan, math.inf, True, "0.1", None):
         with pytest.raises(ValueError, match="controller.threshold is"):
             AdaptivePolicy(integrator(), small(), threshold=threshold)
     with pytest.raises(ValueError, match="unknown compare 'latents'; did you mean 'latent'"):
@@ -585,8 +585,9 @@ def test_other_constructor_errors() -> None:
         PlannerPolicy(integrator(leave_out=("value",)), small())
     with pytest.raises(ValueError, match="evaluations is 0"):
         PlannerPolicy(integrator(), small(), evaluations=0)
-    with pytest.raises(ValueError, match="deadline_s is -1"):
-        PlannerPolicy(integrator(), small(), deadline_s=-1.0)
+    for deadline_s in (-1.0, 0, math.nan, math.inf, True, "0.1"):
+        with pytest.raises(ValueError, match=f"deadline_s is {deadline_s!r}, but must be above 0 seconds"):
+            PlannerPolicy(integrator(), small(), deadline_s=deadline_s)
 
 
 def test_an_adaptive_controller_leaves_time_for_its_own_look(monkeypatch) -> None:

@@ -101,6 +101,7 @@ def test_shuffled_gradients_lose() -> None:
         ("learning_rate", 0.0, "learning_rate is 0"),
         ("learning_rate", "0.1", "learning_rate is '0.1', but must be a number"),
         ("stop_change", -1.0, "stop_change is -1"),
+        ("shuffle_scores", "no", "planner.shuffle_scores is 'no', but must be true or false"),
         ("stop_change", math.inf, "stop_change is inf, but must be a finite number"),
         ("start", make_best_of_n(scorer=ReturnScorer(risk="improvement")), "compares its steps"),
         ("start", make_mcts(), "start is MCTSPlanner, but has to be a search that samples whole chunks"),

@@ -473,6 +473,8 @@ def test_shuffled_choices_lose() -> None:
         ({"reuse_tolerance": True}, "reuse_tolerance is True, but must be a number from 0"),
         ({"widening": "1"}, "widening is '1', but must be a number above 0"),
         ({"widening_power": "0.5"}, "widening_power is '0.5', but must be in"),
+        ({"reuse": "no"}, "planner.reuse is 'no', but must be true or false"),
+        ({"shuffle_scores": "no"}, "planner.shuffle_scores is 'no', but must be true or false"),
         ({"stop_change": -0.1}, "stop_change is -0.1, but must be a finite number from 0"),
         ({"stop_change": 0.1, "compile": True}, "stop_change drops rows.*planner.compile=true would compile anew"),
     ],

@@ -411,6 +411,12 @@ def test_a_deadline_stops_the_iterations_but_not_the_first() -> None:
         ("sigma", None, "sigma is None"),
         ("refine_sigma", math.inf, "refine_sigma is inf"),
         ("correlation", 1.0, r"correlation is 1.0.*\[0, 1\)"),
+        ("correlation", "0.5", r"planner.correlation is '0.5', but must be in \[0, 1\)"),
+        ("sigma", True, "sigma is True"),
+        ("standardise", "no", "planner.standardise is 'no', but must be true or false"),
+        ("shuffle_scores", "no", "planner.shuffle_scores is 'no', but must be true or false"),
+        ("compile", 1, "planner.compile is 1, but must be true or false"),
+        ("proposer", partial(PolicyProposer, warm_share="1"), r"proposer.warm_share is '1', but must be in \[0, 1\]"),
         ("choose", "bets", "did you mean 'best'"),
         ("proposer", partial(PolicyProposer, warm_share=1.5), "proposer.warm_share is 1.5"),
         ("proposer", partial(PolicyProposer, behaviour_share=-0.5), "proposer.behaviour_share is -0.5"),
@@ -433,6 +439,11 @@ def test_a_model_that_does_not_answer_is_refused_with_its_answers() -> None:
         make_mppi(horizon=33).initial_state(silent, 1)
     with pytest.raises(ValueError, match="sigma has 3 entries, but the model's actions have 2"):
         make_mppi(sigma=[0.1, 0.1, 0.1]).initial_state(silent, 1)
+    for proposer in (PolicyProposer, NoiseProposer):
+        with pytest.raises(ValueError, match="planner.sigma has 3 entries, but the model's actions have 2"):
+            make_mppi(sigma=[0.1, 0.1, 0.1], refine_sigma=0.1, proposer=proposer).initial_state(silent, 1)
+    with pytest.raises(ValueError, match="the sigma of further iterations has 3 entries"):
+        make_mppi(refine_sigma=[0.1, 0.1, 0.1]).initial_state(silent, 1)
 
 
 def test_sigma_may_differ_between_action_dims() -> None:

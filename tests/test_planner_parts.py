@@ -119,6 +119,9 @@ def test_a_scorer_that_needs_what_the_model_lacks_is_refused_by_name() -> None:
         GoalScorer(latent="x")(
             silent, TensorDict({"goal": torch.zeros(1, 1)}, [1]), futures(reward=torch.zeros(1, 1, 1))
         )
+    planner = make_cem(horizon=2, scorer=GoalScorer(latent="x"))
+    with pytest.raises(ValueError, match="planner.scorer.latent is 'x', but this model's state has goal, z"):
+        PlannerPolicy(GoalWAM(), planner, goal=lambda row: TensorDict({"state": torch.zeros(row.shape[0], 2)}))
     with pytest.raises(ValueError, match="SuccessScorer does not have; use scorer=return"):
         make_mcts(scorer=SuccessScorer())  # type: ignore[arg-type]
 
@@ -151,10 +154,19 @@ def test_what_a_scorer_needs_depends_on_the_models_success_bonus() -> None:
         (lambda: ReturnScorer(uncertainty_penalty=-1.0), "uncertainty_penalty is -1"),
         (lambda: ReturnScorer(uncertainty_reduce="max"), "Known: mean, sum"),
         (lambda: ReturnScorer(discount=1.5), "discount is 1.5"),
-        (lambda: Uncertainty(-0.1), "gate threshold is -0.1"),
+        (lambda: Uncertainty(-0.1), "gate.threshold is -0.1"),
         (lambda: GoalScorer(norm="l3"), "norm"),
         (lambda: CriticalPhase(threshold=math.nan), "threshold is nan"),
         (lambda: Periodic(every=0), "every is 0"),
+        *(
+            (functools.partial(gate, threshold="0"), "gate.threshold is '0', but must be a finite number")
+            for gate in (Uncertainty, CriticalPhase, Verifier)
+        ),
+        (lambda: BudgetGate(per_second="9"), "gate.per_second is '9', but must be a number"),
+        (lambda: ReturnScorer(value_weight=None), "value_weight is None, but must be a finite number"),
+        (lambda: ReturnScorer(discount="1"), r"discount is '1', but must be in \(0, 1\]"),
+        (lambda: SuccessScorer(risk_weight="1"), "risk_weight is '1', but must be a finite number"),
+        (lambda: GoalScorer(risk_share="1"), r"risk_share is '1', but must be in \(0, 1\]"),
     ],
 )
 def test_values_out_of_range_are_refused(make, message: str) -> None:

@@ -62,6 +62,7 @@ def test_mppi_draws_at_knots() -> None:
         ({"knots": 9}, "from 1 to the horizon of 8"),
         ({"spline": "cubik"}, "did you mean 'cubic'"),
         ({"exponent": -1.0}, "exponent is -1"),
+        ({"exponent": "2"}, "exponent is '2', but must be a finite number"),
         ({"exponent": 1.0, "correlation": 0.5}, "two ways to colour"),
     ],
 )

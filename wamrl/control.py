@@ -36,7 +36,7 @@ from wamrl.interfaces import (
     State,
     task_id,
 )
-from wamrl.naming import unknown_name, whole_number
+from wamrl.naming import is_number, unknown_name, whole_number
 from wamrl.noise import NoiseKey
 from wamrl.planners.gates import device_of, surprise
 from wamrl.planners.shooting import NonFinitePlanError
@@ -278,10 +278,13 @@ class PlannerPolicy(_ChunkPolicy):
             )
         if evaluations is not None:
             whole_number("evaluations", evaluations, 1)
-        if deadline_s is not None and not deadline_s > 0:
-            raise ValueError(f"deadline_s is {deadline_s}, but must be above 0 seconds, or null")
-        _check_goal(model, planner, goal)
+        if deadline_s is not None and not (is_number(deadline_s) and deadline_s > 0):
+            raise ValueError(f"deadline_s is {deadline_s!r}, but must be above 0 seconds, or null")
+        scorer = getattr(getattr(planner, "start", planner), "scorer", None)
+        _check_goal(model, scorer or planner, goal)
         self.goal = goal
+        if goal is not None:
+            _check_entry("planner.scorer.latent", getattr(scorer, "latent", "goal"), self._blank(1))
         planner.initial_state(model, 1)  # refuses a model that does not answer what the planner asks
         self.planner = planner
         self._set_budget(Budget(evaluations=evaluations, deadline_s=deadline_s))
@@ -462,7 +465,7 @@ class AdaptivePolicy(PlannerPolicy):
         evaluations: int | None = None,
         **options: Any,
     ) -> None:
-        if isinstance(threshold, bool) or not math.isfinite(threshold) or threshold < 0:
+        if not is_number(threshold) or threshold < 0:
             raise ValueError(f"controller.threshold is {threshold!r}, but must be a finite number of at least 0")
         if compare not in COMPARISONS:
             raise unknown_name("compare", str(compare), COMPARISONS)
@@ -498,9 +501,7 @@ class AdaptivePolicy(PlannerPolicy):
         """Fresh policy state; `foreseen` [B, K - 1, D] are the frames expected after each step but the last one."""
         policy_state = super().initial_state(rows)
         state = self._blank(rows)
-        if self.latent not in state.keys():
-            present = ", ".join(sorted(map(str, state.keys())))
-            raise ValueError(f"controller.latent is '{self.latent}', but this model's state has {present}")
+        _check_entry("controller.latent", self.latent, state)
         policy_state["state"] = state
         width = self._seen(policy_state["state"], Context.blank(self.model.spec, rows).observation[:, -1]).shape[-1]
         policy_state["foreseen"] = torch.zeros(rows, self.replan_every - 1, width, device=self._device())
@@ -580,9 +581,8 @@ def _uncollected(budget: Budget) -> Iterator[None]:
             gc.enable()
 
 
-def _check_goal(model: WAM, planner: Planner, goal: Goals | None) -> None:
+def _check_goal(model: WAM, scorer: object, goal: Goals | None) -> None:
     """ValueError where `goal` is given and not read, or read and not given, or where the model does not encode it."""
-    scorer = getattr(getattr(planner, "start", planner), "scorer", None)
     reads = "goal" in getattr(scorer, "needs", ())
     if reads or goal is not None:
         model.spec.require("goal")
@@ -593,9 +593,16 @@ def _check_goal(model: WAM, planner: Planner, goal: Goals | None) -> None:
         )
     if goal is not None and not reads:
         raise ValueError(
-            f"a goal is given, but {type(scorer).__name__ if scorer else type(planner).__name__} does not read it; "
-            "set scorer@planner.scorer=goal, or goal=null"
+            f"a goal is given, but {type(scorer).__name__} does not read it; set scorer@planner.scorer=goal, or "
+            "goal=null"
         )
+
+
+def _check_entry(setting: str, name: str, state: State) -> None:
+    """ValueError where a model's `state` has no entry `name`, which the `setting` reads."""
+    if name not in state.keys():
+        present = ", ".join(sorted(map(str, state.keys())))
+        raise ValueError(f"{setting} is '{name}', but this model's state has {present}")
 
 
 def _placed(whole: Any, index: Tensor, rows: Any) -> Any:

@@ -52,3 +52,10 @@ def whole_number(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}")
     return value
+
+
+def true_or_false(name: str, value: Any) -> bool:
+    """`value` if it is True or False; otherwise ValueError: a word counts as true in Python, whatever it says."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}, but must be true or false")
+    return value
