@@ -139,6 +139,10 @@ def with_stored(
                 kept.append(name)
     commit = stored["versions"]["commit"]
     of_kept = {key: value for key, value in stored["metrics"].items() if key.startswith(tuple(f"{n}/" for n in kept))}
+    if "gate/always" not in kept:  # they were compared with another one
+        of_kept = {
+            key: value for key, value in of_kept.items() if not key.endswith(("/minus_always", "/share_of_evaluations"))
+        }
     ran = {name: before.get("commits", {}).get(name, commit) for name in kept
            if any(key.startswith(f"{name}/") for key in of_kept)}  # fmt: skip
     return (

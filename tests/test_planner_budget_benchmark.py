@@ -67,5 +67,13 @@ def test_what_is_stored_of_other_runs_stays_where_their_settings_are_those_of_to
     assert hashes == ["a", "b"] and told["commits"] == {
         "curve/mppi/512": "new", "curve/mppi/1536": "old", "gate/always": "old", "gate/gated, scores shuffled": "old"
     }  # fmt: skip
+    compared = ("gate/gated/minus_always", "gate/gated/share_of_evaluations")
+    path.write_text(
+        json.dumps({"config": config, "metrics": metrics | dict.fromkeys(compared, 0.5), "protocol_hash": ["a"],
+                    "versions": {"commit": "old"}})
+    )  # fmt: skip
+    assert set(compared) <= set(planner_budget.with_stored(path, new, fresh, {"b"})[1])
+    again = {**config, "commits": {"gate/always": "new"}}  # another run than the stored ones were compared with
+    assert not set(compared) & set(planner_budget.with_stored(path, again, {}, {"b"})[1])
     other = {**new, "first_start": 800}
     assert planner_budget.with_stored(path, other, fresh, {"b"}) == (other, fresh, ["b"])
