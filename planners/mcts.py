@@ -525,7 +525,6 @@ class MCTSPlanner:
         Returns the number [] of the next one, evaluations [R], and how deep [] the trees are then. visits, offsets: as
         in `_simulations`.
         """
-        from torch._higher_order_ops.while_loop import while_loop  # seconds to import, so only where it is needed
 
         def more(number: Tensor, spent: Tensor, deepest: Tensor) -> Tensor:
             return (number < stop) if levels == self.depth else (number < stop) & (deepest < levels)
@@ -536,8 +535,14 @@ class MCTSPlanner:
             taken, edges = self._simulate(model, root, goal, offset, number, levels)
             return number + 1, spent + taken, torch.maximum(deepest, edges.max())
 
-        number, spent, deepest = while_loop(more, simulate, (start, torch.zeros_like(root.tree.base), deepest))
-        return number, spent, deepest
+        carried = start, torch.zeros_like(root.tree.base), deepest
+        if torch.compiler.is_compiling():
+            from torch._higher_order_ops.while_loop import while_loop  # seconds to import, so only where it is needed
+
+            return cast(tuple[Tensor, Tensor, Tensor], while_loop(more, simulate, carried))
+        while more(*carried):
+            carried = simulate(*carried)
+        return carried
 
     def _offsets(self, model: WAM, noise: NoiseKey, num: int) -> Tensor:
         """[R, N, H, A] noise for the proposer."""

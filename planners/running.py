@@ -74,7 +74,7 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     from wamrl.planners.compiler_passes import BiasApart
 
     # Torch counts the graphs of all planners of a process together, and a planner and its null control have one each
-    # for every number of rows: with ten rows and fewer, ten.
+    # for every number of rows, deep trees two: with ten rows and fewer, ten or twenty.
     config.recompile_limit = max(config.recompile_limit, MOST_GRAPHS)
     # Last of all passes: torch's own would make one call of product and sum again.
     options = {"cpp_wrapper": True, "post_grad_custom_post_pass": BiasApart(), **options}

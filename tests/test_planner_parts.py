@@ -489,14 +489,18 @@ def test_whatever_number_of_rows_a_gate_lets_through_few_are_compiled(kind, monk
     assert set(sizes) == {1, 2, 4, 8, 16} and len(shapes) == 5 * functions, shapes
 
 
-@pytest.mark.parametrize("kind", ["shooting", "mcts"])
+@pytest.mark.parametrize("kind", ["shooting", "mcts", "deep mcts"])
 def test_what_a_plan_with_a_deadline_runs_is_compiled_before(kind, monkeypatch) -> None:
-    """For all numbers of rows that a gate may let through; here the compiled function is the function itself."""
-    module, shapes = importlib.import_module(f"wamrl.planners.{kind}"), []
+    """For all numbers of rows that a gate may let through; here the compiled function is the function itself.
+
+    A deep tree has one for half of its levels, too.
+    """
+    module, shapes = importlib.import_module(f"wamrl.planners.{kind.removeprefix('deep ')}"), []
 
     def compiled(function, **options):  # type: ignore[no-untyped-def]
         def run(model, first, *rest):  # type: ignore[no-untyped-def]
-            shapes.append((rows_of(first), function.__name__, *(x.shape for x in rest if isinstance(x, torch.Tensor))))
+            known = (x.shape if isinstance(x, torch.Tensor) else x for x in rest if isinstance(x, (torch.Tensor, int)))
+            shapes.append((rows_of(first), function.__name__, *known))
             return function(model, first, *rest)
 
         return run
@@ -507,13 +511,15 @@ def test_what_a_plan_with_a_deadline_runs_is_compiled_before(kind, monkeypatch) 
     search = dict(horizon=2, num_candidates=24, iterations=3, num_elites=4, proposer=NoiseProposer)
     planner = (
         make_cem(**search, gate=gate, compile=True) if kind == "shooting"  # type: ignore[arg-type]
-        else make_mcts(chunk=2, depth=2, simulations=8, num_candidates=4, gate=gate, compile=True)
+        else make_mcts(
+            chunk=1, depth=8 if kind == "deep mcts" else 2, simulations=8, num_candidates=4, gate=gate, compile=True
+        )
     )  # fmt: skip
     model = quadratic(TARGET, members=2)
     state, noise = model.state(torch.linspace(-0.5, 0.5, 5)[:, None]), NoiseKey.for_rows(5)
     planner.warm_up(model, state, noise, budget)
     before = set(shapes)
-    assert {rows for rows, *_ in before} == {1, 2, 4, 8} and len(before) == 4 * (2 if kind == "shooting" else 1)
+    assert {rows for rows, *_ in before} == {1, 2, 4, 8} and len(before) == 4 * (1 if kind == "mcts" else 2)
     shapes.clear()
     for gate.number in range(6):
         planner.plan(model, state, planner.initial_state(model, 5), noise, budget)
