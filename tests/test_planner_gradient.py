@@ -69,6 +69,19 @@ def test_a_step_counts_its_forward_and_its_backward_pass() -> None:
     assert found.evaluations.tolist() == [search + candidates * (3 * 2 + 1)] * 2
 
 
+def test_a_budget_that_leaves_no_step_is_the_searchs_alone() -> None:
+    """6 x starts x steps x members is the least for one step, as docs/planners.md says."""
+    model, z, least = quadratic(TARGET, members=3), torch.zeros(1, 1), 6 * 2 * 4 * 3
+    planner = make_gradient(start=make_cem(horizon=4), num_starts=2)
+    for evaluations, steps in ((least - 1, 0), (least, 1)):
+        assert planner._split(model, Budget(evaluations))[0] == steps
+    alone, _ = planner.start.plan(
+        model, model.state(z), planner.initial_state(model, 1), NoiseKey.for_rows(1).fold(0), Budget(least - 1)
+    )
+    plan, _ = plan_once(planner, model, z, budget=Budget(least - 1))
+    assert torch.equal(plan.actions, alone.actions) and torch.equal(plan.evaluations, alone.evaluations)
+
+
 def test_a_model_without_gradients_is_refused() -> None:
     class Detached(ToyWAM):
         def imagine(self, state, actions, **options):
