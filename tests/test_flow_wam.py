@@ -16,10 +16,19 @@ from wamrl import checkpoint, cli, interfaces
 from wamrl.envs.imagined_env import ImaginedEnv
 from wamrl.envs.layouts import METAWORLD
 from wamrl.interfaces import Budget, Context, task_id
+from wamrl.models import flow_wam
 from wamrl.models.coupling import Coupling
 from wamrl.models.denoiser import BACKBONES
 from wamrl.models.flow_wam import FlowWAM
-from wamrl.models.substrate import GeometricSubstrate, make_substrate
+from wamrl.models.substrate import (
+    USUAL_CHANGE,
+    GeometricSubstrate,
+    JointSubstrate,
+    Substrate,
+    change_of,
+    make_substrate,
+    shares,
+)
 from wamrl.noise import NoiseKey
 from wamrl.planners.best_of_n import make_best_of_n
 from wamrl.planners.cem import make_cem
@@ -135,12 +144,14 @@ TABLE = {
     "idm": {"F": "F", "V": "FV", "C": "FC", "A": "FCA"},
     "mot_uwm": {"F": "F", "A": "FA", "V": "FVG", "G": "FG", "I": "FVI"},
 }
+TABLE["simulator"] = {"F": "F", "A": "FA", "V": "FVG", "G": "FG"}
 # Of the blocks that are not whole: which of 2 frames, after actions 1 and 3, or of 4 actions sees which.
 PARTS = {
     ("mot_uwm", "V", "V"): [[1, 0], [1, 1]],
     ("mot_uwm", "V", "G"): [[1, 1, 0, 0], [1, 1, 1, 1]],
     ("mot_uwm", "G", "G"): [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]],
 }
+PARTS |= {("simulator", *pair): PARTS["mot_uwm", *pair] for pair in (("V", "V"), ("V", "G"), ("G", "G"))}
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -213,6 +224,23 @@ def test_cached_equals_the_full_forward(name, given, asked, backbone):
     part = (asked, 0)
     cached, _ = model.denoiser.run([part], {part: contents[part]}, {part: times[part]}, task, prefix=prefix)
     torch.testing.assert_close(cached[part], full[part], atol=1e-5, rtol=0.0)
+
+
+def test_a_future_is_told_what_the_present_shows_at_its_place_cached_or_not():
+    model = make("mot_uwm", changes=True)
+    contents, times, task = random_contents(model, ("G", "V"))
+    times[("G", 0)] = torch.ones_like(times[("G", 0)])
+    full, _ = model.denoiser.run(list(contents), contents, times, task)
+    prefix = model.denoiser.prefix(contents[("F", 0)], task)
+    prefix = model.denoiser.extend(prefix, "G", contents[("G", 0)], task).repeat(2)
+    part, twice = ("V", 0), contents[("V", 0)].repeat_interleave(2, 0)
+    asked = {part: times[part].repeat_interleave(2, 0)}
+    cached, _ = model.denoiser.run([part], {part: twice}, asked, task.repeat_interleave(2, 0), prefix=prefix)
+    torch.testing.assert_close(cached[part], full[part].repeat_interleave(2, 0), atol=1e-5, rtol=0.0)
+    # Beside what attention tells: without attention to anything else, the present still matters.
+    embedded = [model.denoiser._embed("future", contents[part], task, contents[("F", 0)] + shift) for shift in (0, 1)]
+    assert not torch.allclose(*embedded)
+    assert make("mot_uwm").denoiser.embed_present is None
 
 
 @pytest.mark.parametrize("backbone", ["mot", "dit"])
@@ -354,12 +382,13 @@ def test_future_and_action_have_times_and_noise_of_their_own():
 def test_what_is_clean_is_the_data_and_the_target_is_data_minus_noise(name, parts):
     shown = Shown(name, rows=500)
     assert sorted(segment for segment, _ in shown.errors) == sorted(parts)
-    for part, (square, times) in shown.errors.items():
+    for part, (square, times, estimate) in shown.errors.items():
         data, content = shown.data[part[0]], shown.contents[part]
         time = times.view(*times.shape, *[1] * (data.ndim - times.ndim)).expand_as(data)
         torch.testing.assert_close(content[time == 1.0], data[time == 1.0])
         assert related(content[time == 0.0], data[time == 0.0]) < 0.1
-        # The network answered 0, so that the error is the mean square of the target, over the numbers that move.
+        torch.testing.assert_close(estimate, content)  # the network answered 0: velocities lead nowhere
+        # So the error is the mean square of the target, over the numbers that move.
         target = ((data - content) / (1.0 - time)).square()
         numbers = shown.moving if part[0] == "V" else data.shape[-1]
         sure = (times < 0.99).expand_as(square)
@@ -656,6 +685,8 @@ def test_the_joint_variant_of_the_paper_builds_without_the_query_that_it_cannot_
     ({"reward_scale": 0.0}, "reward_scale is 0.0, but must be a finite number above 0"),
     ({"success_bonus": None}, "success_bonus is None, but must be a finite number"),
     ({"sde_scale": 0.0}, "sde_scale is 0.0, but must be above 0"),
+    ({"changes": "all"}, "changes is 'all', expected true or false"),
+    ({"loss_weights": {"imagine": 1.0}}, "did you mean 'imagined'"),
     ({"shortcut": "much"}, "shortcut is much, expected a share"),
     ({"loss_weights": {"policy": "a"}}, "loss_weights.policy is 'a', but must be a finite number"),
 ])  # fmt: skip
@@ -753,6 +784,84 @@ def test_a_joint_substrate_has_the_tokens_of_all_its_parts():
     assert tokens.shape == (4, 2, 6) and whole.describe() == "geometric and geometric"
     for key, value in whole.decode(tokens).items():
         torch.testing.assert_close(value, frames[key])
+
+
+class Silent(Substrate):
+    """Numbers that do not say how much they change, as those of images."""
+
+    def __init__(self, keys: str, size: int) -> None:
+        super().__init__()
+        self.keys, self.tokens, self.width, self.change = (keys,), 1, size, None
+        self.register_buffer("used", torch.ones(1, size, dtype=torch.bool))
+
+    def encode(self, observation: TensorDict) -> torch.Tensor:
+        return observation[self.keys[0]].unsqueeze(-2)
+
+
+def test_what_does_not_know_its_change_is_taken_to_change_as_is_usual_and_counts_as_much_as_the_rest():
+    geometric = make_substrate({"name": "geometric", "keys": ["proprioception"]}, OBSERVATION)
+    geometric.set_normalisation(statistics())
+    joint = JointSubstrate([Silent("state", 6), geometric])
+    assert joint.change is None
+    change = change_of(joint)
+    assert change.shape == (2, 6) and (change[0] == USUAL_CHANGE).all()
+    torch.testing.assert_close(change[1, :2], geometric.change[0])
+    share = shares(joint, joint.used & (change > 0))
+    assert share[0].tolist() == pytest.approx([1 / 12] * 6) and share[1].tolist() == [0.25, 0.25, 0, 0, 0, 0]
+    # A part that never moves leaves its share to the others.
+    moves = joint.used.clone()
+    moves[1] = False
+    assert float(shares(joint, moves)[0].sum()) == pytest.approx(1.0)
+
+
+def test_changes_begin_at_the_present_frame_whatever_the_substrate_knows(monkeypatch):
+    silent = JointSubstrate([Silent("state", 6), Silent("proprioception", 2)])
+    monkeypatch.setattr(flow_wam, "make_substrate", lambda *_: silent)
+    for changes in (False, True):
+        model = checkpoint.build(config("mot_uwm", changes=changes, future_steps=1))
+        model.set_normalisation(statistics())
+        state = encoded(model)
+        still = model._frames(torch.zeros(3, *model.denoiser.shape("V")), model._tokens_of(state["z"]))
+        assert torch.equal(still.flatten(2)[:, 0], state["z"]) == changes
+        frames = torch.randn(3, 2, 2, 6) * silent.used
+        there = model._changes(frames, model._tokens_of(state["z"]))
+        torch.testing.assert_close(model._frames(there, model._tokens_of(state["z"])), frames)
+        # Untrained, velocities are 0: an imagined frame is the noise, around the present where changes are predicted.
+        imagined = model.imagine(state, torch.zeros(3, 1, 4, 2), futures=400, with_frames=True).frames[:, 0, :, 1]
+        moves = silent.used.flatten()
+        off = (imagined.mean(1) - (state["z"] if changes else 0.0))[:, moves].abs().max()
+        assert off < 5 * imagined.std() / 20
+
+
+def test_heads_that_read_imagined_frames_agree_with_the_true_ones_where_these_are_imagined():
+    model = make("mot_uwm", loss_weights={"imagined": 1.0})
+    model.set_normalisation(statistics())
+    batch = Windows().sample(16, 4, torch.Generator().manual_seed(0))
+    z = model.substrate.encode(batch["observation"][:, ::2]).flatten(2)
+    task, seen = torch.zeros(16, dtype=torch.int64), torch.ones(16, 2, dtype=torch.bool)
+    true = model.heads.losses(batch, z, task, seen)
+    model.heads.update_targets(1.0)
+    same = model.heads.imagined_losses(batch, z, z[:, 1:], task, seen)
+    for name in ("reward", "success"):
+        torch.testing.assert_close(same[name], true[name])
+    assert same["value"].item() == 0.0
+    off = model.heads.imagined_losses(batch, z, z[:, 1:] + 1.0, task, seen)
+    assert off["value"] > 0.0 and off["reward"] != true["reward"]
+    assert model.heads.imagined_losses(batch, z, z[:, 1:] + 1.0, task, ~seen)["value"].item() == 0.0
+
+
+def test_what_heads_read_off_imagined_frames_teaches_the_frames_and_is_off_unless_asked_for():
+    batch = Windows().sample(16, 4, torch.Generator().manual_seed(0))
+    gradients = {}
+    for weight in (0.0, 1.0):
+        # No velocity has a weight, so that only what the heads say can reach them.
+        model = make("mot_uwm", loss_weights={"imagined": weight, "policy": 0.0, "flows": 0.0})
+        losses = model.loss(batch, noise=torch.Generator().manual_seed(1))
+        assert ("imagined_value" in losses) == bool(weight)
+        losses["loss"].backward()
+        gradients[weight] = model.denoiser.to_future.weight.grad
+    assert gradients[0.0] is None or not gradients[0.0].any()
+    assert gradients[1.0].abs().max() > 0.0
 
 
 # ---- a known answer --------------------------------------------------------------------------------------------------

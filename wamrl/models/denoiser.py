@@ -51,12 +51,13 @@ class Tokens:
 class Prefix:
     """Clean tokens that are encoded once.
 
-    parts: the segments, in the order of the cache. hidden: [X, P] bool, True for tokens that no later one may see, or
-    None.
+    parts: the segments, in the order of the cache. frame: [X, L, D], the present one. hidden: [X, P] bool, True for
+    tokens that no later one may see, or None.
     """
 
     parts: tuple[str, ...]
     cache: Cache
+    frame: Tensor
     hidden: Tensor | None = None
 
     def repeat(self, times: int) -> Prefix:
@@ -64,7 +65,8 @@ class Prefix:
         if times == 1:
             return self
         cache = [(k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in self.cache]
-        return Prefix(self.parts, cache, None if self.hidden is None else self.hidden.repeat_interleave(times, 0))
+        hidden = None if self.hidden is None else self.hidden.repeat_interleave(times, 0)
+        return Prefix(self.parts, cache, self.frame.repeat_interleave(times, 0), hidden)
 
 
 class Denoiser(nn.Module):
@@ -72,7 +74,8 @@ class Denoiser(nn.Module):
 
     coupling: its masks, times and segments. backbone: `name` ("dit" or "mot") and its sizes. frame: (L, D). frames: J.
     frame_stride: control steps between frames. action: (H, A). tasks: how many. shortcut: whether the backbone is told
-    how far in time a velocity is to lead. Raises ValueError for an unknown backbone, or sizes that it does not take.
+    how far in time a velocity is to lead. beside_present: whether a future's token is also told what the present frame
+    shows at its place. Raises ValueError for an unknown backbone, or sizes that it does not take.
 
     Contents of a segment are a frame [X, L, D], a future [X, J, L, D] or a chunk [X, H, A]; its noise times [X, G] have
     J groups for a future and one otherwise. `moves` [L, D] bool says which numbers of a future frame are generated.
@@ -91,6 +94,7 @@ class Denoiser(nn.Module):
         action: tuple[int, int],
         tasks: int,
         shortcut: bool,
+        beside_present: bool = False,
     ) -> None:
         super().__init__()
         settings = dict(backbone)
@@ -109,6 +113,7 @@ class Denoiser(nn.Module):
         wide, narrow = self.backbone.width("future"), self.backbone.width("action")
         self.task_token = nn.Embedding(tasks, wide)
         self.embed_frame, self.embed_future = nn.Linear(size, wide), nn.Linear(size, wide)
+        self.embed_present = nn.Linear(size, wide) if beside_present else None
         self.embed_action = nn.Linear(action_dim, narrow)
         self.place = nn.Parameter(0.02 * torch.randn(length, wide))
         self.frame_time = nn.Parameter(0.02 * torch.randn(frames, wide))
@@ -169,9 +174,10 @@ class Denoiser(nn.Module):
                 empty = task.new_zeros(len(task), len(inside), dtype=torch.bool)
                 behind.append(empty if flags is None else flags[:, inside])
             mask = mask & (sequence.same | ~torch.cat(behind, dim=1).unsqueeze(1)).unsqueeze(1)
+        present = contents[("F", 0)] if prefix is None else prefix.frame
         streams = {
             expert: Stream(
-                torch.cat([self._embed(self.kind(part[0]), contents[part], task) for part in own], dim=1),
+                torch.cat([self._embed(self.kind(part[0]), contents[part], task, present) for part in own], dim=1),
                 torch.cat([times[part] for part in own], dim=1),
                 group,
                 None if stride is None else stride.unsqueeze(1).expand(-1, int(group[-1]) + 1),
@@ -188,12 +194,13 @@ class Denoiser(nn.Module):
                     velocities[part] = self.to_future(own).unflatten(1, (self.frames, -1)) * self.moves
         return velocities, cache
 
-    def _embed(self, kind: str, content: Tensor, task: Tensor) -> Tensor:
+    def _embed(self, kind: str, content: Tensor, task: Tensor, present: Tensor) -> Tensor:
         """Tokens [X, S, W] of a frame [X, L, D], future [X, J, L, D] or chunk [X, H, A]."""
         if kind == "action":
             return self.embed_action(content) + self.action_time
         if kind == "future":
-            return (self.embed_future(content) + self.place + self.frame_time.unsqueeze(1)).flatten(1, 2)
+            place = self.place if self.embed_present is None else self.place + self.embed_present(present).unsqueeze(1)
+            return (self.embed_future(content) + place + self.frame_time.unsqueeze(1)).flatten(1, 2)
         return torch.cat([self.embed_frame(content) + self.place, self.task_token(task).unsqueeze(1)], dim=1)
 
     def _sequence(self, before: tuple[Part, ...], parts: tuple[Part, ...], device: torch.device) -> Tokens:
@@ -232,7 +239,7 @@ class Denoiser(nn.Module):
         """The present frame [X, L, D], encoded once."""
         part = ("F", 0)
         _, cache = self.run([part], {part: frame}, {part: torch.ones_like(frame[:, :1, 0])}, task)
-        return Prefix(("F",), cache)
+        return Prefix(("F",), cache, frame)
 
     def extend(self, prefix: Prefix, name: str, content: Tensor, task: Tensor, hidden: Tensor | None = None) -> Prefix:
         """`prefix` and the clean segment `name`. hidden: [X, groups] bool, of which nobody sees anything."""
@@ -255,7 +262,7 @@ class Denoiser(nn.Module):
             if hidden is not None:
                 late_hidden = hidden.repeat_interleave(new[0][0].shape[2] // self.groups(name), 1)
             behind = torch.cat([behind, late_hidden], dim=1)
-        return Prefix((*prefix.parts, name), cache, behind)
+        return Prefix((*prefix.parts, name), cache, prefix.frame, behind)
 
     def velocity(
         self,
@@ -317,12 +324,19 @@ class Denoiser(nn.Module):
     # ---- training ------------------------------------------------------------------------------------------------
 
     def errors(
-        self, present: Tensor, data: Mapping[str, Tensor], task: Tensor, noise: torch.Generator | None
-    ) -> dict[Part, tuple[Tensor, Tensor]]:
+        self,
+        present: Tensor,
+        data: Mapping[str, Tensor],
+        task: Tensor,
+        noise: torch.Generator | None,
+        share: Tensor | None = None,
+    ) -> dict[Part, tuple[Tensor, Tensor, Tensor]]:
         """Squared velocity errors of a noisy sequence of all trained segments, drawn by the coupling.
 
         present: [B, L, D]. data: segment -> its clean content. Returns, of each part that has a loss, the errors [B, J]
-        of a future's frames or [B, H] of a chunk's actions, and the noise times [B, groups] at which they were made.
+        of a future's frames or [B, H] of a chunk's actions, the noise times [B, groups] at which they were made, and
+        the clean content that the velocities lead to. share: [L, D] of each number in a frame's error, summing to one;
+        None: all that move count the same.
         """
         rows, device = len(present), present.device
         parts = [("F", 0), *((name, c) for name in data for c in range(self.coupling.segments[name].copies))]
@@ -353,11 +367,19 @@ class Denoiser(nn.Module):
         errors = {}
         for part in parts[1:]:
             if self.coupling.segments[part[0]].weight > 0:
-                square = (found[part] - targets[part]).square()
+                wrong = found[part] - targets[part]
+                wide = times[part][:, :, None, None] if self.kind(part[0]) == "future" else times[part].unsqueeze(-1)
+                estimate = data[part[0]] + (1.0 - wide) * wrong  # x + (1 - t) v, and x + (1 - t) (data - noise) is data
                 if self.kind(part[0]) == "future":
-                    errors[part] = (square.sum((-1, -2)) / self.moves.sum().clamp(min=1), times[part])
+                    square = wrong.square()
+                    square = (
+                        square.sum((-1, -2)) / self.moves.sum().clamp(min=1)
+                        if share is None
+                        else (square * share).sum((-1, -2))
+                    )
                 else:
-                    errors[part] = (square.mean(-1), times[part])
+                    square = wrong.square().mean(-1)
+                errors[part] = (square, times[part], estimate)
         return errors
 
     def _draw_times(

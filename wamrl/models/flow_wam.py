@@ -1,8 +1,9 @@
 """A World Action Model by flow matching: any substrate, backbone and coupling in one class.
 
 Futures are frames at every `frame_stride`-th control step of a chunk, written as their change from the present frame
-where the substrate knows how much its numbers change. A coupling (`wamrl.models.coupling`) says which tokens see which
-and how their noise times are drawn in training; its queries are the questions that one set of weights answers.
+where the substrate knows how much its numbers change, or `changes` asks for it. A coupling (`wamrl.models.coupling`)
+says which tokens see which and how their noise times are drawn in training; its queries are the questions that one set
+of weights answers.
 Reward, success and value are read off the predicted tokens by small heads.
 
 Imagination is by chunks: a horizon that is no multiple of `frame_stride` repeats its last action up to the next frame
@@ -33,7 +34,7 @@ from wamrl.models.flow import gaussian_log_prob, interpolate, sde_sample, sde_st
 from wamrl.models.frame_heads import FrameHeads
 from wamrl.models.images import uint8_images
 from wamrl.models.parts import check_values, task_rows, weights_of_losses
-from wamrl.models.substrate import make_substrate
+from wamrl.models.substrate import change_of, make_substrate, shares
 from wamrl.naming import is_number, unknown_name, whole_number
 from wamrl.noise import NoiseKey
 
@@ -54,9 +55,14 @@ class FlowWAM(WAM):
     attribute `policy_query` is the same, and can be set at any time.
     shortcut: above 0, the share of a batch that teaches the policy to take long steps at once (Frans et al., 2024,
     arXiv:2410.12557), for 1 or 2 action_steps.
+    changes: predict the change from the present frame also where a part of the substrate does not know how much its
+    numbers change, as images do not: they are taken to change by `USUAL_CHANGE` in a step. A future's token is then
+    told what the present frame shows at its place, and all parts of a joint substrate count the same in its error.
+    success_values: answer "success_value" too, as the reference WAM does.
     discount, reward_scale, success_bonus, expectile, values, target_rate: as in the reference WAM.
-    loss_weights: of reward, success and value, and two that multiply the segments' own weights: policy, of the actions
-    that the policy denoises, and flows, of all other segments.
+    loss_weights: of reward, success, value and success_value; two that multiply the segments' own weights: policy, of
+    the actions that the policy denoises, and flows, of all other segments; and imagined, which multiplies those of the
+    heads where these read the frames that a future's velocities lead to, beside the true ones.
     """
 
     task_ids: Tensor
@@ -86,6 +92,8 @@ class FlowWAM(WAM):
         values: int = 4,
         discount: float = 0.97,
         target_rate: float = 0.01,
+        changes: bool = False,
+        success_values: bool = False,
         expectile: float = 0.7,
         reward_scale: float = 10.0,
         success_bonus: float = 10.0,
@@ -142,6 +150,11 @@ class FlowWAM(WAM):
         if not (is_number(shortcut) and 0.0 <= shortcut <= 1.0):
             raise ValueError(f"shortcut is {shortcut}, expected a share of the batch from 0 to 1")
         self.shortcut = shortcut
+        for name, asked in (("changes", changes), ("success_values", success_values)):
+            if not isinstance(asked, bool):
+                raise ValueError(f"{name} is {asked!r}, expected true or false")
+        self.changes = changes
+        self.relative = changes or self.substrate.change is not None
         frames, frame = chunk_length // frame_stride, (self.substrate.tokens, self.substrate.width)
         self.denoiser = Denoiser(
             self.coupling,
@@ -152,11 +165,14 @@ class FlowWAM(WAM):
             action=(chunk_length, action_dim),
             tasks=len(tasks),
             shortcut=shortcut > 0,
+            beside_present=changes,
         )
         provides = {"decode"} if self.substrate.decodes else set()
         provides |= {"policy", "value", "observe", "goal"} | {
             q for q in ("rollout", "inverse", "video") if q in queries
         }
+        if success_values:
+            provides.add("success_value")
         if {"rollout", "video", "joint", "future_first"} & set(queries):
             provides |= {"reward", "success"} | ({"uncertainty"} if futures > 1 else set())
         self.spec = Spec(
@@ -184,9 +200,9 @@ class FlowWAM(WAM):
         self.target_rate = target_rate
         self.value_unit = (reward_scale + success_bonus) / (1.0 - discount)
         weights = {"policy": 1.0, "flows": 1.0, "reward": 0.5, "success": 0.5, "value": 10.0}
+        weights |= {"success_value": 1.0, "imagined": 0.0}
         self.loss_weights = weights_of_losses(weights, loss_weights)
-        # A future frame is (frame - present) / unit where the substrate knows its changes; what never moves is not
-        # predicted.
+        # A future frame is (frame - present) / unit where changes are predicted; what never moves is not predicted.
         self.register_buffer("unit", torch.ones(frames, *frame))
         self.denoiser.moves.copy_(self.substrate.used)
         self.register_buffer("task_ids", torch.tensor([task_id(task) for task in tasks]))
@@ -201,6 +217,7 @@ class FlowWAM(WAM):
             success_bonus=success_bonus,
             unit=self.value_unit,
             expectile=expectile,
+            success_values=success_values,
         )
 
     # ---- ways to act ---------------------------------------------------------------------------------------------
@@ -242,8 +259,8 @@ class FlowWAM(WAM):
     def set_normalisation(self, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Hand the training data's statistics to the substrate, and take from it how much frames change."""
         self.substrate.set_normalisation(statistics)
-        change = self.substrate.change
-        if change is not None:
+        if self.relative:
+            change = change_of(self.substrate)
             steps = torch.arange(1, self.denoiser.frames + 1, device=change.device) * self.spec.frame_stride
             # Motion goes on for a while, and two frames far apart differ by sqrt(2) standard deviations at most.
             self.unit.copy_((change * steps[:, None, None]).clamp(max=math.sqrt(2.0)).where(change > 0, 1.0))
@@ -293,13 +310,13 @@ class FlowWAM(WAM):
 
     def _changes(self, frames: Tensor, present: Tensor) -> Tensor:
         """Future frames [X, J, L, D] of the substrate as what the flow generates."""
-        if self.substrate.change is None:
+        if not self.relative:
             return frames * self.denoiser.moves
         return (frames - present.unsqueeze(1)) / self.unit * self.denoiser.moves
 
     def _frames(self, changes: Tensor, present: Tensor) -> Tensor:
         """Undo `_changes`."""
-        if self.substrate.change is None:
+        if not self.relative:
             return changes
         return present.unsqueeze(1) + changes * self.denoiser.moves * self.unit
 
@@ -543,6 +560,10 @@ class FlowWAM(WAM):
     def value(self, state: State) -> Tensor:
         return self.heads.value(state["z"], state["task"]).movedim(0, -1) * self.value_unit
 
+    def success_value(self, state: State) -> Tensor:
+        self.spec.require("success_value")
+        return self.heads.success_value(state["z"], state["task"]).sigmoid().movedim(0, -1) * self.value_unit
+
     # ---- training ------------------------------------------------------------------------------------------------
 
     def loss(self, batch: TensorDict, *, noise: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -577,9 +598,13 @@ class FlowWAM(WAM):
                 clean = {"label": wanted, "executed": executed}[segment.target]
                 data[name] = changes if segment.kind == "future" else clean
         totals: dict[str, tuple[Tensor, Tensor]] = {}
-        for (name, _), (square, time) in self.denoiser.errors(present, data, task, noise).items():
+        imagined: list[tuple[Tensor, Tensor]] = []
+        share = shares(self.substrate, self.denoiser.moves) if self.changes else None
+        found = self.denoiser.errors(present, data, task, noise, share)
+        for (name, _), (square, time, estimate) in found.items():
             if self.denoiser.kind(name) == "future":
                 weight = arrived & (time[:, -1:] < 1.0)  # clean or a goal: nothing to predict
+                imagined.append((self._frames(estimate, present), weight))
             else:
                 weight = (imitated if self.coupling.segments[name].target == "label" else valid) & (time < 1.0)
             error, count = totals.get(name, (torch.zeros((), device=device), torch.zeros((), device=device)))
@@ -597,6 +622,13 @@ class FlowWAM(WAM):
             total = total + self.loss_weights["policy"] * losses["shortcut"]
         heads = self.heads.losses(batch, z.flatten(2), task, arrived)
         total = total + sum(self.loss_weights[name] * value for name, value in heads.items())
+        if self.loss_weights["imagined"]:
+            for frames, seen in imagined:
+                guessed = self.heads.imagined_losses(batch, z.flatten(2), frames.flatten(2), task, seen)
+                total = total + self.loss_weights["imagined"] * sum(
+                    self.loss_weights[name] * value for name, value in guessed.items()
+                )
+                heads |= {f"imagined_{name}": value for name, value in guessed.items()}
         return {"loss": total, **{name: value.detach() for name, value in {**losses, **heads}.items()}}
 
     def _shortcut_loss(

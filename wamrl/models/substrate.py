@@ -30,6 +30,10 @@ SUBSTRATES = {
 """Name in a model's YAML -> class. A class is imported when it is asked for."""
 
 
+USUAL_CHANGE = 0.25
+"""Root mean square of what a number of unit variance changes by in one control step, where a substrate does not say."""
+
+
 class Substrate(nn.Module):
     """What is predicted: `encode` to tokens of about unit variance, and `decode` where that exists.
 
@@ -209,6 +213,23 @@ class JointSubstrate(Substrate):
 
     def _padded(self, tokens: Tensor) -> Tensor:
         return nn.functional.pad(tokens, (0, self.width - tokens.shape[-1]))
+
+
+def change_of(substrate: Substrate) -> Tensor:
+    """[L, D] `change` of a substrate, and `USUAL_CHANGE` of the parts of it that do not know theirs."""
+    if isinstance(substrate, JointSubstrate):
+        return torch.cat([substrate._padded(change_of(part)) for part in substrate._parts()])
+    return USUAL_CHANGE * substrate.used if substrate.change is None else substrate.change
+
+
+def shares(substrate: Substrate, moves: Tensor) -> Tensor:
+    """[L, D] share of each number that `moves` [L, D] in an error where all parts of a joint substrate count the same.
+
+    However many numbers they have: of 256 of an image and 4 of a hand, the hand's are the ones that actions move first.
+    """
+    parts = substrate._parts() if isinstance(substrate, JointSubstrate) else [substrate]
+    own = [part / part.sum().clamp(min=1) for part in moves.float().split([part.tokens for part in parts])]
+    return torch.cat(own) / max(1, sum(bool(part.any()) for part in own))
 
 
 def make_substrate(
