@@ -493,14 +493,16 @@ def posttrain_speed(result: Mapping[str, Any]) -> str:
 
 _FAST_WAM = {"state": "from state", "pixels": "from pixels", "push": "from pixels, longer"}
 """What the settings of benchmarks.fast_wam are called."""
+_SIMULATORS = {"simulators": "from pixels"}
+"""That which has a page of its own."""
 
 
-def _fast_wam(part: str) -> Callable[[Mapping[str, Any]], str]:
+def _fast_wam(part: str, settings: Mapping[str, str] = _FAST_WAM) -> Callable[[Mapping[str, Any]], str]:
     """One part of `wamrl.fast_wam.tables`, of the settings that were measured; of push alone what it is run for."""
 
     def make(result: Mapping[str, Any]) -> str:
         grids = []
-        for setting, called in _FAST_WAM.items():
+        for setting, called in settings.items():
             own = {key: value for key, value in result["metrics"].items() if key.startswith(f"{setting}/")}
             found = fast_wam.tables(own) if own and (setting != "push" or part in ("success", "start_outside")) else {}
             if part in found:
@@ -536,6 +538,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "posttrain_isaac": ("posttrain_isaac", posttrain_isaac),
     "posttrain_speed": ("posttrain_speed", posttrain_speed),
     **{f"fast_wam_{part}": ("fast_wam", _fast_wam(part)) for part in fast_wam.PARTS},
+    **{f"simulators_{part}": ("fast_wam", _fast_wam(part, _SIMULATORS)) for part in fast_wam.PARTS},
 }
 
 

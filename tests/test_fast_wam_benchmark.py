@@ -38,7 +38,7 @@ def test_every_stage_composes(tmp_path, monkeypatch, pixels):
         "collect_play",
         *(["tokenizer"] if pixels else []),
         *(f"train_{variant}" for variant in fast_wam.VARIANTS),
-        "train_mot_uwm_play",
+        "train_simulator_play",
         "train_reference_play",
     ]
     assert "data.mixture.expert=300" in found[0].overrides
@@ -51,6 +51,8 @@ def test_every_stage_composes(tmp_path, monkeypatch, pixels):
             assert f"wam={label.removesuffix('_play')}" in words
             assert config.dataset == (["out/data", "out/play"] if label.endswith("_play") else "out/data")
             assert label == "reference_play" or config.wam.backbone.layers == 2
+            if label == "simulator_play":
+                assert config.wam.changes and config.wam.future_steps == 1 and config.learning_rate == 2e-3
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ def test_every_stage_composes(tmp_path, monkeypatch, pixels):
         ("fast_wam.shifts=[camera]", "read the state"),
         ("split=train", "use dev or test"),
         ("episodes=100000000", "fast_wam.first_start and \\(the greatest of"),
-        ("fast_wam.variants=[]", "variants is empty"),
+        ("{fast_wam.variants:[],fast_wam.simulators:[]}", "variants is empty"),
         ("fast_wam.demonstrations=601", "at most 600"),
         ("fast_wam.simulators=[fast]", "unknown simulator 'fast'"),
         ("{fast_wam.data:rich,fast_wam.demonstrations:5}", "mixture says how many"),
@@ -116,8 +118,8 @@ def test_a_small_comparison_measures_everything_and_goes_on_where_it_stopped(tmp
     results = json.loads(Path("out/results.json").read_text())
     assert results["partial"] is False and results["finished"] == [[REACH, 2]]
     metrics = results["metrics"]
-    for method in ("fast", "fast_k1", "mot_uwm", "mot_uwm_joint", "mot_uwm_future_first", "mot_uwm_play",
-                   "mot_uwm_play_planner", "reference_play_shuffled"):  # fmt: skip
+    for method in ("fast", "fast_k1", "mot_uwm", "mot_uwm_joint", "mot_uwm_future_first", "simulator_play",
+                   "simulator_play_planner", "reference_play_shuffled"):  # fmt: skip
         assert metrics[f"state/reach-v3/{method}/success"] == metrics[f"state/mean/{method}/success"]
         assert metrics[f"state/reach-v3/{method}/success"]["n"] == 1
     assert metrics["state/reach-v3/mot_uwm/start_outside_success"]["n"] == 1
@@ -128,7 +130,11 @@ def test_a_small_comparison_measures_everything_and_goes_on_where_it_stopped(tmp
     assert metrics["state/fast_wide/parameters"] != metrics["state/fast/parameters"]
     assert metrics["state/fast_uncached_wide/k10/gflop_over_fast"] > 2
     assert metrics["state/reach-v3/mot_uwm/imagined_true_h8"] > 0
-    for model in ("fast", "mot_uwm", "mot_uwm_play", "reference_play"):  # the probe's own error is not of imagination
+    for model in ("simulator_play", "reference_play"):
+        assert -1 <= metrics[f"state/reach-v3/{model}/imagined_value_true_h8"] <= 1
+        assert metrics[f"state/reach-v3/{model}/imagined_probe_shuffled_h8"] > 0
+        assert metrics[f"state/mean/{model}_planner/minus_shuffled"]["n"] == 1
+    for model in ("fast", "mot_uwm", "simulator_play", "reference_play"):  # the probe's own error is not of imagination
         assert metrics[f"state/reach-v3/{model}/imagined_probe_imagined_h8"] > 0
     assert set(fast_wam.tables(metrics)) == {*fast_wam.PARTS} - {"decoded"}
     assert "Imagination" in Path("out/report.html").read_text()
@@ -142,7 +148,13 @@ def test_a_small_comparison_measures_everything_and_goes_on_where_it_stopped(tmp
     # Other settings of the planner are run anew, and nothing else is.
     bench.main([*words, "fast_wam.planner.num_candidates=4"])
     changed = {path.stem for path, time in before.items() if path.stat().st_mtime_ns != time}
-    assert changed == {f"{model}_play_{way}" for model in fast_wam.SIMULATORS for way in fast_wam.PLANNERS}
+    assert changed == {f"{model}_play_{way}" for model in ("simulator", "reference") for way in fast_wam.PLANNERS}
+    # Simulators alone, for which nothing is trained or measured again.
+    bench.main([*(w for w in words if "variants" not in w), "fast_wam.variants=[]", "fast_wam.shifts=[]"])
+    alone = json.loads(Path("out/results.json").read_text())["metrics"]
+    assert all(metrics[key] == value for key, value in alone.items() if "planner" not in key and "shuffled" not in key)
+    assert not [key for key in alone if "latency" in key or "/mot_uwm/" in key]
+    assert set(fast_wam.tables(alone)) == {"success", "planning", "cost", "latency", "imagination", "probe", "value"}
     # With other settings nothing of the earlier ones is left in the results.
     bench.main([*(w for w in words if "variants" not in w and "denoising" not in w), "fast_wam.variants=[fast]",
                 "fast_wam.denoising_steps=[]", "fast_wam.shifts=[]", "fast_wam.simulators=[]"])  # fmt: skip

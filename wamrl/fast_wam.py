@@ -4,7 +4,7 @@ Per seed and task: demonstrations are collected once, every variant is trained o
 the same optimiser steps, and acts closed loop from the same start states, replanning every half chunk: as trained, with
 other numbers of denoising steps, and under declared shifts (`wamrl.properties`) that no training start has. mot_uwm
 acts in all of its ways (policy, joint, future_first). A model that has seen nothing but successes is no simulator, so
-mot_uwm and the reference WAM are also trained on the demonstrations and on play (`<model>_play`), and a planner acts in
+simulator and the reference WAM are trained on the demonstrations and on play (`<model>_play`), and a planner acts in
 both, with its scores and with shuffled ones. Imagination is measured on held-out play with the executed actions, with
 those of other windows, and against persistence. Latency and counted operations are taken by turns in one process. What
 is done is not done again.
@@ -59,9 +59,11 @@ from wamrl.stages import Stage, run_stage
 VARIANTS = ("fast", "joint", "idm", "no_cotrain", "mot_uwm")
 WAYS = ("joint", "future_first")
 """How mot_uwm acts beside its policy."""
-SIMULATORS, PLAY = ("mot_uwm", "reference"), "_play"
+SIMULATORS, PLAY = ("simulator", "mot_uwm", "reference"), "_play"
 PLANNERS = {"planner": False, "shuffled": True}
 """Ways to act by a planner, and whether its scores are shuffled."""
+OTHERS = ("policy", "shuffled")
+"""What a planner is held against."""
 DEMONSTRATIONS, MOST_DEMONSTRATIONS = 60, {"metaworld/push-v3": 300}
 STEPS, MOST_STEPS = 400, {"metaworld/push-v3": 700}
 """Per task and seed, and of the tasks that need more."""
@@ -77,7 +79,7 @@ def check(settings: Mapping[str, Any]) -> None:
     """Refuse settings that could not be measured, before anything is collected."""
     chosen = settings["fast_wam"]
     for name in ("tasks", "seeds", "variants"):
-        if not chosen[name]:
+        if not chosen[name] and not (name == "variants" and chosen["simulators"]):
             raise ValueError(f"fast_wam.{name} is empty, so that there is nothing to measure; name at least one")
     last = max(whole_number("fast_wam.seeds", seed, 0) for seed in chosen["seeds"])
     check_starts(
@@ -141,8 +143,11 @@ def stages(settings: Mapping[str, Any], task: str, seed: int, directory: Path) -
     trained = [(name, name, seen) for name in chosen["variants"]]
     trained += [(name + PLAY, name, with_play) for name in chosen["simulators"]]
     for label, name, data in trained:
-        own = ("wam/substrate=pixels",) if chosen["pixels"] and name in VARIANTS else ()
-        settings_of = overrides_of(chosen["train" if name in VARIANTS else "train_reference"])
+        flow = name != "reference"
+        own = ("wam/substrate=pixels",) if chosen["pixels"] and flow else ()
+        settings_of = overrides_of(chosen["train" if flow else "train_reference"])
+        if name == "simulator":
+            settings_of += overrides_of(chosen["train_simulator"])
         words = (f"wam={name}", f"steps={steps}", *own, *reads, data, *common, *settings_of)
         found.append(Stage(f"train_{label}", "train", words))
     return found
@@ -226,7 +231,10 @@ def imagination(directory: Path, variant: str, windows: int = 256) -> dict[str, 
     `encoded`, of latents of the true frames; `persistence`, of the guess that nothing moves. For mot_uwm also of what
     moves in its own frames: with the executed actions (`true`), with those of another window (`shuffled`), without any
     (`video`), and of the guess that nothing moves (`still`). From pixels, where the model decodes them, also
-    `psnr_db` and `ssim` of the imagined images, and `psnr_db_persistence`.
+    `psnr_db` and `ssim` of the imagined images, and `psnr_db_persistence`. Of simulators, also the read-out under the
+    actions of another window (`probe_shuffled`), and by how much the model's own value changes: the correlation over
+    windows of what it makes of the imagined frame with what it makes of the true one, `value_true` and
+    `value_shuffled`.
     """
     model = checkpoint.load(directory / f"train_{variant}")
     horizon = min(8, model.spec.max_horizon)
@@ -236,10 +244,12 @@ def imagination(directory: Path, variant: str, windows: int = 256) -> dict[str, 
     fitted = EpisodeDataset.open(seen, keys=keys)
     batch = EpisodeDataset.open(directory / "held", keys=keys).sample(windows, horizon, draw)
     scale = fitted.statistics()["state"]["std"].flatten()
-    found = {
-        f"probe_{name}": by_step
-        for name, by_step in probe_errors(model, fitted.sample(2048, 1, draw), batch, "state", scale).items()
-    }
+    shown = fitted.sample(2048, 1, draw)
+    found = {f"probe_{name}": by_step for name, by_step in probe_errors(model, shown, batch, "state", scale).items()}
+    if "rollout" in model.spec.provides:
+        others = batch.clone(False).set("action", batch["action"].roll(1, 0))
+        found["probe_shuffled"] = probe_errors(model, shown, others, "state", scale)["imagined"]
+        found |= {"value_true": value_changes(model, batch), "value_shuffled": value_changes(model, others)}
     if "pixels" in model.spec.observation:
         quality = decoded_quality(model, batch[:128]).get("pixels", {})
         if "imagined" in quality:
@@ -270,6 +280,22 @@ def imagination(directory: Path, variant: str, windows: int = 256) -> dict[str, 
         assert imagined.frames is not None
         found[name] = error(imagined.frames[:, 0, 0, :horizon])
     found["still"] = error(frames[0].unsqueeze(1).expand_as(truth))
+    return found
+
+
+@torch.no_grad()
+def value_changes(model: WAM, batch: TensorDict) -> list[float]:
+    """By step, how the change of value from now on that is imagined correlates with that on the true frames."""
+    frames = [
+        model.encode(Context.from_observation(o.clone(False).set("task", batch["task"])))
+        for o in batch["observation"].unbind(1)
+    ]
+    now = model.value(frames[0]).mean(-1)
+    found = []
+    for h in range(batch["action"].shape[1]):
+        leaf = model.imagine(frames[0], batch["action"][:, None, : h + 1]).leaf
+        changes = torch.stack([model.value(leaf).mean((1, 2, 3)) - now, model.value(frames[h + 1]).mean(-1) - now])
+        found.append(float(torch.corrcoef(changes[:, batch["valid"][:, h]].double())[0, 1].nan_to_num()))
     return found
 
 
@@ -410,6 +436,8 @@ def measure(
                 if told:
                     say(f"{directory.name}: {told}")
             finished[task, seed] = directory
+            if costs is None and not chosen["variants"]:
+                costs = {}  # what acts in fast's place is what latency compares
             if costs is None:
                 arguments = (chosen["variants"], chosen["turns"], chosen["wide"], settings["device"])
                 found = _once(folder / f"latency_{reads}.json", latency, directory, *arguments)
@@ -439,6 +467,12 @@ def metrics(settings: Mapping[str, Any], finished: Mapping[tuple[str, int], Path
         if method != "fast" and both:
             gap = compared([episodes[k].success for k in both], [reference[k].success for k in both])
             found[f"{reads}/mean/{method}/{prefix}minus_fast"] = gap
+    for model in (name + PLAY for name in chosen["simulators"]):
+        planned = everything[f"{model}_planner"]
+        for name, other in zip(OTHERS, (model, f"{model}_shuffled"), strict=True):
+            both = [key for key in planned if key in everything[other]]
+            gap = compared([planned[k].success for k in both], [everything[other][k].success for k in both])
+            found[f"{reads}/mean/{model}_planner/minus_{name}"] = gap
     models = [*chosen["variants"], *(name + PLAY for name in chosen["simulators"])]
     for variant in models:
         trained = [json.loads((d / f"train_{variant}" / "results.json").read_text()) for d in finished.values()]
@@ -460,9 +494,10 @@ def metrics(settings: Mapping[str, Any], finished: Mapping[tuple[str, int], Path
 
 
 def compared(mine: Sequence[bool], fast: Sequence[bool]) -> dict[str, float]:
-    """A paired comparison with fast as the metrics hold it, with the counts of starts that it rests on.
+    """A paired comparison with fast, or another one, as the metrics hold it, with the counts of starts it rests on.
 
-    both: both succeed. only: only this one does. only_fast. With n, all that is needed to pool it with other seeds'.
+    both: both succeed. only: only this one does. only_fast: only the other. With n, all that is needed to pool it with
+    other seeds'.
     """
     gap = paired(mine, fast)
     return {
@@ -477,11 +512,12 @@ def compared(mine: Sequence[bool], fast: Sequence[bool]) -> dict[str, float]:
 COSTS = ("parameters", "train_cpu_seconds", "train_peak_rss_mib", "act_peak_mib")
 KINDS = {
     "imagination": ("true", "shuffled", "video", "still"),
-    "probe": ("probe_imagined", "probe_encoded", "probe_persistence"),
+    "probe": ("probe_imagined", "probe_shuffled", "probe_encoded", "probe_persistence"),
+    "value": ("value_true", "value_shuffled"),
     "decoded": ("psnr_db", "psnr_db_persistence", "ssim"),
 }
 """Tables of `imagination`, and what each shows of it."""
-PARTS = ("success", "start_outside", "latency", "cost", *KINDS)
+PARTS = ("success", "start_outside", "latency", "cost", "planning", *KINDS)
 """Tables of a run with the default shifts."""
 
 
@@ -542,6 +578,17 @@ def tables(metrics: Mapping[str, Any]) -> dict[str, TableOf]:
             for v in dict.fromkeys(key.split("/")[1] for key in metrics if key.endswith("/train_cpu_seconds"))
         ],
     )
+    planned = [name for name in names if name.endswith("_planner")]
+    rows = [
+        [
+            name.removesuffix("_planner"),
+            *(_points(metrics.get(f"{reads}/mean/{name}/minus_{other}")) for other in OTHERS),
+        ]
+        for name in planned
+    ]
+    if any(any(row[1:]) for row in rows):
+        head = ["planner in", "minus its own policy, points", "minus shuffled scores, points"]
+        found["planning"] = TableOf(head, rows)
     models = list(dict.fromkeys(key.split("/")[2] for key in metrics if "/imagined_" in key))
     columns = [place for place in places if place != "mean"]
 
@@ -556,7 +603,7 @@ def tables(metrics: Mapping[str, Any]) -> dict[str, TableOf]:
         table = [
             (model, kind, by_horizon(model, kind, 1 if "psnr" in kind else 2)) for model in models for kind in kinds
         ]
-        filled = [[model, kind.removeprefix("probe_"), *cells] for model, kind, cells in table if any(cells)]
+        filled = [[model, kind.removeprefix(f"{part}_"), *cells] for model, kind, cells in table if any(cells)]
         if filled:
             found[part] = TableOf(["model", "of", *columns], filled)
     return found
@@ -580,6 +627,10 @@ WORDS = {
     "probe": "Root mean square error of the state read linearly off imagined latents, on the same windows and "
     "horizons, in standard deviations: under the executed actions (fast, joint and idm imagine without actions), off "
     "latents of the true frames, which no imagination can beat, and if nothing moved.",
+    "value": "Correlation over held-out windows of how the model's own value changes on the imagined frames with how "
+    "it changes on the true ones, under the executed actions and under those of other windows.",
+    "planning": "The planner with the model's scores against the model's own policy and against shuffled scores, from "
+    "the same starts.",
     "decoded": "Images decoded from imagined frames against the true ones, and those of the guess that nothing moves.",
 }
 
