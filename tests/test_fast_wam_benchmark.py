@@ -66,6 +66,7 @@ def test_every_stage_composes(tmp_path, monkeypatch, pixels):
         ("{fast_wam.variants:[],fast_wam.simulators:[]}", "variants is empty"),
         ("fast_wam.demonstrations=601", "at most 600"),
         ("fast_wam.simulators=[fast]", "unknown simulator 'fast'"),
+        ("fast_wam.simulators=[simulatr]", "did you mean 'simulator'"),
         ("{fast_wam.data:rich,fast_wam.demonstrations:5}", "mixture says how many"),
     ],
 )

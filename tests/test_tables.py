@@ -63,6 +63,28 @@ def test_fast_wam_has_a_table_for_states_and_one_for_images():
     assert "-10.0 [-20.0, 0.0]" in found[1] and tables.TABLES["fast_wam_imagination"][1]({"metrics": metrics}) == ""
 
 
+def test_simulators_have_tables_of_their_own_without_a_column_of_what_was_not_run():
+    metrics: dict[str, Any] = {}
+    for place in ("push-v3", "mean"):
+        names = ("simulator_play", "simulator_play_planner", "simulator_play_shuffled")
+        metrics |= {f"simulators/{place}/{name}/success": rate(0.5) for name in names}
+    for other, gap in (("policy", 0.1), ("shuffled", 0.2)):
+        metrics[f"simulators/mean/simulator_play_planner/minus_{other}"] = {
+            "mean": gap,
+            "low": 0.0,
+            "high": 0.3,
+            "n": 40,
+        }
+    metrics |= {f"simulators/push-v3/simulator_play/imagined_value_true_h{h}": 0.1 * h for h in (1, 4, 8)}
+    made = {
+        part: tables.TABLES[f"simulators_{part}"][1]({"metrics": metrics}) for part in ("success", "planning", "value")
+    }
+    assert made["success"].startswith("| acts, from pixels | push-v3 | mean |\n")
+    assert "| simulator_play | +10.0 [0.0, 30.0] | +20.0 [0.0, 30.0] |" in made["planning"]
+    assert "| simulator_play | true | 0.10 / 0.40 / 0.80 |" in made["value"]
+    assert tables.TABLES["fast_wam_success"][1]({"metrics": metrics}) == ""
+
+
 def test_a_changed_number_is_noticed_and_nothing_is_written_by_a_check(tree):
     tables.update(tree)
     page = tree / "README.md"

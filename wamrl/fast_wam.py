@@ -228,12 +228,12 @@ def imagination(directory: Path, variant: str, windows: int = 256) -> dict[str, 
 
     Root mean squares in standard deviations of the tracks of the state, as a linear read-out of the imagined latents
     gives them (`wamrl.probe`): `imagined` under the executed actions, or without any by a model that imagines so;
-    `encoded`, of latents of the true frames; `persistence`, of the guess that nothing moves. For mot_uwm also of what
-    moves in its own frames: with the executed actions (`true`), with those of another window (`shuffled`), without any
-    (`video`), and of the guess that nothing moves (`still`). From pixels, where the model decodes them, also
-    `psnr_db` and `ssim` of the imagined images, and `psnr_db_persistence`. Of simulators, also the read-out under the
-    actions of another window (`probe_shuffled`), and by how much the model's own value changes: the correlation over
-    windows of what it makes of the imagined frame with what it makes of the true one, `value_true` and
+    `encoded`, of latents of the true frames; `persistence`, of the guess that nothing moves. For flow-matching
+    simulators also of what moves in their own frames: with the executed actions (`true`), with those of another window
+    (`shuffled`), without any (`video`), and of the guess that nothing moves (`still`). From pixels, where the model
+    decodes them, also `psnr_db` and `ssim` of the imagined images, and `psnr_db_persistence`. Of simulators, also the
+    read-out under the actions of another window (`probe_shuffled`), and by how much the model's own value changes: the
+    correlation over windows of what it makes of the imagined frame with what it makes of the true one, `value_true` and
     `value_shuffled`.
     """
     model = checkpoint.load(directory / f"train_{variant}")
@@ -532,12 +532,13 @@ def tables(metrics: Mapping[str, Any]) -> dict[str, TableOf]:
     def cell(key: str) -> str:
         return rate(metrics[key]) if key in metrics else ""
 
+    beside = ["minus fast, points"] if "fast" in names else []
     found = {
         "success": TableOf(
-            ["acts", *places, "minus fast, points"],
+            ["acts", *places, *beside],
             [
                 [name, *(cell(f"{reads}/{place}/{name}/success") for place in places),
-                 _points(metrics.get(f"{reads}/mean/{name}/minus_fast"))]
+                 *(_points(metrics.get(f"{reads}/mean/{name}/minus_fast")) for _ in beside)]
                 for name in names if f"{reads}/mean/{name}/success" in metrics
             ],
         )
@@ -621,7 +622,7 @@ WORDS = {
     "and fresh weights, where arithmetic weighs more than dispatch. Predicted: the ratio of operations, for _wide of "
     "floating-point operations.",
     "cost": "Equal optimiser steps. Memory is that of the whole process, libraries included.",
-    "imagination": "Root mean square error of mot_uwm's own frames on held-out play, in standard deviations of what "
+    "imagination": "Root mean square error of the model's own frames on held-out play, in standard deviations of what "
     "moves, 1, 4 and 8 control steps ahead: with the executed actions (true), those of other windows (shuffled), none "
     "(video), and if nothing moved (still). From pixels this includes the noise of the tokens.",
     "probe": "Root mean square error of the state read linearly off imagined latents, on the same windows and "
