@@ -8,8 +8,8 @@
     python -m benchmarks.fast_wam --settings pixels --pixels fast_wam.seeds=[3] --add   # a seed more than is stored
 
 `--state`, `--pixels`, `--push` and `--simulators` are followed by settings of that run. What is done is not done again;
-a stopped run's finished seeds are stored as they are. The metrics go to benchmarks/results/fast_wam.json, where the
-settings that were not run stay as they were stored.
+`--store` runs nothing and stores what a stopped run has finished, with the list of it. The metrics go to
+benchmarks/results/fast_wam.json, where the settings that were not run stay as they were stored.
 
 With `--add`, seeds of a stored setting that the file lacks are pooled with those that it has, whose models need not be
 there any more: rates and paired comparisons by their counts, errors of imagination as means over seeds. What depends on
@@ -104,17 +104,22 @@ def main() -> None:
     parser.add_argument("--push", nargs="*", default=[], help="settings of the run on push alone")
     parser.add_argument("--simulators", nargs="*", default=[], help="settings of the run of simulators alone")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/fast_wam"))
+    parser.add_argument("--store", action="store_true", help="run nothing, store what is finished")
     parser.add_argument("--add", action="store_true", help="pool with the seeds that are stored")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     clock = Clock()
     runs: dict[str, Any] = {}
     for setting in arguments.settings:
-        bench.main(words(setting, arguments.out, getattr(arguments, setting)))
+        if not arguments.store:
+            bench.main(words(setting, arguments.out, getattr(arguments, setting)))
         run = json.loads((arguments.out / setting / "results.json").read_text())
         run["metrics"] = {f"{setting}/{key.partition('/')[2]}": value for key, value in run["metrics"].items()}
         runs[setting] = run
     config = {setting: {"command": run["command"], **run["config"]} for setting, run in runs.items()}
+    for setting, run in runs.items():
+        if run.get("partial"):
+            config[setting] |= {"finished": run["finished"], "versions": run["versions"]}
     metrics = {key: value for run in runs.values() for key, value in run["metrics"].items()}
     path = RESULTS / "fast_wam.json"
     stored = json.loads(path.read_text()) if path.exists() else {"config": {}, "metrics": {}}

@@ -207,6 +207,23 @@ def test_settings_that_are_not_run_stay_as_they_were_stored(tmp_path, monkeypatc
     assert after["seeds"] == [0, 1, 3]
 
 
+def test_what_a_stopped_run_has_finished_is_stored_without_running(tmp_path, monkeypatch):
+    folder = tmp_path / "simulators"
+    folder.mkdir()
+    metrics = {"pixels/mean/a/success": rate(1, 2)}
+    found = {"command": "bench", "config": {"fast_wam": {"seeds": [0, 1]}}, "metrics": metrics, "partial": True,
+             "versions": {"commit": "a"}, "finished": [[PUSH, 0]]}  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(found))
+    monkeypatch.setattr(stored.bench, "main", lambda words: pytest.fail("it ran"))
+    monkeypatch.setattr(stored, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["fast_wam", "--settings", "simulators", "--store", "--out", str(tmp_path)])
+    stored.main()
+    after = json.loads((tmp_path / "fast_wam.json").read_text())
+    assert after["metrics"] == {"simulators/mean/a/success": rate(1, 2)}
+    assert after["config"]["simulators"]["finished"] == [[PUSH, 0]]
+    assert after["config"]["simulators"]["versions"] == {"commit": "a"}  # of the run, not of who stores it
+
+
 def test_seeds_of_other_settings_or_there_already_are_not_added():
     chosen = {"seeds": [0, 1], "steps": 400}
     metrics = _found([True, False], [True, True], 1.0)
