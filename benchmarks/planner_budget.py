@@ -130,9 +130,9 @@ def with_stored(
         return dict(config), dict(metrics), sorted(hashes)
     stored = json.loads(path.read_text())
     before, today = stored["config"], json.loads(json.dumps(config))
-    kept = []
+    kept, names = [], list(jobs(0, Path(), ["gate", "curve"]))
     if all(before.get(key) == today[key] for key in ("split", "first_start", "curve_episodes", "tasks")):
-        for name in jobs(0, Path(), ["gate", "curve"]):
+        for name in names:
             part, of = name.split("/")[:2]
             settings = "gated" if part == "gate" else "planners"
             if name not in today["commits"] and before[settings].get(of) == today[settings][of]:
@@ -147,7 +147,7 @@ def with_stored(
            if any(key.startswith(f"{name}/") for key in of_kept)}  # fmt: skip
     return (
         {**config, "commits": {**ran, **config["commits"]}},
-        {**of_kept, **metrics},
+        {key: value for name in names for key, value in {**of_kept, **metrics}.items() if key.startswith(f"{name}/")},
         sorted(hashes | (set(stored["protocol_hash"]) if ran else set())),
     )
 
