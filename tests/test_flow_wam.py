@@ -25,9 +25,7 @@ from wamrl.models.substrate import (
     GeometricSubstrate,
     JointSubstrate,
     Substrate,
-    change_of,
     make_substrate,
-    shares,
 )
 from wamrl.noise import NoiseKey
 from wamrl.planners.best_of_n import make_best_of_n
@@ -803,15 +801,15 @@ def test_what_does_not_know_its_change_is_taken_to_change_as_is_usual_and_counts
     geometric.set_normalisation(statistics())
     joint = JointSubstrate([Silent("state", 6), geometric])
     assert joint.change is None
-    change = change_of(joint)
+    change = joint.change_or_usual()
     assert change.shape == (2, 6) and (change[0] == USUAL_CHANGE).all()
     torch.testing.assert_close(change[1, :2], geometric.change[0])
-    share = shares(joint, joint.used & (change > 0))
+    share = joint.shares(joint.used & (change > 0))
     assert share[0].tolist() == pytest.approx([1 / 12] * 6) and share[1].tolist() == [0.25, 0.25, 0, 0, 0, 0]
     # A part that never moves leaves its share to the others.
     moves = joint.used.clone()
     moves[1] = False
-    assert float(shares(joint, moves)[0].sum()) == pytest.approx(1.0)
+    assert float(joint.shares(moves)[0].sum()) == pytest.approx(1.0)
 
 
 def test_changes_begin_at_the_present_frame_whatever_the_substrate_knows(monkeypatch):

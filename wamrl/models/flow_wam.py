@@ -34,7 +34,7 @@ from wamrl.models.flow import gaussian_log_prob, interpolate, sde_sample, sde_st
 from wamrl.models.frame_heads import FrameHeads
 from wamrl.models.images import uint8_images
 from wamrl.models.parts import check_values, task_rows, weights_of_losses
-from wamrl.models.substrate import change_of, make_substrate, shares
+from wamrl.models.substrate import make_substrate
 from wamrl.naming import is_number, unknown_name, whole_number
 from wamrl.noise import NoiseKey
 
@@ -260,7 +260,7 @@ class FlowWAM(WAM):
         """Hand the training data's statistics to the substrate, and take from it how much frames change."""
         self.substrate.set_normalisation(statistics)
         if self.relative:
-            change = change_of(self.substrate)
+            change = self.substrate.change_or_usual()
             steps = torch.arange(1, self.denoiser.frames + 1, device=change.device) * self.spec.frame_stride
             # Motion goes on for a while, and two frames far apart differ by sqrt(2) standard deviations at most.
             self.unit.copy_((change * steps[:, None, None]).clamp(max=math.sqrt(2.0)).where(change > 0, 1.0))
@@ -599,7 +599,7 @@ class FlowWAM(WAM):
                 data[name] = changes if segment.kind == "future" else clean
         totals: dict[str, tuple[Tensor, Tensor]] = {}
         imagined: list[tuple[Tensor, Tensor]] = []
-        share = shares(self.substrate, self.denoiser.moves) if self.changes else None
+        share = self.substrate.shares(self.denoiser.moves) if self.changes else None
         found = self.denoiser.errors(present, data, task, noise, share)
         for (name, _), (square, time, estimate) in found.items():
             if self.denoiser.kind(name) == "future":

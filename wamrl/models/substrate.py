@@ -60,6 +60,14 @@ class Substrate(nn.Module):
     def set_normalisation(self, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take the training data's `mean`, `std` and `change` per observation key, before training."""
 
+    def change_or_usual(self) -> Tensor:
+        """[L, D] `change`, and `USUAL_CHANGE` where it is not known."""
+        return USUAL_CHANGE * self.used if self.change is None else self.change
+
+    def shares(self, moves: Tensor) -> Tensor:
+        """[L, D] share of each number that `moves` [L, D] in an error; they sum to 1, or to 0 where nothing moves."""
+        return moves / moves.sum().clamp(min=1)
+
     def describe(self) -> str:
         """Its name on the survey's axis of substrates (arXiv 2606.20781)."""
         return type(self).__name__.removesuffix("Substrate").lower()
@@ -186,6 +194,18 @@ class JointSubstrate(Substrate):
         known = [part.change for part in self._parts()]
         return None if any(c is None for c in known) else torch.cat([self._padded(c) for c in known if c is not None])
 
+    def change_or_usual(self) -> Tensor:
+        return torch.cat([self._padded(part.change_or_usual()) for part in self._parts()])
+
+    def shares(self, moves: Tensor) -> Tensor:
+        """All parts count the same, however many numbers they have.
+
+        Of 256 of an image and 4 of a hand, the hand's are the ones that actions move first.
+        """
+        sizes = [part.tokens for part in self._parts()]
+        own = [part.shares(at) for part, at in zip(self._parts(), moves.split(sizes), strict=True)]
+        return torch.cat(own) / max(1, sum(bool(share.any()) for share in own))
+
     def set_normalisation(self, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
         for part in self._parts():
             part.set_normalisation(statistics)
@@ -213,23 +233,6 @@ class JointSubstrate(Substrate):
 
     def _padded(self, tokens: Tensor) -> Tensor:
         return nn.functional.pad(tokens, (0, self.width - tokens.shape[-1]))
-
-
-def change_of(substrate: Substrate) -> Tensor:
-    """[L, D] `change` of a substrate, and `USUAL_CHANGE` of the parts of it that do not know theirs."""
-    if isinstance(substrate, JointSubstrate):
-        return torch.cat([substrate._padded(change_of(part)) for part in substrate._parts()])
-    return USUAL_CHANGE * substrate.used if substrate.change is None else substrate.change
-
-
-def shares(substrate: Substrate, moves: Tensor) -> Tensor:
-    """[L, D] share of each number that `moves` [L, D] in an error where all parts of a joint substrate count the same.
-
-    However many numbers they have: of 256 of an image and 4 of a hand, the hand's are the ones that actions move first.
-    """
-    parts = substrate._parts() if isinstance(substrate, JointSubstrate) else [substrate]
-    own = [part / part.sum().clamp(min=1) for part in moves.float().split([part.tokens for part in parts])]
-    return torch.cat(own) / max(1, sum(bool(part.any()) for part in own))
 
 
 def make_substrate(
