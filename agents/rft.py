@@ -323,8 +323,11 @@ class RFT(CollectingLearner):
         parts = [_steps(batch[row, first : last + 1], self.length, self.followed) for row, first, last in chosen]
         return torch.cat(parts).cpu() if parts else None
 
-    def _planned(self, flat: TensorDict) -> TensorDict:
-        """States [K], at most `max_plans` of those in decisions [F], with the planner's chunk as the label."""
+    def _planned(self, flat: TensorDict) -> TensorDict | None:
+        """States [K], at most `max_plans` of those in decisions [F], with the planner's chunk as the label.
+
+        Those where no search was made, such as its gate held closed, are left out: the planner knows no better there.
+        """
         assert self.planner is not None and self.length is not None
         if len(flat) > self.max_plans:
             flat = flat[torch.randperm(len(flat), generator=self.updater.generator)[: self.max_plans]]
@@ -335,8 +338,9 @@ class RFT(CollectingLearner):
             plan = _plan(self.model, self.planner, part, row, self.iteration, self.seed)
             chunks.append(self._taught(plan))
             searched.append(plan.searched)
-        # Where no search was made, the planner knows no better than the policy.
         found = torch.cat(searched)
+        if not bool(found.any()):
+            return None
         flat, label = flat[found].cpu(), torch.cat(chunks)[found, : self.length].cpu()
         if label.shape[1] < self.length:
             raise ValueError(

@@ -206,6 +206,20 @@ def test_where_a_planner_does_not_search_the_policy_acts_and_nothing_is_taught()
         RFT(planner=Knowing(), planner_acts=0.5, world_weight=0.0).bind(FlowToy(), None, rows=1, seed=0)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_planner_that_searches_nowhere_teaches_nothing_and_stops_nothing(tmp_path, share):
+    class Closed(Knowing):
+        def plan(self, model, state, plan_state, noise, budget):
+            plan, plan_state = super().plan(model, state, plan_state, noise, budget)
+            return replace(plan, searched=torch.zeros_like(plan.searched)), plan_state
+
+    model = reference_model()
+    learner = RFT(planner=Closed(), planner_acts=share, noise=(1e-6, 1e-6), world_weight=0.0, updates=2, batch=8)
+    found = small(tmp_path, model=model, learner=learner, env=AimEnv(16), iterations=1)
+    assert found["last_iteration"]["kept"] == 0.0 and found["last_iteration"]["loss_policy"] == 0.0
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in reference_model().state_dict().items())
+
+
 @pytest.mark.parametrize("what", ["data", "real", "chunk"])
 def test_a_refresh_that_cannot_be_is_refused(tmp_path, what):
     options = {"data": write_dataset(tmp_path / "data"), "refresh": True}
