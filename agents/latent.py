@@ -149,7 +149,7 @@ class Latent:
             own = model.log_prob(state, proposal)
         kl = (own - self.reference.log_prob(state, proposal)).sum(-1).mean() / self.horizon
         value = model.value(state).mean(-1) / self.unit
-        critic = F.smooth_l1_loss(value, returns.mean(1).detach())
+        critic = (F.smooth_l1_loss(value, returns.mean(1).detach(), reduction="none") * trusted).sum() / count
         found = {"loss_policy": policy, "loss_critic": critic, "kl": kl, "trusted": trusted.mean()}
         total = policy + self.kl_reference * kl + self.critic_weight * critic
         return total, {name: float(value.detach()) for name, value in found.items()}

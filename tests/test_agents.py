@@ -607,14 +607,15 @@ def test_sac_reads_the_relations_of_points():
 
 def test_start_frames_that_the_members_disagree_about_teach_nothing():
     model = known_world()
-    before = copy.deepcopy(model.policy.state_dict())
+    before = copy.deepcopy(model.state_dict())
     learner = Latent(
         horizon=4, learning_rate=3e-3, world_weight=0.0, kl_reference=0.0, uncertainty_limit=1e-9, updates=5
     )
     learner.bind(model, None, rows=64, seed=0)
     learner.begin(0)
     assert learner.learn(observations(64))["trusted"] == 0.0
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.policy.state_dict().items())
+    # Neither the policy nor the critic.
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_the_latent_actor_critic_refuses_a_horizon_beyond_the_models():
