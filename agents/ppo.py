@@ -129,7 +129,8 @@ class PPO(CollectingLearner):
     overshoot. entropy: weight of the bonus. kl_reference: weight of the KL to the policy as it was at the start.
     noise: least and greatest standard deviation of an action, also while collecting. critic_warmup: iterations that
     train the critic alone. train_encoder: whether the policy's and the critic's gradients reach the model's encoder;
-    otherwise the world model's loss alone moves it. shuffle_rewards: the null control. The others: `Rates`.
+    otherwise the world model's loss alone moves it. shuffle_rewards: the null control, which deals out
+    anew the rewards and then the advantages. The others: `Rates`.
     """
 
     name = "ppo"
@@ -226,6 +227,10 @@ class PPO(CollectingLearner):
         flat = batch.reshape(-1).exclude("next", "collector")
         advantage = flat["advantage"]
         flat["advantage"] = (advantage - advantage.mean()) / advantage.std().clamp(min=1e-6)
+        if self.shuffle_rewards:
+            # A critic that knows the task, and where episodes end, would still tell which actions were good.
+            order = torch.randperm(len(flat), generator=self.updater.generator)
+            flat["advantage"] = flat["advantage"][order.to(flat["advantage"].device)]
         if self.reference is not None:
             with torch.no_grad():
                 flat["reference_log_prob"] = self._acting.get_dist(flat, self.reference).log_prob(flat["chain"])

@@ -640,6 +640,27 @@ def test_nothing_is_learned_from_shuffled_rewards():
     assert np.mean(gained[True]) < 0.4 * np.mean(gained[False]), gained
 
 
+def test_a_critic_that_knows_the_task_teaches_nothing_in_the_null_control(monkeypatch):
+    class Walk(AimEnv):  # rewards where it stands, which the actions before have led to
+        def _advance(self, rows, action):
+            return super()._advance(rows, action) | {"reward": self.place[rows][:, :1].clone()}
+
+    monkeypatch.setitem(globals(), "AimEnv", Walk)
+    settings = {"world_weight": 0.0, "noise": (0.2, 0.3), "kl_limit": 0.2}
+    knowing = reference_model(discount=0.97)
+    train(knowing, PPO(learning_rate=3e-3, minibatch=96, critic_warmup=1000, **settings), 15)
+    shown, moved = Context.from_observation(observations(64)), {}
+    for shuffle in (False, True):
+        model = copy.deepcopy(knowing)
+        learner = PPO(learning_rate=1e-3, minibatch=192, critic_weight=1e-3, critic_warmup=0, shuffle_rewards=shuffle,
+                      **settings)  # fmt: skip
+        train(model, learner, 10, seed=7)
+        with torch.no_grad():
+            now, first = (m.gaussian(m.encode(shown))[0][:, 0].mean().item() for m in (model, knowing))
+        moved[shuffle] = now - first
+    assert moved[False] > 0.3 and abs(moved[True]) < 0.3 * moved[False], moved
+
+
 @pytest.mark.parametrize("agent", QUICK)
 def test_the_same_seed_gives_the_same_curve_and_another_seed_another(agent):
     curves = [train(reference_model(), QUICK[agent](), 3, seed=seed, succeeds=True) for seed in (1, 1, 2)]
