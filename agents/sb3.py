@@ -72,12 +72,15 @@ class SB3:
         self.algorithm: Any = None
 
     def attach(self, vec_env: Any, *, decisions: int, keys: tuple[str, ...], tasks: tuple[int, ...]) -> None:
-        """Build the algorithm on an SB3 `VecEnv` whose rows run the tasks of these ids.
+        """Build the algorithm on an SB3 `VecEnv` whose rows run the tasks of these ids, or go on in another one.
 
         Raises ValueError for settings whose state would not be kept.
         """
         import stable_baselines3
 
+        if self.algorithm is not None:
+            self.algorithm.set_env(vec_env)
+            return
         if self.settings.get("replay_buffer_class") is not None:
             raise ValueError("agent.settings.replay_buffer_class: only SB3's own buffer can be saved; leave it out")
         self.keys, self.tasks, self.decisions = keys, tasks if len(tasks) > 1 else (), decisions

@@ -21,6 +21,7 @@ from wamrl.agents.latent import Latent
 from wamrl.agents.ppo import PPO
 from wamrl.agents.rft import RFT
 from wamrl.agents.sac import SAC
+from wamrl.agents.sb3 import SB3
 from wamrl.data import start_frames
 from wamrl.envs.imagined_env import ImaginedEnv
 from wamrl.interfaces import Context, task_id
@@ -320,7 +321,8 @@ def test_the_latent_actor_critic_needs_no_environment(tmp_path):
     assert found["real_steps"] == 0 and found["iterations"] == 4
 
 
-def test_one_environment_is_open_at_a_time(tmp_path):
+@pytest.mark.parametrize("agent", ["ppo", "sb3"])
+def test_one_environment_is_open_at_a_time(tmp_path, agent):
     # As Isaac Lab wants it: a second one in the process is an error.
     opened: list[AimEnv] = []
 
@@ -334,8 +336,11 @@ def test_one_environment_is_open_at_a_time(tmp_path):
             if self in opened:
                 opened.remove(self)
 
+    if agent == "sb3":
+        pytest.importorskip("stable_baselines3", reason="needs the extra sb3")
+    learner = {"ppo": lambda: None, "sb3": lambda: SB3(settings={"batch_size": 24, "n_epochs": 2})}[agent]()
     how = Measuring(simulator=lambda split, rows: Alone(rows, split=split), episodes=2, rows=2)
-    found = small(tmp_path, env=lambda: Alone(16), measuring=how, evaluate_every=2)
+    found = small(tmp_path, learner=learner, env=lambda: Alone(16), measuring=how, evaluate_every=2)
     assert [point["iteration"] for point in found["curve"]] == [0, 2, 4] and not opened
 
 

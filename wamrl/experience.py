@@ -88,7 +88,7 @@ class Rollouts:
 
 
 class StableBaselines:
-    """The environment of `agent=sb3`, which collects by itself; open until the end, because its policy needs it."""
+    """The environment of `agent=sb3`, which collects by itself; open only while it is needed."""
 
     def __init__(self, env: RowsEnv | MakeEnv, learner: Any, data: EpisodeDataset | None, decisions: int) -> None:
         if learner.demonstrations and data is None:
@@ -103,16 +103,19 @@ class StableBaselines:
             return
         self.env = env = self.made if isinstance(self.made, RowsEnv) else self.made()
         tasks, keys = tuple(task_id(task) for task in env.tasks), tuple(observation_keys(env))
+        known = self.learner.algorithm is not None
         self.learner.attach(RowsSB3Env(env), decisions=self.decisions, keys=keys, tasks=tasks)
-        if self.learner.demonstrations:
+        if self.learner.demonstrations and not known:
             assert self.data is not None
             chosen = [n for n, episode in enumerate(self.data.episodes) if episode["task"] in env.tasks]
             self.learner.demonstrate(self.data.select(chosen).replay_buffer(1, 1)[:])
 
     def close(self, *, for_good: bool = True) -> None:
-        if for_good and self.env is not None:
-            self.env.close(raise_if_closed=False)
-            self.env = None
+        """Not `for_good`: only an environment that can be made again as it was."""
+        if self.env is None or (isinstance(self.made, RowsEnv) and not for_good):
+            return
+        self.env.close(raise_if_closed=False)
+        self.env = None
 
     def batch(self, seed: int) -> TensorDict:
         return TensorDict({}, batch_size=[])

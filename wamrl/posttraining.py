@@ -168,7 +168,8 @@ class _Run:
     ) -> dict[str, Any]:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if self.learner.kind == "sb3":
-            self.experience.open()  # its policy is measured too, and there is none without an environment
+            self.experience.open()  # its policy is measured too, and there is none before it has seen an environment
+            self.experience.close(for_good=False)
         if not self._restore():
             found = self._measure()
             self.before, self.before_real = found.plain(), [e.success for e in found.real]
@@ -205,7 +206,7 @@ class _Run:
                     if self.iteration % save_every == 0 and good:
                         self._save()
             self.seconds = before + time.perf_counter() - started
-            self.experience.close(for_good=self.learner.kind != "sb3")
+            self.experience.close(for_good=False)
             after = self._measure()
             if evaluate_every and self.iteration % evaluate_every == 0 and self.curve[-1]["iteration"] < self.iteration:
                 self.curve.append(self._point(after.plain()))  # a run that is made longer would have it on its way
