@@ -457,6 +457,22 @@ def test_what_cannot_work_is_refused_before_anything_is_done(push, capsys):
     assert not list(Path("outputs/posttrain").glob("2*"))
 
 
+@pytest.mark.parametrize(("words", "told"), [
+    (["env=aim", "uncertainty_limit=0.1"], "uncertainty_limit=0.1 would go unheeded: a simulator's"),
+    (["env=aim", "observation=[state]"], "a trained model reads what it was trained on"),
+    (["env=imagined", "env@simulator=aim", "+simulator.split=test"], "simulator.split=test would go unheeded"),
+    (["env=imagined", "agent=latent", "uncertainty_limit=0.1"], "agent.uncertainty_limit is this agent's own"),
+    (["env=imagined", "agent=latent", "env.max_steps=2"], "imagines agent.horizon control steps"),
+    (["env=aim", "agent=sb3", "success_ends=true"], "success_ends=True would go unheeded"),
+])  # fmt: skip
+def test_settings_that_nothing_would_read_are_refused(push, capsys, words, told):
+    write_dataset(push / "data")
+    save(push / "model.safetensors", reference_model(), 0)
+    Path("conf/env").mkdir(parents=True)
+    Path("conf/env/aim.yaml").write_text("_target_: tests.agent_toys.AimEnv\n")
+    assert told in said(capsys, "--config-dir", "conf", "wam=model.safetensors", "data=data", "episodes=0", *words)
+
+
 def test_imagined_episodes_beyond_the_horizon_have_to_be_asked_for(push, capsys):
     write_dataset(push / "data")
     words = ["env=imagined", "wam=model.safetensors", "data=data", "episodes=0", "num_envs=4", "decisions=9",

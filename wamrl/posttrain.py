@@ -89,6 +89,7 @@ def _command(config: DictConfig, run_dir: Path) -> None:
         model, sizes, normalisation = _fresh(settings, simulator, device)
         start, earlier = None, None
     learner: Learner = instantiate(settings["agent"], _convert_="all")
+    _refuse_unread(settings, learner.kind)
     data = None
     if settings["dataset"] is not None:
         keys = None if learner.kind == "sb3" else list(model.spec.observation)
@@ -181,6 +182,37 @@ def _check(settings: Mapping[str, Any]) -> None:
             )
     if settings["env"].get("split") not in (None, "train"):
         raise ValueError(f"env.split is {settings['env']['split']}, but learners see train start states only")
+    split = (settings.get("simulator") or {}).get("split")
+    if split not in (None, "train", settings["evaluate"]):
+        raise ValueError(f"simulator.split={split} would go unheeded: evaluate=dev or test says what is measured on")
+    if settings["observation"] is not None and "_target_" not in settings["wam"]:
+        raise ValueError(
+            f"observation={settings['observation']} would go unheeded: a trained model reads what it was trained on. "
+            "It is for one made anew, such as wam=reference"
+        )
+    if settings["uncertainty_limit"] is not None and settings["env"]["_target_"] != IMAGINED:
+        raise ValueError(
+            f"uncertainty_limit={settings['uncertainty_limit']} would go unheeded: a simulator's episodes are not cut "
+            "short by what the model is uncertain of; choose env=imagined"
+        )
+
+
+def _refuse_unread(settings: Mapping[str, Any], kind: str) -> None:
+    """Raise ValueError for settings that a learner of this `kind` does not read."""
+    imagined = settings["env"] if settings["env"]["_target_"] == IMAGINED else {}
+    instead = {
+        "imagine": {
+            "uncertainty_limit": "agent.uncertainty_limit is this agent's own",
+            "env.uncertainty_limit": "agent.uncertainty_limit is this agent's own",
+            "env.max_steps": "this agent imagines agent.horizon control steps",
+            "success_ends": "this agent imagines agent.horizon control steps, whatever happens in them",
+        },
+        "sb3": {"success_ends": "this agent learns from the task's own ends"},
+    }
+    given = {**settings, **{f"env.{name}": value for name, value in imagined.items()}}
+    for name, reason in instead.get(kind, {}).items():
+        if given.get(name) is not None:
+            raise ValueError(f"{name}={given[name]} would go unheeded: {reason}")
 
 
 def _known(data: EpisodeDataset, model: WAM) -> EpisodeDataset:
