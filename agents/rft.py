@@ -171,10 +171,10 @@ class RFT(CollectingLearner):
             raise ValueError(
                 f"planner_acts={planner_acts}, but there is no planner; choose one, as agent=expert_iteration does"
             )
-        if planner_acts and (shuffle_rewards or behaviour_share):
+        if planner is not None and shuffle_rewards or planner_acts and behaviour_share:
             raise ValueError(
-                "shuffle_rewards and behaviour_share have no meaning where a planner acts: the null control is "
-                "agent.planner.shuffle_scores=true, the prior's part agent.planner.proposer.behaviour_share"
+                "shuffle_rewards has no meaning where a planner teaches, behaviour_share none where it acts: the null "
+                "control is agent.planner.shuffle_scores=true, the prior's part agent.planner.proposer.behaviour_share"
             )
         self.planner, self.planner_acts, self.target = planner, planner_acts, target
         self.refreshes, self.anneal = planner_acts > 0.0, anneal

@@ -176,8 +176,9 @@ def test_expert_iteration_learns_from_a_planner_that_acts_and_teaches(tmp_path, 
         RFT(planner_acts=0.5)
     with pytest.raises(ValueError, match="planner_acts is 2.0, but must be a number at least 0 and at most 1"):
         RFT(planner=Knowing(), planner_acts=2.0)
-    with pytest.raises(ValueError, match="shuffle_scores=true"):
-        RFT(planner=Knowing(), planner_acts=0.5, shuffle_rewards=True)
+    for unread in ({"shuffle_rewards": True}, {"planner_acts": 0.5, "behaviour_share": 0.5}):
+        with pytest.raises(ValueError, match="shuffle_scores=true"):
+            RFT(planner=Knowing(), **unread)
     with pytest.raises(ValueError, match="world_weight is 0"):
         learner = RFT(planner=Knowing(), planner_acts=0.5, world_weight=0.0)
         small(tmp_path / "none", learner=learner, data=write_dataset(tmp_path / "other"), refresh=True)
