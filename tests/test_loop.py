@@ -168,6 +168,16 @@ def test_a_budget_that_the_first_collection_can_exceed_is_refused(tmp_path, monk
     assert "can take 5,000 real steps, but the budget is 4,999" in capsys.readouterr().err
 
 
+def test_a_first_collection_beyond_its_start_states_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "run_stage", lambda *_: pytest.fail("a stage was begun"))
+    with pytest.raises(SystemExit):
+        loop.main(["mixture=rich", "run_dir=run"])
+    assert "some of them again; set first_episodes=100" in capsys.readouterr().err
+    with pytest.raises(pytest.fail.Exception, match="a stage was begun"):
+        loop.main(["mixture=rich", "first_episodes=100", "run_dir=run"])
+
+
 def test_no_round_begins_that_can_exceed_the_budget(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rate = {"success": 0.5, "low": 0.2, "high": 0.8}

@@ -175,6 +175,14 @@ def check(settings: Mapping[str, Any], folder: Path) -> None:
                     wrong.setdefault(stage.command, str(error))
     if wrong:
         raise ValueError("\n".join(f"python -m wamrl.{name} would say: {text}" for name, text in wrong.items()))
+    first = stages(settings, 0, folder)[0]
+    if settings["rounds"] > 1 and first.command == "collect" and not is_done(first, folder):
+        most = max(_episodes(_composed(first, folder)).values())
+        if most > settings["first_episodes"]:
+            raise ValueError(
+                f"round 0 collects {most} episodes of a task, but later rounds take their start states from number "
+                f"first_episodes={settings['first_episodes']} on, some of them again; set first_episodes={most}"
+            )
     most = most_steps(settings, 0, folder)
     if most > settings["budget"]:
         raise ValueError(
@@ -203,11 +211,15 @@ def most_steps(settings: Mapping[str, Any], number: int, folder: Path) -> int:
             most += int(run_stage(stage, folder)["steps"])
             continue
         own = _composed(stage, folder)
-        tasks = [own["env"]["tasks"]] if isinstance(own["env"]["tasks"], str) else own["env"]["tasks"]
-        shares, counts = own["shares"] or {}, own["data"]["mixture"].values()
-        episodes = sum(round(shares.get(task, 1.0) * count) for task in tasks for count in counts)
-        most += episodes * (own["env"].get("max_steps") or 0)
+        most += sum(_episodes(own).values()) * (own["env"].get("max_steps") or 0)
     return most
+
+
+def _episodes(collect: Mapping[str, Any]) -> dict[str, int]:
+    """How many episodes of each task a `collect` of these settings takes."""
+    tasks = [collect["env"]["tasks"]] if isinstance(collect["env"]["tasks"], str) else collect["env"]["tasks"]
+    shares, counts = collect["shares"] or {}, collect["data"]["mixture"].values()
+    return {task: sum(round(shares.get(task, 1.0) * count) for count in counts) for task in tasks}
 
 
 def run_round(settings: Mapping[str, Any], number: int, folder: Path, steps_before: int) -> dict[str, Any]:
@@ -240,7 +252,7 @@ def run_round(settings: Mapping[str, Any], number: int, folder: Path, steps_befo
     "steps. The same command with the same run_dir goes on where it stopped.",
     examples=[
         "environment=metaworld/push-v3 rounds=3 run_dir=outputs/loop/push",
-        "environment=metaworld/six mixture=rich learner=ppo budget=200000 run_dir=outputs/loop/six",
+        "environment=metaworld/six mixture=rich first_episodes=100 learner=ppo budget=200000 run_dir=outputs/loop/six",
     ],
 )
 def main(config: DictConfig, run_dir: Path) -> None:
