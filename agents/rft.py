@@ -31,6 +31,7 @@ from wamrl.agents.base import (
     Updater,
     WorldBatch,
     batch_metrics,
+    check_horizon,
     encode,
     finite_rewards,
     loss_weights,
@@ -200,6 +201,13 @@ class RFT(CollectingLearner):
         gaussian = hasattr(model, "gaussian")
         if self.length is None:
             self.length = 1 if gaussian else model.spec.chunk_length
+        chunk = model.spec.chunk_length
+        check_horizon(model, "agent.length", self.length, model.spec.max_horizon if gaussian else chunk)
+        if not gaussian and self.length < chunk:
+            raise ValueError(
+                f"agent.length is {self.length}, but this policy learns by whole chunks of {chunk} actions; leave it "
+                "null"
+            )
         if self.behaviour_share:
             model.spec.require("behaviour")
         if self.planner is not None:

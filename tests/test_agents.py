@@ -687,6 +687,12 @@ def test_flow_ppo_refuses_a_noise_that_it_would_not_keep():
 def test_a_horizon_beyond_the_models_is_refused():
     with pytest.raises(ValueError, match="meant for 1 to 4 control steps"):
         FlowPPO(chunk=5, world_weight=0.0).bind(reference_model(), None, rows=1, seed=0)
+    for model in (reference_model(), aim_flow_model()):
+        longest = model.spec.max_horizon
+        with pytest.raises(ValueError, match=f"agent.length is {longest + 1}, .* meant for 1 to 4 control steps"):
+            RFT(length=longest + 1, world_weight=0.0).bind(model, None, rows=1, seed=0)
+    with pytest.raises(ValueError, match="learns by whole chunks of 4 actions; leave it null"):
+        RFT(length=2, world_weight=0.0).bind(aim_flow_model(), None, rows=1, seed=0)
 
 
 def test_a_world_loss_without_data_is_refused():
