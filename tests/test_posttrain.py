@@ -22,7 +22,7 @@ from wamrl.agents.ppo import PPO
 from wamrl.agents.rft import RFT
 from wamrl.agents.sac import SAC
 from wamrl.agents.sb3 import SB3
-from wamrl.data import start_frames
+from wamrl.data import EpisodeDataset, start_frames
 from wamrl.envs.imagined_env import ImaginedEnv
 from wamrl.interfaces import Context, task_id
 from wamrl.measuring import Measuring, RealWindows
@@ -420,6 +420,16 @@ def test_the_state_of_another_run_is_refused(tmp_path):
     small(tmp_path, iterations=2, identity="one")
     with pytest.raises(ValueError, match="another run"):
         small(tmp_path, iterations=2, identity="other")
+
+
+def test_a_run_does_not_go_on_with_data_that_was_changed_meanwhile(tmp_path):
+    learner = lambda: PPO(world_weight=0.1, learning_rate=3e-3, minibatch=48, noise=(0.2, 0.3))  # noqa: E731
+    small(tmp_path / "run", iterations=2, learner=learner(), data=write_dataset(tmp_path / "data"))
+    more = write_dataset(tmp_path / "more", episodes=20)
+    with pytest.raises(ValueError, match="the data has changed since the run in .*run began"):
+        small(tmp_path / "run", learner=learner(), data=more)
+    same = EpisodeDataset.open(tmp_path / "data")
+    assert small(tmp_path / "run", learner=learner(), data=same)["iterations"] == 4
 
 
 # ---- the command

@@ -148,6 +148,7 @@ class _Run:
         self.measuring, self.run_dir, self.save_model = measuring, run_dir, save_model
         self.seed, self.identity, self.real, self.refresh = seed, identity, real, refresh
         self.checkpoints = run_dir / "checkpoints"
+        self.data = None if windows is None else windows.data.fingerprint()
         self.iteration, self.steps, self.seconds = 0, 0, 0.0
         self.before: dict[str, Any] = {}
         self.before_real: list[bool] = []
@@ -261,6 +262,7 @@ class _Run:
             "before_returns": self.before_returns,
             "curve": self.curve,
             "identity": self.identity,
+            "data": self.data,
         }
         write_state(self.checkpoints, tensors, facts)
         self.save_model(self.checkpoints / "model.safetensors", self.model, self.iteration)
@@ -274,6 +276,11 @@ class _Run:
             raise ValueError(
                 f"{found} is the state of another run (other model, data or settings); choose another run_dir, or go "
                 "on with resume=<that directory> and no other settings"
+            )
+        if facts.get("data", self.data) != self.data:  # states of earlier versions do not say
+            raise ValueError(
+                f"the data has changed since the run in {found.parent.parent} began: its held-out windows would be "
+                "others now. Bring the data back as it was, or begin in another run_dir"
             )
         tensors = load_file(found / "state.safetensors")
         parts: dict[str, dict[str, Any]] = {"model": {}, "learner": {}, "windows": {}}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -162,7 +161,7 @@ def train(
         validation=validation,
         scale={key: value["std"] for key, value in statistics.items()},
         device=device,
-        identity=_identity(training, model_config, "".join([str(start), *provenance["tokenizers"]])),
+        identity=training.fingerprint(f"{sorted(model_config.items())}{start}{''.join(provenance['tokenizers'])}"),
         quiet=quiet,
     )
     cost = {"cpu_seconds": round(result.cpu_seconds, 2), "peak_rss_mib": round(peak_rss_mib(), 1)}
@@ -351,14 +350,6 @@ def _with_tokenizer(config: dict[str, Any], given: ImageSubstrate | None) -> dic
             )
     filled = [given.config if here else part for here, part in zip(wanted, parts, strict=True)]
     return {**config, "substrate": filled if several else filled[0]}
-
-
-def _identity(dataset: EpisodeDataset, model_config: Mapping[str, Any], initial: str) -> str:
-    """A short name for model, data and start, so that a run is resumed with the same ones only."""
-    digest = hashlib.sha256(f"{sorted(model_config.items())}{initial}".encode())
-    for tensor in (dataset.offsets, dataset.lengths, dataset.frames["action"], dataset.frames["reward"]):
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def _results(
