@@ -495,6 +495,16 @@ def test_imagined_episodes_beyond_the_horizon_have_to_be_asked_for(push, capsys)
     assert json.loads(Path("run/results.json").read_text())["real_steps"] == 0
 
 
+def test_a_policy_that_nothing_holds_in_imagination_is_told_of(push, capsys):
+    write_dataset(push / "data")
+    save(push / "model.safetensors", reference_model(), 0)
+    words = ["env=imagined", "wam=model.safetensors", "data=data", "episodes=0", "num_envs=4", "decisions=4",
+             "agent=ppo", "agent.minibatch=8", "agent.world_weight=0", "iterations=1"]  # fmt: skip
+    for own, told in (([], True), (["agent.kl_reference=0.1"], False), (["uncertainty_limit=5"], False)):
+        posttrain.main([*words, *own])
+        assert ("agent.kl_reference=0.1 or an uncertainty_limit does" in capsys.readouterr().err) == told
+
+
 def test_windows_are_as_long_as_the_model_needs():
     model = reference_model()
     assert measuring.window_length(model) == 5

@@ -90,6 +90,13 @@ def _command(config: DictConfig, run_dir: Path) -> None:
         start, earlier = None, None
     learner: Learner = instantiate(settings["agent"], _convert_="all")
     _refuse_unread(settings, learner.kind)
+    if imagined and getattr(learner, "kl_reference", None) == 0:
+        if settings["uncertainty_limit"] is None and settings["env"].get("uncertainty_limit") is None:
+            print(
+                "note: nothing holds the policy where the model knows what it imagines, so that it may exploit the "
+                "model's errors; agent.kl_reference=0.1 or an uncertainty_limit does",
+                file=sys.stderr,
+            )
     data = None
     if settings["dataset"] is not None:
         keys = None if learner.kind == "sb3" else list(model.spec.observation)
