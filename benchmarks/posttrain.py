@@ -2,16 +2,16 @@
 
     python -m benchmarks.posttrain                                # all variants, three seeds
     python -m benchmarks.posttrain --seeds 0 --variants expert_iteration
-    python -m benchmarks.posttrain --variants sb3_sac --steps 128000    # SB3's SAC up to there; later on, further
+    python -m benchmarks.posttrain --variants sb3_sac --steps 128000    # of the simulator; later on, further
     python -m benchmarks.posttrain --report                       # store what is finished, whole seeds of a variant
 
 What is stored of variants that are not finished here stays, where it was run by the same commands.
 
 The weak policy is the reference model taught by three labelled demonstrations per task and 42 other episodes, for 4000
 steps. Every stage is one of the commands that users run, in a directory of its own under `--out`; a stage that is done
-is not done again, and a stopped one goes on; SB3's SAC goes on from fewer steps to more, too, and is measured where it
-stands if that is beyond `--steps`. Settings were chosen on dev starts with seed 0; success is on test starts. The
-metrics go to benchmarks/results/posttrain.json.
+is not done again, and a stopped one goes on; those in `BUDGETED` go on from fewer steps of the simulator to more, too,
+and are measured where they stand if that is beyond `--steps`. Settings were chosen on dev starts with seed 0; success
+is on test starts. The metrics go to benchmarks/results/posttrain.json.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ TASKS = ("reach-v3", "push-v3", "pick-place-v3", "coffee-push-v3")
 ENV = f"[{','.join(f'metaworld/{task}' for task in TASKS)}]"
 EPISODES, FIRST_TEST_START = 25, 500  # test starts per task; lower numbers were read before
 
-_REAL = ("env=metaworld/six", f"env.tasks={ENV}", "num_envs=32", "decisions=100")
-_EXPERT_ITERATION = (*_REAL, "agent=expert_iteration", "iterations=8", "evaluate_every=1", "world_batch=128",
-                     "agent.planner.num_candidates=32", "agent.planner.sigma=0.1")  # fmt: skip
+ROWS, SAC_ROWS, DECISIONS = 32, 20, 100
+_REAL = ("env=metaworld/six", f"env.tasks={ENV}", f"num_envs={ROWS}", f"decisions={DECISIONS}")
+_EXPERT_ITERATION = (*_REAL, "agent=expert_iteration", "evaluate_every=4", "world_batch=128",
+                     "agent.planner.num_candidates=32", "agent.planner.sigma=0.1",
+                     "agent.planner.compile=true")  # fmt: skip
 # Imitation alone touches the policy's own weights: without a world loss the simulator half stays exactly what it was.
 _IMITATION = ("agent.learning_rate=5e-4", "agent.world_weight=0")
 # The policy acts for eight imagined steps from 500 real frames each; the planner teaches it in half of the states, by
@@ -45,7 +47,6 @@ _IMAGINED = ("env=imagined", "env@simulator=metaworld/six", f"simulator.tasks={E
              "decisions=8", "iterations=6", "evaluate_every=2", "agent.max_plans=2000", "agent.buffer=16000",
              "agent.planner.num_candidates=32", "agent.planner.sigma=0.1", "agent.target=mean", "agent.updates=600",
              "agent.planner.proposer.behaviour_share=0", *_IMITATION)  # fmt: skip
-SAC_ROWS, SAC_DECISIONS = 20, 100
 VARIANTS: dict[str, tuple[str, ...]] = {
     "expert_iteration": _EXPERT_ITERATION,
     "expert_iteration_shuffled": (*_EXPERT_ITERATION, "agent.planner.shuffle_scores=true"),
@@ -54,15 +55,20 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "distil_imagined": _IMAGINED,
     "distil_shuffled": (*_IMAGINED, "agent.planner.shuffle_scores=true"),
     # Iterations of whole episodes, so that cutting them there, which makes a run resumable, cuts none.
-    "sb3_sac": ("env=metaworld/six", f"env.tasks={ENV}", f"num_envs={SAC_ROWS}", f"decisions={SAC_DECISIONS}",
+    "sb3_sac": ("env=metaworld/six", f"env.tasks={ENV}", f"num_envs={SAC_ROWS}", f"decisions={DECISIONS}",
                 "evaluate_every=15", "save_every=5", "agent=sb3", "agent.algorithm=sac", "agent.demonstrations=true",
                 "+agent.settings.gradient_steps=-1"),
 }  # fmt: skip
-BUDGETED = ("sb3_sac",)  # variants whose iterations are not among their settings: a longer run is the same one
-STEPS, STEPS_PER_ITERATION = 300_000, SAC_ROWS * SAC_DECISIONS
+# Steps of an iteration, and of the whole, of variants whose iterations are not among their settings: a longer run is
+# the same one.
+BUDGETED = {
+    "expert_iteration": (ROWS * DECISIONS, 51_200),
+    "expert_iteration_shuffled": (ROWS * DECISIONS, 51_200),
+    "sb3_sac": (SAC_ROWS * DECISIONS, 300_000),
+}
 
 
-def stages(seed: int, directory: Path, variants: Sequence[str], steps: int = STEPS) -> list[Stage]:
+def stages(seed: int, directory: Path, variants: Sequence[str], steps: int | None = None) -> list[Stage]:
     """Those of one seed, in order. steps: as in `run`."""
     data = directory / "data"
     common = [f"seed={seed}", "threads=1"]
@@ -75,27 +81,28 @@ def stages(seed: int, directory: Path, variants: Sequence[str], steps: int = STE
     for name in variants:
         own = [f"wam={directory / 'weak'}", f"data={data}", f"episodes={EPISODES}",
                f"first_start={FIRST_TEST_START}", "evaluate=test", "final_report=true"]  # fmt: skip
-        length = (f"iterations={_iterations(steps)}",) if name in BUDGETED else ()
+        length = (f"iterations={_iterations(name, steps)}",) if name in BUDGETED else ()
         found.append(Stage(name, "posttrain", (*VARIANTS[name], *own, *common), length))
     return found
 
 
-def run(seed: int, out: Path, variants: Sequence[str], steps: int = STEPS) -> None:
+def run(seed: int, out: Path, variants: Sequence[str], steps: int | None = None) -> None:
     """Run the missing stages of one seed; RuntimeError with the log's end when one fails.
 
-    steps: of the simulator, for variants in `BUDGETED`, rounded up to whole iterations.
+    steps: of the simulator, for variants in `BUDGETED`, rounded up to whole iterations; None: what stands there.
     """
     directory = out / f"seed{seed}"
     for stage in stages(seed, directory, variants, steps):
         longer = False
         if stage.length and is_done(stage, directory):
             ran = json.loads((directory / stage.name / "results.json").read_text())["iterations"]
-            longer = ran < _iterations(steps)
+            longer = ran < _iterations(stage.name, steps)
         run_told(stage, directory, again=longer, label=f"seed {seed}")
 
 
-def _iterations(steps: int) -> int:
-    return math.ceil(steps / STEPS_PER_ITERATION)
+def _iterations(variant: str, steps: int | None) -> int:
+    each, usual = BUDGETED[variant]
+    return math.ceil((steps or usual) / each)
 
 
 def finished(out: Path, seeds: Sequence[int]) -> dict[str, dict[int, dict[str, Any]]]:
@@ -131,10 +138,10 @@ def commits(out: Path, found: Mapping[str, Mapping[int, Any]]) -> dict[str, str]
 
 def config_of(out: Path, variants: Sequence[str]) -> dict[str, str]:
     """What was run for `variants`, by stage, as a user would type it for seed 0."""
-    length = f"iterations=<real steps / {STEPS_PER_ITERATION}>"
     found = {}
     for stage in stages(0, out / "seed0", variants):
-        stage = replace(stage, length=(length,) if stage.length else ())
+        if stage.length:
+            stage = replace(stage, length=(f"iterations=<real steps / {BUDGETED[stage.name][0]}>",))
         found[stage.name] = told(stage, out / "seed0").replace(str(out), "<out>")
     return found
 
@@ -213,8 +220,8 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS),
                         help="none: the weak models alone")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/posttrain"))
-    parser.add_argument("--steps", type=int, default=STEPS,
-                        help=f"of the simulator, for {', '.join(BUDGETED)} (default: %(default)s)")  # fmt: skip
+    usual = ", ".join(f"{steps:,} for {name}" for name, (_, steps) in BUDGETED.items())
+    parser.add_argument("--steps", type=int, help=f"of the simulator; default: {usual}")
     parser.add_argument("--report", action="store_true", help="run nothing; store the metrics of what is finished")
     arguments = parser.parse_args()
     os.chdir(ROOT)  # checkpoints record their data's path, so that it must not be one of this machine

@@ -54,6 +54,9 @@ def test_what_is_stored_of_other_variants_stays_where_its_commands_are_those_of_
     path.write_text(json.dumps({"config": stored, "metrics": {"rft/seeds": 3, "distil_imagined/seeds": 3}}))
     config = {**posttrain.config_of(out, ["sb3_sac"]), "commits": {"sb3_sac": "c"}}
     assert config["sb3_sac"].endswith("iterations=<real steps / 2000>")
+    assert posttrain.config_of(out, ["expert_iteration"])["expert_iteration"].endswith("=<real steps / 3200>")
+    lengths = {stage.name: stage.length for stage in posttrain.stages(0, tmp_path, list(posttrain.VARIANTS))}
+    assert lengths["expert_iteration"] == ("iterations=16",) and lengths["sb3_sac"] == ("iterations=150",)
     merged, metrics = posttrain.with_stored(path, config, {"sb3_sac/seeds": 1})
     assert metrics == {"rft/seeds": 3, "sb3_sac/seeds": 1}
     assert merged["commits"] == {"rft": "a", "sb3_sac": "c"} and merged["rft"] == stored["rft"]
