@@ -8,10 +8,11 @@
 What is stored of variants that are not finished here stays, where it was run by the same commands.
 
 The weak policy is the reference model taught by three labelled demonstrations per task and 42 other episodes, for 4000
-steps. Every stage is one of the commands that users run, in a directory of its own under `--out`; a stage that is done
-is not done again, and a stopped one goes on; those in `BUDGETED` go on from fewer steps of the simulator to more, too,
-and are measured where they stand if that is beyond `--steps`. Settings were chosen on dev starts with seed 0; success
-is on test starts. The metrics go to benchmarks/results/posttrain.json.
+steps; that of `distil_plenty` has as few demonstrations, but four times as many other episodes, and 6000 steps. PPO
+goes on where expert iteration ended. Every stage is one of the commands that users run, in a directory of its own under
+`--out`; a stage that is done is not done again, and a stopped one goes on; those in `BUDGETED` go on from fewer steps
+of the simulator to more, too, and are measured where they stand if that is beyond `--steps`. Settings were chosen on
+dev starts with seed 0; success is on test starts. The metrics go to benchmarks/results/posttrain.json.
 """
 
 from __future__ import annotations
@@ -47,17 +48,34 @@ _IMAGINED = ("env=imagined", "env@simulator=metaworld/six", f"simulator.tasks={E
              "decisions=8", "iterations=6", "evaluate_every=2", "agent.max_plans=2000", "agent.buffer=16000",
              "agent.planner.num_candidates=32", "agent.planner.sigma=0.1", "agent.target=mean", "agent.updates=600",
              "agent.planner.proposer.behaviour_share=0", *_IMITATION)  # fmt: skip
+# Advantages over shorter times than usual and a small step: the policy already succeeds in most episodes.
+_PPO = ("env=metaworld/six", f"env.tasks={ENV}", "agent=ppo", "num_envs=64", "decisions=128", "iterations=24",
+        "evaluate_every=8", "agent.learning_rate=1e-4", "agent.world_weight=0", "agent.noise=[0.05,0.3]",
+        "agent.gae_lambda=0.9", "agent.minibatch=1024")  # fmt: skip
 VARIANTS: dict[str, tuple[str, ...]] = {
     "expert_iteration": _EXPERT_ITERATION,
     "expert_iteration_shuffled": (*_EXPERT_ITERATION, "agent.planner.shuffle_scores=true"),
+    "ppo": _PPO,
+    "ppo_shuffled": (*_PPO, "agent.shuffle_rewards=true"),
     "rft": (*_REAL, "agent=rft", "agent.behaviour_share=0.5", "agent.noise=[0.02,0.2]", "iterations=5",
             "evaluate_every=1", "agent.updates=600", *_IMITATION),
     "distil_imagined": _IMAGINED,
     "distil_shuffled": (*_IMAGINED, "agent.planner.shuffle_scores=true"),
+    "distil_plenty": _IMAGINED,
+    "distil_plenty_shuffled": (*_IMAGINED, "agent.planner.shuffle_scores=true"),
     # Iterations of whole episodes, so that cutting them there, which makes a run resumable, cuts none.
     "sb3_sac": ("env=metaworld/six", f"env.tasks={ENV}", f"num_envs={SAC_ROWS}", f"decisions={DECISIONS}",
                 "evaluate_every=15", "save_every=5", "agent=sb3", "agent.algorithm=sac", "agent.demonstrations=true",
                 "+agent.settings.gradient_steps=-1"),
+}  # fmt: skip
+# The stage whose model a variant begins with, where that is not the weak one.
+STARTS = {"ppo": "expert_iteration", "ppo_shuffled": "expert_iteration", "distil_plenty": "weak_plenty",
+          "distil_plenty_shuffled": "weak_plenty"}  # fmt: skip
+# Name -> episodes per task by behaviour, and how the weak model is trained on them.
+DATA = {
+    "weak": ({"expert": 3, "noisy_expert": 22, "failing": 10, "random": 10}, ("steps=4000",)),
+    "weak_plenty": ({"expert": 3, "noisy_expert": 88, "failing": 40, "random": 40},
+                    ("steps=6000", "compile=true", "precision=bfloat16")),
 }  # fmt: skip
 # Steps of an iteration, and of the whole, of variants whose iterations are not among their settings: a longer run is
 # the same one.
@@ -69,21 +87,37 @@ BUDGETED = {
 
 
 def stages(seed: int, directory: Path, variants: Sequence[str], steps: int | None = None) -> list[Stage]:
-    """Those of one seed, in order. steps: as in `run`."""
-    data = directory / "data"
-    common = [f"seed={seed}", "threads=1"]
-    mixture = [f"data.mixture.{name}={count}" for name, count in
-               (("expert", 3), ("noisy_expert", 22), ("failing", 10), ("random", 10))]  # fmt: skip
-    collect = ["env=metaworld/six", f"env.tasks={ENV}", "data=scarce", *mixture, f"path={data}",
-               f"first_start={1000 * seed}", "snapshots=false"]  # fmt: skip
-    train = [f"data={data}", "wam=reference", "steps=4000", "tensorboard=false"]
-    found = [Stage("collect", "collect", (*collect, *common)), Stage("weak", "train", (*train, *common))]
-    for name in variants:
-        own = [f"wam={directory / 'weak'}", f"data={data}", f"episodes={EPISODES}",
-               f"first_start={FIRST_TEST_START}", "evaluate=test", "final_report=true"]  # fmt: skip
-        length = (f"iterations={_iterations(name, steps)}",) if name in BUDGETED else ()
-        found.append(Stage(name, "posttrain", (*VARIANTS[name], *own, *common), length))
-    return found
+    """Those of one seed, in order, each once: what `variants` begin with, and they. steps: as in `run`."""
+    found = {name: stage for name in ("weak", *variants) for name, stage in _chain(seed, directory, name, steps)}
+    return list(found.values())
+
+
+def _chain(seed: int, directory: Path, name: str, steps: int | None) -> list[tuple[str, Stage]]:
+    """A weak model or a variant by name, last, and the stages that come before it."""
+    common = (f"seed={seed}", "threads=1")
+    data = directory / _data_of(name)
+    if name in DATA:
+        mixture, how = DATA[name]
+        collect = ("env=metaworld/six", f"env.tasks={ENV}", "data=scarce",
+                   *(f"data.mixture.{behaviour}={count}" for behaviour, count in mixture.items()), f"path={data}",
+                   f"first_start={1000 * seed}", "snapshots=false")  # fmt: skip
+        train = (f"data={data}", "wam=reference", *how, "tensorboard=false")
+        gather = name.replace("weak", "collect")
+        return [(gather, Stage(gather, "collect", (*collect, *common))),
+                (name, Stage(name, "train", (*train, *common)))]  # fmt: skip
+    start = STARTS.get(name, "weak")
+    own = (f"wam={directory / start}", f"data={data}", f"episodes={EPISODES}", f"first_start={FIRST_TEST_START}",
+           "evaluate=test", "final_report=true")  # fmt: skip
+    length = (f"iterations={_iterations(name, steps)}",) if name in BUDGETED else ()
+    return [*_chain(seed, directory, start, steps),
+            (name, Stage(name, "posttrain", (*VARIANTS[name], *own, *common), length))]  # fmt: skip
+
+
+def _data_of(name: str) -> str:
+    """The folder of the episodes of a weak model, or of that which a variant began with."""
+    while name not in DATA:
+        name = STARTS.get(name, "weak")
+    return name.replace("weak", "data")
 
 
 def run(seed: int, out: Path, variants: Sequence[str], steps: int | None = None) -> None:
@@ -147,7 +181,10 @@ def config_of(out: Path, variants: Sequence[str]) -> dict[str, str]:
 
 
 def collect_metrics(finished: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any]:
-    """Flat metrics over the finished seeds of every variant, as `finished` gives them."""
+    """Flat metrics over the finished seeds of every variant, as `finished` gives them.
+
+    Steps of the simulator are those of the whole way from the weak model on.
+    """
     metrics: dict[str, Any] = {}
     for name, runs in finished.items():
         for moment in ("before", "after"):
@@ -164,14 +201,15 @@ def collect_metrics(finished: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> 
         pairs = [_pair(results) for results in runs.values()]
         pooled_gain = paired(*([outcome for pair in pairs for outcome in pair[moment]] for moment in (0, 1)))
         metrics[f"{name}/mean/gain/success"] = difference(asdict(pooled_gain))
+        earlier = _steps_before(finished, name)
         for points in zip(*(results["curve"] for results in runs.values()), strict=True):
             place = f"{name}/mean/at_{points[0]['iteration']}"
-            metrics[f"{place}/real_steps"] = sum(point["real_steps"] for point in points) / len(points)
+            metrics[f"{place}/real_steps"] = earlier + sum(point["real_steps"] for point in points) / len(points)
             counts = [(point["real"]["successes"], point["real"]["n"]) for point in points]
             metrics[f"{place}/success"] = _rate(counts)
         count = len(runs)
         metrics[f"{name}/seeds"] = count
-        metrics[f"{name}/real_steps"] = sum(r["real_steps"] for r in runs.values()) / count
+        metrics[f"{name}/real_steps"] = earlier + sum(r["real_steps"] for r in runs.values()) / count
         growths = [r["world"]["growth"] for r in runs.values()]  # None: no finite number any more
         metrics[f"{name}/world_error_growth"] = None if None in growths else sum(growths) / count
         gaps = [r["imagined_gain_minus_real_gain"] for r in runs.values() if "imagined_gain_minus_real_gain" in r]
@@ -179,6 +217,15 @@ def collect_metrics(finished: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> 
             metrics[f"{name}/imagined_gain_minus_real_gain"] = sum(gaps) / len(gaps)
         metrics[f"{name}/wall_s"] = sum(r["seconds"] for r in runs.values()) / count
     return metrics
+
+
+def _steps_before(finished: Mapping[str, Mapping[int, Mapping[str, Any]]], name: str) -> float:
+    """Steps of the simulator that the model which a variant begins with had cost, in the mean over its seeds."""
+    start = STARTS.get(name, "weak")
+    if start in DATA:
+        return 0.0
+    steps = [finished[start][seed]["real_steps"] for seed in finished[name]]
+    return _steps_before(finished, start) + sum(steps) / len(steps)
 
 
 def _pair(results: Mapping[str, Any]) -> tuple[list[bool], list[bool]]:
@@ -192,20 +239,24 @@ def _pair(results: Mapping[str, Any]) -> tuple[list[bool], list[bool]]:
     return first, second
 
 
-def with_stored(path: Path, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+def with_stored(
+    path: Path, config: Mapping[str, Any], metrics: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """`config` and `metrics`, and what `path` holds of variants that are not among them.
 
-    Those are kept where their commands, and the weak model's, are what they would be today.
+    Those are kept where their commands, and those of what they begin with, are what they would be today.
     """
-    stored = json.loads(path.read_text()) if path.exists() else {"config": {}, "metrics": {}}
+    stored = json.loads(path.read_text()) if path.exists() else {"config": {"commits": {}}, "metrics": {}}
     earlier, today = stored["config"], config_of(Path("<out>"), list(VARIANTS))
     same = {name for name, command in today.items() if earlier.get(name) == command}
-    kept = {name for name in VARIANTS if name in same - config.keys() and {"collect", "weak"} <= same}
-    return (
-        {**{name: earlier[name] for name in kept}, **config,
-         "commits": {**{n: earlier["commits"][n] for n in kept}, **config["commits"]}},
-        {**{key: value for key, value in stored["metrics"].items() if key.partition("/")[0] in kept}, **metrics},
-    )  # fmt: skip
+    chains = {name: {stage for stage, _ in _chain(0, Path("<out>"), name, None)} for name in VARIANTS}
+    kept = [n for n in VARIANTS if n in earlier["commits"] and n not in config["commits"] and chains[n] <= same]
+    needed = set().union(*(chains[name] for name in kept))
+    found = {name: earlier[name] for name in today if name in needed} | dict(config)
+    found["commits"] = {**{name: earlier["commits"][name] for name in kept}, **config["commits"]}
+    whole = {**{key: value for key, value in stored["metrics"].items() if key.partition("/")[0] in kept}, **metrics}
+    order = list(VARIANTS)
+    return found, dict(sorted(whole.items(), key=lambda item: order.index(item[0].partition("/")[0])))
 
 
 def _rate(counts: Sequence[tuple[int, int]]) -> dict[str, float]:

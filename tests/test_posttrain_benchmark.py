@@ -65,6 +65,33 @@ def test_what_is_stored_of_other_variants_stays_where_its_commands_are_those_of_
     assert posttrain.with_stored(path, config, {"sb3_sac/seeds": 1}) == (config, {"sb3_sac/seeds": 1})
 
 
+def test_a_variant_may_begin_where_another_ended_and_then_tells_the_steps_of_both(tmp_path):
+    chain = [stage.name for stage in posttrain.stages(0, tmp_path / "seed0", ["ppo", "distil_plenty"])]
+    assert chain == ["collect", "weak", "expert_iteration", "ppo", "collect_plenty", "weak_plenty", "distil_plenty"]
+    words = {stage.name: stage.overrides for stage in posttrain.stages(0, Path("s"), list(posttrain.VARIANTS))}
+    assert {"wam=s/expert_iteration", "data=s/data"} < set(words["ppo"])
+    assert {"wam=s/weak_plenty", "data=s/data_plenty"} < set(words["distil_plenty_shuffled"])
+    assert {"path=s/data_plenty", "data.mixture.noisy_expert=88"} < set(words["collect_plenty"])
+    done(tmp_path, "expert_iteration", 0, iterations=3)
+    done(tmp_path, "expert_iteration", 1, iterations=3)
+    done(tmp_path, "ppo", 0, iterations=5)
+    found = posttrain.finished(tmp_path, [0, 1])
+    metrics = posttrain.collect_metrics(found)
+    assert metrics["ppo/real_steps"] == 80 and metrics["ppo/mean/at_0/real_steps"] == 30
+    assert metrics["expert_iteration/real_steps"] == 30
+    # What is stored of it stays where the commands of all that it began with are those of today.
+    path = tmp_path / "posttrain.json"
+    stored = {**posttrain.config_of(Path("<out>"), ["ppo", "distil_plenty"]),
+              "commits": {"ppo": "a", "distil_plenty": "b"}}  # fmt: skip
+    del stored["expert_iteration"]
+    path.write_text(json.dumps({"config": stored, "metrics": {"distil_plenty/seeds": 3, "ppo/seeds": 3}}))
+    config = {**posttrain.config_of(Path("<out>"), ["rft"]), "commits": {"rft": "c"}}
+    merged, metrics = posttrain.with_stored(path, config, {"rft/seeds": 3})
+    assert list(metrics) == ["rft/seeds", "distil_plenty/seeds"]
+    assert merged["weak_plenty"] == stored["weak_plenty"] and "ppo" not in merged
+    assert merged["commits"] == {"distil_plenty": "b", "rft": "c"}
+
+
 def test_a_variant_that_was_run_with_other_settings_is_refused(tmp_path):
     done(tmp_path, "rft", 0, changed="agent.updates=1")
     with pytest.raises(ValueError, match="is of other settings"):
