@@ -49,8 +49,8 @@ _IMAGINED = ("env=imagined", "env@simulator=metaworld/six", f"simulator.tasks={E
              "agent.planner.num_candidates=32", "agent.planner.sigma=0.1", "agent.target=mean", "agent.updates=600",
              "agent.planner.proposer.behaviour_share=0", *_IMITATION)  # fmt: skip
 # Advantages over shorter times than usual and a small step: the policy already succeeds in most episodes.
-_PPO = ("env=metaworld/six", f"env.tasks={ENV}", "agent=ppo", "num_envs=64", "decisions=128", "iterations=24",
-        "evaluate_every=8", "agent.learning_rate=1e-4", "agent.world_weight=0", "agent.noise=[0.05,0.3]",
+_PPO = ("env=metaworld/six", f"env.tasks={ENV}", "agent=ppo", "num_envs=64", "decisions=128", "iterations=16",
+        "evaluate_every=4", "agent.learning_rate=1e-4", "agent.world_weight=0", "agent.noise=[0.05,0.3]",
         "agent.gae_lambda=0.9", "agent.minibatch=1024")  # fmt: skip
 VARIANTS: dict[str, tuple[str, ...]] = {
     "expert_iteration": _EXPERT_ITERATION,
