@@ -9,8 +9,11 @@ from wamrl.report import Figure, beside
 
 SHEETS = (
     ("in the simulator", "control steps in the simulator",
-     {"expert_iteration": "planner", "expert_iteration_shuffled": "shuffled", "rft": "policy", "sb3_sac": "oracle"}),
-    ("in imagination alone", "iterations", {"distil_imagined": "planner", "distil_shuffled": "shuffled"}),
+     {"expert_iteration": "planner", "expert_iteration_shuffled": "shuffled", "ppo": "expert", "ppo_shuffled": "random",
+      "rft": "policy", "sb3_sac": "oracle"}),
+    ("in imagination alone", "iterations",
+     {"distil_imagined": "planner", "distil_shuffled": "shuffled", "distil_plenty": "expert",
+      "distil_plenty_shuffled": "random"}),
 )  # fmt: skip
 """Title, horizontal axis, and variant -> colour."""
 
