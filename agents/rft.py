@@ -212,6 +212,7 @@ class RFT(CollectingLearner):
             model.spec.require("behaviour")
         if self.planner is not None:
             self.planner.initial_state(model, 1)  # refuses a model that does not answer what the planner asks
+            _require_whole_labels(getattr(self.planner, "horizon", self.length), self.length)
         self._acting: Any
         if self.planner_acts:
             assert self.planner is not None
@@ -350,11 +351,7 @@ class RFT(CollectingLearner):
         if not bool(found.any()):
             return None
         flat, label = flat[found].cpu(), torch.cat(chunks)[found, : self.length].cpu()
-        if label.shape[1] < self.length:
-            raise ValueError(
-                f"the planner plans {label.shape[1]} control steps, but the policy is taught chunks of {self.length}; "
-                "raise the planner's horizon or set agent.length"
-            )
+        _require_whole_labels(label.shape[1], self.length)
         keys = (*self.model.spec.observation, "task")
         return TensorDict(
             {"observation": flat.select(*keys), "label": label, "valid": torch.ones(label.shape[:2], dtype=torch.bool)},
@@ -407,6 +404,14 @@ class RFT(CollectingLearner):
         kept = part_of(state, "kept.")
         if kept:
             self.kept = TensorDict(kept, batch_size=[len(kept["label"])]).unflatten_keys(".")
+
+
+def _require_whole_labels(planned: int, length: int) -> None:
+    if planned < length:
+        raise ValueError(
+            f"the planner plans {planned} control steps, but the policy is taught chunks of {length}; raise "
+            "agent.planner.horizon (agent.planner.chunk of mcts) or set agent.length"
+        )
 
 
 def _until(stop: list[list[bool]], done: list[list[bool]]) -> list[tuple[int, int, int]]:

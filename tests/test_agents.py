@@ -631,6 +631,15 @@ def test_the_planner_teaches_the_policy(target):
     assert (mean - torch.tensor(OPTIMUM)).abs().max() < 0.1
 
 
+def test_a_planner_too_short_for_the_chunks_that_are_taught_is_refused_before_anything_is_collected():
+    class Brief(Knowing):
+        horizon = 2
+
+    learner = RFT(planner=Brief(), world_weight=0.0)
+    with pytest.raises(ValueError, match="plans 2 control steps, but the policy is taught chunks of 4; raise agent.pl"):
+        learner.bind(aim_flow_model(), None, rows=2, seed=0)
+
+
 def test_nothing_is_learned_from_shuffled_rewards():
     gained = {False: [], True: []}
     for shuffle, seed in itertools.product(gained, range(3)):
