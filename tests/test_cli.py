@@ -294,6 +294,12 @@ def test_a_checkpoint_path_takes_the_place_of_a_choice(demo, tmp_path, capsys, m
         assert demo(f"wam={path}") == 0
         config = OmegaConf.load("outputs/demo/latest/config.yaml")
         assert config.wam.checkpoint == path
+    # The newest run of the same command is meant as it stands, not the one that this command begins.
+    for path, rest in (("outputs/demo/latest", ""), (f"{Path.cwd()}/outputs/demo/latest/last.safetensors", "/last")):
+        newest = Path("outputs/demo/latest").readlink()
+        assert demo(f"wam={path}") == 0
+        found = OmegaConf.load("outputs/demo/latest/config.yaml").wam.checkpoint
+        assert found.removesuffix(".safetensors") == f"outputs/demo/{newest}{rest}"
     assert demo("wam=small") == 0
     assert OmegaConf.load("outputs/demo/latest/config.yaml").wam == {"width": 3}
     assert demo("-m", "wam=a.safetensors,b.safetensors") == 0

@@ -175,6 +175,21 @@ def link_latest(run_dir: Path) -> None:
     temporary.replace(latest)
 
 
+def _settle(config: DictConfig | ListConfig, latest: Path) -> None:
+    """Replace paths through the link `latest` in a config by where it leads, before it is pointed elsewhere."""
+    if not latest.is_symlink():
+        return
+    own = re.compile(rf"(?<![^:,\s])(?:\./|{re.escape(str(Path.cwd()))}/)?{re.escape(str(latest))}(?=/|$)")
+    for key in range(len(config)) if isinstance(config, ListConfig) else list(config):
+        if OmegaConf.is_missing(config, key) or OmegaConf.is_interpolation(config, key):
+            continue
+        value = config[key]
+        if isinstance(value, DictConfig | ListConfig):
+            _settle(value, latest)
+        elif isinstance(value, str) and own.search(value):
+            config[key] = own.sub(str(latest.parent / os.readlink(latest)), value)
+
+
 def _is_bare(run_dir: Path) -> bool:
     """Whether nothing but a description of the run is in there."""
     return {path.name for path in run_dir.iterdir()} <= {"config.yaml", "multirun.yaml", ".lock"}
@@ -351,6 +366,7 @@ def _job(name: str, main: Main, config: DictConfig, folders: Sequence[str]) -> A
         run_dir, made = Path(resumed), False
     else:
         run_dir, made = new_run_dir(name), True
+        _settle(config, run_dir.parent / "latest")
         link_latest(run_dir)
     with ExitStack() as locks:
         places = {Path(folder).resolve(): "run_dir" for folder in (run_dir, resumed) if folder}
