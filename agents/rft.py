@@ -212,7 +212,6 @@ class RFT(CollectingLearner):
             model.spec.require("behaviour")
         if self.planner is not None:
             self.planner.initial_state(model, 1)  # refuses a model that does not answer what the planner asks
-            _require_whole_labels(getattr(self.planner, "horizon", self.length), self.length)
         self._acting: Any
         if self.planner_acts:
             assert self.planner is not None
@@ -227,6 +226,8 @@ class RFT(CollectingLearner):
         else:
             self._acting = ChainActor(model, chunk=1, horizon=1)
         self.followed = self._needs_later_frames(model)
+        if self.planner is not None:
+            _require_whole_labels(getattr(self.planner, "horizon", self.length), self.length)
         self.updater = Updater(model, world, self._rates, keep_values=True)
         self.kept: TensorDict | None = None
 
@@ -410,7 +411,7 @@ def _require_whole_labels(planned: int, length: int) -> None:
     if planned < length:
         raise ValueError(
             f"the planner plans {planned} control steps, but the policy is taught chunks of {length}; raise "
-            "agent.planner.horizon (agent.planner.chunk of mcts) or set agent.length"
+            "agent.planner.horizon (agent.planner.chunk of mcts, agent.planner.start.horizon of gradient)"
         )
 
 
