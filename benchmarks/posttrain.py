@@ -7,12 +7,13 @@
 
 What is stored of variants that are not finished here stays, where it was run by the same commands.
 
-The weak policy is the reference model taught by three labelled demonstrations per task and 42 other episodes, for 4000
-steps; that of `distil_plenty` has as few demonstrations, but four times as many other episodes, and 6000 steps. PPO
-goes on where expert iteration ended. Every stage is one of the commands that users run, in a directory of its own under
-`--out`; a stage that is done is not done again, and a stopped one goes on; those in `BUDGETED` go on from fewer steps
-of the simulator to more, too, and are measured where they stand if that is beyond `--steps`. Settings were chosen on
-dev starts with seed 0; success is on test starts. The metrics go to benchmarks/results/posttrain.json.
+The weak policy is the reference model taught by three labelled demonstrations per task and 42 other episodes, for
+4000 steps; that of `distil_plenty` has as few labelled demonstrations, but four times as many other episodes, and
+6000 steps. PPO goes on where expert iteration ended. Every stage is one of the commands that users run, in a
+directory of its own under `--out`; a stage that is done is not done again, and a stopped one goes on; those in
+`BUDGETED` go on from fewer steps of the simulator to more, too, and are measured where they stand if that is beyond
+`--steps`. Settings were chosen on dev starts with seed 0; success is on test starts. The metrics go to
+benchmarks/results/posttrain.json.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.stored import RESULTS, ROOT, Clock, difference, rate, run_told, told
+from wamrl.checkpoint import read_metadata
 from wamrl.evaluation import paired
 from wamrl.stages import Stage, is_done
 
@@ -87,15 +89,21 @@ BUDGETED = {
 
 
 def stages(seed: int, directory: Path, variants: Sequence[str], steps: int | None = None) -> list[Stage]:
-    """Those of one seed, in order, each once: what `variants` begin with, and they. steps: as in `run`."""
-    found = {name: stage for name in ("weak", *variants) for name, stage in _chain(seed, directory, name, steps)}
+    """Those of one seed, in order, each once: what `variants` begin with, and they; of none, the weak model.
+
+    steps: as in `run`, of `variants` alone.
+    """
+    found: dict[str, Stage] = {}
+    for name in variants or ("weak",):
+        for stage in _chain(seed, directory, name, steps):
+            found[stage.name] = stage if stage.name == name else found.get(stage.name, stage)
     return list(found.values())
 
 
-def _chain(seed: int, directory: Path, name: str, steps: int | None) -> list[tuple[str, Stage]]:
-    """A weak model or a variant by name, last, and the stages that come before it."""
+def _chain(seed: int, directory: Path, name: str, steps: int | None = None) -> list[Stage]:
+    """The stage of a weak model or a variant, last, and those that come before it."""
     common = (f"seed={seed}", "threads=1")
-    data = directory / _data_of(name)
+    data = directory / data_of(name)
     if name in DATA:
         mixture, how = DATA[name]
         collect = ("env=metaworld/six", f"env.tasks={ENV}", "data=scarce",
@@ -103,17 +111,15 @@ def _chain(seed: int, directory: Path, name: str, steps: int | None) -> list[tup
                    f"first_start={1000 * seed}", "snapshots=false")  # fmt: skip
         train = (f"data={data}", "wam=reference", *how, "tensorboard=false")
         gather = name.replace("weak", "collect")
-        return [(gather, Stage(gather, "collect", (*collect, *common))),
-                (name, Stage(name, "train", (*train, *common)))]  # fmt: skip
+        return [Stage(gather, "collect", (*collect, *common)), Stage(name, "train", (*train, *common))]
     start = STARTS.get(name, "weak")
     own = (f"wam={directory / start}", f"data={data}", f"episodes={EPISODES}", f"first_start={FIRST_TEST_START}",
            "evaluate=test", "final_report=true")  # fmt: skip
     length = (f"iterations={_iterations(name, steps)}",) if name in BUDGETED else ()
-    return [*_chain(seed, directory, start, steps),
-            (name, Stage(name, "posttrain", (*VARIANTS[name], *own, *common), length))]  # fmt: skip
+    return [*_chain(seed, directory, start), Stage(name, "posttrain", (*VARIANTS[name], *own, *common), length)]
 
 
-def _data_of(name: str) -> str:
+def data_of(name: str) -> str:
     """The folder of the episodes of a weak model, or of that which a variant began with."""
     while name not in DATA:
         name = STARTS.get(name, "weak")
@@ -143,14 +149,23 @@ def finished(out: Path, seeds: Sequence[int]) -> dict[str, dict[int, dict[str, A
     """Variant -> seed -> results.json, of the seeds that have finished a variant.
 
     Raises:
-        ValueError: one was run with other settings than those of `VARIANTS`, or its seeds took different numbers of
-            steps.
+        ValueError: one was run with other settings than those of `VARIANTS`, its seeds took different numbers of
+            steps, or that which it began with has gone on since.
     """
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for name in VARIANTS:
         for seed in seeds:
             directory = out / f"seed{seed}"
             if is_done(stages(seed, directory, [name])[-1], directory):
+                start = STARTS.get(name, "weak")
+                if (
+                    start in VARIANTS
+                    and _began_with(directory / name) != read_metadata(directory / start).content_sha256
+                ):
+                    raise ValueError(
+                        f"{directory / name} began with an earlier {start} than the one there; remove it, and its "
+                        f"{name}.done, to run it again"
+                    )
                 found.setdefault(name, {})[seed] = json.loads((directory / name / "results.json").read_text())
         steps = {seed: results["real_steps"] for seed, results in found.get(name, {}).items()}
         if name in BUDGETED and len(set(steps.values())) > 1:
@@ -158,6 +173,20 @@ def finished(out: Path, seeds: Sequence[int]) -> dict[str, dict[int, dict[str, A
             raise ValueError(
                 f"{name} took {each} steps, which are no one number; go on with --steps {max(steps.values())}"
             )
+    return found
+
+
+def _began_with(run: Path) -> Any:
+    return (read_metadata(run).provenance or {}).get("initial")
+
+
+def data_steps(out: Path, variants: Sequence[str], seeds: Sequence[int]) -> dict[str, float]:
+    """Control steps of the episodes that the weak models of `variants` learned from, in the mean over the seeds."""
+    found = {}
+    for data in {data_of(name) for name in variants}:
+        collects = [out / f"seed{seed}" / data.replace("data", "collect") / "results.json" for seed in seeds]
+        steps = [json.loads(path.read_text())["steps"] for path in collects if path.exists()]
+        found[data] = sum(steps) / len(steps)
     return found
 
 
@@ -183,7 +212,8 @@ def config_of(out: Path, variants: Sequence[str]) -> dict[str, str]:
 def collect_metrics(finished: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any]:
     """Flat metrics over the finished seeds of every variant, as `finished` gives them.
 
-    Steps of the simulator are those of the whole way from the weak model on.
+    Steps of the simulator and the growth of the world model's error are those of the whole way from the weak model on;
+    the success before, the gain and the time are those of the variant alone, which may begin where another ended.
     """
     metrics: dict[str, Any] = {}
     for name, runs in finished.items():
@@ -210,8 +240,9 @@ def collect_metrics(finished: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> 
         count = len(runs)
         metrics[f"{name}/seeds"] = count
         metrics[f"{name}/real_steps"] = earlier + sum(r["real_steps"] for r in runs.values()) / count
-        growths = [r["world"]["growth"] for r in runs.values()]  # None: no finite number any more
-        metrics[f"{name}/world_error_growth"] = None if None in growths else sum(growths) / count
+        growths = [_growth(finished, name, seed) for seed in runs]
+        known = [growth for growth in growths if growth is not None]
+        metrics[f"{name}/world_error_growth"] = sum(known) / count if len(known) == count else None
         gaps = [r["imagined_gain_minus_real_gain"] for r in runs.values() if "imagined_gain_minus_real_gain" in r]
         if gaps:
             metrics[f"{name}/imagined_gain_minus_real_gain"] = sum(gaps) / len(gaps)
@@ -226,6 +257,13 @@ def _steps_before(finished: Mapping[str, Mapping[int, Mapping[str, Any]]], name:
         return 0.0
     steps = [finished[start][seed]["real_steps"] for seed in finished[name]]
     return _steps_before(finished, start) + sum(steps) / len(steps)
+
+
+def _growth(finished: Mapping[str, Mapping[int, Mapping[str, Any]]], name: str, seed: int) -> float | None:
+    """Of the world model's error from the weak model on; None: it is no finite number any more."""
+    start, own = STARTS.get(name, "weak"), finished[name][seed]["world"]["growth"]
+    earlier = 0.0 if start in DATA else _growth(finished, start, seed)
+    return None if own is None or earlier is None else (1.0 + earlier) * (1.0 + own) - 1.0
 
 
 def _pair(results: Mapping[str, Any]) -> tuple[list[bool], list[bool]]:
@@ -249,11 +287,13 @@ def with_stored(
     stored = json.loads(path.read_text()) if path.exists() else {"config": {"commits": {}}, "metrics": {}}
     earlier, today = stored["config"], config_of(Path("<out>"), list(VARIANTS))
     same = {name for name, command in today.items() if earlier.get(name) == command}
-    chains = {name: {stage for stage, _ in _chain(0, Path("<out>"), name, None)} for name in VARIANTS}
+    chains = {name: {stage.name for stage in _chain(0, Path("<out>"), name)} for name in VARIANTS}
     kept = [n for n in VARIANTS if n in earlier["commits"] and n not in config["commits"] and chains[n] <= same]
     needed = set().union(*(chains[name] for name in kept))
     found = {name: earlier[name] for name in today if name in needed} | dict(config)
-    found["commits"] = {**{name: earlier["commits"][name] for name in kept}, **config["commits"]}
+    for key in ("commits", "data_steps"):
+        of = {name: name if key == "commits" else data_of(name) for name in kept}
+        found[key] = {of[n]: earlier[key][of[n]] for n in kept if of[n] in earlier.get(key, {})} | config[key]
     whole = {**{key: value for key, value in stored["metrics"].items() if key.partition("/")[0] in kept}, **metrics}
     order = list(VARIANTS)
     return found, dict(sorted(whole.items(), key=lambda item: order.index(item[0].partition("/")[0])))
@@ -284,7 +324,8 @@ def main() -> None:
     if not found:
         parser.error(f"no variant is finished in {arguments.out}; run without --report first")
     path = RESULTS / "posttrain.json"
-    config = {**config_of(arguments.out, list(found)), "commits": commits(arguments.out, found)}
+    config = {**config_of(arguments.out, list(found)), "commits": commits(arguments.out, found),
+              "data_steps": data_steps(arguments.out, list(found), arguments.seeds)}  # fmt: skip
     config, metrics = with_stored(path, config, collect_metrics(found))
     seeds = sorted({seed for runs in found.values() for seed in runs})
     clock.store(path, config=config, metrics=metrics, arguments=" ".join(sys.argv[1:]), seeds=seeds)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import curves
+from benchmarks import posttrain as posttraining
 from benchmarks.stored import RESULTS, ROOT
 from wamrl import fast_wam
 from wamrl.files import write_text
@@ -414,8 +415,22 @@ def isaac(result: Mapping[str, Any]) -> str:
 
 
 def posttrain(result: Mapping[str, Any]) -> str:
-    """Success before and after every variant that has finished, by task, and what it cost."""
+    """Success before and after every variant that has finished, by task, what it began with and what it cost."""
     metrics = result["metrics"]
+    data_steps = result.get("config", {}).get("data_steps", {})
+    head = [
+        "variant",
+        "task",
+        "before, %",
+        "after, %",
+        "gain, points",
+        "n",
+        "seeds",
+        "begins with",
+        "steps of its data",
+        "real steps",
+        "world model's error",
+    ]
     rows = []
     for name in dict.fromkeys(key.partition("/")[0] for key in metrics):
         seeds = metrics[f"{name}/seeds"]
@@ -428,25 +443,17 @@ def posttrain(result: Mapping[str, Any]) -> str:
                 gain = metrics.get(f"{name}/mean/gain/success")
                 growth = metrics[f"{name}/world_error_growth"]
                 decay = "not finite" if growth is None else f"{100 * growth:+.1f} %"
+                data = data_steps.get(posttraining.data_of(name))
                 found += [
                     _points(gain) if gain else "",
                     str(n),
                     str(seeds),
+                    f"`{posttraining.STARTS.get(name, 'weak')}`",
+                    "" if data is None else f"{data:,.0f}",
                     f"{metrics[f'{name}/real_steps']:,.0f}",
                     decay,
                 ]
-            rows.append([*found, *[""] * (9 - len(found))])
-    head = [
-        "variant",
-        "task",
-        "before, %",
-        "after, %",
-        "gain, points",
-        "n",
-        "seeds",
-        "real steps",
-        "world model's error",
-    ]
+            rows.append([*found, *[""] * (len(head) - len(found))])
     return _grid(head, rows)
 
 
