@@ -38,7 +38,8 @@ ENV = f"[{','.join(f'metaworld/{task}' for task in TASKS)}]"
 EPISODES, FIRST_TEST_START = 25, 500  # test starts per task; lower numbers were read before
 
 ROWS, SAC_ROWS, DECISIONS = 32, 20, 100
-_REAL = ("env=metaworld/six", f"env.tasks={ENV}", f"num_envs={ROWS}", f"decisions={DECISIONS}")
+_SIMULATOR = ("env=metaworld/six", f"env.tasks={ENV}")
+_REAL = (*_SIMULATOR, f"num_envs={ROWS}", f"decisions={DECISIONS}")
 _EXPERT_ITERATION = (*_REAL, "agent=expert_iteration", "evaluate_every=4", "world_batch=128",
                      "agent.planner.num_candidates=32", "agent.planner.sigma=0.1",
                      "agent.planner.compile=true")  # fmt: skip
@@ -51,7 +52,7 @@ _IMAGINED = ("env=imagined", "env@simulator=metaworld/six", f"simulator.tasks={E
              "agent.planner.num_candidates=32", "agent.planner.sigma=0.1", "agent.target=mean", "agent.updates=600",
              "agent.planner.proposer.behaviour_share=0", *_IMITATION)  # fmt: skip
 # Advantages over shorter times than usual and a small step: the policy already succeeds in most episodes.
-_PPO = ("env=metaworld/six", f"env.tasks={ENV}", "agent=ppo", "num_envs=64", "decisions=128", "iterations=16",
+_PPO = (*_SIMULATOR, "agent=ppo", "num_envs=64", "decisions=128", "iterations=16",
         "evaluate_every=4", "agent.learning_rate=1e-4", "agent.world_weight=0", "agent.noise=[0.05,0.3]",
         "agent.gae_lambda=0.9", "agent.minibatch=1024")  # fmt: skip
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -66,7 +67,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "distil_plenty": _IMAGINED,
     "distil_plenty_shuffled": (*_IMAGINED, "agent.planner.shuffle_scores=true"),
     # Iterations of whole episodes, so that cutting them there, which makes a run resumable, cuts none.
-    "sb3_sac": ("env=metaworld/six", f"env.tasks={ENV}", f"num_envs={SAC_ROWS}", f"decisions={DECISIONS}",
+    "sb3_sac": (*_SIMULATOR, f"num_envs={SAC_ROWS}", f"decisions={DECISIONS}",
                 "evaluate_every=15", "save_every=5", "agent=sb3", "agent.algorithm=sac", "agent.demonstrations=true",
                 "+agent.settings.gradient_steps=-1"),
 }  # fmt: skip
@@ -106,7 +107,7 @@ def _chain(seed: int, directory: Path, name: str, steps: int | None = None) -> l
     data = directory / data_of(name)
     if name in DATA:
         mixture, how = DATA[name]
-        collect = ("env=metaworld/six", f"env.tasks={ENV}", "data=scarce",
+        collect = (*_SIMULATOR, "data=scarce",
                    *(f"data.mixture.{behaviour}={count}" for behaviour, count in mixture.items()), f"path={data}",
                    f"first_start={1000 * seed}", "snapshots=false")  # fmt: skip
         train = (f"data={data}", "wam=reference", *how, "tensorboard=false")
@@ -291,9 +292,8 @@ def with_stored(
     kept = [n for n in VARIANTS if n in earlier["commits"] and n not in config["commits"] and chains[n] <= same]
     needed = set().union(*(chains[name] for name in kept))
     found = {name: earlier[name] for name in today if name in needed} | dict(config)
-    for key in ("commits", "data_steps"):
-        of = {name: name if key == "commits" else data_of(name) for name in kept}
-        found[key] = {of[n]: earlier[key][of[n]] for n in kept if of[n] in earlier.get(key, {})} | config[key]
+    found["commits"] = {name: earlier["commits"][name] for name in kept} | config["commits"]
+    found["data_steps"] = {data_of(n): earlier["data_steps"][data_of(n)] for n in kept} | config["data_steps"]
     whole = {**{key: value for key, value in stored["metrics"].items() if key.partition("/")[0] in kept}, **metrics}
     order = list(VARIANTS)
     return found, dict(sorted(whole.items(), key=lambda item: order.index(item[0].partition("/")[0])))
